@@ -1,0 +1,86 @@
+"""Deep networks as time-discretised dynamical systems whose step sizes are learned.
+
+The public names are resolved on first use (PEP 562), so that `import taulearn` alone imports neither torch nor any
+other dependency, and `taulearn --help` answers at once.
+
+Example:
+    >>> import taulearn
+    >>> taulearn.TimeSteps(4, horizon=2.0).tau.tolist()
+    [0.5, 0.5, 0.5, 0.5]
+"""
+
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import (
+        caputo as caputo,
+        data as data,
+        diagnostics as diagnostics,
+        experiments as experiments,
+        functional as functional,
+        nn as nn,
+        optim as optim,
+        penalties as penalties,
+        report as report,
+    )
+    from .nn.time_steps import TimeSteps as TimeSteps
+    from .optim import parameter_groups as parameter_groups
+    from .pruning import PruneReport as PruneReport, Pruning as Pruning, prune as prune
+    from .saving import load_model as load_model, save_model as save_model
+    from .training import History as History, fit as fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "History",
+    "PruneReport",
+    "Pruning",
+    "TimeSteps",
+    "__version__",
+    "caputo",
+    "data",
+    "diagnostics",
+    "experiments",
+    "fit",
+    "functional",
+    "load_model",
+    "nn",
+    "optim",
+    "parameter_groups",
+    "penalties",
+    "prune",
+    "report",
+    "save_model",
+]
+
+# Where the names of __all__ live that are not modules themselves.
+_HOMES = {
+    "History": ".training",
+    "PruneReport": ".pruning",
+    "Pruning": ".pruning",
+    "TimeSteps": ".nn.time_steps",
+    "fit": ".training",
+    "load_model": ".saving",
+    "parameter_groups": ".optim",
+    "prune": ".pruning",
+    "save_model": ".saving",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        value: object = getattr(import_module(_HOMES[name], __name__), name)
+    elif name in __all__:
+        value = import_module(f".{name}", __name__)
+    else:
+        nearest = get_close_matches(name, __all__, n=1)
+        hint = f": did you mean {nearest[0]!r}?" if nearest else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,8 @@
+"""`python -m taulearn` is the command `taulearn`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""A network with learned time steps: layers, a scheme, one vector of steps, and an output layer."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .schemes import Scheme
+from .skips import IdentitySkips, Skips
+from .time_steps import TimeSteps
+
+
+class TimeVariableNetwork(nn.Module):
+    """A time-discretised dynamical system y_0 -> y_1 -> .. -> y_N with learned steps, and an output layer on y_N.
+
+    Args:
+        layers: Layer functions f_0 .. f_{N-1}, any modules whose outputs fit the scheme.
+        head: Output layer, applied to y_N.
+        scheme: How the states follow from each other.
+        time_steps: The steps, one per layer.
+        skips: The maps P. None: identities, and zero past the first layer when there is no stem (it changes the space).
+        stem: Maps the network's input to the state y_0. None: the input is y_0.
+
+    Raises:
+        ValueError: If the numbers of layers, steps and skips differ.
+
+    References:
+        Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks, section 5.
+
+    Example:
+        >>> from taulearn.nn import Residual
+        >>> layers = [nn.Sequential(nn.Linear(n, 4), nn.ReLU()) for n in (2, 4, 4)]
+        >>> network = TimeVariableNetwork(layers, nn.Linear(4, 1), Residual(), TimeSteps(3))
+        >>> network(torch.zeros(5, 2)).shape
+        torch.Size([5, 1])
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        head: nn.Module,
+        scheme: Scheme,
+        time_steps: TimeSteps,
+        skips: Skips | None = None,
+        *,
+        stem: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Identity() if stem is None else stem
+        self.layers = nn.ModuleList(layers)
+        self.head = head
+        self.scheme = scheme
+        self.time_steps = time_steps
+        self.skips = IdentitySkips(len(self.layers), from_input=stem is not None) if skips is None else skips
+        if len(self.layers) != time_steps.num_steps:
+            raise ValueError(f"time_steps must have one step per layer, got {time_steps.num_steps} for {len(self.layers)} layers")
+        if self.skips.num_steps != len(self.layers):
+            raise ValueError(f"skips must have one map per layer, got {self.skips.num_steps} for {len(self.layers)} layers")
+
+    def states(self, x: Float[Tensor, "batch *features"]) -> list[Tensor]:
+        """The states y_1 .. y_N, one tensor per layer.
+
+        Args:
+            x: Inputs, (batch, ...).
+
+        Returns:
+            N tensors (batch, ...).
+        """
+        return self.scheme.states(self.stem(x), self.layers, self.skips, self.time_steps.tau)
+
+    def forward(self, x: Float[Tensor, "batch *features"]) -> Tensor:
+        """The network's output, the head applied to y_N.
+
+        Args:
+            x: Inputs, (batch, ...), of the network's floating point type.
+
+        Returns:
+            Outputs, (batch, ...).
+        """
+        output: Tensor = self.head(self.states(x)[-1])
+        return output
+
+    def fixed_layers(self) -> dict[int, str]:
+        """Positions that pruning must leave, each with the reason."""
+        reasons = {}
+        for layer in range(len(self.layers)):
+            if not self.skips.is_identity(layer):
+                reasons[layer] = "the skip past it is zero" if layer == 0 and not self.skips.from_input else "the skip past it is not the identity"
+        if self.time_steps.constraint == "dependent":
+            reasons.setdefault(len(self.layers) - 1, "its step is the dependent one, T minus the others")
+        return reasons
+
+    @torch.no_grad()
+    def keep_layers_(self, indices: Sequence[int]) -> None:
+        """Delete all layers but those at the positions ``indices``, with their steps and skips; ``taulearn.prune`` also mends the optimiser.
+
+        Args:
+            indices: Current positions, in increasing order; those left out must have an identity skip.
+
+        Raises:
+            ValueError: If a layer that must stay is left out.
+        """
+        kept = list(indices)
+        for layer, reason in self.fixed_layers().items():
+            if layer not in kept:
+                raise ValueError(f"indices must contain layer {self.time_steps.origin[layer]}, got positions {kept}: {reason}")
+        self.time_steps.keep_(kept)
+        self.skips.keep_(kept)
+        self.layers = nn.ModuleList(self.layers[i] for i in kept)

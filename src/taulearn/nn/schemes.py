@@ -1,0 +1,164 @@
+"""The four schemes: how the states y_1 .. y_N follow from layers, skips and time steps.
+
+Each is one class whose ``states`` is the recursion of MATH, written with the formulas of :mod:`taulearn.functional`:
+
+    Feedforward   y_{l+1} = tau_l f_l(y_l)
+    Residual      y_{l+1} = P y_l + tau_l f_l(y_l)
+    Dense         y_{l+1} = sum_{k<=l} P y_k + tau_l f_l(y_l)
+    Fractional    y_{l+1} = P y_l - sum_{j<l} a_{l,j} (P y_{j+1} - P y_j) + tau_l^gamma Gamma(2-gamma) f_l(y_l)
+
+References:
+    Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks, section 5.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .. import caputo
+from .. import functional as F
+from .skips import Skips
+
+
+class Scheme(nn.Module):
+    """What a network asks of its scheme.
+
+    Attributes:
+        name: The scheme's name in records and manifests.
+        deletes_exactly: Whether a layer with an identity skip is the identity in the limit tau_l -> 0, so that it can be pruned.
+        step_power: Exponent p for which tau^p multiplies the layer function; pruning compares shares of abs(tau)^p.
+    """
+
+    name: str
+    deletes_exactly = False
+    step_power = 1.0
+
+    @abstractmethod
+    def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
+        """The states y_1 .. y_N.
+
+        Args:
+            x: The input state y_0, (batch, ...).
+            layers: Layer functions f_0 .. f_{N-1}.
+            skips: The maps P.
+            tau: Time steps, (N,).
+
+        Returns:
+            N tensors.
+        """
+
+
+class Feedforward(Scheme):
+    """The feedforward scheme, y_{l+1} = tau_l f_l(y_l).
+
+    Example:
+        >>> Feedforward().name
+        'feedforward'
+    """
+
+    name = "feedforward"
+
+    def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
+        states, y = [], x
+        for layer, step in zip(layers, tau.unbind(), strict=True):
+            y = F.feedforward_step(layer(y), step)
+            states.append(y)
+        return states
+
+
+class Residual(Scheme):
+    """The residual scheme, explicit Euler steps y_{l+1} = P y_l + tau_l f_l(y_l).
+
+    Example:
+        >>> Residual().deletes_exactly
+        True
+    """
+
+    name = "residual"
+    deletes_exactly = True
+
+    def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
+        states, y = [], x
+        for l, (layer, step) in enumerate(zip(layers, tau.unbind(), strict=True)):
+            y = F.residual_step(skips(y, l, l + 1), layer(y), step)
+            states.append(y)
+        return states
+
+
+class Dense(Scheme):
+    """The dense scheme, y_{l+1} = sum_{k<=l} P y_k + tau_l f_l(y_l).
+
+    Example:
+        >>> Dense().deletes_exactly
+        False
+    """
+
+    name = "dense"
+
+    def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
+        states = [x]
+        for l, (layer, step) in enumerate(zip(layers, tau.unbind(), strict=True)):
+            carried = [skips(y, k, l + 1) for k, y in enumerate(states)]
+            total = None
+            for y in carried:
+                total = y if total is None else total if y is None else total + y
+            states.append(F.residual_step(total, layer(states[-1]), step))
+        return states[1:]
+
+
+class Fractional(Scheme):
+    """The fractional scheme: the L1 scheme for the Caputo derivative of order gamma, with the memory of all earlier states.
+
+    Args:
+        gamma: Order of the derivative, 0 < gamma < 1; in the limit 1 the residual scheme.
+        memory_from: First difference that is remembered: 1 leaves out y_1 - P y_0 (Herberg, Herzog, Koehne 2023), 0 counts it (Antil, Diaz, Herberg 2022).
+
+    Raises:
+        ValueError: If gamma lies outside (0, 1) or memory_from is neither 0 nor 1.
+
+    Example:
+        >>> Fractional(gamma=0.3).step_power
+        0.3
+    """
+
+    name = "fractional"
+    deletes_exactly = True
+
+    def __init__(self, gamma: float = 0.5, memory_from: int = 1) -> None:
+        super().__init__()
+        if not 0.0 < gamma < 1.0:
+            raise ValueError(f"gamma must lie in (0, 1), got {gamma!r}: it is the order of the derivative; for 1 take Residual()")
+        if memory_from not in (0, 1):
+            raise ValueError(f"memory_from must be 0 or 1, got {memory_from!r}: it is the first difference in the memory")
+        self.gamma = float(gamma)
+        self.memory_from = int(memory_from)
+        self.step_power = self.gamma
+
+    def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
+        weights = caputo.l1_weights(tau, self.gamma, validate=False).to(x.dtype)
+        states = [x]
+        for l, (layer, step) in enumerate(zip(layers, tau.unbind(), strict=True)):
+            y = states[-1]
+            memory = self._memory(weights[l], states, skips)
+            states.append(F.fractional_step(skips(y, l, l + 1), memory, layer(y), step, self.gamma))
+        return states[1:]
+
+    def _memory(self, weights: Tensor, states: list[Tensor], skips: Skips) -> Tensor | None:
+        """sum_{j<l} a_{l,j} (P y_{j+1} - P y_j), regrouped as one contraction over the carried states; None where the sum is empty."""
+        l = len(states) - 1
+        first = self.memory_from
+        if l <= first:
+            return None
+        a = weights[first:l]
+        jumps = torch.cat([-a[:1], a[:-1] - a[1:], a[-1:]])
+        carried = [skips(y, j, l + 1) for j, y in enumerate(states) if j >= first]
+        present = [y for y in carried if y is not None]
+        return torch.tensordot(jumps[len(carried) - len(present) :], torch.stack(present), dims=1)
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma:g}, memory_from={self.memory_from}"
+
+
+SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Feedforward, Residual, Dense, Fractional)}

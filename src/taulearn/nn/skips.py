@@ -1,0 +1,153 @@
+"""The maps P_j^l that carry the state of layer j to the width of layer l (Antil, Diaz, Herberg 2022, section 2).
+
+A skip map is asked with two state numbers 0 <= source < target <= N and answers the carried state, or None where the map is zero. By default the
+first layer changes the space (inputs to features), so P_0^l = 0.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Skips(nn.Module):
+    """What a scheme asks of its skip maps.
+
+    Args:
+        num_steps: Number N of layers; states are numbered 0 (the input) to N.
+        from_input: Whether the input state is carried along; False is the papers' P_0^l = 0.
+    """
+
+    def __init__(self, num_steps: int, *, from_input: bool) -> None:
+        super().__init__()
+        self.num_steps = num_steps
+        self.from_input = from_input
+
+    def forward(self, y: Tensor, source: int, target: int) -> Tensor | None:
+        """P_source^target y, or None where the map is zero."""
+        if source == 0 and not self.from_input:
+            return None
+        return self.carry(y, source, target)
+
+    def is_identity(self, layer: int) -> bool:
+        """Whether the skip past ``layer`` (from state layer to state layer + 1) is the identity, so that a zero step deletes the layer exactly."""
+        return (layer > 0 or self.from_input) and self.unchanged(layer)
+
+    @abstractmethod
+    def carry(self, y: Tensor, source: int, target: int) -> Tensor:
+        """The nonzero map from state ``source`` to state ``target``."""
+
+    @abstractmethod
+    def unchanged(self, layer: int) -> bool:
+        """Whether :meth:`carry` from ``layer`` to ``layer + 1`` returns its argument."""
+
+    @abstractmethod
+    def keep_(self, layers: Sequence[int]) -> None:
+        """Forget the maps past all layers but ``layers``; those forgotten must be identities."""
+
+
+class IdentitySkips(Skips):
+    """States of one shape throughout: every skip is the identity, but for the first, which is zero unless ``from_input``.
+
+    Args:
+        num_steps: Number of layers.
+        from_input: Whether the input state is carried along (layers that all preserve the shape).
+
+    Example:
+        >>> IdentitySkips(2, from_input=False)(torch.ones(1), 1, 2)
+        tensor([1.])
+    """
+
+    def carry(self, y: Tensor, source: int, target: int) -> Tensor:
+        return y
+
+    def unchanged(self, layer: int) -> bool:
+        return True
+
+    def keep_(self, layers: Sequence[int]) -> None:
+        self.num_steps = len(layers)
+
+
+class PadSkips(Skips):
+    """Vectors of different widths: a longer one is truncated, a shorter one padded with zeros, directly from source to target; no parameters.
+
+    Args:
+        widths: Widths n_0 .. n_N of the states.
+        from_input: Whether the input is carried along, by padding or truncation.
+
+    Example:
+        >>> PadSkips([3, 2, 4])(torch.ones(1, 2), 1, 2)
+        tensor([[1., 1., 0., 0.]])
+    """
+
+    def __init__(self, widths: Sequence[int], *, from_input: bool = False) -> None:
+        super().__init__(len(widths) - 1, from_input=from_input)
+        self.widths = tuple(widths)
+
+    def carry(self, y: Tensor, source: int, target: int) -> Tensor:
+        change = self.widths[target] - y.shape[-1]
+        return y if change == 0 else torch.nn.functional.pad(y, (0, change)) if change > 0 else y[..., :change]
+
+    def unchanged(self, layer: int) -> bool:
+        return self.widths[layer] == self.widths[layer + 1]
+
+    def keep_(self, layers: Sequence[int]) -> None:
+        self.widths = (self.widths[0], *(self.widths[layer + 1] for layer in layers))
+        self.num_steps = len(layers)
+
+    def extra_repr(self) -> str:
+        return f"widths={self.widths}, from_input={self.from_input}"
+
+
+class ComposedSkips(Skips):
+    """One module per layer, composed along the layers: P_j^l = P_{l-1}^l .. P_j^{j+1}. Learned linear maps, or the 1x1 convolutions of a ResNet.
+
+    Args:
+        maps: For each layer the module past it; None (or ``torch.nn.Identity``) is the identity.
+        from_input: Whether the input is carried along, through ``maps[0]``.
+
+    Example:
+        >>> ComposedSkips([None, nn.Linear(2, 4, bias=False)])(torch.ones(1, 2), 1, 2).shape
+        torch.Size([1, 4])
+    """
+
+    def __init__(self, maps: Iterable[nn.Module | None], *, from_input: bool = False) -> None:
+        modules = [nn.Identity() if module is None else module for module in maps]
+        super().__init__(len(modules), from_input=from_input)
+        self.maps = nn.ModuleList(modules)
+
+    def carry(self, y: Tensor, source: int, target: int) -> Tensor:
+        for layer in range(source, target):
+            y = self.maps[layer](y)
+        return y
+
+    def unchanged(self, layer: int) -> bool:
+        return isinstance(self.maps[layer], nn.Identity)
+
+    def keep_(self, layers: Sequence[int]) -> None:
+        self.maps = nn.ModuleList(self.maps[layer] for layer in layers)
+        self.num_steps = len(layers)
+
+
+def learned_skips(
+    widths: Sequence[int], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> ComposedSkips:
+    """Linear maps without bias wherever the width changes between hidden layers, identities elsewhere.
+
+    Args:
+        widths: Widths n_0 .. n_N of the states; the first map stays zero.
+        dtype: Floating point type of the maps.
+        device: Where they live.
+
+    Returns:
+        The composed skips.
+
+    Example:
+        >>> sum(p.numel() for p in learned_skips([9, 4, 4, 2]).parameters())
+        8
+    """
+    maps: list[nn.Module | None] = [None]
+    for n, m in zip(widths[1:-1], widths[2:], strict=True):
+        maps.append(None if n == m else nn.Linear(n, m, bias=False, dtype=dtype, device=device))
+    return ComposedSkips(maps)

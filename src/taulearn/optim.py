@@ -1,0 +1,109 @@
+"""Optimisers and time steps: parameter groups, and the projection after each step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .penalties import Penalty, time_steps_of
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, tau_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Groups for any torch optimiser, with the time steps apart: their own learning rate, and no weight decay.
+
+    Args:
+        model: A model with time steps.
+        lr: Learning rate of everything else.
+        tau_lr: Learning rate of tau. None: ``lr``.
+        weight_decay: Of everything but tau.
+
+    Returns:
+        Two groups, named "weights" and "tau" (one, if tau does not train).
+
+    Raises:
+        TypeError: If the model has no time steps.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> groups = parameter_groups(resnet(2, 3, 1, 4), lr=0.1, tau_lr=0.01, weight_decay=1e-4)
+        >>> [(group["name"], group["lr"], group["weight_decay"]) for group in groups]
+        [('weights', 0.1, 0.0001), ('tau', 0.01, 0.0)]
+    """
+    values = time_steps_of(model).values
+    others = [p for p in model.parameters() if p is not values and p.requires_grad]
+    groups = [{"name": "weights", "params": others, "lr": lr, "weight_decay": weight_decay}]
+    if isinstance(values, nn.Parameter) and values.requires_grad:
+        groups.append({"name": "tau", "params": [values], "lr": lr if tau_lr is None else tau_lr, "weight_decay": 0.0})
+    return groups
+
+
+def group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any] | None:
+    """The parameter group that holds a parameter, or None.
+
+    Example:
+        >>> w = nn.Parameter(torch.zeros(1))
+        >>> group_of(torch.optim.SGD([w], lr=0.5), w)["lr"]
+        0.5
+    """
+    for group in optimizer.param_groups:
+        if any(p is parameter for p in group["params"]):
+            return group
+    return None
+
+
+@torch.no_grad()
+def constrain_(model: nn.Module, optimizer: torch.optim.Optimizer, penalties: Sequence[Penalty] = ()) -> None:
+    """What follows an optimiser step: the proximal maps of the penalties, then the projection onto the constraint, in place.
+
+    Args:
+        model: A model with time steps.
+        optimizer: Gives the current learning rate of tau.
+        penalties: Those with a proximal map act, the others do not.
+
+    Example:
+        >>> from taulearn import penalties
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(2, 3, 1, 4)
+        >>> constrain_(network, torch.optim.SGD(network.parameters(), lr=1.0), [penalties.L1(0.25, proximal=True)])
+        >>> network.time_steps.tau.tolist()
+        [0.0, 0.0, 0.0, 0.0]
+    """
+    steps = time_steps_of(model)
+    group = group_of(optimizer, steps.values)
+    if group is not None:
+        values = steps.values
+        for penalty in penalties:
+            values = penalty.proximal(values, group["lr"])
+        if values is not steps.values:
+            steps.values.copy_(values)
+        steps.project_()
+
+
+def register_projection(
+    optimizer: torch.optim.Optimizer, model: nn.Module, penalties: Sequence[Penalty] = ()
+) -> RemovableHandle:
+    """Let every ``optimizer.step()`` of a hand-written loop end with :func:`constrain_`.
+
+    Args:
+        optimizer: Any torch optimiser.
+        model: A model with time steps.
+        penalties: The penalties of the loop; those with a proximal map act.
+
+    Returns:
+        A handle whose ``remove()`` undoes it.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(2, 3, 1, 4, constraint="simplex")
+        >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        >>> handle = register_projection(optimizer, network)
+        >>> network(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> round(float(network.time_steps.tau.sum()), 6)
+        1.0
+    """
+    return optimizer.register_step_post_hook(lambda *_: constrain_(model, optimizer, penalties))
