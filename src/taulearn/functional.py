@@ -1,11 +1,13 @@
 """The formulas of the package: one step of each scheme, the activation, the projections, the loss.
 
-Pure functions on tensors, without state. With f = f_l(y_l) the value of layer l, tau its time step and P y the state carried over by the skip:
+Pure functions on tensors, without state. With f = f_l(y_l) the value of layer l, tau its time step and P y the state
+carried over by the skip:
 
     feedforward   y_{l+1} = tau f
     residual      y_{l+1} = P y_l + tau f
     dense         y_{l+1} = sum_{k<=l} P y_k + tau f
-    fractional    y_{l+1} = P y_l - memory_l + tau^gamma Gamma(2-gamma) f,   memory_l = sum_{j<l} a_{l,j} (P y_{j+1} - P y_j)
+    fractional    y_{l+1} = P y_l - memory_l + tau^gamma Gamma(2-gamma) f
+                  memory_l = sum_{j<l} a_{l,j} (P y_{j+1} - P y_j)
 
 References:
     Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks, section 5.
@@ -39,7 +41,9 @@ def feedforward_step(f: Float[Tensor, "*batch width"], tau: Float[Tensor, ""]) -
 def residual_step(
     y: Float[Tensor, "*batch width"] | None, f: Float[Tensor, "*batch width"], tau: Float[Tensor, ""]
 ) -> Float[Tensor, "*batch width"]:
-    """One explicit Euler step, y_{l+1} = P y_l + tau_l f_l(y_l); also one dense step, with the sum of the earlier states as ``y``.
+    """One explicit Euler step, y_{l+1} = P y_l + tau_l f_l(y_l).
+
+    Also one dense step, with the sum of the earlier states as ``y``.
 
     Args:
         y: What the skip carries over, P y_l; None where the skip is zero.
@@ -125,7 +129,7 @@ def soft_threshold(x: Float[Tensor, "*shape"], amount: float | Tensor) -> Float[
 
 
 def project_simplex(x: Float[Tensor, " n"], total: float, *, lower: float = 0.0) -> Float[Tensor, " n"]:
-    """Euclidean projection onto {z : z_i >= lower, sum z = total}, by the sorted-threshold rule, with exact values ``lower``.
+    """Euclidean projection onto {z : z_i >= lower, sum z = total}; ``lower`` is met exactly (sorted-threshold rule).
 
     Args:
         x: A vector of n entries.
@@ -159,7 +163,8 @@ def half_mse_loss(output: Float[Tensor, "batch *out"], target: Float[Tensor, "ba
         target: Targets of the same shape.
 
     Returns:
-        A scalar: half the batch mean of the squared Euclidean norm (``torch.nn.functional.mse_loss`` averages over the components too).
+        A scalar: half the batch mean of the squared Euclidean norm (``torch.nn.functional.mse_loss`` averages over the
+        components too).
 
     Raises:
         ValueError: If the shapes differ (broadcasting would silently compare every sample with every other).

@@ -57,7 +57,7 @@ def group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, A
 
 @torch.no_grad()
 def constrain_(model: nn.Module, optimizer: torch.optim.Optimizer, penalties: Sequence[Penalty] = ()) -> None:
-    """What follows an optimiser step: the proximal maps of the penalties, then the projection onto the constraint, in place.
+    """What follows an optimiser step, in place: the penalties' proximal maps, then the projection onto the constraint.
 
     Args:
         model: A model with time steps.
@@ -103,7 +103,7 @@ def register_projection(
         >>> handle = register_projection(optimizer, network)
         >>> network(torch.ones(1, 2)).sum().backward()
         >>> optimizer.step()
-        >>> round(float(network.time_steps.tau.sum()), 6)
+        >>> round(network.time_steps.tau.sum().item(), 6)
         1.0
     """
     return optimizer.register_step_post_hook(lambda *_: constrain_(model, optimizer, penalties))

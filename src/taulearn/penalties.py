@@ -1,14 +1,18 @@
 """Penalties on time steps, weights and biases.
 
-    L1                 alpha norm(tau)_1                                              Herberg, Herzog, Koehne (2023), section 3
+    L1                 alpha norm(tau)_1                                                    [2], section 3
     L2                 weight norm(tau)_2^2
-    ElasticNet         (weight/2) (norm(tau)_2^2 + norm(tau)_1)                       Antil, Diaz, Herberg (2022), section 5
-    TimeHorizon        (weight/2) (T - sum tau)^2                                     Herberg, Herzog, Koehne (2023), section 3
-    WeightElasticNet   (weight/2) sum_l (norm(W_l)_F^2 + norm(W_l)_1 + the same of b_l)   Antil, Diaz, Herberg (2022), equation (2.4)
+    ElasticNet         (weight/2) (norm(tau)_2^2 + norm(tau)_1)                             [1], section 5
+    TimeHorizon        (weight/2) (T - sum tau)^2                                           [2], section 3
+    WeightElasticNet   (weight/2) sum_l (norm(W_l)_F^2 + norm(W_l)_1 + the same of b_l)     [1], equation (2.4)
     GroupLasso         weight sum_l norm((W_l, b_l))_2
-    BiasOrdering       (beta/2) sum_l sum_j max(0, b_j - b_{j+1})^2                   Antil, Diaz, Herberg (2022), section 7
+    BiasOrdering       (beta/2) sum_l sum_j max(0, b_j - b_{j+1})^2                         [1], section 7
 
-Each is called as ``penalty(model, inputs, targets, states)`` and returns a scalar. ``fit`` adds their values to the data loss and records each.
+Called as ``penalty(model, inputs, targets, states)``; ``fit`` adds the values to the data loss and records each.
+
+References:
+    [1] Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks.
+    [2] Herberg, Herzog, Koehne (2023), Time regularization in optimal time variable learning.
 """
 
 from abc import ABC, abstractmethod
@@ -65,7 +69,11 @@ class Penalty(ABC):
 
     @abstractmethod
     def __call__(
-        self, model: nn.Module, inputs: Tensor | None = None, targets: Tensor | None = None, states: list[Tensor] | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor | None = None,
+        targets: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         """The penalty's value.
 
@@ -80,7 +88,7 @@ class Penalty(ABC):
         """
 
     def proximal(self, values: Tensor, lr: float | Tensor) -> Tensor:
-        """The proximal step on the parameter vector of the time steps, after the optimiser's step of size ``lr``; the identity by default."""
+        """The proximal step on the parameter of the time steps, after an optimiser step of size ``lr``."""
         return values
 
 
@@ -92,7 +100,11 @@ class _StepPenalty(Penalty):
         """The value at ``tau``."""
 
     def __call__(
-        self, model: nn.Module, inputs: Tensor | None = None, targets: Tensor | None = None, states: list[Tensor] | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor | None = None,
+        targets: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         steps = time_steps_of(model)
         return self.of(steps.tau, steps)
@@ -103,8 +115,10 @@ class L1(_StepPenalty):
 
     Args:
         alpha: Weight >= 0.
-        proximal: False: the subgradient alpha sign(tau) enters the gradient, as in the paper; it never lands on zero. True: after each optimiser step
-            tau <- sign(tau) max(abs(tau) - lr alpha, 0) with the current learning rate of tau's group, which does; the value is recorded, not differentiated.
+        proximal: False: the subgradient alpha sign(tau) enters the gradient, as in the paper; it never lands on zero.
+            True: after each optimiser step
+            tau <- sign(tau) max(abs(tau) - lr alpha, 0) with the current learning rate of tau's group, which does; the
+            value is recorded, not differentiated.
 
     Raises:
         ValueError: If alpha is negative.
@@ -208,7 +222,9 @@ class TimeHorizon(_StepPenalty):
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
     layers = getattr(model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise TypeError(f"model must have layers, got {type(model).__name__}: penalties on weights need a TimeVariableNetwork")
+        raise TypeError(
+            f"model must have layers, got {type(model).__name__}: penalties on weights need a TimeVariableNetwork"
+        )
     yield from layers
 
 
@@ -223,11 +239,15 @@ class _WeightPenalty(Penalty):
         """The share of one layer with these weights and biases."""
 
     def __call__(
-        self, model: nn.Module, inputs: Tensor | None = None, targets: Tensor | None = None, states: list[Tensor] | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor | None = None,
+        targets: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         total = time_steps_of(model).values.new_zeros(())
         for module in self.modules(model):
-            parameters = list(module.parameters())
+            parameters: list[Tensor] = list(module.parameters())
             if parameters:
                 total = total + self.of_layer(parameters)
         return self.weight * total
@@ -282,13 +302,15 @@ class GroupLasso(_WeightPenalty):
     name = "group_lasso"
 
     def of_layer(self, parameters: list[Tensor]) -> Tensor:
-        return torch.stack([w.square().sum() for w in parameters]).sum().sqrt()
+        # gradient 0 at 0, where the root of a sum of squares gives NaN
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(w) for w in parameters]))
 
 
 class BiasOrdering(Penalty):
-    """(beta/2) sum_l sum_j max(0, b_j - b_{j+1})^2: biases of a layer in increasing order, which breaks the permutation symmetry of its neurons.
+    """(beta/2) sum_l sum_j max(0, b_j - b_{j+1})^2: the biases of a layer in increasing order.
 
-    The standard Moreau-Yosida form; the exact normalisation of the article that introduced bias ordering could not be confirmed.
+    It breaks the permutation symmetry of the neurons. The standard Moreau-Yosida form; the exact normalisation of the
+    article that introduced bias ordering could not be confirmed.
 
     Args:
         beta: Weight >= 0; 10 in the paper.
@@ -314,7 +336,11 @@ class BiasOrdering(Penalty):
         self.beta = _non_negative("beta", beta)
 
     def __call__(
-        self, model: nn.Module, inputs: Tensor | None = None, targets: Tensor | None = None, states: list[Tensor] | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor | None = None,
+        targets: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         total = time_steps_of(model).values.new_zeros(())
         for layer in _layers(model):

@@ -1,38 +1,25 @@
-"""Adaptive pruning: a layer whose time step is near zero is the identity and is deleted with all its variables, optimiser state included.
+"""Adaptive pruning: a layer whose time step is near zero is the identity and is deleted with all its variables.
 
-Rule (Herberg, Herzog, Koehne 2023, section 3): layer l goes when abs(tau_l)^p < threshold * sum_j abs(tau_j)^p, with p = 1 for the residual and
-p = gamma for the fractional scheme (whose increment is proportional to tau^gamma); smallest share first, shares recomputed after each deletion.
+Rule (Herberg, Herzog, Koehne 2023, section 3): layer l goes when abs(tau_l)^p < threshold * sum_j abs(tau_j)^p, with
+p = 1 for the residual and p = gamma for the fractional scheme (whose increment is proportional to tau^gamma); smallest
+share first, shares recomputed after each deletion.
 
 Three stages, one function each: the shares (:func:`shares`), the plan (:func:`plan`), the transaction (:func:`prune`).
 """
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .nn.schemes import Scheme
+from ._deletion import Prunable as Prunable, all_or_nothing, check_holds, delete
 from .nn.time_steps import TimeSteps
-
-
-@runtime_checkable
-class Prunable(Protocol):
-    """What pruning asks of a model."""
-
-    time_steps: TimeSteps
-    scheme: Scheme
-
-    def fixed_layers(self) -> dict[int, str]:
-        """Positions that must stay, with the reason."""
-
-    def keep_layers_(self, indices: Sequence[int]) -> None:
-        """Delete all other layers."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +29,8 @@ class DeletedLayer:
     Attributes:
         layer: Its number at the start of training, from 0.
         share: abs(tau)^p over the sum of all layers that existed when it was chosen.
-        factor: What multiplied its layer function: abs(tau), or tau^gamma Gamma(2-gamma); the deletion changes the state by this times the layer's value.
+        factor: What multiplied its layer function: abs(tau), or tau^gamma Gamma(2-gamma); the deletion changes the
+            state by this times the layer's value.
         parameters: Number of variables that went with it.
     """
 
@@ -63,7 +51,8 @@ class PruneReport:
         layers_after: Number of layers after.
         parameters_before: Number of variables before.
         parameters_after: Number of variables after.
-        optimizer: "none" (not given), "unchanged", "exact" (state of all survivors kept bit by bit) or "reset" (it keeps no state per parameter).
+        optimizer: "none" (not given), "unchanged", "exact" (state of all survivors kept bit by bit) or "reset" (it
+            keeps no state per parameter).
         note: What the reader should know of the accuracy of the deletion.
 
     Example:
@@ -92,7 +81,8 @@ class PruneReport:
         layers = ", ".join(str(d.layer) for d in self.deleted)
         shares = ", ".join(f"{d.share:.2g}" for d in self.deleted)
         text = (
-            f"deleted layer{plural} {layers} (share{plural} {shares}): {self.layers_before} -> {self.layers_after} layers, "
+            f"deleted layer{plural} {layers} (share{plural} {shares}): "
+            f"{self.layers_before} -> {self.layers_after} layers, "
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
         )
         if self.optimizer == "reset":
@@ -121,7 +111,7 @@ class Pruning:
 
     def __post_init__(self) -> None:
         _check_threshold(self.threshold)
-        if self.every != "epoch" and (isinstance(self.every, (str, bool)) or self.every < 1):
+        if self.every != "epoch" and (not isinstance(self.every, int) or self.every is True or self.every < 1):
             raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {self.every!r}")
 
     def due(self, *, iteration: int, epoch_ends: bool) -> bool:
@@ -152,21 +142,22 @@ def check_prunable(model: nn.Module) -> Prunable:
         >>> check_prunable(densenet(2, 3, 1, 4))
         Traceback (most recent call last):
         ...
-        ValueError: model has the dense scheme, in which tau = 0 is not the identity: no layer can be deleted; use a residual or fractional network
+        ValueError: model has the dense scheme, in which tau = 0 is not the identity: no layer can be deleted; use a ...
     """
-    if not isinstance(model, Prunable):
+    if not all(hasattr(model, name) for name in ("time_steps", "scheme", "fixed_layers", "keep_layers_")):
         raise TypeError(
             f"model must be a network with time steps, got {type(model).__name__}: build it with taulearn.nn, "
             "and hand over the network itself, not a wrapper around it"
         )
-    if not model.scheme.deletes_exactly:
+    prunable = cast(Prunable, model)
+    if not prunable.scheme.deletes_exactly:
         raise ValueError(
-            f"model has the {model.scheme.name} scheme, in which tau = 0 is not the identity: no layer can be deleted; "
-            "use a residual or fractional network"
+            f"model has the {prunable.scheme.name} scheme, in which tau = 0 is not the identity: "
+            "no layer can be deleted; use a residual or fractional network"
         )
-    if model.time_steps.num_steps == 1:
+    if prunable.time_steps.num_steps == 1:
         raise ValueError("model has a single layer, which must stay: start deeper, or train without pruning")
-    return model
+    return prunable
 
 
 @torch.no_grad()
@@ -189,32 +180,42 @@ def shares(steps: TimeSteps, power: float = 1.0) -> Tensor:
     """
     magnitude = steps.tau.double().abs() ** power
     if not bool(torch.isfinite(magnitude).all()):
-        raise ValueError(f"tau must be finite, got {steps.tau.tolist()}: training has diverged; lower the learning rate")
+        raise ValueError(
+            f"tau must be finite, got {steps.tau.tolist()}: training has diverged; lower the learning rate"
+        )
     return magnitude / magnitude.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def plan(steps: TimeSteps, threshold: float, *, power: float = 1.0, fixed: Iterable[int] = ()) -> list[tuple[int, float]]:
-    """Which layers the rule deletes: the smallest share first, recomputed after each deletion, while one lies below the threshold.
+def plan(
+    steps: TimeSteps, threshold: float, *, power: float = 1.0, fixed: Iterable[int] = ()
+) -> list[tuple[int, float]]:
+    """Which layers the rule deletes: the smallest share first, while one lies below the threshold.
+
+    The shares are computed anew after each deletion.
 
     Args:
-        steps: The time steps; not changed. A dependent last step takes up what is deleted, simplex steps are projected again.
+        steps: The time steps; not changed. A dependent last step takes up what is deleted, simplex steps are projected
+            again.
         threshold: In (0, 1).
         power: Exponent of the shares.
         fixed: Positions that must stay.
 
     Returns:
-        Pairs of position (before any deletion) and share at the moment of choice, in the order of deletion; at least one layer stays.
+        Pairs of position (before any deletion) and share at the moment of choice, in the order of deletion; at least
+        one layer stays.
 
     Example:
         >>> plan(TimeSteps(4, init=[1.0, 0.004, 0.5, -0.002]), 0.01, fixed=[0])
-        [(3, 0.0013280211696902698), (1, 0.0026595743989899604)]
+        [(3, 0.001328), (1, 0.002660)]
     """
     steps = copy.deepcopy(steps)
     positions = list(range(steps.num_steps))
     kept_always = set(fixed)
     chosen = []
     while len(positions) > 1:
-        candidates = [(share, i) for i, share in enumerate(shares(steps, power).tolist()) if positions[i] not in kept_always]
+        candidates = [
+            (share, i) for i, share in enumerate(shares(steps, power).tolist()) if positions[i] not in kept_always
+        ]
         if not candidates or min(candidates)[0] >= threshold:
             break
         share, i = min(candidates)
@@ -233,7 +234,8 @@ def prune(
 ) -> PruneReport:
     """Delete layers whose time step is near zero, in model, optimiser and averaged model, or in none of them.
 
-    The optimiser goes on with the surviving parameters and their exact state: nothing is rebuilt. If anything fails, all is as before.
+    The optimiser goes on with the surviving parameters and their exact state: nothing is rebuilt. If anything fails,
+    all is as before.
 
     Args:
         model: A residual or fractional network with time steps.
@@ -247,7 +249,8 @@ def prune(
 
     Raises:
         TypeError: If the model has no time steps.
-        ValueError: If the threshold lies outside (0, 1), the model cannot be pruned, ``keep`` leaves out a layer that must stay, or the optimiser does not hold
+        ValueError: If the threshold lies outside (0, 1), the model cannot be pruned, ``keep`` leaves out a layer that
+            must stay, or the optimiser does not hold
             the model's parameters.
 
     References:
@@ -265,11 +268,11 @@ def prune(
     steps, power = prunable.time_steps, prunable.scheme.step_power
     fixed = prunable.fixed_layers()
     if optimizer is not None:
-        _check_holds(optimizer, model)
+        check_holds(optimizer, model)
     if keep is None:
         chosen = plan(steps, threshold, power=power, fixed=fixed)
     else:
-        kept_positions = sorted(set(keep))
+        kept_positions = sorted({operator.index(i) for i in keep})
         if not kept_positions or kept_positions[0] < 0 or kept_positions[-1] >= steps.num_steps:
             raise ValueError(f"keep must name layers in 0 .. {steps.num_steps - 1}, got {kept_positions}")
         all_shares = shares(steps, power).tolist()
@@ -282,91 +285,22 @@ def prune(
     tau = steps.tau.detach().double().abs().tolist()
     gain = math.gamma(2.0 - power)
     layers = cast(Any, model).layers
+    own = int(isinstance(steps.values, nn.Parameter))
     deleted = tuple(
-        DeletedLayer(steps.origin[i], share, gain * tau[i] ** power, 1 + _count(layers[i])) for i, share in chosen
+        DeletedLayer(steps.origin[i], share, gain * tau[i] ** power, own + _count(layers[i])) for i, share in chosen
     )
     before, parameters_before = steps.num_steps, _count(model)
     state = "none" if optimizer is None else "unchanged"
     if deleted:
         models = [model] if averaged is None else [model, averaged.module]
-        with _all_or_nothing(models, optimizer):
-            state = _delete(models, kept, optimizer)
+        with all_or_nothing(models, optimizer):
+            state = delete(models, kept, optimizer)
     note = ""
     if deleted and power != 1.0:
-        note = f"error of the order tau^gamma, here {sum(d.factor for d in deleted):.2g} times the size of the deleted layers' values"
+        size = sum(d.factor for d in deleted)
+        note = f"error of the order tau^gamma, here {size:.2g} times the size of the deleted layers' values"
     return PruneReport(deleted, kept, before, len(kept), parameters_before, _count(model), state, note)
 
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    own = {id(p) for p in model.parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    strangers = sum(id(p) not in own for p in held)
-    if strangers == len(held):
-        raise ValueError(
-            "optimizer must hold the model's parameters, got one that holds none of them: make it from this model, "
-            "and hand it to every call of prune"
-        )
-
-
-@contextmanager
-def _all_or_nothing(models: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Put modules and optimiser back as they were when the body fails. Tensors are not changed in the body, so references suffice."""
-    modules = [
-        (module, {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(module).items()})
-        for model in models
-        for module in model.modules()
-    ]
-    groups = [] if optimizer is None else [(group, list(group["params"])) for group in optimizer.param_groups]
-    states = {} if optimizer is None else {p: dict(state) for p, state in optimizer.state.items()}
-    try:
-        yield
-    except BaseException:
-        for module, attributes in modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-        for group, parameters in groups:
-            group["params"][:] = parameters
-        if optimizer is not None:
-            optimizer.state.clear()
-            optimizer.state.update(states)
-        raise
-
-
-def _delete(models: Sequence[nn.Module], kept: Sequence[int], optimizer: torch.optim.Optimizer | None) -> str:
-    """Delete the layers and mend the optimiser; returns what became of its state."""
-    model = models[0]
-    steps = cast(Prunable, model).time_steps
-    old = steps.values
-    owned = {id(p) for p in model.parameters()}
-    own = list(kept[:-1] if steps.constraint == "dependent" else kept)
-    for each in models:
-        cast(Prunable, each).keep_layers_(kept)
-    new = steps.values
-    index = torch.tensor(own, dtype=torch.long, device=old.device)
-    if old.grad is not None:
-        new.grad = old.grad[index]
-    if optimizer is None:
-        return "none"
-
-    removed = owned - {id(p) for p in model.parameters()}
-    per_parameter = not isinstance(optimizer, torch.optim.LBFGS)
-    state = optimizer.state.pop(old, None)
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if id(p) in removed and p is not old:
-                optimizer.state.pop(p, None)
-        group["params"][:] = [new if p is old else p for p in group["params"] if p is old or id(p) not in removed]
-    if not per_parameter:
-        optimizer.state.clear()
-        cast(Any, optimizer)._numel_cache = None
-        return "reset"
-    if state is not None:
-        optimizer.state[new] = {
-            key: value[index] if isinstance(value, Tensor) and value.shape == old.shape and value.ndim else value
-            for key, value in state.items()
-        }
-    return "exact"

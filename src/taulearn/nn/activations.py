@@ -46,7 +46,7 @@ _NOT_ELEMENTWISE = {"GLU", "MultiheadAttention", "Softmax", "Softmax2d", "Softmi
 @functools.cache
 def _classes() -> dict[str, type[nn.Module]]:
     """Elementwise activations by torch.nn.functional's spelling."""
-    spelled = {"".join(name.lower().split("_")): name for name in dir(nn.functional) if not name.startswith("_")}
+    spelled = {"".join(name.lower().split("_")): name for name in dir(nn.functional) if name.strip("_") == name}
     classes: dict[str, type[nn.Module]] = {"smooth_relu": SmoothReLU, "identity": nn.Identity}
     for name in torch.nn.modules.activation.__all__:
         if name not in _NOT_ELEMENTWISE:
@@ -68,7 +68,8 @@ def make_activation(activation: str | nn.Module) -> nn.Module:
     """A fresh activation module for one layer.
 
     Args:
-        activation: An elementwise activation by the name torch.nn.functional or torch.nn gives it, "smooth_relu", or any module (copied).
+        activation: An elementwise activation by the name torch.nn.functional or torch.nn gives it, "smooth_relu", or
+            any module (copied).
 
     Returns:
         A module that belongs to the caller alone.

@@ -1,6 +1,7 @@
 """Networks of the papers: fully connected layers f_l(y) = sigma(W_l y + b_l) on one of the four schemes."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TypedDict, Unpack
 
 import torch
@@ -23,6 +24,9 @@ class FullyConnected(nn.Module):
         dtype: Floating point type.
         device: Where the parameters live.
 
+    Raises:
+        TypeError: In the forward pass, if y has another floating point type than the parameters (outside autocast).
+
     Example:
         >>> FullyConnected(3, 2, "tanh")(torch.zeros(1, 3)).shape
         torch.Size([1, 2])
@@ -42,6 +46,12 @@ class FullyConnected(nn.Module):
         self.activation = make_activation(activation).to(device=device, dtype=dtype)
 
     def forward(self, y: Tensor) -> Tensor:
+        expected = self.linear.weight.dtype
+        if y.dtype != expected and not torch.is_autocast_enabled(y.device.type):
+            raise TypeError(
+                f"inputs must have the network's type {expected}, got {y.dtype}: convert them with "
+                f"inputs.to({expected}), or build the network with dtype={y.dtype}"
+            )
         f: Tensor = self.activation(self.linear(y))
         return f
 
@@ -63,7 +73,9 @@ class FlattenInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
-            raise TypeError(f"inputs must be floating point, got {x.dtype}: convert them (images: inputs.float() / 255)")
+            raise TypeError(
+                f"inputs must be floating point, got {x.dtype}: convert them (images: inputs.float() / 255)"
+            )
         if x.ndim < 2 or x.shape[1:].numel() != self.in_features:
             raise ValueError(
                 f"inputs must have shape (batch, ...) with {self.in_features} values per sample, got {tuple(x.shape)}: "
@@ -137,7 +149,13 @@ def _build(
         raise ValueError(f"width must be one integer or {hidden_layers} integers (hidden_layers), got {hidden}")
     widths = [in_features, *(_count("width", n) for n in hidden)]
     steps = TimeSteps(
-        hidden_layers, horizon=horizon, constraint=constraint, lower_bound=lower_bound, init=init, dtype=dtype, device=device
+        hidden_layers,
+        horizon=horizon,
+        constraint=constraint,
+        lower_bound=lower_bound,
+        init=init,
+        dtype=dtype,
+        device=device,
     )
     maps: Skips
     if skips not in ("pad", "learned"):
@@ -145,10 +163,9 @@ def _build(
     if len(set(hidden)) == 1:
         maps = IdentitySkips(hidden_layers, from_input=False)
     else:
-        maps = PadSkips(widths) if skips == "pad" else learned_skips(widths, dtype=dtype, device=device)
-    layers = [
-        FullyConnected(n, m, activation, dtype=dtype, device=device) for n, m in zip(widths[:-1], widths[1:], strict=True)
-    ]
+        unused = isinstance(scheme, Feedforward)
+        maps = PadSkips(widths) if skips == "pad" or unused else learned_skips(widths, dtype=dtype, device=device)
+    layers = [FullyConnected(n, m, activation, dtype=dtype, device=device) for n, m in pairwise(widths)]
     head = nn.Linear(widths[-1], out_features, bias=False, dtype=dtype, device=device)
     return TimeVariableNetwork(layers, head, scheme, steps, maps, stem=FlattenInput(in_features))
 
@@ -163,7 +180,8 @@ def resnet(
         width: Width of the hidden layers, one integer or one per layer.
         out_features: Width of the output layer W_N, which has neither bias nor time step.
         hidden_layers: Number N >= 1 of hidden layers.
-        **options: See :class:`Options`: ``activation="relu"``, ``horizon=1.0``, ``constraint="free"``, ``lower_bound=None``, ``init=None``,
+        **options: See :class:`Options`: ``activation="relu"``, ``horizon=1.0``, ``constraint="free"``,
+            ``lower_bound=None``, ``init=None``,
             ``skips="pad"``, ``dtype=None``, ``device=None``.
 
     Returns:
@@ -222,7 +240,7 @@ def fractional_dnn(
     lower_bound: float | None = 1e-4,
     **options: Unpack[FractionalOptions],
 ) -> TimeVariableNetwork:
-    """A fractional network: the L1 scheme for the Caputo derivative of order gamma, with the memory of all earlier states.
+    """A fractional network: the L1 scheme for the Caputo derivative of order gamma, remembering all earlier states.
 
     Args:
         in_features: Values per sample; inputs (batch, ...) are flattened to (batch, in_features).
@@ -248,7 +266,10 @@ def fractional_dnn(
         Fractional(gamma=0.8, memory_from=1)
     """
     if lower_bound is None or not lower_bound > 0:
-        raise ValueError(f"lower_bound must be positive for a fractional network, got {lower_bound!r}: tau enters as tau^gamma and 1/tau")
+        raise ValueError(
+            f"lower_bound must be positive for a fractional network, got {lower_bound!r}: tau enters as tau^gamma and "
+            "1/tau; take the default 1e-4"
+        )
     scheme = Fractional(gamma=gamma, memory_from=memory_from)
     return _build(scheme, in_features, width, out_features, hidden_layers, lower_bound=lower_bound, **options)
 

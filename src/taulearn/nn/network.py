@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .schemes import Scheme
+from .schemes import Fractional, Scheme
 from .skips import IdentitySkips, Skips
 from .time_steps import TimeSteps
 
@@ -54,9 +54,13 @@ class TimeVariableNetwork(nn.Module):
         self.time_steps = time_steps
         self.skips = IdentitySkips(len(self.layers), from_input=stem is not None) if skips is None else skips
         if len(self.layers) != time_steps.num_steps:
-            raise ValueError(f"time_steps must have one step per layer, got {time_steps.num_steps} for {len(self.layers)} layers")
+            raise ValueError(
+                f"time_steps must have one step per layer, got {time_steps.num_steps} for {len(self.layers)} layers"
+            )
         if self.skips.num_steps != len(self.layers):
-            raise ValueError(f"skips must have one map per layer, got {self.skips.num_steps} for {len(self.layers)} layers")
+            raise ValueError(
+                f"skips must have one map per layer, got {self.skips.num_steps} for {len(self.layers)} layers"
+            )
 
     def states(self, x: Float[Tensor, "batch *features"]) -> list[Tensor]:
         """The states y_1 .. y_N, one tensor per layer.
@@ -86,14 +90,20 @@ class TimeVariableNetwork(nn.Module):
         reasons = {}
         for layer in range(len(self.layers)):
             if not self.skips.is_identity(layer):
-                reasons[layer] = "the skip past it is zero" if layer == 0 and not self.skips.from_input else "the skip past it is not the identity"
+                reasons[layer] = (
+                    "the skip past it is zero"
+                    if layer == 0 and not self.skips.from_input
+                    else "the skip past it is not the identity"
+                )
+        if self.skips.from_input and isinstance(self.scheme, Fractional) and self.scheme.memory_from == 1:
+            reasons.setdefault(0, "the memory starts after it, so that the next layer would leave the memory")
         if self.time_steps.constraint == "dependent":
             reasons.setdefault(len(self.layers) - 1, "its step is the dependent one, T minus the others")
         return reasons
 
     @torch.no_grad()
     def keep_layers_(self, indices: Sequence[int]) -> None:
-        """Delete all layers but those at the positions ``indices``, with their steps and skips; ``taulearn.prune`` also mends the optimiser.
+        """Delete all layers but those at ``indices``, with steps and skips; ``taulearn.prune`` mends the optimiser too.
 
         Args:
             indices: Current positions, in increasing order; those left out must have an identity skip.
@@ -104,7 +114,9 @@ class TimeVariableNetwork(nn.Module):
         kept = list(indices)
         for layer, reason in self.fixed_layers().items():
             if layer not in kept:
-                raise ValueError(f"indices must contain layer {self.time_steps.origin[layer]}, got positions {kept}: {reason}")
+                raise ValueError(
+                    f"indices must contain layer {self.time_steps.origin[layer]}, got positions {kept}: {reason}"
+                )
         self.time_steps.keep_(kept)
         self.skips.keep_(kept)
         self.layers = nn.ModuleList(self.layers[i] for i in kept)

@@ -17,8 +17,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .. import caputo
-from .. import functional as F
+from .. import caputo, functional as F
 from .skips import Skips
 
 
@@ -27,7 +26,8 @@ class Scheme(nn.Module):
 
     Attributes:
         name: The scheme's name in records and manifests.
-        deletes_exactly: Whether a layer with an identity skip is the identity in the limit tau_l -> 0, so that it can be pruned.
+        deletes_exactly: Whether a layer with an identity skip is the identity in the limit tau_l -> 0, so that it can
+            be pruned.
         step_power: Exponent p for which tau^p multiplies the layer function; pruning compares shares of abs(tau)^p.
     """
 
@@ -109,11 +109,12 @@ class Dense(Scheme):
 
 
 class Fractional(Scheme):
-    """The fractional scheme: the L1 scheme for the Caputo derivative of order gamma, with the memory of all earlier states.
+    """The fractional scheme: the L1 scheme for the Caputo derivative of order gamma, remembering all earlier states.
 
     Args:
         gamma: Order of the derivative, 0 < gamma < 1; in the limit 1 the residual scheme.
-        memory_from: First difference that is remembered: 1 leaves out y_1 - P y_0 (Herberg, Herzog, Koehne 2023), 0 counts it (Antil, Diaz, Herberg 2022).
+        memory_from: First difference that is remembered: 1 leaves out y_1 - P y_0 (Herberg, Herzog, Koehne 2023), 0
+            counts it (Antil, Diaz, Herberg 2022).
 
     Raises:
         ValueError: If gamma lies outside (0, 1) or memory_from is neither 0 nor 1.
@@ -129,9 +130,13 @@ class Fractional(Scheme):
     def __init__(self, gamma: float = 0.5, memory_from: int = 1) -> None:
         super().__init__()
         if not 0.0 < gamma < 1.0:
-            raise ValueError(f"gamma must lie in (0, 1), got {gamma!r}: it is the order of the derivative; for 1 take Residual()")
+            raise ValueError(
+                f"gamma must lie in (0, 1), got {gamma!r}: it is the order of the derivative; for 1 take Residual()"
+            )
         if memory_from not in (0, 1):
-            raise ValueError(f"memory_from must be 0 or 1, got {memory_from!r}: it is the first difference in the memory")
+            raise ValueError(
+                f"memory_from must be 0 or 1, got {memory_from!r}: it is the first difference in the memory"
+            )
         self.gamma = float(gamma)
         self.memory_from = int(memory_from)
         self.step_power = self.gamma
@@ -146,7 +151,7 @@ class Fractional(Scheme):
         return states[1:]
 
     def _memory(self, weights: Tensor, states: list[Tensor], skips: Skips) -> Tensor | None:
-        """sum_{j<l} a_{l,j} (P y_{j+1} - P y_j), regrouped as one contraction over the carried states; None where the sum is empty."""
+        """sum_{j<l} a_{l,j} (P y_{j+1} - P y_j), regrouped as one contraction; None where it is empty."""
         l = len(states) - 1
         first = self.memory_from
         if l <= first:

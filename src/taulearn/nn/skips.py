@@ -1,11 +1,12 @@
 """The maps P_j^l that carry the state of layer j to the width of layer l (Antil, Diaz, Herberg 2022, section 2).
 
-A skip map is asked with two state numbers 0 <= source < target <= N and answers the carried state, or None where the map is zero. By default the
-first layer changes the space (inputs to features), so P_0^l = 0.
+A skip map is asked with two state numbers 0 <= source < target <= N and answers the carried state, or None where the
+map is zero. By default the first layer changes the space (inputs to features), so P_0^l = 0.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Skips(nn.Module):
         return self.carry(y, source, target)
 
     def is_identity(self, layer: int) -> bool:
-        """Whether the skip past ``layer`` (from state layer to state layer + 1) is the identity, so that a zero step deletes the layer exactly."""
+        """Whether the skip past ``layer`` is the identity, so that a zero step deletes the layer."""
         return (layer > 0 or self.from_input) and self.unchanged(layer)
 
     @abstractmethod
@@ -48,7 +49,7 @@ class Skips(nn.Module):
 
 
 class IdentitySkips(Skips):
-    """States of one shape throughout: every skip is the identity, but for the first, which is zero unless ``from_input``.
+    """States of one shape: every skip is the identity, but for the first, which is zero unless ``from_input``.
 
     Args:
         num_steps: Number of layers.
@@ -70,7 +71,9 @@ class IdentitySkips(Skips):
 
 
 class PadSkips(Skips):
-    """Vectors of different widths: a longer one is truncated, a shorter one padded with zeros, directly from source to target; no parameters.
+    """Vectors of different widths: a longer one is truncated, a shorter one padded with zeros.
+
+    Directly from source to target, without parameters.
 
     Args:
         widths: Widths n_0 .. n_N of the states.
@@ -101,7 +104,9 @@ class PadSkips(Skips):
 
 
 class ComposedSkips(Skips):
-    """One module per layer, composed along the layers: P_j^l = P_{l-1}^l .. P_j^{j+1}. Learned linear maps, or the 1x1 convolutions of a ResNet.
+    """One module per layer, composed along the layers: P_j^l = P_{l-1}^l .. P_j^{j+1}.
+
+    Learned linear maps, or the 1x1 convolutions of a ResNet.
 
     Args:
         maps: For each layer the module past it; None (or ``torch.nn.Identity``) is the identity.
@@ -148,6 +153,6 @@ def learned_skips(
         8
     """
     maps: list[nn.Module | None] = [None]
-    for n, m in zip(widths[1:-1], widths[2:], strict=True):
+    for n, m in pairwise(widths[1:]):
         maps.append(None if n == m else nn.Linear(n, m, bias=False, dtype=dtype, device=device))
     return ComposedSkips(maps)

@@ -1,9 +1,15 @@
-"""The step sizes of a network, one vector with its constraint (Antil, Diaz, Herberg 2022, section 5; Herberg, Herzog, Koehne 2023, section 3).
+"""The step sizes of a network, one vector with its constraint.
+
+The constraints:
 
     free        tau is the parameter
     fixed       tau is a buffer: in the state dict, never trained
-    dependent   tau_{N-1} = T - (tau_0 + .. + tau_{N-2}), computed in the forward pass, so that gradients flow through it
+    dependent   tau_{N-1} = T - (tau_0 + .. + tau_{N-2}), computed in the forward pass: gradients flow through it
     simplex     tau is the parameter, projected after each optimiser step onto {tau >= lower_bound, sum tau = T}
+
+References:
+    Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks, section 5.
+    Herberg, Herzog, Koehne (2023), Time regularization in optimal time variable learning, section 3.
 """
 
 import math
@@ -20,13 +26,15 @@ CONSTRAINTS = ("free", "fixed", "dependent", "simplex")
 
 
 class TimeSteps(nn.Module):
-    """One vector of time steps tau with its constraint; the module that networks, penalties, pruning and records talk to.
+    """One vector of time steps tau with its constraint, which networks, penalties, pruning and records talk to.
 
     Args:
         num_steps: Number N >= 1 of layers with a time step.
         horizon: Time horizon T > 0, in the unit of tau.
-        constraint: "free", "fixed", "dependent" (the last step is T minus the others) or "simplex" (positive with sum T).
-        lower_bound: Smallest step after :meth:`project_`; with "dependent" also the smallest effective last step. None: no bound (simplex: 0).
+        constraint: "free", "fixed", "dependent" (the last step is T minus the others) or "simplex" (positive with sum
+            T).
+        lower_bound: Smallest step after :meth:`project_`; with "dependent" also the smallest effective last step. None:
+            no bound (simplex: 0).
         init: Step size of every layer, or one per layer. None: horizon / num_steps.
         dtype: Floating point type of tau.
         device: Where tau lives.
@@ -59,9 +67,13 @@ class TimeSteps(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"num_steps must be an integer >= 1, got {num_steps!r}: a network needs at least one layer")
+            raise ValueError(
+                f"num_steps must be an integer >= 1, got {num_steps!r}: a network needs at least one layer"
+            )
         if not (math.isfinite(horizon) and horizon > 0):
-            raise ValueError(f"horizon must be a positive finite number, got {horizon!r}: it is the time the steps add up to")
+            raise ValueError(
+                f"horizon must be a positive finite number, got {horizon!r}: it is the time the steps add up to"
+            )
         if constraint not in CONSTRAINTS:
             raise unknown_name("constraint", constraint, CONSTRAINTS)
         if lower_bound is not None and not (math.isfinite(lower_bound) and lower_bound >= 0):

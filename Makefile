@@ -1,0 +1,60 @@
+# `make demo` and `make test` need Python >= 3.11 and nothing else: the environment is made on the first call.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Test processes run side by side, so each keeps to one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+ifneq ($(wildcard ../shared/data),)
+export TAULEARN_DATA ?= $(CURDIR)/../shared/data
+endif
+
+.PHONY: help env demo test test-all lint format types bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+env: $(STAMP) ## the virtual environment .venv with pinned versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "taulearn needs Python >= 3.11, but '$(PYTHON)' is not on the PATH; name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "taulearn needs Python >= 3.11, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: $(STAMP) ## train and prune a residual network on the digits, and leave a report
+	$(BIN)/taulearn train --data digits --network resnet --hidden-layers 6 --width 100 --l1 0.01 --prune 0.01 \
+	  --epochs 20 --seed 0 --run runs/demo --overwrite
+	@test -f runs/demo/report.html && echo "report: $(CURDIR)/runs/demo/report.html"
+
+test: $(STAMP) ## the tests and the examples in the docstrings, without the long ones
+	$(PYTEST)
+
+test-all: $(STAMP) ## every test
+	$(PYTEST) -m ""
+
+lint: $(STAMP) ## ruff: rules and layout
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+bench: $(STAMP) ## seconds per epoch against hand-written loops
+	$(BIN)/python benchmarks/training_step.py
+
+clean: ## remove build output and caches; .venv and runs stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov docs/_build
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

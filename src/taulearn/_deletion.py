@@ -1,0 +1,105 @@
+"""The transaction of pruning: layers go from models and optimiser together, or everything stays as it was."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from .nn.schemes import Scheme
+from .nn.time_steps import TimeSteps
+
+
+class Prunable(Protocol):
+    """What pruning asks of a model."""
+
+    time_steps: TimeSteps
+    scheme: Scheme
+
+    def fixed_layers(self) -> dict[int, str]:
+        """Positions that must stay, with the reason."""
+
+    def keep_layers_(self, indices: Sequence[int]) -> None:
+        """Delete all other layers."""
+
+
+def check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse an optimiser that holds none of the model's parameters."""
+    own = {id(p) for p in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    strangers = sum(id(p) not in own for p in held)
+    if strangers == len(held):
+        raise ValueError(
+            "optimizer must hold the model's parameters, got one that holds none of them: make it from this model, "
+            "and hand it to every call of prune"
+        )
+
+
+@contextmanager
+def all_or_nothing(models: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Put modules and optimiser back when the body fails; it changes no tensor, so that references suffice."""
+    modules = [
+        (module, {k: copy.copy(v) if isinstance(v, (dict, list, set)) else v for k, v in vars(module).items()})
+        for model in models
+        for module in model.modules()
+    ]
+    groups = [] if optimizer is None else [(group, {**group}, [*group["params"]]) for group in optimizer.param_groups]
+    states = {} if optimizer is None else {p: dict(state) for p, state in optimizer.state.items()}
+    try:
+        yield
+    except BaseException:
+        for module, attributes in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for group, options, parameters in groups:
+            group.clear()
+            group.update(options)
+            group["params"][:] = parameters
+        if optimizer is not None:
+            optimizer.state.clear()
+            optimizer.state.update(states)
+        raise
+
+
+def delete(models: Sequence[nn.Module], kept: Sequence[int], optimizer: torch.optim.Optimizer | None) -> str:
+    """Delete the layers and mend the optimiser; returns what became of its state."""
+    model = models[0]
+    steps = cast(Prunable, model).time_steps
+    old = steps.values
+    names_before: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    own = list(kept[:-1] if steps.constraint == "dependent" else kept)
+    for each in models:
+        cast(Prunable, each).keep_layers_(kept)
+    new = steps.values
+    index = torch.tensor(own, dtype=torch.long, device=old.device)
+    if old.grad is not None:
+        new.grad = old.grad[index]
+    if optimizer is None:
+        return "none"
+
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    removed = names_before.keys() - names.keys() - {old}
+    per_parameter = not isinstance(optimizer, torch.optim.LBFGS)
+    state = optimizer.state.pop(old, None)
+    for group in optimizer.param_groups:
+        if "param_names" in group:  # of an optimiser made from named parameters: layers have new numbers
+            group["param_names"] = [
+                names[new if p is old else p] if name == names_before.get(p) else name
+                for p, name in zip(group["params"], group["param_names"], strict=True)
+                if p not in removed
+            ]
+        group["params"][:] = [new if p is old else p for p in group["params"] if p not in removed]
+    for p in removed:
+        optimizer.state.pop(p, None)
+    if not per_parameter:
+        optimizer.state.clear()
+        cast(Any, optimizer)._numel_cache = None
+        return "reset"
+    if state is not None:
+        optimizer.state[new] = {
+            key: value[index] if isinstance(value, Tensor) and value.shape == old.shape and value.ndim else value
+            for key, value in state.items()
+        }
+    return "exact"

@@ -1,0 +1,43 @@
+"""What the functions of the package share: checks of their arguments, and the precision they work in."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def to_double(y: Tensor) -> Tensor:
+    """Cast y to double precision, real or complex."""
+    return y.to(torch.promote_types(y.dtype, torch.float64))
+
+
+def check_order(gamma: float) -> float:
+    """Check that gamma is a number in (0, 1) and return it as a float that is a constant under torch.compile."""
+    if isinstance(gamma, Tensor):
+        raise TypeError("gamma must be a number, got a tensor: gradients with respect to the order are not computed")
+    # A call the compiler evaluates while tracing. A float left symbolic gave wrong results (pytorch issue 194976).
+    order = math.fsum((gamma,))
+    if not 0.0 < order < 1.0:
+        raise ValueError(
+            f"gamma must lie in (0, 1), got {order:g}: it is the order of the derivative, and 1 is the residual scheme"
+        )
+    return order
+
+
+def check_steps(tau: Tensor, *, validate: bool) -> None:
+    if not tau.is_floating_point():
+        raise TypeError(f"tau must be a floating point tensor, got {tau.dtype}: give step sizes as float32 or float64")
+    if tau.ndim != 1 or tau.shape[0] == 0:
+        raise ValueError(f"tau must be a vector of at least one step size, got shape {tuple(tau.shape)}")
+    if validate and not torch.compiler.is_compiling():
+        bad = ~((tau > 0) & torch.isfinite(tau)).detach()
+        try:
+            found = bool(bad.any())
+        except RuntimeError as error:
+            raise RuntimeError("validate must be False under torch.func.vmap: the values of tau are hidden") from error
+        if found:
+            index = int(bad.int().argmax())
+            raise ValueError(
+                f"tau must be positive and finite, got tau[{index}] = {tau[index].item():g}: "
+                "a fractional scheme needs steps with a lower bound, such as lower_bound=1e-4"
+            )

@@ -1,0 +1,15 @@
+"""Named data sets as tensors: `load("mnist")` gives a pair of inputs and targets.
+
+`names()` lists them, `describe()` says where their files lie, `fetch` downloads, `verify` checks the files.
+"""
+
+from .catalog import (
+    Description as Description,
+    describe as describe,
+    fetch as fetch,
+    load as load,
+    names as names,
+    verify as verify,
+)
+from .files import DataError as DataError
+from .samples import Samples as Samples

@@ -1,0 +1,220 @@
+"""The data sets by name.
+
+A new one is one more entry of CATALOGUE: a `Generated` with its function, or a `DataSet` of its own with files.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from .._errors import unknown_name
+from .cifar import CIFAR10, CIFAR100
+from .digits import DIGITS
+from .files import DataFile, check
+from .idx import FASHION_MNIST, MNIST
+from .samples import DataSet, Samples
+from .synthetic import NESTED_SPHERES, PEAKS, SINE
+
+CATALOGUE: Mapping[str, DataSet] = {
+    entry.name: entry for entry in (DIGITS, MNIST, FASHION_MNIST, CIFAR10, CIFAR100, PEAKS, SINE, NESTED_SPHERES)
+}
+
+
+class Description(NamedTuple):
+    """One line of `taulearn data list`.
+
+    Attributes:
+        name: What `load` takes.
+        kind: "images", "classification" or "regression".
+        samples: Number of samples of each split.
+        shape: Shape of one input.
+        classes: Number of classes, None for a regression.
+        location: "built in", the folder that holds the files, "not there", or which part is there.
+
+    Example:
+        >>> next(row.shape for row in describe() if row.name == "cifar10")
+        (3, 32, 32)
+    """
+
+    name: str
+    kind: str
+    samples: Mapping[str, int]
+    shape: tuple[int, ...]
+    classes: int | None
+    location: str
+
+
+def names() -> tuple[str, ...]:
+    """The names that `load` takes.
+
+    Example:
+        >>> names()[:3]
+        ('digits', 'mnist', 'fashion-mnist')
+    """
+    return tuple(CATALOGUE)
+
+
+def load(
+    name: str,
+    split: str = "train",
+    *,
+    root: str | Path | None = None,
+    download: bool = True,
+    as_uint8: bool = False,
+) -> Samples:
+    """A named data set as a pair of tensors.
+
+    Args:
+        name: One of `names()`.
+        split: "train" or "test"; peaks, sine and nested-spheres also have "validation".
+        root: Folder of the data files; by default $TAULEARN_DATA, else the user's cache folder.
+        download: Fetch files that are not there.
+        as_uint8: Leave images that are stored as bytes (mnist, fashion-mnist, cifar10, cifar100) in uint8, 0 to 255,
+            for a quarter of the memory; other data sets come as they always do.
+
+    Returns:
+        Images as (n, channels, height, width), float32 in [0, 1], with classes as (n,), int64; other inputs as
+        (n, features), float32, with classes (n,), int64, or values (n, outputs), float32.
+
+    Raises:
+        ValueError: Unknown name or split.
+        DataError: A file does not hold what it must.
+        FileNotFoundError: A file is not there and `download` is False.
+        ConnectionError: No mirror delivered a file that is not there.
+
+    Example:
+        >>> inputs, targets = load("digits")
+        >>> inputs.shape, targets.shape
+        (torch.Size([1442, 1, 8, 8]), torch.Size([1442]))
+    """
+    entry = _entry(name)
+    if split not in entry.samples:
+        raise unknown_name("split", split, entry.samples)
+    files = entry.files(split)
+    folder = _root(root) if files else Path()
+    if download:
+        for file in files:
+            _find_or_download(file, folder)
+    samples = entry.read(split, folder)
+    if entry.kind == "images" and not as_uint8 and not samples.inputs.is_floating_point():
+        samples = samples._replace(inputs=samples.inputs.float().div_(255))
+    return samples
+
+
+def fetch(name: str, *, root: str | Path | None = None) -> tuple[Path, ...]:
+    """Download the files of a data set that are not there, and check all of them.
+
+    Args:
+        name: One of `names()`.
+        root: As in `load`.
+
+    Returns:
+        The files; none for a data set that needs no download.
+
+    Raises:
+        ValueError: Unknown name.
+        DataError: A file that was there does not hold what it must.
+        ConnectionError: No mirror delivered.
+
+    Example:
+        >>> fetch("digits")
+        ()
+    """
+    files = _files(_entry(name))
+    folder = _root(root) if files else Path()
+    for file in files:
+        _find_or_download(file, folder)
+    return verify(name, root=root)
+
+
+def verify(name: str, *, root: str | Path | None = None) -> tuple[Path, ...]:
+    """Read the files of a data set once and compare length and checksum of their content.
+
+    Args:
+        name: One of `names()`.
+        root: As in `load`.
+
+    Returns:
+        The files, which are all in order; none for a data set that needs no download.
+
+    Raises:
+        ValueError: Unknown name.
+        DataError: A file does not hold what it must.
+        FileNotFoundError: A file is not there.
+
+    Example:
+        >>> verify("digits")
+        ()
+    """
+    files = _files(_entry(name))
+    folder = _root(root) if files else Path()
+    paths = tuple(file.find(folder) for file in files)
+    for file, path in zip(files, paths, strict=True):
+        check(file, path)
+    return paths
+
+
+def describe(*, root: str | Path | None = None) -> tuple[Description, ...]:
+    """What there is and where it lies; whether the files are in order is for `verify` to say.
+
+    Args:
+        root: As in `load`.
+
+    Returns:
+        One row per data set.
+
+    Example:
+        >>> describe()[0].location
+        'built in'
+    """
+    folder = _root(root)
+    return tuple(
+        Description(entry.name, entry.kind, entry.samples, entry.shape, entry.classes, _location(entry, folder))
+        for entry in CATALOGUE.values()
+    )
+
+
+def _entry(name: str) -> DataSet:
+    if name not in CATALOGUE:
+        raise unknown_name("name", name, CATALOGUE)
+    return CATALOGUE[name]
+
+
+def _root(root: str | Path | None) -> Path:
+    if root is None:
+        root = os.environ.get("TAULEARN_DATA") or None
+    if root is None:
+        import pooch
+
+        root = pooch.os_cache("taulearn")
+    return Path(root).expanduser()
+
+
+def _files(entry: DataSet) -> tuple[DataFile, ...]:
+    return tuple(dict.fromkeys(file for split in entry.samples for file in entry.files(split)))
+
+
+def _find_or_download(file: DataFile, root: Path) -> Path:
+    try:
+        return file.find(root)
+    except FileNotFoundError:
+        from .download import download
+
+        return download(file, root)
+
+
+def _location(entry: DataSet, root: Path) -> str:
+    files = _files(entry)
+    if not files:
+        return "built in"
+    there = []
+    for file in files:
+        try:
+            there.append(file.find(root))
+        except FileNotFoundError:
+            continue
+    if not there:
+        return "not there"
+    folder = str(there[0].parent)
+    return folder if len(there) == len(files) else f"{folder} ({len(there)} of {len(files)} files)"

@@ -1,0 +1,177 @@
+"""Files whose content is known beforehand, by length and md5 checksum of the payload.
+
+The payload of a gzip file is what it holds once decompressed. The checksum of the .gz file itself says nothing: the
+same content can be compressed in many ways, and mirrors did so.
+"""
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+from jaxtyping import UInt8
+
+_BLOCK = 1 << 20
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+class DataError(ValueError):
+    """A data file that does not hold what it must hold.
+
+    Attributes:
+        path: The file.
+        reason: What was expected and what was found.
+
+    Example:
+        >>> print(DataError(Path("train.gz"), "expected 784 bytes, found 12", "delete the file"))
+        train.gz: expected 784 bytes, found 12: delete the file
+    """
+
+    def __init__(self, path: Path, reason: str, remedy: str) -> None:
+        super().__init__(f"{path}: {reason}: {remedy}")
+        self.path = path
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFile:
+    """A file of a data set, where it lies and what it must hold.
+
+    Attributes:
+        dataset: Name of the data set, for the remedy in errors.
+        path: Place below the root, with forward slashes.
+        size: Bytes of the payload.
+        md5: Checksum of the payload, hexadecimal.
+        mirrors: Addresses of folders that hold the file, tried in turn; each ends in a slash.
+        gzipped: The payload is the decompressed content. The file may then also lie there decompressed, without ".gz".
+        header: Bytes that the payload begins with.
+
+    Example:
+        >>> file = DataFile(dataset="mnist", path="labels.gz", size=10008, md5="27ae3e4e", mirrors=(), gzipped=True)
+        >>> file.find(Path("nowhere"))
+        Traceback (most recent call last):
+        FileNotFoundError: nowhere/labels.gz is not there: run `taulearn data fetch mnist`, or set TAULEARN_DATA ...
+    """
+
+    dataset: str
+    path: str
+    size: int
+    md5: str
+    mirrors: tuple[str, ...]
+    gzipped: bool = False
+    header: bytes = b""
+
+    def find(self, root: Path) -> Path:
+        """The file as it lies below `root`, decompressed before compressed.
+
+        Raises:
+            FileNotFoundError: Neither is there.
+        """
+        path = root / self.path
+        candidates = (path.with_suffix(""), path) if self.gzipped else (path,)
+        for candidate in candidates:
+            if candidate.exists():
+                return candidate
+        raise FileNotFoundError(
+            f"{path} is not there: run `taulearn data fetch {self.dataset}`, or set TAULEARN_DATA (or root) to the "
+            f"folder that holds {self.path}"
+        )
+
+    def error(self, path: Path, reason: str) -> DataError:
+        """The error that says that `path` is not this file."""
+        return DataError(path, reason, f"delete the file and run `taulearn data fetch {self.dataset}`")
+
+
+def blocks(file: DataFile, path: Path) -> Iterator[bytes]:
+    """The payload of `path` piece by piece; it is checked as a whole only once the iterator is exhausted.
+
+    At most one byte more than the expected length is asked of the decompressor: a decompression bomb stays harmless.
+
+    Args:
+        file: What the payload must be.
+        path: Where it lies; whether it is compressed is seen from its first bytes.
+
+    Yields:
+        Pieces of at most 1 MiB.
+
+    Raises:
+        DataError: Wrong first bytes, length or checksum, or a damaged gzip stream.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "hello"
+        >>> _ = path.write_bytes(b"hello")
+        >>> file = DataFile(dataset="hello", path="hello", size=5, md5=hashlib.md5(b"hello").hexdigest(), mirrors=())
+        >>> b"".join(blocks(file, path))
+        b'hello'
+    """
+    digest = hashlib.md5(usedforsecurity=False)
+    found = 0
+    with _open(file, path) as stream:
+        while block := _read(file, path, stream, min(_BLOCK, file.size + 1 - found)):
+            if found == 0 and not block.startswith(file.header[: len(block)]):
+                start = block[: len(file.header)].hex(" ", 4)
+                raise file.error(path, f"expected content that begins with {file.header.hex(' ', 4)}, found {start}")
+            found += len(block)
+            if found > file.size:
+                raise file.error(path, f"expected {file.size} bytes of content, found more")
+            digest.update(block)
+            yield block
+    if found < file.size:
+        raise file.error(path, f"expected {file.size} bytes of content, found {found}")
+    if digest.hexdigest() != file.md5:
+        raise file.error(path, f"expected content with the md5 checksum {file.md5}, found {digest.hexdigest()}")
+
+
+def check(file: DataFile, path: Path) -> None:
+    """Read `path` once and raise DataError where its payload is not the expected one.
+
+    Example:
+        >>> file = DataFile(dataset="mnist", path="labels", size=10008, md5="", mirrors=())
+        >>> check(file, Path("/dev/null"))
+        Traceback (most recent call last):
+        taulearn.data.files.DataError: /dev/null: expected 10008 bytes of content, found 0: delete the file and run ...
+    """
+    for _ in blocks(file, path):
+        pass
+
+
+def read(file: DataFile, path: Path) -> UInt8[np.ndarray, " size"]:
+    """The checked payload of `path` in one array; nothing else of its length is held meanwhile.
+
+    Raises:
+        DataError: As `blocks`.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "hello"
+        >>> _ = path.write_bytes(b"hello")
+        >>> md5 = hashlib.md5(b"hello").hexdigest()
+        >>> read(DataFile(dataset="hello", path="hello", size=5, md5=md5, mirrors=()), path)
+        array([104, 101, 108, 108, 111], dtype=uint8)
+    """
+    payload = np.empty(file.size, dtype=np.uint8)
+    start = 0
+    for block in blocks(file, path):
+        payload[start : start + len(block)] = np.frombuffer(block, dtype=np.uint8)
+        start += len(block)
+    return payload
+
+
+def _open(file: DataFile, path: Path) -> BinaryIO:
+    if file.gzipped:
+        with path.open("rb") as stream:
+            if stream.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC:
+                return cast(BinaryIO, gzip.open(path, "rb"))
+    return path.open("rb")
+
+
+def _read(file: DataFile, path: Path, stream: BinaryIO, size: int) -> bytes:
+    try:
+        return stream.read(size)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise file.error(path, f"expected a complete gzip file, found a damaged one ({error})") from error

@@ -1,0 +1,32 @@
+"""Trainings described by their settings alone: read, check, run and resume them.
+
+The names are resolved on first use, so that reading and checking settings does not import torch.
+
+Example:
+    >>> from taulearn.experiments import TrainConfig
+    >>> TrainConfig(hidden_layers=8).lr
+    0.01
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import TrainConfig as TrainConfig
+    from .training import Result as Result, resume as resume, train as train
+
+__all__ = ["Result", "TrainConfig", "resume", "train"]
+
+_HOMES = {"Result": ".training", "TrainConfig": ".config", "resume": ".training", "train": ".training"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,292 @@
+"""Figures of the papers, drawn from records with matplotlib.
+
+Each function takes ``ax``, returns the Axes and shows nothing; without ``ax`` it makes a figure of its own, outside
+pyplot, so it works without a display.
+Save with ``ax.figure.savefig(path)``.
+
+References:
+    Herberg, Herzog, Koehne (2023), Time regularization in optimal time variable learning, figures 4.1 to 4.6.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from taulearn.report.records import (
+    Column,
+    HistoryRecord,
+    Runs,
+    finite_line,
+    named_histories,
+    penalty_names,
+    running_mean,
+    tau_lines,
+    thin,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+    from matplotlib.typing import LineStyleType
+
+# Okabe and Ito's colours, told apart under the common colour vision deficiencies; black is the sum's, yellow too pale.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D31", "#7F7F7F")
+LEGEND_LIMIT = 12
+POINTS = 2000
+
+
+def tau_trajectories(
+    history: HistoryRecord, *, ax: "Axes | None" = None, show_sum: bool = True, raw: bool = False
+) -> "Axes":
+    """The time steps over the iterations, on a logarithmic axis, as in figures 4.4 to 4.6.
+
+    One line per layer, ending with a cross where the layer was deleted, and their sum.
+
+    Args:
+        history: The record of a run.
+        ax: Where to draw; None makes a figure.
+        show_sum: Draw the sum of the time steps (dashed, black).
+        raw: Draw the time steps before the lower bound was applied, where the record tells them apart (constraint
+            "dependent" with a lower bound).
+
+    Returns:
+        The Axes. Lines are labelled by the layers' numbers at the start; beyond 12 layers the legend names some of
+        them.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> tau = np.array([[0.5, 0.5], [0.6, np.nan]])
+        >>> history = SimpleNamespace(iterations={"tau": tau}, epochs={}, deletions=[])
+        >>> ax = tau_trajectories(history)
+        >>> ax.get_xscale(), len(ax.lines)
+        ('log', 3)
+    """
+    outside = ax is None
+    ax = _axes(ax)
+    layers, total = tau_lines(history, raw=raw, limit=POINTS)
+    colours = palette(len(layers))
+    handles: list[Artist] = []
+    for layer, (line, colour) in enumerate(zip(layers, colours, strict=True)):
+        handles += ax.plot(line.x, line.y, color=colour, linewidth=1.4, label=rf"$\tau^{{[{layer}]}}$")
+    if len(handles) > LEGEND_LIMIT:
+        handles = [
+            handles[layer] for layer in np.unique(np.linspace(0, len(handles) - 1, LEGEND_LIMIT).round().astype(int))
+        ]
+    if show_sum:
+        handles += ax.plot(
+            total.x, total.y, color="black", linestyle="--", linewidth=1.2, label=r"$\sum\,\tau^{[\ell]}$"
+        )
+    ends = [(layers[gone.layer], colours[gone.layer]) for gone in history.deletions if len(layers[gone.layer].x)]
+    if ends:
+        x, y = [line.x[-1] for line, _ in ends], [line.y[-1] for line, _ in ends]
+        ax.scatter(
+            x, y, c=[colour for _, colour in ends], marker="X", s=55, edgecolors="white", linewidths=0.7, zorder=3
+        )
+        handles.append(_end_mark())
+    ax.set_xscale("log")
+    ax.set_xlim(left=1)
+    ax.set_xlabel("Iteration")
+    ax.set_ylabel(r"Value of $\tau$" + (" (raw)" if raw else ""))
+    if outside:
+        ax.legend(handles=handles, fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        ax.legend(handles=handles, fontsize="small", ncols=2 if len(handles) > 8 else 1)
+    return ax
+
+
+def losses(
+    runs: Runs,
+    *,
+    ax: "Axes | None" = None,
+    by: str = "epoch",
+    smooth: int = 1,
+    total: bool = True,
+    validation: bool = False,
+) -> "Axes":
+    """Loss curves of several runs side by side.
+
+    The data loss is solid, the total with all penalties dashed, the validation loss dotted.
+
+    Args:
+        runs: A run, a history, a list of them, or a mapping from names to them.
+        ax: Where to draw; None makes a figure.
+        by: "epoch" draws the mean over each epoch, "iteration" the loss of each batch.
+        smooth: Mean over that many rows (the row and those before it); 1 leaves the values as they are.
+        total: Draw the total as well, for the runs that have penalties.
+        validation: Draw the loss on the validation data as well, where recorded.
+
+    Returns:
+        The Axes, loss on a logarithmic axis where all values are positive.
+
+    Raises:
+        ValueError: If ``by`` is another name, ``smooth`` is below 1, or there is no run.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> history = SimpleNamespace(iterations={"loss": np.array([2.0, 1.0])}, epochs={}, deletions=[])
+        >>> losses({"free": history}, by="iteration").lines[0].get_label()
+        'free'
+    """
+    if by not in ("epoch", "iteration"):
+        raise ValueError(
+            f"by must be 'epoch' or 'iteration', got {by!r}: the loss is recorded per batch and as mean per epoch"
+        )
+    pairs = named_histories(runs)
+    ax = _axes(ax)
+    handles: list[Line2D] = []
+    drawn: dict[str, LineStyleType] = {}
+    for (name, history), colour in zip(pairs, palette(len(pairs)), strict=True):
+        columns = history.epochs if by == "epoch" else history.iterations
+        prefix = "train." if by == "epoch" else ""
+        curves: list[tuple[Column | None, LineStyleType, str]] = [(columns.get(f"{prefix}loss"), "-", "data loss")]
+        if total and penalty_names(history):
+            curves.append((columns.get(f"{prefix}total"), "--", "total with penalties"))
+        for column, style, meaning in curves:
+            if column is not None:
+                first = 0 if by == "epoch" else 1
+                rows = thin(len(column), POINTS)
+                line = finite_line(rows + first, running_mean(column, smooth)[rows])
+                label = _plain(name if style == "-" else f"{name}, {meaning}")
+                curve = ax.plot(line.x, line.y, style, color=colour, linewidth=1.4, label=label)
+                handles += curve if style == "-" else []
+                drawn[meaning] = style
+        if validation and "validation.loss" in history.epochs:
+            x = (
+                np.arange(len(history.epochs["validation.loss"]))
+                if by == "epoch"
+                else np.asarray(history.epochs["iteration"])
+            )
+            line = finite_line(x, running_mean(history.epochs["validation.loss"], smooth if by == "epoch" else 1))
+            ax.plot(line.x, line.y, ":", color=colour, linewidth=1.6, label=_plain(f"{name}, validation loss"))
+            drawn["validation loss"] = ":"
+    values = [np.asarray(line.get_ydata()) for line in ax.lines]
+    if values and all((value > 0).all() for value in values):
+        ax.set_yscale("log")
+    ax.set_xlabel("Epoch" if by == "epoch" else "Iteration")
+    ax.set_ylabel("Loss")
+    _legend(ax, handles, drawn if len(drawn) > 1 else {})
+    return ax
+
+
+def accuracy(runs: Runs, *, ax: "Axes | None" = None, smooth: int = 1) -> "Axes":
+    """Accuracy on the validation data over the epochs, several runs side by side, as in figures 4.1 to 4.3.
+
+    Args:
+        runs: A run, a history, a list of them, or a mapping from names to them.
+        ax: Where to draw; None makes a figure.
+        smooth: Mean over that many epochs; 1 leaves the values as they are.
+
+    Returns:
+        The Axes; epoch 0 is before training.
+
+    Raises:
+        ValueError: If a run has no recorded accuracy, ``smooth`` is below 1, or there is no run.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> history = SimpleNamespace(iterations={}, epochs={"validation.accuracy": np.array([0.1, 0.8])}, deletions=[])
+        >>> accuracy({"free": history}).get_ylabel()
+        'Accuracy'
+    """
+    pairs = named_histories(runs)
+    for name, history in pairs:
+        if "validation.accuracy" not in history.epochs:
+            raise ValueError(f"runs must have a validation accuracy, got {name!r} without: train with validation data")
+    ax = _axes(ax)
+    handles: list[Line2D] = []
+    for (name, history), colour in zip(pairs, palette(len(pairs)), strict=True):
+        column = history.epochs["validation.accuracy"]
+        line = finite_line(np.arange(len(column)), running_mean(column, smooth))
+        handles += ax.plot(line.x, line.y, color=colour, linewidth=1.4, label=_plain(name))
+    ax.set_xlabel("Epoch")
+    ax.set_ylabel("Accuracy")
+    _legend(ax, handles, {})
+    return ax
+
+
+def layers_and_parameters(history: HistoryRecord, *, ax: "Axes | None" = None) -> "Axes":
+    """Number of layers (left axis) and of parameters (right axis) over the epochs.
+
+    Args:
+        history: The record of a run.
+        ax: Where to draw; None makes a figure.
+
+    Returns:
+        The left Axes; both axes start at zero.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> epochs = {"layers": np.array([6, 5]), "parameters": np.array([130006, 119905])}
+        >>> history = SimpleNamespace(iterations={}, epochs=epochs, deletions=[])
+        >>> layers_and_parameters(history).get_ylabel()
+        'Layers'
+    """
+    ax = _axes(ax)
+    epoch = np.arange(len(history.epochs["layers"]))
+    (left,) = ax.step(epoch, history.epochs["layers"], where="post", color=PALETTE[0], linewidth=1.6, label="layers")
+    right_axes = ax.twinx()
+    (right,) = right_axes.step(
+        epoch,
+        history.epochs["parameters"],
+        where="post",
+        color=PALETTE[3],
+        linestyle="--",
+        linewidth=1.6,
+        label="parameters",
+    )
+    ax.set_ylim(0, 1.08 * max(1, np.max(history.epochs["layers"])))
+    right_axes.set_ylim(0, 1.08 * max(1, np.max(history.epochs["parameters"])))
+    ax.locator_params(integer=True)
+    right_axes.yaxis.set_major_formatter("{x:,.0f}")
+    ax.set_xlabel("Epoch")
+    ax.set_ylabel("Layers")
+    right_axes.set_ylabel("Parameters")
+    right_axes.spines["top"].set_visible(False)
+    ax.legend(handles=[left, right], fontsize="small", loc="lower left")
+    return ax
+
+
+def palette(count: int) -> list[str]:
+    """Colours of ``count`` lines: eight that are told apart by name, beyond that a ramp from first to last.
+
+    Example:
+        >>> palette(2)
+        ['#0072B2', '#E69F00']
+    """
+    if count <= len(PALETTE):
+        return list(PALETTE[:count])
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colour) for colour in colormaps["viridis"](np.linspace(0.0, 0.9, count))]
+
+
+def _axes(ax: "Axes | None") -> "Axes":
+    if ax is None:
+        from matplotlib.figure import Figure
+
+        ax = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained").subplots()
+        ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, color="0.9", linewidth=0.6)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def _end_mark() -> "Line2D":
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color="0.4", marker="X", linestyle="none", label="deleted")
+
+
+def _plain(name: str) -> str:
+    return name.replace("$", r"\$")
+
+
+def _legend(ax: "Axes", handles: "list[Line2D]", styles: "dict[str, LineStyleType]") -> None:
+    from matplotlib.lines import Line2D
+
+    labels = [str(handle.get_label()) for handle in handles]
+    meanings = [Line2D([], [], color="0.4", linestyle=style) for style in styles.values()]
+    if handles:
+        ax.legend([*handles, *meanings], [*labels, *styles], fontsize="small")

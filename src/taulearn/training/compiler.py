@@ -1,0 +1,58 @@
+"""torch.compile for functions that change with the network."""
+
+import itertools
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_COUNT = itertools.count()
+
+
+def compile_once(function: Callable[..., Any], *, fused: bool = False) -> Callable[..., Any]:
+    """Compile a function for one network structure.
+
+    torch counts recompilations per code object and gives up after a few; each call here makes a code object of its own, so that any number of
+    deletions compiles anew. When compilation fails (no C++ compiler, an operator the compiler does not know) the function runs uncompiled from then on, with
+    one warning that says why.
+
+    Args:
+        function: A function or bound method of tensors.
+        fused: Whether it is a pure function of tensors, for which the C++ wrapper may be used.
+
+    Returns:
+        The compiled function.
+
+    Example:
+        >>> compile_once(lambda x: x + 1)(torch.zeros(1))
+        tensor([1.])
+    """
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    own = types.FunctionType(
+        call.__code__.replace(co_name=f"taulearn_step_{next(_COUNT)}"), call.__globals__, None, None, call.__closure__
+    )
+    options: dict[str, Any] = {"fallback_random": True}
+    if fused and not torch.cuda.is_available():
+        options["cpp_wrapper"] = True
+    compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    working: list[Callable[..., Any]] = []
+
+    def run(*args: Any) -> Any:
+        if working:
+            return working[0](*args)
+        try:
+            result = compiled(*args)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"training goes on uncompiled, because compilation failed: {reason}", stacklevel=2)
+            working.append(function)
+            return function(*args)
+        working.append(compiled)
+        return result
+
+    return run

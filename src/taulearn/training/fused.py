@@ -1,0 +1,146 @@
+"""Some SGD steps as one compiled function of tensors: gradient, update, proximal step, projection and record.
+
+The Python side of a step costs as much as its arithmetic when layers are small. Here torch.func differentiates the objective as a pure function of the parameters,
+SGD's update rule is written out (torch.optim.SGD's own formulas), and inductor turns the whole into one call; the optimiser's state stays in the optimiser.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad
+
+from ..penalties import time_steps_of
+from .batches import LoaderBatches, TensorBatches
+from .compiler import compile_once
+from .objective import Objective, StepOptions
+
+UNROLL = 4
+"""Steps per compiled call: more save little and compile longer."""
+
+
+def why_not_fused(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    options: StepOptions,
+    batches: TensorBatches | LoaderBatches,
+) -> str | None:
+    """Why the steps cannot be fused, or None if they can."""
+    steps = time_steps_of(objective.model)
+    changing = [name for name, buffer in objective.named_buffers() if buffer is not steps.values]
+    reasons = {
+        "the optimiser is not plain torch.optim.SGD": type(optimizer) is not torch.optim.SGD,
+        "the model updates buffers": bool(changing),
+        "gradients are clipped": options.clip_norm is not None,
+        "batches are split": options.accumulate != 1,
+        "mixed precision": options.precision != "float32",
+        "weights are averaged": options.averaged is not None,
+        "batches come from a loader": isinstance(batches, LoaderBatches),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+class FusedSGD:
+    """``steps`` iterations of torch.optim.SGD in one compiled call.
+
+    Args:
+        objective: A pure function of its parameters.
+        optimizer: torch.optim.SGD with any groups, momentum, weight decay.
+        steps: Number of iterations per call.
+    """
+
+    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        self.objective, self.optimizer, self.steps = objective, optimizer, steps
+        self.time_steps = time_steps_of(objective.model)
+        position = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        tensors = dict(objective.named_parameters()) | dict(objective.named_buffers())
+        self.parameters = {name: t for name, t in tensors.items() if t.requires_grad and id(t) in position}
+        self.group_of = {name: position[id(p)] for name, p in self.parameters.items()}
+        self.constants = {name: t.detach() for name, t in tensors.items() if name not in self.parameters}
+        self.signature = self._signature()
+        self._call = compile_once(self._steps, fused=True)
+
+    def _signature(self) -> list[tuple[bool, ...]]:
+        """What decides the form of the update, group by group; the numbers themselves are inputs of the compiled function."""
+        forms = ("momentum", "weight_decay", "dampening", "nesterov", "maximize")
+        return [tuple(bool(group[name]) for name in forms) for group in self.optimizer.param_groups]
+
+    def ready(self) -> bool:
+        """Whether the optimiser is as it was at compilation and has its momentum buffers, which the first plain step makes."""
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        return self._signature() == self.signature and all(
+            not groups[i]["momentum"] or state[self.parameters[name]].get("momentum_buffer") is not None
+            for name, i in self.group_of.items()
+        )
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Take the steps.
+
+        Args:
+            inputs: The samples of all steps, (steps * batch, ...).
+            targets: Likewise.
+
+        Returns:
+            The records before each step, (steps, columns).
+        """
+        groups, parts = self.optimizer.param_groups, (self.steps, len(inputs) // self.steps)
+        values = {name: p.detach() for name, p in self.parameters.items()}
+        buffers = {
+            name: self.optimizer.state[self.parameters[name]]["momentum_buffer"]
+            for name, i in self.group_of.items()
+            if groups[i]["momentum"]
+        }
+        numbers = [
+            torch.tensor([float(group[name]) for name in ("lr", "momentum", "weight_decay", "dampening")], dtype=torch.float64)
+            for group in groups
+        ]
+        with torch.no_grad():
+            rows: Tensor = self._call(
+                values, buffers, self.constants, numbers, inputs.unflatten(0, parts), targets.unflatten(0, parts)
+            )
+        return rows
+
+    def _steps(
+        self,
+        values: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        constants: dict[str, Tensor],
+        numbers: list[Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> Tensor:
+        """The function that is compiled; it changes ``values`` and ``buffers`` in place at its end."""
+        now, momentum, rows = dict(values), dict(buffers), []
+        for x, z in zip(inputs.unbind(), targets.unbind(), strict=True):
+
+            def total(parameters: dict[str, Tensor], x: Tensor = x, z: Tensor = z) -> tuple[Tensor, Tensor]:
+                result: tuple[Tensor, Tensor] = functional_call(self.objective, (parameters, constants), (x, z))
+                return result
+
+            gradients, record = grad(total, has_aux=True)(now)
+            rows.append(record)
+            for name, gradient in gradients.items():
+                now[name] = self._update(name, now[name], gradient, momentum, numbers[self.group_of[name]])
+        for name, value in now.items():
+            values[name].copy_(value)
+        for name, buffer in momentum.items():
+            buffers[name].copy_(buffer)
+        return torch.stack(rows)
+
+    def _update(self, name: str, p: Tensor, g: Tensor, momentum: dict[str, Tensor], numbers: Tensor) -> Tensor:
+        """torch.optim.SGD's rule for one parameter; proximal step and projection for the time steps."""
+        lr, mu, decay, dampening = numbers.to(p.dtype).unbind()
+        has_momentum, has_decay, has_dampening, nesterov, maximize = self.signature[self.group_of[name]]
+        if maximize:
+            g = -g
+        if has_decay:
+            g = g + decay * p
+        if has_momentum:
+            momentum[name] = mu * momentum[name] + ((1 - dampening) * g if has_dampening else g)
+            g = g + mu * momentum[name] if nesterov else momentum[name]
+        p = p - lr * g
+        if self.parameters[name] is self.time_steps.values:
+            for penalty in self.objective.penalties:
+                p = penalty.proximal(p, lr)
+            p = self.time_steps.projected(p)
+        return p

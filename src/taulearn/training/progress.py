@@ -1,0 +1,55 @@
+"""What a run says while it runs: one bar on a terminal, one line per epoch elsewhere."""
+
+import sys
+import time
+
+from torch import Tensor
+
+_REFRESH_SECONDS = 0.2
+
+
+class Progress:
+    """One bar for the whole run, or plain lines where standard output is not a terminal.
+
+    Args:
+        iterations: Number of iterations of the whole run.
+        done: Number taken before.
+        enabled: False: say nothing.
+    """
+
+    def __init__(self, iterations: int, done: int, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self._bar = None
+        self._next = 0.0
+        if enabled and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), auto_refresh=False
+            )
+            self._task = self._bar.add_task("training", total=iterations, completed=done)
+            self._bar.start()
+
+    def advance(self, iteration: int, rows: Tensor, description: str) -> None:
+        """Show the newest loss, at most five times a second; only then is the device asked for it."""
+        if self._bar is None or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _REFRESH_SECONDS
+        self._bar.update(self._task, completed=iteration, description=f"{description}, loss {float(rows[-1, 0]):.4f}", refresh=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
+
+    def close(self, iteration: int) -> None:
+        """Take the bar away, leaving its last state."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=iteration, refresh=True)
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,147 @@
+"""A run's folder: the configuration, the record, the weights, the checkpoints, the report."""
+
+import os
+import platform
+import tomllib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ..files import write_bytes
+from .history import History
+
+FORMAT = 1
+
+
+class Run:
+    """One run's folder. Made by :meth:`create` or :meth:`open`.
+
+    Attributes:
+        path: The folder.
+        config: The configuration the run was started with.
+        versions: Versions of Python, torch and the package, and the number of threads.
+        decisions: How each "auto" was decided.
+
+    Example:
+        >>> import tempfile
+        >>> run = Run.create(Path(tempfile.mkdtemp()) / "first", {"epochs": 3})
+        >>> Run.open(run.path).config
+        {'epochs': 3}
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], versions: dict[str, Any], decisions: dict[str, str]) -> None:
+        self.path, self.config, self.versions, self.decisions = path, config, versions, decisions
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def history_path(self) -> Path:
+        """Where the record lies."""
+        return self.path / "history.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoint"
+
+    @property
+    def report_path(self) -> Path:
+        """Where the report goes."""
+        return self.path / "report.html"
+
+    @cached_property
+    def history(self) -> History:
+        """The record, read once.
+
+        Raises:
+            FileNotFoundError: If the run has none yet.
+        """
+        return History.load(self.history_path)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any], *, overwrite: bool = False) -> "Run":
+        """Make the folder and write its run.toml.
+
+        Args:
+            path: The folder, which must not exist or be empty.
+            config: The configuration; None values are left out (TOML has none).
+            overwrite: Whether the files of an earlier run in this folder are deleted.
+
+        Raises:
+            FileExistsError: If the folder is not empty and is not to be overwritten, or holds something that is not a run.
+        """
+        folder = Path(path)
+        if folder.is_dir() and any(folder.iterdir()):
+            if not overwrite:
+                raise FileExistsError(
+                    f"run {str(folder)!r} exists: choose another folder, pass overwrite (--overwrite), or go on with it (taulearn resume {folder})"
+                )
+            cls._clear(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        run = cls(folder, {k: v for k, v in config.items() if v is not None}, _versions(), {})
+        run._write()
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Run":
+        """Read a run's folder.
+
+        Raises:
+            FileNotFoundError: If there is no run.toml.
+            ValueError: If it is damaged or of another format version.
+        """
+        folder = Path(path)
+        file = folder / "run.toml"
+        if not file.is_file():
+            raise FileNotFoundError(f"run must be a folder with a run.toml, got {str(folder)!r}: there is none in it")
+        try:
+            content = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} must be a TOML file, got a damaged one ({error})") from error
+        if content.get("format") != FORMAT:
+            raise ValueError(
+                f"{file} must have format = {FORMAT}, got {content.get('format')!r}: the run belongs to another version of taulearn"
+            )
+        tables = [content.get(name, {}) for name in ("config", "versions", "decisions")]
+        if not all(isinstance(table, dict) for table in tables):
+            raise ValueError(f"{file} must hold the tables config, versions and decisions")
+        return cls(folder, *tables)
+
+    def decide(self, name: str, text: str) -> None:
+        """Record how an "auto" was decided."""
+        if self.decisions.get(name) != text:
+            self.decisions[name] = text
+            self._write()
+
+    def _write(self) -> None:
+        content = {"format": FORMAT, "config": self.config, "versions": self.versions, "decisions": self.decisions}
+        write_bytes(self.path / "run.toml", tomli_w.dumps(content).encode())
+
+    @staticmethod
+    def _clear(folder: Path) -> None:
+        """Delete an earlier run's own files, and nothing else."""
+        if not (folder / "run.toml").is_file():
+            raise FileExistsError(f"run {str(folder)!r} must not be overwritten: it holds files, but no run.toml; choose another folder")
+        names = ("run.toml", "history.safetensors", "model.safetensors", "model.json", "report.html")
+        for file in [folder / name for name in names] + list((folder / "checkpoint").glob("*.safetensors")):
+            file.unlink(missing_ok=True)
+
+
+def _versions() -> dict[str, Any]:
+    import torch
+
+    from .. import __version__
+
+    return {
+        "taulearn": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,44 @@
+"""The contract for the fully connected networks of the papers, on every scheme, with every kind of skip."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from contract import Case, TimeVariableContract
+from reference import network_output
+from torch import Tensor
+
+from taulearn.nn import TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
+
+SCHEMES: dict[str, Callable[..., TimeVariableNetwork]] = {
+    "feedforward": feedforward,
+    "residual": resnet,
+    "dense": densenet,
+    "fractional": fractional_dnn,
+    "fractional from 0": lambda *args, **options: fractional_dnn(*args, gamma=0.3, memory_from=0, **options),
+}
+WIDTHS: dict[str, int | list[int]] = {"equal": 3, "pad": [3, 2, 2, 4], "learned": [2, 3, 3, 2]}
+
+
+def inputs() -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(3, 2, 2, generator=generator, dtype=torch.float64)
+
+
+def make_case(scheme: str, widths: str) -> Case:
+    builder, skips = SCHEMES[scheme], "learned" if widths == "learned" else "pad"
+
+    def build(constraint: str) -> TimeVariableNetwork:
+        options = {"activation": "tanh", "horizon": 2.0, "constraint": constraint, "skips": skips}
+        return builder(4, WIDTHS[widths], 2, 4, dtype=torch.float64, **options)
+
+    compiled = widths == ("pad" if scheme == "fractional" else "equal")
+    return Case(f"{scheme}, {widths}", build, inputs, network_output, compiled)
+
+
+class TestFullyConnected(TimeVariableContract):
+    @pytest.fixture(params=[make_case(scheme, widths) for scheme in SCHEMES for widths in WIDTHS], ids=str)
+    def case(self, request: pytest.FixtureRequest) -> Case:
+        case = request.param
+        assert isinstance(case, Case)
+        return case
