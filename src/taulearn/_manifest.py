@@ -44,7 +44,7 @@ class Layer(_Part):
 
 
 class SkipMaps(_Part):
-    """Skips: padding takes its widths from the layers, composed skips have a linear map or None (identity) per layer."""
+    """Skips: padding takes its widths from the layers, composed skips a linear map or None (identity) per layer."""
 
     kind: Literal["identity", "pad", "composed"]
     from_input: bool

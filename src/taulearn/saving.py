@@ -143,8 +143,8 @@ def _read_manifest(folder: Path) -> Manifest:
         if manifests[-1].weights_sha256 == digest:
             return manifests[-1]
     raise ValueError(
-        f"{weights} must have the sha256 {manifests[0].weights_sha256} that {present[0].name} names, got {digest}: it is "
-        "damaged or from another save; take both files from one place, or save again"
+        f"{weights} must have the sha256 {manifests[0].weights_sha256} that {present[0].name} names, got {digest}: "
+        "it is damaged or from another save; take both files from one place, or save again"
     )
 
 
@@ -171,11 +171,17 @@ def _delete_layers(host: nn.Module, manifest: Manifest, folder: Path) -> None:
     kept, present = manifest.time_steps.origin, cast(Prunable, host).time_steps.origin
     if not set(kept) <= set(present):
         raise ValueError(
-            f"host must have the layers {list(kept)} that {folder} holds, got {list(present)}: "
+            f"host must have the layers {short(kept)} that {folder} holds, got {short(present)}: "
             "build it with as many layers as the saved model had at the start"
         )
     if len(kept) < len(present):
-        prune(host, keep=[present.index(layer) for layer in kept])
+        try:
+            prune(host, keep=[present.index(layer) for layer in kept])
+        except ValueError as error:
+            raise ValueError(
+                f"host must be a model whose layers can be deleted down to the {short(kept)} that {folder} holds, "
+                f"got one where they cannot ({error}): build it as the saved model was"
+            ) from error
 
 
 def _other_settings(host: nn.Module, manifest: Manifest) -> list[str]:
@@ -212,5 +218,6 @@ def _refuse(what: str, found: list[str], folder: Path) -> None:
     if found:
         listed = "; ".join(found[:10]) + (f"; and {len(found) - 10} more" if len(found) > 10 else "")
         raise ValueError(
-            f"{what} must be of the model whose tensors are in {folder / _WEIGHTS}, got {len(found)} differences: {listed}"
+            f"{what} must be of the model whose tensors are in {folder / _WEIGHTS}, "
+            f"got {len(found)} differences: {listed}"
         )

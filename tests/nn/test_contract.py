@@ -32,8 +32,7 @@ def make_case(scheme: str, widths: str) -> Case:
         options = {"activation": "tanh", "horizon": 2.0, "constraint": constraint, "skips": skips}
         return builder(4, WIDTHS[widths], 2, 4, dtype=torch.float64, **options)
 
-    compiled = widths == ("pad" if scheme == "fractional" else "equal")
-    return Case(f"{scheme}, {widths}", build, inputs, network_output, compiled)
+    return Case(f"{scheme}, {widths}", build, inputs, network_output)
 
 
 class TestFullyConnected(TimeVariableContract):

@@ -142,7 +142,7 @@ class Fractional(Scheme):
         self.step_power = self.gamma
 
     def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
-        weights = caputo.l1_weights(tau, self.gamma, validate=False).to(x.dtype)
+        weights = caputo.l1_weights(tau, self.gamma, validate=False)
         states = [x]
         for l, (layer, step) in enumerate(zip(layers, tau.unbind(), strict=True)):
             y = states[-1]
@@ -159,8 +159,9 @@ class Fractional(Scheme):
         a = weights[first:l]
         jumps = torch.cat([-a[:1], a[:-1] - a[1:], a[-1:]])
         carried = [skips(y, j, l + 1) for j, y in enumerate(states) if j >= first]
-        present = [y for y in carried if y is not None]
-        return torch.tensordot(jumps[len(carried) - len(present) :], torch.stack(present), dims=1)
+        present = torch.stack([y for y in carried if y is not None])
+        # the states' type, which under autocast is not the input's
+        return torch.tensordot(jumps[len(carried) - len(present) :].to(present.dtype), present, dims=1)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma:g}, memory_from={self.memory_from}"

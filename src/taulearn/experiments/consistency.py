@@ -1,0 +1,104 @@
+"""Which settings of a training contradict each other, or would change nothing, and why."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+
+def contradictions(config: "TrainConfig") -> Iterator[str]:
+    """The reasons why settings do not go together, one at a time.
+
+    Args:
+        config: Settings that are each in range.
+
+    Yields:
+        Sentences that name a setting, what it must be, why, and the remedy.
+
+    Example:
+        >>> from .config import TrainConfig
+        >>> next(contradictions(TrainConfig()), "none")
+        'none'
+    """
+    yield from _impossible(config)
+    yield from _without_effect(config)
+    if config.prune is not None:
+        yield from _not_prunable(config)
+
+
+def _impossible(config: "TrainConfig") -> Iterator[str]:
+    layers, bound = config.hidden_layers, config.lower_bound or 0.0
+    for name, numbers in (("width", config.width), ("init", config.init)):
+        if isinstance(numbers, tuple) and len(numbers) != layers:
+            yield f"{name} must be one number or {layers} (hidden_layers), got {len(numbers)}: change one of the two"
+    if config.constraint == "dependent" and layers == 1:
+        yield (
+            "constraint must not be 'dependent' with one hidden layer, whose step would always be the horizon: "
+            "use 'fixed', or more layers"
+        )
+    if config.constraint in ("simplex", "dependent") and bound * layers > config.horizon:
+        yield (
+            f"lower_bound * hidden_layers must not exceed horizon with constraint {config.constraint!r}, "
+            f"got {bound} * {layers} > {config.horizon}: lower the bound or raise the horizon"
+        )
+    if config.network == "fractional" and config.lower_bound == 0:
+        yield (
+            "lower_bound must be positive with network 'fractional', got 0.0: tau enters as tau^gamma and 1/tau; "
+            "leave it out for 1e-4"
+        )
+    if config.accumulate > config.batch_size:
+        yield (
+            f"accumulate must not exceed batch_size = {config.batch_size}, got {config.accumulate}: "
+            "a batch has no more parts than samples"
+        )
+
+
+def _without_effect(config: "TrainConfig") -> Iterator[str]:
+    free = "or use constraint 'free'"
+    if config.proximal and not config.l1:
+        yield "proximal must be left out without l1, which it is a way to apply; or give l1 a weight, for instance 0.01"
+    if config.prune is None and config.prune_every != "epoch":
+        yield "prune_every must be left out without prune; or give prune a threshold, for instance 0.01"
+    if config.network != "fractional":
+        for name in ("gamma", "memory_from"):
+            if getattr(config, name) != type(config).model_fields[name].default:
+                yield f"{name} must be left out with network {config.network!r}; it belongs to 'fractional'"
+    if config.skips == "learned" and config.network == "feedforward":
+        yield "skips must be left out with network 'feedforward', which has none"
+    if config.skips == "learned" and len(set(config.widths)) == 1:
+        yield "skips must be left out where all hidden layers have one width: there is no map to learn"
+    if config.constraint == "fixed":
+        for name in ("l1", "elastic_net", "time_horizon", "tau_lr", "prune"):
+            if getattr(config, name):
+                yield f"{name} must be left out with constraint 'fixed', in which the steps do not change; {free}"
+    if config.constraint == "simplex":
+        for name in ("l1", "time_horizon"):
+            if getattr(config, name):
+                yield (
+                    f"{name} must be left out with constraint 'simplex', in which the steps are positive and "
+                    f"add up to the horizon, so that this penalty is constant; {free}"
+                )
+    if config.constraint == "dependent" and config.time_horizon and config.lower_bound is None:
+        yield (
+            "time_horizon must be left out with constraint 'dependent', in which the steps add up to the horizon, "
+            f"so that this penalty is zero; {free}"
+        )
+
+
+def _not_prunable(config: "TrainConfig") -> Iterator[str]:
+    if config.network in ("feedforward", "densenet"):
+        yield (
+            f"prune must be left out with network {config.network!r}, in which a layer with step 0 is not the "
+            "identity and cannot be deleted; or use network 'resnet' or 'fractional'"
+        )
+    if config.hidden_layers == 1:
+        yield "prune must be left out with one hidden layer, which must stay; or raise hidden_layers"
+    widths = config.widths
+    last = config.hidden_layers - (config.constraint == "dependent")
+    if not any(widths[l - 1] == widths[l] for l in range(1, last)):
+        reason = "the others change the width" if len(set(widths)) > 1 else "the last one has the dependent step"
+        yield (
+            f"prune must be left out, as no layer could be deleted: the first one must stay, and {reason}; "
+            "or use more hidden layers of equal width"
+        )

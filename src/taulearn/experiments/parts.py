@@ -1,0 +1,202 @@
+"""The parts of a training, each made from its settings."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, StepLR
+
+from .. import data, penalties
+from .._errors import unknown_name
+from ..data import Samples
+from ..data.catalog import CATALOGUE
+from ..functional import half_mse_loss
+from ..nn.activations import make_activation
+from ..nn.builders import BUILDERS
+from ..nn.network import TimeVariableNetwork
+from ..optim import parameter_groups
+from ..training.objective import Loss
+from .config import TrainConfig
+
+# SparseAdam wants sparse gradients, Muon nothing but matrices; no network here has either.
+_UNFIT = {"Optimizer", "SparseAdam", "Muon"}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
+
+
+class Splits(NamedTuple):
+    """The data of a training.
+
+    Attributes:
+        train: What the network learns from.
+        validation: What it is evaluated on after each epoch; the test data where the set has nothing else.
+        test: What it is evaluated on at the end.
+        classes: Number of classes, None for values.
+    """
+
+    train: Samples
+    validation: Samples
+    test: Samples
+    classes: int | None
+
+
+_LOSSES: dict[str, Loss] = {
+    "cross_entropy": nn.functional.cross_entropy,
+    "mse": nn.functional.mse_loss,
+    "half_mse": half_mse_loss,
+}
+
+
+def make_device(config: TrainConfig) -> torch.device:
+    """The device that ``config.device`` means.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device must be one that is there, got {config.device!r} ({reason}): leave it out") from error
+    return device
+
+
+def load_splits(config: TrainConfig) -> Splits:
+    """The data set ``config.data``, images as they are stored, all else of the floating point type of the training.
+
+    Raises:
+        ValueError: If it is unknown, or its files are damaged.
+        ConnectionError: If it has to be downloaded and cannot be.
+    """
+    if config.data not in CATALOGUE:
+        raise unknown_name("data", config.data, data.names())
+    entry, dtype = CATALOGUE[config.data], _DTYPES[config.precision]
+
+    def load(split: str) -> Samples:
+        samples = data.load(config.data, split, as_uint8=True)
+        return Samples(*(t.to(dtype) if t.is_floating_point() else t for t in samples))
+
+    train, test = load("train"), load("test")
+    return Splits(train, load("validation") if "validation" in entry.samples else test, test, entry.classes)
+
+
+def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
+    """The network, with as many inputs and outputs as the data ask for; its weights follow torch's global generator.
+
+    Raises:
+        ValueError: If a setting does not do; the message names it.
+    """
+    make_activation(config.activation)
+    options: dict[str, float | None] = {}
+    if config.network == "fractional":
+        options = {"gamma": config.gamma, "memory_from": config.memory_from}
+    if config.network != "fractional" or config.lower_bound is not None:
+        options["lower_bound"] = config.lower_bound
+    return BUILDERS[config.network](
+        splits.train.inputs[0].numel(),
+        config.width if isinstance(config.width, int) else list(config.width),
+        splits.train.targets[0].numel() if splits.classes is None else splits.classes,
+        config.hidden_layers,
+        activation=config.activation,
+        horizon=config.horizon,
+        constraint=config.constraint,
+        init=config.init if not isinstance(config.init, tuple) else list(config.init),
+        skips=config.skips,
+        dtype=_DTYPES[config.precision],
+        **options,
+    )
+
+
+def make_loss(config: TrainConfig, *, classes: bool) -> tuple[str, Loss]:
+    """The loss and its name.
+
+    Args:
+        config: The settings.
+        classes: Whether targets are class numbers.
+
+    Raises:
+        ValueError: If the loss does not fit the targets.
+
+    Example:
+        >>> make_loss(TrainConfig(), classes=False)[0]
+        'mse'
+    """
+    name = config.loss if config.loss != "auto" else "cross_entropy" if classes else "mse"
+    if classes != (name == "cross_entropy"):
+        fitting = "'cross_entropy'" if classes else "'mse' or 'half_mse'"
+        kind = "classes" if classes else "values"
+        raise ValueError(
+            f"loss must be 'auto' or {fitting} with data {config.data!r}, whose targets are {kind}, got {name!r}"
+        )
+    return name, _LOSSES[name]
+
+
+def make_penalties(config: TrainConfig) -> list[penalties.Penalty]:
+    """The penalties with a weight.
+
+    Example:
+        >>> [penalty.name for penalty in make_penalties(TrainConfig(l1=0.01, bias_ordering=10.0))]
+        ['l1', 'bias_ordering']
+    """
+    weighted: list[tuple[float, Callable[[float], penalties.Penalty]]] = [
+        (config.l1, lambda weight: penalties.L1(weight, config.proximal)),
+        (config.elastic_net, penalties.ElasticNet),
+        (config.time_horizon, lambda weight: penalties.TimeHorizon(weight=weight)),
+        (config.weight_elastic_net, penalties.WeightElasticNet),
+        (config.bias_ordering, penalties.BiasOrdering),
+    ]
+    return [make(weight) for weight, make in weighted if weight]
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimiser of torch.optim with the time steps in a group of their own.
+
+    Raises:
+        ValueError: If the name is unknown, or a setting means nothing to this optimiser.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> type(make_optimizer(TrainConfig(optimizer="adam"), resnet(2, 3, 1, 4))).__name__
+        'Adam'
+    """
+    known: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        name.lower(): kind
+        for name, kind in vars(torch.optim).items()
+        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and name not in _UNFIT
+    }
+    kind = known.get(config.optimizer.lower())
+    if kind is None:
+        raise unknown_name("optimizer", config.optimizer, known)
+    takes = inspect.signature(kind).parameters
+    for name in ("momentum", "weight_decay"):
+        if getattr(config, name) and name not in takes:
+            raise ValueError(f"{name} must be left out with optimizer {config.optimizer!r}, which does not take it")
+    if kind is torch.optim.LBFGS:
+        if config.tau_lr is not None:
+            raise ValueError("tau_lr must be left out with optimizer 'lbfgs', which has one learning rate for all")
+        return kind(model.parameters(), lr=config.lr)
+    groups = parameter_groups(model, config.lr, config.tau_lr, config.weight_decay)
+    options: dict[str, Any] = {"momentum": config.momentum} if "momentum" in takes else {}
+    return kind(groups, lr=config.lr, **options)
+
+
+def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, iterations: int) -> LRScheduler | None:
+    """The scheduler of the learning rates, or None for constant ones.
+
+    Args:
+        config: The settings.
+        optimizer: Its learning rates are the largest ones.
+        iterations: Number of iterations of the whole training.
+    """
+    if config.scheduler == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=config.epochs)
+    if config.scheduler == "step":
+        return StepLR(optimizer, step_size=-(-config.epochs // 3), gamma=0.1)
+    if config.scheduler == "onecycle":
+        largest = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, max_lr=largest, total_steps=iterations, cycle_momentum=False)
+    return None

@@ -1,0 +1,218 @@
+"""A training from its settings alone: everything made, trained, evaluated, saved and drawn."""
+
+import datetime as dt
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..pruning import Pruning
+from ..report import write_html
+from ..saving import save_model
+from ..training import History, Run, evaluate, fit
+from . import parts
+from .config import TrainConfig, explain
+
+_AVERAGE_DECAY = 0.999
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training leaves.
+
+    Attributes:
+        run: Its folder.
+        config: Its settings.
+        model: The trained network.
+        history: The record.
+        test: Loss and, for classes, accuracy on the test data.
+    """
+
+    run: Run
+    config: TrainConfig
+    model: nn.Module
+    history: History
+    test: dict[str, float]
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """Number of layers before and after."""
+        column = self.history.epochs["layers"]
+        return int(column[0]), int(column[-1])
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Number of variables before and after."""
+        column = self.history.epochs["parameters"]
+        return int(column[0]), int(column[-1])
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in iterations, over all sittings."""
+        return float(self.history.epochs["seconds"].sum())
+
+
+def train(config: TrainConfig, *, on_start: Callable[[Run], None] | None = None, progress: bool = True) -> Result:
+    """Train as the settings say, and leave a folder with settings, record, checkpoints, network and report.
+
+    The same settings give the same bits on the same machine with the same versions and number of threads (CPU).
+
+    Args:
+        config: The settings.
+        on_start: Called with the run when everything has been checked and its folder made.
+        progress: Whether to show a bar or a line per epoch.
+
+    Returns:
+        The trained network, the record, the figures on the test data.
+
+    Raises:
+        ValueError: If a setting does not do; the message names it, and nothing has been written.
+        FileExistsError: If the folder holds a run that is not to be overwritten.
+        taulearn.training.Diverged: If the loss stops being finite.
+        taulearn.training.Interrupted: On Ctrl-C, after a checkpoint was written; :func:`resume` goes on.
+
+    Example:
+        >>> import tempfile
+        >>> config = TrainConfig(epochs=1, hidden_layers=2, width=8, run=tempfile.mkdtemp())
+        >>> train(config, progress=False).layers
+        (2, 2)
+    """
+
+    def make_run() -> Run:
+        folder = _new_folder(config) if config.run is None else Path(config.run)
+        run = Run.create(folder, config.record(), overwrite=config.overwrite)
+        if on_start is not None:
+            on_start(run)
+        return run
+
+    return _train(config, make_run, resume=False, progress=progress)
+
+
+def resume(
+    run: str | os.PathLike[str], *, on_start: Callable[[Run], None] | None = None, progress: bool = True
+) -> Result:
+    """Go on with a training from its newest checkpoint, to the result that it would have had without the interruption.
+
+    Args:
+        run: The run's folder.
+        on_start: As for :func:`train`.
+        progress: As for :func:`train`.
+
+    Returns:
+        As :func:`train`; of a run that is complete, what it left.
+
+    Raises:
+        FileNotFoundError: If it is not a run's folder.
+        ValueError: If it belongs to another format version, was not made by :func:`train`, or is damaged.
+    """
+    opened = Run.open(run)
+    config = settings_of(opened)
+
+    def make_run() -> Run:
+        if on_start is not None:
+            on_start(opened)
+        return opened
+
+    return _train(config, make_run, resume=True, progress=progress)
+
+
+def settings_of(run: Run) -> TrainConfig:
+    """The settings of a run that :func:`train` made.
+
+    Args:
+        run: The run.
+
+    Raises:
+        ValueError: If it was made otherwise, or its settings do not do.
+    """
+    if not {"data", "network"} <= run.config.keys():
+        raise ValueError(
+            f"run must have been made by `taulearn train`, got {str(run.path)!r}, which names no data and no network: "
+            "go on with it in Python, with taulearn.fit(..., run=..., resume=True)"
+        )
+    try:
+        return TrainConfig.model_validate({**run.config, "run": str(run.path)})
+    except ValidationError as error:
+        raise ValueError(f"{run.path / 'run.toml'}: {explain(error)}") from error
+
+
+def _train(config: TrainConfig, make_run: Callable[[], Run], *, resume: bool, progress: bool) -> Result:
+    with _threads(config.threads):
+        device = parts.make_device(config)
+        splits = parts.load_splits(config)
+        torch.manual_seed(config.seed)
+        model = parts.make_network(config, splits).to(device)
+        loss_name, loss = parts.make_loss(config, classes=splits.classes is not None)
+        optimizer = parts.make_optimizer(config, model)
+        iterations = config.epochs * -(-len(splits.train.inputs) // config.batch_size)
+        scheduler = parts.make_scheduler(config, optimizer, iterations)
+        averaged = None
+        if config.average_weights:
+            averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGE_DECAY))
+
+        run = make_run()
+        run.decide("device", f"{device}{'' if config.device == 'auto' else ' (as asked)'}")
+        run.decide("loss", f"{loss_name}{'' if config.loss == 'auto' else ' (as asked)'}")
+        run.decide("validation", "the test data" if splits.validation is splits.test else "the validation data")
+        history = fit(
+            model,
+            tuple(splits.train),
+            loss=loss,
+            optimizer=optimizer,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            penalties=parts.make_penalties(config),
+            pruning=None if config.prune is None else Pruning(config.prune, config.prune_every),
+            validation=tuple(splits.validation),
+            run=run,
+            resume=resume,
+            compile=config.compile,
+            scheduler=scheduler,
+            seed=config.seed,
+            clip_norm=config.clip_norm,
+            accumulate=config.accumulate,
+            precision="bf16" if config.precision == "bf16" else "float32",
+            averaged=averaged,
+            checkpoint_every=config.checkpoint_every,
+            progress=progress,
+            tensorboard=config.tensorboard,
+        )
+        result: nn.Module = model
+        if averaged is not None:
+            result = averaged.module
+            save_model(result, run.path)
+        test = evaluate(result, tuple(splits.test), loss=loss)
+    write_html(run, run.report_path)
+    return Result(run, config, result, history, test)
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    """A new folder in runs/ that says what the run is about."""
+    stem = f"{config.data}-{config.network}-{dt.date.today():%Y-%m-%d}"
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{stem}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Let torch compute with so many threads meanwhile."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
