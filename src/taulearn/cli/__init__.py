@@ -1,0 +1,74 @@
+"""The command line, ``taulearn``. Help and errors in options come without importing torch.
+
+Exit codes: 0 done, 1 failed (one line says why; TAULEARN_DEBUG=1 shows where), 2 not understood, 130 interrupted.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from .. import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The arguments after the program's name. None: those of the process.
+
+    Returns:
+        The exit code.
+
+    Example:
+        >>> main(["data", "verify", "digits"])
+        digits: built in, there is no file
+        0
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        sys.stdout.write(f"taulearn {__version__}\n")
+        return 0
+    from .commands import parse
+    from .options import UsageError
+    from .output import complain
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        complain("warning", message)
+
+    debug = os.environ.get("TAULEARN_DEBUG", "") not in ("", "0")
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = show
+            parse(arguments or ["--help"])()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    except UsageError as error:
+        complain("error", error)
+        return 2
+    except KeyboardInterrupt as interruption:
+        run = getattr(interruption, "run", None)
+        remedy = f": go on with `taulearn resume {run.path}`" if run is not None else ""
+        sys.stderr.write(f"taulearn: interrupted{remedy}\n")
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; the interpreter must not try to flush what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        complain("error", _sentence(error))
+        return 1
+    return 0
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says; that of a fault of ours says what it is, too."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, (ValueError, TypeError, OSError, ArithmeticError, ImportError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error} (TAULEARN_DEBUG=1 shows where)"

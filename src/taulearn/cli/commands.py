@@ -1,0 +1,200 @@
+"""The commands of ``taulearn``: each a dataclass whose fields are its arguments, and whose call does it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, Union
+
+import tyro
+
+from .options import UsageError, numbers_option, option_groups, settings_from, settings_in, spelled
+from .output import figure, say, table, watched
+
+RunFolder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
+
+
+class Command(Protocol):
+    """What every command is."""
+
+    def __call__(self) -> None:
+        """Do it."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with an interrupted training from its last checkpoint."""
+
+    run: RunFolder
+
+    def __call__(self) -> None:
+        from .. import experiments
+
+        watched(lambda on_start: experiments.resume(self.run, on_start=on_start))
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Delete layers of a trained network, and compare it before and after."""
+
+    run: RunFolder
+    threshold: Annotated[
+        float | None,
+        tyro.conf.arg(
+            metavar="FLOAT",
+            help="Delete layers whose share of sum |tau| is smaller; 0.01 unless given.",
+            help_behavior_hint="",
+        ),
+    ] = None
+    keep: Annotated[
+        Any,
+        tyro.conf.arg(help="Keep these layers, by their numbers at the start, instead.", help_behavior_hint=""),
+        numbers_option("INT,...", int, spaces=False),
+    ] = None
+    out: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="DIR", help="Folder for the pruned network; RUN/pruned unless given.", help_behavior_hint=""
+        ),
+    ] = None
+    overwrite: Annotated[bool, tyro.conf.arg(help="Replace a network that is in that folder.")] = False
+
+    def __call__(self) -> None:
+        if self.threshold is not None and self.keep is not None:
+            raise UsageError("--threshold and --keep must not be given together: leave one of them out")
+        keep = self.keep if self.keep is None or isinstance(self.keep, tuple) else (self.keep,)
+        if keep is not None and not all(isinstance(layer, int) for layer in keep):
+            raise UsageError(f"--keep must name layers by number, got {', '.join(map(str, keep))}: for instance 0,2,5")
+        from ..experiments.pruning import prune_run
+
+        out = Path(self.run) / "pruned" if self.out is None else Path(self.out)
+        threshold = 0.01 if self.threshold is None else self.threshold
+        result = prune_run(self.run, out, threshold=threshold, keep=keep, overwrite=self.overwrite)
+        say(result.report)
+        if result.report:
+            rows = [figure(name, value, result.after[name]) for name, value in reversed(result.before.items())]
+            table([*rows, ("network", str(out))])
+        elif result.least is not None:
+            layer, share = result.least
+            say(f"layer {layer} has the smallest share, {share:.3g}: a larger --threshold, or --keep, deletes it")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw the report of a run anew, or one report that compares several runs."""
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...", help="Folders of the runs.")
+    ]
+    out: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="FILE",
+            help="The file; report.html in the run's folder unless given, comparison.html here for several runs.",
+            help_behavior_hint="",
+        ),
+    ] = None
+
+    def __call__(self) -> None:
+        if not self.runs:
+            raise UsageError("report needs the folder of a run: taulearn report RUN ...")
+        from ..report import write_html
+        from ..training import Run
+
+        runs = [Run.open(folder) for folder in self.runs]
+        default = runs[0].report_path if len(runs) == 1 else Path("comparison.html")
+        say(f"report: {write_html(runs, default if self.out is None else self.out)}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """List the data sets, download one, or verify its files."""
+
+    action: Annotated[
+        tyro.conf.Positional[Literal["list", "fetch", "verify"]],
+        tyro.conf.arg(help="list: what there is and where; fetch: download and check; verify: check."),
+    ] = "list"
+    names: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="NAME ...", help="Data sets to fetch or verify.", help_behavior_hint=""),
+    ] = ()
+    root: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="DIR",
+            help="Folder of the files; $TAULEARN_DATA or the user's cache unless given.",
+            help_behavior_hint="",
+        ),
+    ] = None
+
+    def __call__(self) -> None:
+        if self.action == "list" and self.names:
+            raise UsageError(f"data list takes no names, got {' '.join(self.names)}: did you mean fetch or verify?")
+        if self.action != "list" and not self.names:
+            raise UsageError(f"data {self.action} needs the name of a data set: `taulearn data list` has them")
+        from .. import data
+
+        if self.action == "list":
+            rows = [("name", "kind", "samples", "input", "classes", "location")]
+            for row in data.describe(root=self.root):
+                samples = ", ".join(f"{number:,} {split}" for split, number in row.samples.items())
+                shape = " x ".join(map(str, row.shape))
+                rows.append((row.name, row.kind, samples, shape, str(row.classes or "-"), row.location))
+            table(rows)
+            return
+        for name in self.names:
+            files = (data.fetch if self.action == "fetch" else data.verify)(name, root=self.root)
+            where = f"{len(files)} files in {files[0].parent} are in order" if files else "built in, there is no file"
+            say(f"{name}: {where}")
+
+
+def commands(defaults: Mapping[str, Any]) -> Any:
+    """All commands as the union that tyro takes.
+
+    Args:
+        defaults: Settings that replace the defaults of ``train``.
+    """
+    about = tyro.conf.arg(
+        metavar="FILE",
+        help="Settings to start from: a run's run.toml, or TOML with one key for each option.",
+        help_behavior_hint="",
+    )
+    train = make_dataclass(
+        "Train",
+        [("config", Annotated[str | None, about], field(default=None)), *option_groups(defaults)],
+        frozen=True,
+        namespace={"__call__": _train, "__doc__": "Train a network with learned time steps, and prune it on the way."},
+    )
+    kinds = {"train": train, "resume": Resume, "prune": Prune, "report": Report, "data": Data}
+    return Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007
+
+
+def parse(argv: list[str]) -> Command:
+    """The command that a line stands for; options come before the settings of a file that it names.
+
+    Raises:
+        SystemExit: After help (0), or if the line is not understood (2).
+        UsageError: If the file does not do.
+    """
+
+    def parsed(defaults: Mapping[str, Any]) -> Any:
+        return tyro.cli(
+            commands(defaults),
+            prog="taulearn",
+            description="Neural networks that learn their time steps and prune their own layers while they train.",
+            args=argv,
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+        )
+
+    command = parsed({})
+    file = getattr(command, "config", None)
+    return command if file is None else parsed(settings_in(file))
+
+
+def _train(options: Any) -> None:
+    config = settings_from(options)
+    from .. import experiments
+
+    try:
+        watched(lambda on_start: experiments.train(config, on_start=on_start))
+    except ValueError as error:
+        raise ValueError(spelled(str(error))) from error

@@ -1,0 +1,94 @@
+"""Runs that are killed at random moments and gone on with end with the same bits as the run that was left alone."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training.support import assert_same_history
+
+from taulearn.training import History
+
+TESTS = Path(__file__).parents[1]
+
+
+def start(folder: Path) -> "subprocess.Popen[str]":
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "training.kill_run", str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ready(process: "subprocess.Popen[str]") -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n", process.communicate()
+
+
+def finish(process: "subprocess.Popen[str]") -> None:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that nothing happened to, and how long it trained."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = start(folder)
+    ready(process)
+    began = time.perf_counter()
+    finish(process)
+    return folder, time.perf_counter() - began
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    for name in ("model.safetensors", "model.json"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    assert_same_history(History.load(folder / "history.safetensors"), History.load(expected / "history.safetensors"))
+
+
+def kill_and_resume(folder: Path, kills: int, seconds: float, generator: random.Random) -> int:
+    """Kill a run so often, each time at a random moment of what a whole run takes, and let it end.
+
+    Returns how many of the kills hit it while it was training (the others came after its end).
+    """
+    hit = 0
+    for _ in range(kills):
+        process = start(folder)
+        ready(process)
+        time.sleep(generator.uniform(0.0, seconds))
+        hit += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(start(folder))
+    return hit
+
+
+def test_the_run_prunes_at_several_times(undisturbed: tuple[Path, float]) -> None:
+    deletions = History.load(undisturbed[0] / "history.safetensors").deletions
+    assert len({d.iteration for d in deletions}) >= 3
+
+
+def test_killed_three_times(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    expected, seconds = undisturbed
+    generator = random.Random(time.time_ns())
+    kill_and_resume(tmp_path / "run", 3, seconds / 3, generator)
+    assert_same_run(tmp_path / "run", expected)
+
+
+@pytest.mark.long
+def test_killed_thirty_times(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    expected, seconds = undisturbed
+    generator = random.Random(0)
+    hits = 0
+    for i in range(10):
+        hits += kill_and_resume(tmp_path / str(i), 3, seconds / 2, generator)
+        assert_same_run(tmp_path / str(i), expected)
+    assert hits >= 20
