@@ -30,7 +30,7 @@ class Case:
 
     Attributes:
         name: Its name in the test's id.
-        build: From a constraint, a fresh float64 model with smooth layers, freshly drawn weights and four or more steps.
+        build: From a constraint, a fresh float64 model with smooth layers, drawn weights and four or more steps.
         inputs: A float64 batch of two or more samples.
         reference: The model's output by another implementation, where there is one.
     """
@@ -53,7 +53,7 @@ class Case:
 
 @torch.no_grad()
 def scramble_(steps: Any) -> None:
-    """Draw steps in the upper half of (0, T/N), which every constraint allows but the simplex, which is projected on."""
+    """Draw steps in the upper half of (0, T/N), which all constraints allow but the simplex, which is projected on."""
     assert isinstance(steps, TimeSteps)
     steps.values.uniform_(0.5, 1.0).mul_(steps.horizon / steps.num_steps)
     steps.project_()
@@ -151,7 +151,7 @@ class TimeVariableContract:
     def test_compiled_is_eager(self, case: Case) -> None:
         model, x = case.model(), case.inputs()
         torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=1e-12)
         expected = gradients(model, x)
         compiled(x).square().sum().div(2).backward()

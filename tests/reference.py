@@ -1,4 +1,4 @@
-"""The four schemes in NumPy, float64, with double loops: written from the formulas alone, to be compared with the package."""
+"""The four schemes in NumPy, float64, with double loops: from the formulas alone, to be compared with the package."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -119,13 +119,18 @@ def array(x: Tensor) -> Array:
     return x.detach().cpu().numpy().astype(np.float64)
 
 
+def linear_layers(network: TimeVariableNetwork) -> list[nn.Linear]:
+    """The linear maps of the hidden layers."""
+    found = [layer.linear for layer in network.layers if isinstance(layer.linear, nn.Linear)]
+    assert len(found) == len(network.layers)
+    return found
+
+
 def network_states(network: TimeVariableNetwork, x: Tensor) -> list[Array]:
     """The states y_0 .. y_N of a network of fully connected layers, by the formulas of this file."""
     layers = []
-    for module in network.layers:
-        linear, activation = module.linear, module.activation
-        assert isinstance(linear, nn.Linear)
-        layers.append(Layer(array(linear.weight), array(linear.bias), ACTIVATIONS[type(activation).__name__]))
+    for module, linear in zip(network.layers, linear_layers(network), strict=True):
+        layers.append(Layer(array(linear.weight), array(linear.bias), ACTIVATIONS[type(module.activation).__name__]))
     widths = [layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
     steps, skips = network.time_steps, network.skips
     assert isinstance(steps, TimeSteps)
@@ -136,9 +141,9 @@ def network_states(network: TimeVariableNetwork, x: Tensor) -> list[Array]:
     elif len(set(widths[1:])) > 1:
         assert isinstance(skips, PadSkips)
     scheme = network.scheme
-    memory = {"gamma": scheme.gamma, "memory_from": scheme.memory_from} if isinstance(scheme, Fractional) else {}
+    gamma, memory_from = (scheme.gamma, scheme.memory_from) if isinstance(scheme, Fractional) else (0.5, 1)
     tau = time_steps(array(steps.values), steps.constraint, steps.horizon, steps.lower_bound)
-    return states(scheme.name, layers, tau, carry, array(x.flatten(1)), **memory)
+    return states(scheme.name, layers, tau, carry, array(x.flatten(1)), gamma=gamma, memory_from=memory_from)
 
 
 def network_output(network: TimeVariableNetwork, x: Tensor) -> Array:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from reference import array, smooth_relu as smooth_relu_reference
 from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor
 
+from reference import array, smooth_relu as smooth_relu_reference
 from taulearn.functional import (
     feedforward_step,
     fractional_step,

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import Array, array
 from torch import Tensor, nn
 
+from reference import Array, array, linear_layers
 from taulearn.nn import SmoothReLU, TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
 from taulearn.optim import constrain_
 from taulearn.penalties import (
@@ -29,7 +29,7 @@ all_builders = pytest.mark.parametrize("builder", [feedforward, resnet, densenet
 
 def network(tau: list[float] | None = None, **options: Any) -> TimeVariableNetwork:
     torch.manual_seed(0)
-    options = {"horizon": 2.0, "dtype": torch.float64} | options
+    options = dict[str, Any](horizon=2.0, dtype=torch.float64) | options
     model = resnet(3, [4, 4, 2, 2], 2, 4, **options)
     if tau is not None:
         with torch.no_grad():
@@ -162,7 +162,7 @@ class TestProximal:
 
 
 def weights_and_biases(model: TimeVariableNetwork) -> list[list[Array]]:
-    return [[array(layer.linear.weight), array(layer.linear.bias)] for layer in model.layers]  # type: ignore[union-attr]
+    return [[array(linear.weight), array(linear.bias)] for linear in linear_layers(model)]
 
 
 class TestWeights:
@@ -198,9 +198,11 @@ class TestWeights:
                 p.zero_()
         GroupLasso(1.0)(model).backward()
         for p in model.layers[1].parameters():
-            assert torch.equal(p.grad, torch.zeros_like(p))  # type: ignore[arg-type]
+            assert p.grad is not None
+            assert torch.equal(p.grad, torch.zeros_like(p))
         for p in model.layers[0].parameters():
-            assert bool(torch.isfinite(p.grad).all())  # type: ignore[arg-type]
+            assert p.grad is not None
+            assert bool(torch.isfinite(p.grad).all())
 
     def test_layers_without_parameters_count_nothing(self) -> None:
         model = network()
@@ -225,14 +227,15 @@ class TestBiasOrdering:
         penalty = BiasOrdering(5.0)(model)
         assert penalty.item() == pytest.approx(expected, rel=1e-14)
         penalty.backward()
-        for layer, gradient in zip(model.layers, gradients, strict=True):
-            np.testing.assert_allclose(array(layer.linear.bias.grad), gradient, rtol=1e-13, atol=1e-16)  # type: ignore[union-attr, arg-type]
+        for linear, gradient in zip(linear_layers(model), gradients, strict=True):
+            assert linear.bias.grad is not None
+            np.testing.assert_allclose(array(linear.bias.grad), gradient, rtol=1e-13, atol=1e-16)
 
     def test_ordered_biases_cost_nothing(self) -> None:
         model = network()
         with torch.no_grad():
-            for layer in model.layers:
-                layer.linear.bias.copy_(layer.linear.bias.sort().values)  # type: ignore[union-attr, operator]
+            for linear in linear_layers(model):
+                linear.bias.copy_(linear.bias.sort().values)
         assert BiasOrdering()(model).item() == 0.0
 
     def test_the_papers_weight(self) -> None:
@@ -245,7 +248,15 @@ class TestCommon:
 
     def test_names_are_those_of_the_records(self) -> None:
         names = [penalty.name for penalty in self.penalties()]
-        assert names == ["l1", "l2", "elastic_net", "time_horizon", "weight_elastic_net", "group_lasso", "bias_ordering"]
+        assert names == [
+            "l1",
+            "l2",
+            "elastic_net",
+            "time_horizon",
+            "weight_elastic_net",
+            "group_lasso",
+            "bias_ordering",
+        ]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_scalars_of_the_networks_type(self, dtype: torch.dtype) -> None:

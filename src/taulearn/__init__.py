@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import (
+        adjoint as adjoint,
         caputo as caputo,
         data as data,
         diagnostics as diagnostics,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         penalties as penalties,
         report as report,
     )
+    from .diagnostics import summary as summary
     from .nn.time_steps import TimeSteps as TimeSteps
     from .optim import parameter_groups as parameter_groups
     from .pruning import PruneReport as PruneReport, Pruning as Pruning, prune as prune
@@ -39,6 +41,7 @@ __all__ = [
     "Pruning",
     "TimeSteps",
     "__version__",
+    "adjoint",
     "caputo",
     "data",
     "diagnostics",
@@ -53,6 +56,7 @@ __all__ = [
     "prune",
     "report",
     "save_model",
+    "summary",
 ]
 
 # Where the names of __all__ live that are not modules themselves.
@@ -66,6 +70,7 @@ _HOMES = {
     "parameter_groups": ".optim",
     "prune": ".pruning",
     "save_model": ".saving",
+    "summary": ".diagnostics",
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from reference import linear_layers
 from taulearn.nn import (
     SmoothReLU,
     TimeVariableNetwork,
@@ -91,7 +92,7 @@ class TestConstruction:
     @all_builders
     def test_widths(self, builder: Builder) -> None:
         network = builder(7, [5, 3, 3], 2, 3)
-        shapes = [tuple(layer.linear.weight.shape) for layer in network.layers]  # type: ignore[union-attr]
+        shapes = [tuple(linear.weight.shape) for linear in linear_layers(network)]
         assert shapes == [(5, 7), (3, 5), (3, 3)]
         assert isinstance(network.head, nn.Linear)
         assert network.head.bias is None
@@ -129,9 +130,8 @@ class TestConstruction:
         assert torch.equal(state["head.weight"], head.weight)
 
     def test_layers_start_differently(self) -> None:
-        network = resnet(4, 4, 2, 3)
-        weights = [layer.linear.weight for layer in network.layers]  # type: ignore[union-attr]
-        assert not torch.equal(weights[1], weights[2])
+        _, second, third = linear_layers(resnet(4, 4, 2, 3))
+        assert not torch.equal(second.weight, third.weight)
 
     def test_fractional_networks_start_with_the_published_bound(self) -> None:
         network = fractional_dnn(4, 4, 2, 3)
@@ -164,7 +164,9 @@ class TestInputs:
             resnet(2, 3, 1, 2)(torch.zeros(1, 2, dtype=dtype))
 
     @all_builders
-    @pytest.mark.parametrize(("own", "given"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+    @pytest.mark.parametrize(
+        ("own", "given"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str
+    )
     def test_another_floating_point_type(self, builder: Builder, own: torch.dtype, given: torch.dtype) -> None:
         message = rf"inputs must have the network's type {own}, got {given}: convert them with inputs\.to\({own}\)"
         with pytest.raises(TypeError, match=message):
@@ -203,7 +205,7 @@ class TestActivations:
         layer = network.layers[1]
         assert bool(torch.isfinite(network(x)).all())
         y = torch.randn(2, 4)
-        torch.testing.assert_close(layer(y), make_activation(name).eval()(layer.linear(y)))  # type: ignore[operator]
+        torch.testing.assert_close(layer(y), make_activation(name).eval()(linear_layers(network)[1](y)))
 
     def test_smooth_relu_by_name(self) -> None:
         activation = make_activation("smooth_relu")
@@ -229,7 +231,9 @@ class TestActivations:
 
         assert resnet(3, 4, 2, 3, activation=Sine())(torch.zeros(1, 3)).shape == (1, 2)
 
-    @pytest.mark.parametrize(("name", "nearest"), [("tahn", "tanh"), ("relu_6", None), ("leakyrelu", None), ("gleu", "gelu")])
+    @pytest.mark.parametrize(
+        ("name", "nearest"), [("tahn", "tanh"), ("relu_6", None), ("leakyrelu", None), ("gleu", "gelu")]
+    )
     def test_unknown_names(self, name: str, nearest: str | None) -> None:
         if nearest is None:
             assert isinstance(make_activation(name), nn.Module)
@@ -281,5 +285,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("lower_bound", [None, 0.0, -1.0, float("nan")], ids=repr)
     def test_fractional_networks_need_positive_steps(self, lower_bound: float | None) -> None:
-        with pytest.raises(ValueError, match=rf"lower_bound must be positive for a fractional network, got {lower_bound!r}"):
+        with pytest.raises(
+            ValueError, match=rf"lower_bound must be positive for a fractional network, got {lower_bound!r}"
+        ):
             fractional_dnn(2, 3, 1, 2, lower_bound=lower_bound)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from contract import Case, TimeVariableContract
-from reference import network_output
 from torch import Tensor
 
+from contract import Case, TimeVariableContract
+from reference import network_output
 from taulearn.nn import TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
 
 SCHEMES: dict[str, Callable[..., TimeVariableNetwork]] = {
@@ -35,9 +35,20 @@ def make_case(scheme: str, widths: str) -> Case:
     return Case(f"{scheme}, {widths}", build, inputs, network_output)
 
 
+CASES = [make_case(scheme, widths) for scheme in SCHEMES for widths in WIDTHS]
+# One of each scheme, every kind of skip: compilation takes a second.
+NAMES = ("feedforward, equal", "residual, pad", "dense, learned", "fractional, pad")
+COMPILED = [case for case in CASES if str(case) in NAMES]
+
+
 class TestFullyConnected(TimeVariableContract):
-    @pytest.fixture(params=[make_case(scheme, widths) for scheme in SCHEMES for widths in WIDTHS], ids=str)
+    @pytest.fixture(params=CASES, ids=str)
     def case(self, request: pytest.FixtureRequest) -> Case:
         case = request.param
         assert isinstance(case, Case)
         return case
+
+    @pytest.mark.parametrize("case", COMPILED, ids=str)
+    def test_compiled_is_eager(self, case: Case) -> None:
+        assert len(COMPILED) == 4
+        super().test_compiled_is_eager(case)

@@ -8,10 +8,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from contract import gradients
-from reference import array, network_output, network_states
 from torch import Tensor, nn
 
+from contract import gradients
+from reference import array, network_output, network_states
 from taulearn.nn import (
     ComposedSkips,
     Dense,
@@ -190,7 +190,9 @@ class TestFractional:
             fractional_dnn(2, 3, 1, 2, gamma=gamma)
 
     def test_memory_from(self) -> None:
-        with pytest.raises(ValueError, match="memory_from must be 0 or 1, got 2: it is the first difference in the memory"):
+        with pytest.raises(
+            ValueError, match="memory_from must be 0 or 1, got 2: it is the first difference in the memory"
+        ):
             Fractional(memory_from=2)
 
 
@@ -292,7 +294,9 @@ class TestNetwork:
     def test_keeping_refuses_to_lose_such_a_layer(self) -> None:
         model = resnet(3, 4, 2, 4)
         model.keep_layers_([0, 2, 3])
-        with pytest.raises(ValueError, match=r"indices must contain layer 0, got positions \[1\]: the skip past it is zero"):
+        with pytest.raises(
+            ValueError, match=r"indices must contain layer 0, got positions \[1\]: the skip past it is zero"
+        ):
             model.keep_layers_([1])
         assert model.time_steps.origin == (0, 2, 3)
         assert len(model.layers) == 3

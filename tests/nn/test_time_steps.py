@@ -75,7 +75,6 @@ class TestEveryConstraint:
         steps.keep_([0, 2, 3, 5])
         assert steps.origin == (0, 2, 3, 5)
         steps.keep_(iter([1, 3]))
-        assert steps.origin == (2, 5)
         assert steps.num_steps == len(steps.tau) == 2
         assert copy.deepcopy(steps).origin == (2, 5)
 
@@ -202,7 +201,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize("constraint", ["simplex", "dependent"])
     def test_bounds_that_no_steps_meet(self, constraint: str) -> None:
-        message = r"lower_bound \* num_steps must not exceed horizon, got 0\.6 \* 2 > 1\.0: no such steps exist; lower the"
+        message = (
+            r"lower_bound \* num_steps must not exceed horizon, got 0\.6 \* 2 > 1\.0: no such steps exist; lower the"
+        )
         with pytest.raises(ValueError, match=message):
             TimeSteps(2, constraint=constraint, lower_bound=0.6)
 
@@ -213,8 +214,16 @@ class TestRefusals:
             ([[0.5, 0.5]], {}, r"init must be a number or 2 numbers, got shape \(1, 2\)"),
             (float("nan"), {}, r"init must be finite, got \[nan, nan\]"),
             ([0.5, 0.01], {"lower_bound": 0.1}, r"init must not lie below lower_bound = 0\.1, got \[0\.5, 0\.01\]"),
-            ([2.0, -1.0], {"constraint": "simplex"}, r"init must be >= 0 with constraint 'simplex', got \[2\.0, -1\.0\]"),
-            ([0.5, 0.6], {"constraint": "simplex"}, r"init must sum to horizon = 1\.0 .* 'simplex', got 1\.1: change one"),
+            (
+                [2.0, -1.0],
+                {"constraint": "simplex"},
+                r"init must be >= 0 with constraint 'simplex', got \[2\.0, -1\.0\]",
+            ),
+            (
+                [0.5, 0.6],
+                {"constraint": "simplex"},
+                r"init must sum to horizon = 1\.0 .* 'simplex', got 1\.1: change one",
+            ),
             ([0.5, 0.6], {"constraint": "dependent"}, r"init must sum to horizon = 1\.0 .* 'dependent', got 1\.1"),
         ],
         ids=str,
@@ -224,8 +233,9 @@ class TestRefusals:
             TimeSteps(2, init=init, **options)
 
     def test_options_are_keywords(self) -> None:
-        with pytest.raises(TypeError):
-            TimeSteps(2, 1.0)  # type: ignore[misc]
+        make: Any = TimeSteps
+        with pytest.raises(TypeError, match="positional"):
+            make(2, 1.0)
 
 
 def test_print_shows_what_matters() -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel
-from training.support import digits, network, run_fit
 
 from taulearn import Pruning, parameter_groups
 from taulearn.penalties import L1
 from taulearn.training import Run
+from training.support import digits, network, run_fit
 
 EPOCHS = 25
 
@@ -20,8 +20,8 @@ EPOCHS = 25
 def main(folder: Path) -> None:
     """Start the run in this folder, or go on with it."""
     torch.set_num_threads(1)
-    model = network(8, dropout=0.1, init=[0.3, 0.02, 0.2, 0.04, 0.1, 0.06, 0.2, 0.08])
-    optimizer = torch.optim.Adam(parameter_groups(model, lr=2e-3, tau_lr=5e-4, weight_decay=1e-4))
+    model = network(8, dropout=0.1, init=[0.5, 0.03, 0.3, 0.1, 0.2, 0.17, 0.3, 0.25])
+    optimizer = torch.optim.Adam(parameter_groups(model, lr=2e-3, tau_lr=1e-3, weight_decay=1e-4))
     averaged = AveragedModel(model)
     resume = (folder / "run.toml").exists()
     run = Run.open(folder) if resume else Run.create(folder, {"epochs": EPOCHS})
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
         optimizer,
         epochs=EPOCHS,
         batch_size=20,
-        penalties=[L1(1.0, proximal=True)],
+        penalties=[L1(2.5, proximal=True)],
         pruning=Pruning(0.02, every=30),
         validation=digits(100),
         averaged=averaged,

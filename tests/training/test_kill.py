@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from training.support import assert_same_history
 
 from taulearn.training import History
+from training.support import assert_same_history
 
 TESTS = Path(__file__).parents[1]
 
@@ -55,15 +55,18 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 
 
 def kill_and_resume(folder: Path, kills: int, seconds: float, generator: random.Random) -> int:
-    """Kill a run so often, each time at a random moment of what a whole run takes, and let it end.
+    """Kill a run so often, at random moments of importing or of training for so many seconds, and let it end.
 
-    Returns how many of the kills hit it while it was training (the others came after its end).
+    Returns how many of the kills hit it while it was alive.
     """
     hit = 0
     for _ in range(kills):
         process = start(folder)
-        ready(process)
-        time.sleep(generator.uniform(0.0, seconds))
+        if generator.random() < 0.2:
+            time.sleep(generator.uniform(0.0, 2.0))
+        else:
+            ready(process)
+            time.sleep(generator.uniform(0.0, seconds))
         hit += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -125,16 +125,28 @@ def derivative(
 
 
 def _left_weights(tau: Tensor, gamma: float) -> Tensor:
-    """a_{l,j}, with every masked entry replaced before a power is taken: autograd never meets 0^(1-gamma)."""
-    index = torch.arange(tau.shape[0], device=tau.device)
+    """a_{l,j} of float64 steps (..., N): plain operations under transforms, else with a backward of its own."""
+    if transforming() or tau.ndim > 1:
+        return plain_left_weights(tau, gamma)
+    weights: Tensor = _LeftWeights.apply(tau, gamma)
+    return weights
+
+
+def plain_left_weights(tau: Tensor, gamma: float) -> Tensor:
+    """a_{l,j} of steps (..., N), with every masked entry replaced before a power is taken.
+
+    So autograd never meets 0^(1-gamma); it keeps about ten matrices.
+    """
+    index = torch.arange(tau.shape[-1], device=tau.device)
     memory = index[:, None] > index[None, :]
     zero, one = tau.new_zeros(()), tau.new_ones(())
+    row, column = tau[..., :, None], tau[..., None, :]
     # S_{l,j} = tau_{j+1} + .. + tau_l as one sum of positive terms per column: t_{l+1} - t_{j+1} would cancel
-    span = torch.cumsum(torch.where(memory, tau[:, None], zero), dim=0)
+    span = torch.cumsum(torch.where(memory, row, zero), dim=-2)
     span = torch.where(memory, span, one)
-    scale = (torch.where(memory, tau[:, None], one) / span) ** gamma
-    weights = scale * _power_quotient(tau / span, 1.0 - gamma)
-    return torch.where(memory, weights, torch.eye(tau.shape[0], dtype=tau.dtype, device=tau.device))
+    scale = (torch.where(memory, row, one) / span) ** gamma
+    weights = scale * _power_quotient(column / span, 1.0 - gamma)
+    return torch.where(memory, weights, torch.eye(tau.shape[-1], dtype=tau.dtype, device=tau.device))
 
 
 def _power_quotient(r: Tensor, c: float) -> Tensor:

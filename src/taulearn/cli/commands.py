@@ -28,7 +28,11 @@ class Resume:
 
     def __call__(self) -> None:
         from .. import experiments
+        from ..training import Run
 
+        run = Run.open(self.run)
+        if run.history_path.is_file():
+            say(f"{len(run.history.epochs['iteration']) - 1} of {run.config.get('epochs')} epochs are done")
         watched(lambda on_start: experiments.resume(self.run, on_start=on_start))
 
 

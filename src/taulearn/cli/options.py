@@ -118,6 +118,7 @@ def _option(name: str, defaults: Mapping[str, Any]) -> tuple[str, Any, Any]:
     """Name, annotation and default of one option."""
     info = TrainConfig.model_fields[name]
     default = defaults.get(name, info.default)
+    default = tuple(default) if isinstance(default, list) else default
     about = tyro.conf.arg(help=info.description, help_behavior_hint="" if default is None else None)
     leaves = _leaves(info.annotation)
     if bool in leaves:
@@ -152,7 +153,7 @@ def _metavar(leaves: list[Any]) -> str:
 
 
 def _converter(leaves: typing.Iterable[Any]) -> Callable[[str], object]:
-    """Text to the first of the types that it can mean; one that means none of them stays text, which is refused later."""
+    """Text to the first of the types that it can mean; what means none of them stays text, to be refused later."""
     kinds = [kind for kind in (int, float) if kind in leaves]
     optional = types.NoneType in leaves
 

@@ -26,6 +26,7 @@ _WORDING = {
     "less than or equal to": "<=",
     "greater than": ">",
     "less than": "<",
+    "a valid integer": "an integer",
     "valid ": "",
 }
 
@@ -100,7 +101,9 @@ class TrainConfig(BaseModel):
     )
 
     epochs: int = Field(20, ge=1, description="Passes through the training data.")
-    batch_size: int = Field(100, ge=1, description="Samples per iteration.")
+    batch_size: int | Literal["auto"] = Field(
+        "auto", description="Samples per iteration; auto is 100, or 10 where there are fewer than 5,000 samples."
+    )
     optimizer: str = Field("sgd", description="Any optimiser of torch.optim, by name.")
     lr: float = Field(0.01, gt=0, description="Learning rate.")
     tau_lr: float | None = Field(None, gt=0, description="Learning rate of the time steps; lr unless given.")
@@ -114,7 +117,7 @@ class TrainConfig(BaseModel):
     clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient; no clipping unless given.")
     accumulate: int = Field(1, ge=1, description="Parts to split each batch into, to save memory.")
     average_weights: bool = Field(
-        False, description="Keep an exponential average of the weights (decay 0.999) as the result."
+        False, description="Keep an exponential average of the weights as the result."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights and of the order of the samples.")
 
@@ -144,10 +147,13 @@ class TrainConfig(BaseModel):
 
     @field_validator("prune_every", mode="before")
     @classmethod
-    def _prune_every(cls, value: Any) -> object:
-        if value != "epoch" and not (_is_number(value, int) and value >= 1):
-            raise ValueError(f"prune_every must be 'epoch' or a number of iterations >= 1, got {value!r}")
-        return value
+    def _prune_every(cls, value: object) -> object:
+        return _count_or_word("prune_every", value, "epoch", "a number of iterations >= 1")
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _batch_size(cls, value: object) -> object:
+        return _count_or_word("batch_size", value, "auto", "an integer >= 1")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -292,3 +298,10 @@ def _one_or_several(
     if not numbers or not all(_is_number(n, kind) and fits(n) for n in numbers):
         raise ValueError(f"{name} must be {what}, or one for each hidden layer, got {value!r}")
     return tuple(kind(n) for n in numbers) if several else kind(value)
+
+
+def _count_or_word(name: str, value: Any, word: str, what: str) -> object:
+    """A number >= 1, or the word that stands for a choice."""
+    if value != word and not (_is_number(value, int) and value >= 1):
+        raise ValueError(f"{name} must be {word!r} or {what}, got {value!r}")
+    return value

@@ -42,12 +42,17 @@ def _impossible(config: "TrainConfig") -> Iterator[str]:
             f"lower_bound * hidden_layers must not exceed horizon with constraint {config.constraint!r}, "
             f"got {bound} * {layers} > {config.horizon}: lower the bound or raise the horizon"
         )
+    elif config.init is None and bound * layers > config.horizon:
+        yield (
+            f"lower_bound must not exceed horizon / hidden_layers = {config.horizon / layers:.4g}, where the steps "
+            f"start, got {bound}: lower it, or give init"
+        )
     if config.network == "fractional" and config.lower_bound == 0:
         yield (
             "lower_bound must be positive with network 'fractional', got 0.0: tau enters as tau^gamma and 1/tau; "
             "leave it out for 1e-4"
         )
-    if config.accumulate > config.batch_size:
+    if config.batch_size != "auto" and config.accumulate > config.batch_size:
         yield (
             f"accumulate must not exceed batch_size = {config.batch_size}, got {config.accumulate}: "
             "a batch has no more parts than samples"

@@ -22,6 +22,7 @@ from .config import TrainConfig
 
 # SparseAdam wants sparse gradients, Muon nothing but matrices; no network here has either.
 _UNFIT = {"Optimizer", "SparseAdam", "Muon"}
+_FEW_SAMPLES = 5000
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
 
 
@@ -109,6 +110,28 @@ def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
         dtype=_DTYPES[config.precision],
         **options,
     )
+
+
+def batch_size(config: TrainConfig, samples: int) -> int:
+    """The samples per iteration that the settings mean; a small set gets small batches, for more of them.
+
+    Args:
+        config: The settings.
+        samples: Number of samples in the training data.
+
+    Raises:
+        ValueError: If ``config.accumulate`` asks for more parts than that.
+
+    Example:
+        >>> batch_size(TrainConfig(), 1442), batch_size(TrainConfig(), 60000)
+        (10, 100)
+    """
+    size = config.batch_size
+    if size == "auto":
+        size = 10 if samples < _FEW_SAMPLES else 100
+    if config.accumulate > size:
+        raise ValueError(f"accumulate must not exceed the batch size {size}, got {config.accumulate}: set batch_size")
+    return size
 
 
 def make_loss(config: TrainConfig, *, classes: bool) -> tuple[str, Loss]:

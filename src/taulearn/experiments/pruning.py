@@ -74,7 +74,9 @@ def prune_run(
     if (folder / "run.toml").exists():
         raise FileExistsError(f"out must not be the folder of a run, got {str(folder)!r}: choose another one")
     if folder.exists() and not overwrite and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"out must be a new folder, got {str(folder)!r}: choose another one, or pass overwrite")
+        raise FileExistsError(
+            f"out must be a new folder, got {str(folder)!r}: choose another one, or pass overwrite (--overwrite)"
+        )
     if not (opened.path / "model.json").exists():
         raise FileNotFoundError(
             f"run must be finished, got {str(opened.path)!r} without a network: `taulearn resume {opened.path}` goes on"

@@ -3,15 +3,15 @@
 import datetime as dt
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..pruning import Pruning
 from ..report import write_html
@@ -20,7 +20,7 @@ from ..training import History, Run, evaluate, fit
 from . import parts
 from .config import TrainConfig, explain
 
-_AVERAGE_DECAY = 0.999
+_SLOWEST_AVERAGE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], None] | None = None,
     Raises:
         ValueError: If a setting does not do; the message names it, and nothing has been written.
         FileExistsError: If the folder holds a run that is not to be overwritten.
+        NotADirectoryError: If it is a file.
         taulearn.training.Diverged: If the loss stops being finite.
         taulearn.training.Interrupted: On Ctrl-C, after a checkpoint was written; :func:`resume` goes on.
 
@@ -87,6 +88,8 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], None] | None = None,
 
     def make_run() -> Run:
         folder = _new_folder(config) if config.run is None else Path(config.run)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"run must be a folder, got the file {str(folder)!r}: choose another name")
         run = Run.create(folder, config.record(), overwrite=config.overwrite)
         if on_start is not None:
             on_start(run)
@@ -151,15 +154,18 @@ def _train(config: TrainConfig, make_run: Callable[[], Run], *, resume: bool, pr
         model = parts.make_network(config, splits).to(device)
         loss_name, loss = parts.make_loss(config, classes=splits.classes is not None)
         optimizer = parts.make_optimizer(config, model)
-        iterations = config.epochs * -(-len(splits.train.inputs) // config.batch_size)
+        batch_size = parts.batch_size(config, len(splits.train.inputs))
+        iterations = config.epochs * -(-len(splits.train.inputs) // batch_size)
         scheduler = parts.make_scheduler(config, optimizer, iterations)
         averaged = None
         if config.average_weights:
-            averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGE_DECAY))
+            averaged = AveragedModel(model, multi_avg_fn=_average_)
 
         run = make_run()
-        run.decide("device", f"{device}{'' if config.device == 'auto' else ' (as asked)'}")
-        run.decide("loss", f"{loss_name}{'' if config.loss == 'auto' else ' (as asked)'}")
+        decisions = {"device": device, "loss": loss_name, "batch_size": batch_size}
+        for name, decision in decisions.items():
+            if getattr(config, name) == "auto":
+                run.decide(name, str(decision))
         run.decide("validation", "the test data" if splits.validation is splits.test else "the validation data")
         history = fit(
             model,
@@ -167,7 +173,7 @@ def _train(config: TrainConfig, make_run: Callable[[], Run], *, resume: bool, pr
             loss=loss,
             optimizer=optimizer,
             epochs=config.epochs,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             penalties=parts.make_penalties(config),
             pruning=None if config.prune is None else Pruning(config.prune, config.prune_every),
             validation=tuple(splits.validation),
@@ -204,6 +210,14 @@ def _new_folder(config: TrainConfig) -> Path:
             continue
         return folder
     raise AssertionError
+
+
+@torch.no_grad()
+def _average_(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+    """An exponential average that forgets the start: fast at first, slower with the number of iterations."""
+    weight = (9.0 / (10.0 + torch.as_tensor(count))).clamp(min=_SLOWEST_AVERAGE)
+    for average, value in zip(averaged, current, strict=True):
+        average.lerp_(value, weight.to(average.dtype))
 
 
 @contextmanager

@@ -85,6 +85,43 @@ class TimeVariableNetwork(nn.Module):
         output: Tensor = self.head(self.states(x)[-1])
         return output
 
+    def intermediate_outputs(
+        self, x: Float[Tensor, "batch *features"], *, states: Sequence[Tensor] | None = None
+    ) -> dict[int, Tensor]:
+        """The outputs yhat_k of the network cut after k layers: y_k carried by the remaining skips to the head.
+
+        That is the network with tau_l = 0 for all l >= k (residual and fractional schemes; the others carry the state
+        by their skips all the same), without parameters of its own.
+
+        Args:
+            x: Inputs, (batch, ...).
+            states: y_1 .. y_N of a forward pass on ``x``, where there was one. None: computed.
+
+        Returns:
+            For k = 1 .. N the output yhat_k, yhat_N being that of :meth:`forward`; before them k = 0, where the skips
+            carry the input state.
+
+        Raises:
+            ValueError: If there is not one state per layer.
+
+        References:
+            Püttschneider, Heilig, Fischer, Faulwasser (2025), Towards an optimal control perspective of ResNet
+                training.
+
+        Example:
+            >>> from taulearn.nn import resnet
+            >>> sorted(resnet(2, 3, 1, 4).intermediate_outputs(torch.zeros(5, 2)))
+            [1, 2, 3, 4]
+        """
+        N = len(self.layers)
+        states = self.states(x) if states is None else states
+        if len(states) != N:
+            raise ValueError(f"states must be y_1 .. y_{N}, got {len(states)} tensors: take those of network.states(x)")
+        carried = {k: self.skips.carry(y, k, N) if k < N else y for k, y in enumerate(states, start=1)}
+        if self.skips.from_input:
+            carried = {0: self.skips.carry(self.stem(x), 0, N), **carried}
+        return {k: self.head(y) for k, y in carried.items()}
+
     def fixed_layers(self) -> dict[int, str]:
         """Positions that pruning must leave, each with the reason."""
         reasons = {}

@@ -6,13 +6,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 Batch = tuple[Tensor, Tensor]
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
-    """The generator of one epoch's order, a function of seed and epoch alone, so that a run resumes without a generator's state."""
+    """The generator of one epoch's order, a function of seed and epoch alone: a run resumes without its state."""
     words = np.random.SeedSequence([seed, epoch]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
@@ -25,16 +25,9 @@ class TensorBatches:
         targets: (n, ...).
         batch_size: Samples per batch; the last batch of an epoch may be smaller.
         seed: Of the order.
-
-    Raises:
-        ValueError: If they are empty or of different lengths.
     """
 
     def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int, seed: int) -> None:
-        if len(inputs) != len(targets):
-            raise ValueError(f"train must hold as many targets as inputs, got {len(inputs)} inputs and {len(targets)} targets")
-        if len(inputs) == 0:
-            raise ValueError("train must hold at least one sample, got none")
         self.inputs, self.targets = inputs, targets
         self.batch_size = min(batch_size, len(inputs))
         self.seed = seed
@@ -62,7 +55,7 @@ class TensorBatches:
 
 
 class LoaderBatches:
-    """A torch DataLoader; its order is its own affair and follows torch's global generator.
+    """A torch DataLoader; its order is its own affair and follows its generator, or torch's global one.
 
     Args:
         loader: Yields pairs (inputs, targets).
@@ -71,8 +64,6 @@ class LoaderBatches:
 
     def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
         self.loader, self.device = loader, device
-        if len(loader) == 0:
-            raise ValueError("train must yield at least one batch, got an empty DataLoader")
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -86,26 +77,32 @@ class LoaderBatches:
     def sample(self) -> Batch:
         """A few samples, without touching the loader's generators."""
         dataset = cast(Any, self.loader.dataset)
-        pairs = [dataset[i] for i in range(min(2, len(dataset)))]
-        inputs, targets = (torch.stack([torch.as_tensor(p[i]) for p in pairs]) for i in (0, 1))
+        whole = self.loader.batch_sampler is None  # the dataset's items are batches
+        items = dataset[0] if whole else [dataset[i] for i in range(min(2, len(dataset)))]
+        inputs, targets = self.loader.collate_fn(items)
         return inputs.to(self.device), targets.to(self.device)
 
 
-def make_batches(data: Any, batch_size: int, seed: int, device: torch.device) -> TensorBatches | LoaderBatches:
+def make_batches(
+    data: Any, batch_size: int, seed: int, device: torch.device, *, shuffle: bool = True, argument: str = "train"
+) -> TensorBatches | LoaderBatches:
     """The batches of what a user calls training data.
 
     Args:
-        data: A pair (inputs, targets) of tensors, a torch Dataset of such pairs, or a DataLoader (whose own batch size and order count).
+        data: A pair (inputs, targets) of tensors, a torch Dataset of such pairs, or a DataLoader (whose own batch size
+            and order count).
         batch_size: Samples per batch, >= 1.
         seed: Of the order.
         device: Where tensors are kept.
+        shuffle: Whether a Dataset is reshuffled each epoch.
+        argument: The caller's name for the data, for messages.
 
     Returns:
         Something with ``len`` (batches per epoch), ``epoch(number)`` and ``sample()``.
 
     Raises:
-        TypeError: If ``data`` is none of these.
-        ValueError: If it is empty, or batch_size < 1.
+        TypeError: If ``data`` is none of these, or its length is not known.
+        ValueError: If it is empty, inputs and targets differ in number, or batch_size < 1.
 
     Example:
         >>> len(make_batches((torch.zeros(10, 2), torch.zeros(10)), 4, 0, torch.device("cpu")))
@@ -113,14 +110,30 @@ def make_batches(data: Any, batch_size: int, seed: int, device: torch.device) ->
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
-    if isinstance(data, DataLoader):
-        return LoaderBatches(data, device)
     if isinstance(data, TensorDataset):
         data = data.tensors
-    if isinstance(data, Dataset):
+    source = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(source, IterableDataset) or (isinstance(source, Dataset) and not hasattr(source, "__len__")):
+        raise TypeError(
+            f"{argument} must have a length, got the {type(source).__name__} without one: "
+            "give it __len__ and __getitem__"
+        )
+    if isinstance(data, Dataset | DataLoader):
         if len(cast(Any, data)) == 0:
-            raise ValueError("train must hold at least one sample, got an empty Dataset")
-        return LoaderBatches(DataLoader(data, batch_size=batch_size, shuffle=True), device)
-    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
-        return TensorBatches(data[0].to(device), data[1].to(device), batch_size, seed)
-    raise TypeError(f"train must be a pair of tensors (inputs, targets), a Dataset or a DataLoader, got {type(data).__name__}")
+            raise ValueError(f"{argument} must hold at least one batch, got an empty {type(data).__name__}")
+        if isinstance(data, Dataset):
+            data = DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=_generator(seed, 0))
+        return LoaderBatches(data, device)
+    if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)):
+        raise TypeError(
+            f"{argument} must be a pair of tensors (inputs, targets), a Dataset or a DataLoader, "
+            f"got {type(data).__name__}"
+        )
+    inputs, targets = data
+    if len(inputs) != len(targets):
+        raise ValueError(
+            f"{argument} must hold as many targets as inputs, got {len(inputs)} inputs and {len(targets)} targets"
+        )
+    if len(inputs) == 0:
+        raise ValueError(f"{argument} must hold at least one sample, got none")
+    return TensorBatches(inputs.to(device), targets.to(device), batch_size, seed)

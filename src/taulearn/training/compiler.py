@@ -20,7 +20,7 @@ def compile_once(function: Callable[..., Any], *, fused: bool = False) -> Callab
 
     Args:
         function: A function or bound method of tensors.
-        fused: Whether it is a pure function of tensors, for which the C++ wrapper may be used.
+        fused: Whether it is a pure function of tensors that are always of the same shapes and types: the C++ wrapper is used, nothing is checked before a call.
 
     Returns:
         The compiled function.
@@ -37,8 +37,10 @@ def compile_once(function: Callable[..., Any], *, fused: bool = False) -> Callab
         call.__code__.replace(co_name=f"taulearn_step_{next(_COUNT)}"), call.__globals__, None, None, call.__closure__
     )
     options: dict[str, Any] = {"fallback_random": True}
-    if fused and not torch.cuda.is_available():
-        options["cpp_wrapper"] = True
+    if fused:
+        options["cpp_wrapper"] = not torch.cuda.is_available()
+        if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # the checks before each call cost as much as a layer
+            options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
     working: list[Callable[..., Any]] = []
 

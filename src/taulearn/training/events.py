@@ -11,7 +11,7 @@ from .run import Run
 
 
 class Diverged(ArithmeticError):
-    """The loss is no longer finite; the message says since when, what the last finite values were, and what may help."""
+    """The loss is no longer finite; the message says since when, what the last values were, and what may help."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -22,7 +22,11 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, run: Run | None) -> None:
-        remedy = f"go on with `taulearn resume {run.path}` (or fit(..., run=..., resume=True))" if run else "nothing was written: pass run= to keep checkpoints"
+        remedy = (
+            f"go on with `taulearn resume {run.path}` (or fit(..., run=..., resume=True))"
+            if run
+            else "nothing was written: pass run= to keep checkpoints"
+        )
         super().__init__(f"training was interrupted: {remedy}")
         self.run = run
 

@@ -40,10 +40,10 @@ class History:
     """What a run leaves; figures and verdicts are drawn from this alone.
 
     Attributes:
-        iterations: Columns with one row per iteration: "loss", "total", "penalty.NAME", "tau" (I, N) with the steps that iteration was computed with, NaN once
-            deleted; "raw_tau" likewise where it can differ.
-        epochs: Columns with one row per epoch, row 0 before training: "iteration", "layers", "parameters", "seconds", "train.loss", "train.total",
-            "validation.NAME".
+        iterations: Columns with one row per iteration: "loss", "total", "penalty.NAME", "tau" (I, N) with the steps
+            that iteration was computed with, NaN once deleted; "raw_tau" likewise where it can differ.
+        epochs: Columns with one row per epoch, row 0 before training: "iteration", "layers", "parameters", "seconds",
+            "train.loss", "train.total", "validation.NAME".
         deletions: In the order in which they happened.
 
     Example:
@@ -95,7 +95,9 @@ class History:
         """
         named, metadata = read_tensors(Path(path))
         if metadata.get("kind") != "taulearn history" or metadata.get("format") != str(FORMAT):
-            raise ValueError(f"{path} must be a taulearn history of format {FORMAT}, got {metadata}: use the version that wrote it")
+            raise ValueError(
+                f"{path} must be a taulearn history of format {FORMAT}, got {metadata}: use the version that wrote it"
+            )
         return cls.from_tensors(named)
 
 

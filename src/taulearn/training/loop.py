@@ -6,14 +6,14 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
 from ..optim import register_projection
@@ -80,12 +80,14 @@ class Loop:
 
     def run(self, *, resume: bool) -> History:
         """Train to the end, from the start or from the newest checkpoint."""
-        layers, past = self.steps.num_steps, None
+        layers, past = max(self.steps.origin) + 1, None
         self.position = Position()
         if resume and self.folder is not None and any(self.folder.checkpoints.glob("*.safetensors")):
             self.position, past, complaints = load_checkpoint(self.folder.checkpoints, self.parts)
             for line in complaints:
                 warnings.warn(line, stacklevel=3)
+        if past is not None and "tau" in past.iterations:
+            layers = past.iterations["tau"].shape[1]
         self.recorder = Recorder(self.objective.columns, layers, raw=self.steps.bounded, history=past)
         if past is None:
             self.position.compiled = self._decide_compile()
@@ -139,13 +141,17 @@ class Loop:
             if pending >= _FLUSH_EVERY:
                 self._flush()
                 pending = 0
-            self.progress.advance(position.iteration, rows, f"epoch {epoch + 1}/{self.settings.epochs}, {self.steps.num_steps} layers")
+            self.progress.advance(
+                position.iteration, rows, f"epoch {epoch + 1}/{self.settings.epochs}, {self.steps.num_steps} layers"
+            )
             if interrupted() and not ends:
                 position.seconds = before + time.perf_counter() - began
                 if not isinstance(self.batches, LoaderBatches):
+                    self._check(self.model.parameters())
                     self._checkpoint()
                 raise Interrupted(self.folder)
         self._flush()
+        self._check(self.model.parameters())
         position.seconds = before + time.perf_counter() - began
 
     def _prune(self, policy: Pruning, epoch: int) -> None:
@@ -153,6 +159,7 @@ class Loop:
         if self.steps.num_steps == 1:
             return
         self._flush()
+        self._check([self.steps.values])
         report = prune(self.model, policy.threshold, optimizer=self.parts.optimizer, averaged=self.parts.averaged)
         if not report:
             return
@@ -173,7 +180,9 @@ class Loop:
         elif scheduler is not None and not self.per_iteration:
             scheduler.step()
         self.progress.say(_line(epoch + 1, self.settings.epochs, row))
-        end = EpochEnd(epoch + 1, position.iteration, row, self.model, self.parts.optimizer, tuple(self.recorder.deletions))
+        end = EpochEnd(
+            epoch + 1, position.iteration, row, self.model, self.parts.optimizer, tuple(self.recorder.deletions)
+        )
         stop = last = epoch + 1 == self.settings.epochs
         for callback in self.settings.callbacks:
             try:
@@ -197,7 +206,9 @@ class Loop:
             "train.total": self.recorder.mean_since("total", first),
         }
         if self.settings.validation is not None:
-            figures = evaluate(self.model, self.settings.validation, loss=self.objective.loss, metrics=self.settings.metrics)
+            figures = evaluate(
+                self.model, self.settings.validation, loss=self.objective.loss, metrics=self.settings.metrics
+            )
             row |= {f"validation.{name}": value for name, value in figures.items()}
         self.recorder.add_epoch(row)
         return row
@@ -206,17 +217,27 @@ class Loop:
         """Bring the record to the host and end the run if the objective is no longer finite."""
         total = self.recorder.flush(self.steps.origin)
         bad = np.flatnonzero(~np.isfinite(total))
-        if not len(bad):
-            return
+        if len(bad):
+            at = self.recorder.history().num_iterations - len(total) + int(bad[0])
+            raise self._diverged(f"the loss is not finite from iteration {at + 1} on", at)
+
+    def _check(self, tensors: Iterable[Tensor]) -> None:
+        """End the run if the last step, whose loss was finite, left weights that are not: they must not be saved."""
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            at = self.position.iteration
+            raise self._diverged(f"the weights are not finite after iteration {at}", at)
+
+    def _diverged(self, what: str, at: int) -> Diverged:
+        """The error that says what happened after ``at`` good iterations, and what may help."""
         columns = self.recorder.history().iterations
-        at = len(columns["total"]) - len(total) + int(bad[0])
         last = "there was no finite value before"
         if at > 0:
             values = ", ".join(f"{name} = {columns[name][at - 1]:.6g}" for name in self.objective.columns)
-            last = f"last finite values, at iteration {at}: {values}, tau = {np.round(columns['tau'][at - 1], 4).tolist()}"
+            tau = np.round(columns["tau"][at - 1], 4).tolist()
+            last = f"last finite values, at iteration {at}: {values}, tau = {tau}"
         kept = f"; the last good checkpoint in {self.folder.checkpoints} is kept" if self.folder is not None else ""
-        raise Diverged(
-            f"the loss is not finite from iteration {at + 1} on; {last}{kept}. Lower the learning rate (lr, tau_lr), clip gradients (clip_norm), "
+        return Diverged(
+            f"{what}; {last}{kept}. Lower the learning rate (lr, tau_lr), clip gradients (clip_norm), "
             "or bound the steps (constraint, lower_bound, penalties.TimeHorizon)"
         )
 
@@ -240,9 +261,11 @@ class Loop:
             answer, why = True, "always (as asked)"
         else:
             answer = ahead >= COMPILE_PAYS_FROM
-            why = f"{'compiled' if answer else 'eager'}: {ahead} iterations ahead, compiling pays from {COMPILE_PAYS_FROM}"
+            kind = "compiled" if answer else "eager"
+            why = f"{kind}: {ahead} iterations ahead, compiling pays from {COMPILE_PAYS_FROM}"
         if self.folder is not None:
-            self.folder.decide("compile" if self.position.iteration == 0 else f"compile after iteration {self.position.iteration}", why)
+            after = f" after iteration {self.position.iteration}" if self.position.iteration else ""
+            self.folder.decide(f"compile{after}", why)
         return answer
 
 
@@ -255,7 +278,11 @@ def _compiler_found() -> bool:
 def _line(epoch: int, epochs: int, row: Mapping[str, float]) -> str:
     """An epoch in one line."""
     parts = [f"epoch {epoch:>{len(str(epochs))}}/{epochs}", f"loss {row['train.loss']:.4f}"]
-    parts += [f"{name.removeprefix('validation.')} {value:.4f}" for name, value in row.items() if name.startswith("validation.") and name != "validation.loss"]
+    parts += [
+        f"{name.removeprefix('validation.')} {value:.4f}"
+        for name, value in row.items()
+        if name.startswith("validation.") and name != "validation.loss"
+    ]
     if "validation.accuracy" not in row and "validation.loss" in row:
         parts.append(f"validation loss {row['validation.loss']:.4f}")
     return "  ".join([*parts, f"{int(row['layers'])} layers", f"{row['seconds']:.1f} s"])
@@ -270,7 +297,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         return
     previous = signal.getsignal(signal.SIGINT)
 
-    def handler(number: int, frame: FrameType | None) -> None:
+    def handler(*_: object) -> None:
         if seen.is_set():
             raise KeyboardInterrupt
         seen.set()

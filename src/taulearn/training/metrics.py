@@ -60,7 +60,9 @@ def evaluate(
     metrics: str | Mapping[str, Metric] = "auto",
     batch_size: int = 1000,
 ) -> dict[str, float]:
-    """Loss and metrics of a model on a data set, in evaluation mode; the model's mode is put back.
+    """Loss and metrics of a model on a data set, in evaluation mode.
+
+    The model's mode and torch's global generator are put back, so that training goes on as if nothing had happened.
 
     Args:
         model: A model with time steps.
@@ -79,11 +81,12 @@ def evaluate(
         {'loss': 0.0}
     """
     values = time_steps_of(model).values
-    batches = make_batches(data, batch_size, 0, values.device)
+    batches = make_batches(data, batch_size, 0, values.device, shuffle=False, argument="data")
     training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
     count = 0
+    generator = torch.get_rng_state()
     try:
         for inputs, targets in _in_order(batches):
             functions = choose_metrics(metrics, targets)
@@ -95,6 +98,7 @@ def evaluate(
                 sums[name] = sums.get(name, 0.0) + function(output, targets).double() * len(inputs)
     finally:
         model.train(training)
+        torch.set_rng_state(generator)  # a loader draws from it, and training must not notice
     return {name: float(total) / count for name, total in sums.items()}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def as_float(inputs: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Objective(nn.Module):
-    """J = loss(model(inputs), targets) + sum of the differentiated penalties; the module that every kind of step differentiates.
+    """J = loss(model(inputs), targets) + sum of the differentiated penalties, which every kind of step differentiates.
 
     Args:
         model: A model with time steps.
@@ -56,14 +57,16 @@ class Objective(nn.Module):
             targets: (batch, ...).
 
         Returns:
-            J, a scalar; and the detached record: loss, J, each penalty, then tau (N,), then, where they can differ, the raw steps (N,).
+            J, a scalar; and the detached record: loss, J, each penalty, then tau (N,), then, where they can differ, the
+            raw steps (N,).
         """
         steps = time_steps_of(self.model)
         inputs = as_float(inputs, steps.values.dtype)
         states = None
         if any(p.needs_states for p in self.penalties):
-            states = self.model.states(inputs)
-            output = self.model.head(states[-1])
+            network = cast(Any, self.model)
+            states = network.states(inputs)
+            output = network.head(states[-1])
         else:
             output = self.model(inputs)
         data_loss = self.loss(output, targets)

@@ -22,11 +22,14 @@ class Progress:
         self._bar = None
         self._next = 0.0
         if enabled and sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
             self._bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), auto_refresh=False
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                auto_refresh=False,
             )
             self._task = self._bar.add_task("training", total=iterations, completed=done)
             self._bar.start()
@@ -36,7 +39,9 @@ class Progress:
         if self._bar is None or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _REFRESH_SECONDS
-        self._bar.update(self._task, completed=iteration, description=f"{description}, loss {float(rows[-1, 0]):.4f}", refresh=True)
+        self._bar.update(
+            self._task, completed=iteration, description=f"{description}, loss {float(rows[-1, 0]):.4f}", refresh=True
+        )
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -45,7 +50,8 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
-            print(text, flush=True)
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
 
     def close(self, iteration: int) -> None:
         """Take the bar away, leaving its last state."""

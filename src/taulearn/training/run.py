@@ -74,13 +74,16 @@ class Run:
             overwrite: Whether the files of an earlier run in this folder are deleted.
 
         Raises:
-            FileExistsError: If the folder is not empty and is not to be overwritten, or holds something that is not a run.
+            FileExistsError: If the folder is not empty and is not to be overwritten, or holds something that is no run.
         """
         folder = Path(path)
+        if folder.is_dir():
+            tidy(folder)
         if folder.is_dir() and any(folder.iterdir()):
             if not overwrite:
                 raise FileExistsError(
-                    f"run {str(folder)!r} exists: choose another folder, pass overwrite (--overwrite), or go on with it (taulearn resume {folder})"
+                    f"run {str(folder)!r} exists: choose another folder, pass overwrite (--overwrite), "
+                    f"or go on with it (taulearn resume {folder})"
                 )
             cls._clear(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +109,8 @@ class Run:
             raise ValueError(f"{file} must be a TOML file, got a damaged one ({error})") from error
         if content.get("format") != FORMAT:
             raise ValueError(
-                f"{file} must have format = {FORMAT}, got {content.get('format')!r}: the run belongs to another version of taulearn"
+                f"{file} must have format = {FORMAT}, got {content.get('format')!r}: "
+                "the run belongs to another version of taulearn"
             )
         tables = [content.get(name, {}) for name in ("config", "versions", "decisions")]
         if not all(isinstance(table, dict) for table in tables):
@@ -127,10 +131,30 @@ class Run:
     def _clear(folder: Path) -> None:
         """Delete an earlier run's own files, and nothing else."""
         if not (folder / "run.toml").is_file():
-            raise FileExistsError(f"run {str(folder)!r} must not be overwritten: it holds files, but no run.toml; choose another folder")
-        names = ("run.toml", "history.safetensors", "model.safetensors", "model.json", "report.html")
-        for file in [folder / name for name in names] + list((folder / "checkpoint").glob("*.safetensors")):
+            raise FileExistsError(
+                f"run {str(folder)!r} must not be overwritten: it holds files, but no run.toml; choose another folder"
+            )
+        names = ("history.safetensors", "model.safetensors", "model.json", ".model.json.new", "report.html", "run.toml")
+        for file in [*(folder / "checkpoint").glob("*.safetensors"), *(folder / name for name in names)]:
             file.unlink(missing_ok=True)
+
+
+def tidy(folder: Path) -> None:
+    """Delete what a process that was killed while it wrote into a run's folder left half-written.
+
+    Args:
+        folder: The run's folder, into which nobody writes now.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / ".run.toml.1.part").touch()
+        >>> tidy(folder)
+        >>> list(folder.iterdir())
+        []
+    """
+    for part in [*folder.glob(".*.part"), *(folder / "checkpoint").glob(".*.part")]:
+        part.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, Any]:

@@ -46,7 +46,7 @@ class PlainStep:
         """
         records: list[Tensor] = []
 
-        def closure() -> Tensor:
+        def closure() -> Any:
             self.optimizer.zero_grad()
             total, record = self._backward(evaluate or self.objective, inputs, targets)
             records.append(record)

@@ -1,5 +1,9 @@
 """TensorBoard events at the end of each epoch."""
 
+import functools
+import os
+from pathlib import Path
+
 from ..penalties import time_steps_of
 from .events import EpochEnd
 from .run import Run
@@ -9,28 +13,30 @@ class TensorBoard:
     """A callback that writes the epoch's figures and the time steps.
 
     Args:
-        run: The run whose folder the events go into.
+        run: The run whose folder the events go into, which need not exist before the first epoch has ended.
 
     Raises:
         ValueError: If there is no run.
         ImportError: If tensorboard is not installed.
     """
 
-    def __init__(self, run: Run | None) -> None:
+    def __init__(self, run: Run | str | os.PathLike[str] | None) -> None:
         if run is None:
             raise ValueError("run must be given with tensorboard=True, got None: the events go into its folder")
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
             raise ImportError("tensorboard=True needs TensorBoard: pip install 'taulearn[tensorboard]'") from error
-        self._writer = SummaryWriter(str(run.path / "tensorboard"))
+        folder = run.path if isinstance(run, Run) else Path(run)
+        self._make = functools.cache(lambda: SummaryWriter(str(folder / "tensorboard")))
 
     def __call__(self, end: EpochEnd) -> None:
         """Write one epoch."""
+        writer = self._make()
         for name, value in end.metrics.items():
             if value == value:
-                self._writer.add_scalar(name.replace(".", "/"), value, end.iteration)
+                writer.add_scalar(name.replace(".", "/"), value, end.iteration)
         steps = time_steps_of(end.model)
         for layer, tau in zip(steps.origin, steps.tau.tolist(), strict=True):
-            self._writer.add_scalar(f"tau/{layer}", tau, end.iteration)
-        self._writer.flush()
+            writer.add_scalar(f"tau/{layer}", tau, end.iteration)
+        writer.flush()

@@ -1,0 +1,315 @@
+"""The papers' explicit adjoint systems: gradients written out, without automatic differentiation of the network.
+
+States y_0 .. y_N, z_l = W_l y_l + b_l, f_l = sigma(z_l), output W_N y_N. With phi_out the gradient of the loss with
+respect to the output (* is the entrywise product), phi_N = W_N^T phi_out and, for l = N-1 .. 1,
+
+    residual     phi_l = P^T phi_{l+1} + tau_l W_l^T (phi_{l+1} * sigma'(z_l))                             after (5.2)
+    fractional   phi_l = (1 - a_{l,l-1}) P^T phi_{l+1} + sum_{j=l+2..N} (a_{j-1,l} - a_{j-1,l-1}) P^T phi_j
+                         + tau_l^gamma Gamma(2-gamma) W_l^T (phi_{l+1} * sigma'(z_l))                           (5.9)
+
+is the discretised problem's adjoint ("discretize-then-optimize"): what follows from it is the gradient. Discretising
+the adjoint equation instead, with the right-sided derivative, gives for the fractional scheme
+
+    phi_l = P^T phi_{l+1} + sum_{j=l+1..N-1} b_{j,l} (P^T phi_{j+1} - P^T phi_j)
+            + tau_l^gamma Gamma(2-gamma) W_l^T (phi_{l+1} * sigma'(z_l))                                        (5.8)
+
+("optimize-then-discretize"), which is no gradient of the discrete loss; for the residual scheme the two agree. In both
+cases, with s_l = tau_l (residual) or tau_l^gamma Gamma(2-gamma) (fractional),
+
+    dW_N = phi_out y_N^T     dW_l = s_l (phi_{l+1} * sigma'(z_l)) y_l^T     db_l = s_l phi_{l+1} * sigma'(z_l)
+    dtau_l = <f_l, phi_{l+1}>                                                                              (residual)
+    dtau_l = - sum_{k>=l} sum_{j<=min(k-1,l)} (d a_{k,j}/d tau_l) <P y_{j+1} - P y_j, phi_{k+1}>
+             + gamma tau_l^(gamma-1) Gamma(2-gamma) <f_l, phi_{l+1}>                                     (fractional)
+
+References:
+    Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks, section 5 and
+    appendix A. Printed there with dW_l transposed and db_l as a scalar.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from . import caputo
+from ._adjoint_parts import WeightDerivatives, carry_back, check_network, loss_gradient, slope
+from ._errors import unknown_name
+from ._table import format_table
+from .nn.builders import FullyConnected
+from .nn.network import TimeVariableNetwork
+from .nn.schemes import Fractional
+from .nn.skips import ComposedSkips
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+METHODS = ("discretize-then-optimize", "optimize-then-discretize")
+
+
+def gradients(
+    network: TimeVariableNetwork,
+    inputs: Float[Tensor, "batch *features"],
+    targets: Tensor,
+    loss: Loss,
+    method: str = "discretize-then-optimize",
+) -> dict[str, Tensor]:
+    """Gradients of loss(network(inputs), targets) by the explicit adjoint systems.
+
+    Args:
+        network: A residual or fractional network of fully connected layers f(y) = sigma(W y + b), as the builders make
+            it, with skips that are identities, padding or learned linear maps. sigma must act entrywise and have no
+            parameters.
+        inputs: (batch, ...), of the network's floating point type.
+        targets: What ``loss`` compares the outputs with.
+        loss: Maps (output, target) to a scalar.
+        method: "discretize-then-optimize" (the gradient) or "optimize-then-discretize" (an object of study: with the
+            fractional scheme another direction).
+
+    Returns:
+        One tensor per name of ``network.named_parameters()``, in its order: with fixed steps none for them, with
+        dependent steps N - 1 values.
+
+    Raises:
+        ValueError: If the method is unknown, the network has no explicit adjoint (the message says why), the steps of a
+            fractional network are not positive, or the loss is not a scalar.
+        TypeError: If ``network`` is no TimeVariableNetwork.
+
+    References:
+        Antil, Diaz, Herberg (2022), section 5, equations (5.8) and (5.9).
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> _ = torch.manual_seed(0)
+        >>> network, x, y = resnet(2, 3, 1, 4), torch.ones(5, 2), torch.zeros(5, 1)
+        >>> loss = nn.functional.mse_loss
+        >>> explicit = gradients(network, x, y, loss)
+        >>> loss(network(x), y).backward()
+        >>> torch.allclose(explicit["time_steps.values"], network.time_steps.values.grad)
+        True
+    """
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    check_network(network)
+    with torch.no_grad():
+        return _Adjoint(network, inputs, targets, loss, method).gradients()
+
+
+class _Adjoint:
+    """Forward pass, adjoint system and what follows from both, letter by letter as above."""
+
+    def __init__(self, network: TimeVariableNetwork, inputs: Tensor, targets: Tensor, loss: Loss, method: str) -> None:
+        self.network, self.skips = network, network.skips
+        self.tau, self.N = network.time_steps.tau, network.time_steps.num_steps
+        self.layers = [cast(FullyConnected, layer) for layer in network.layers]
+        self.W = [layer.linear.weight for layer in self.layers]
+        self.y = [network.stem(inputs), *network.states(inputs)]
+        z = [layer.linear(y) for layer, y in zip(self.layers, self.y[:-1], strict=True)]
+        self.f = [layer.activation(z_l.clone()) for layer, z_l in zip(self.layers, z, strict=True)]
+        self.slope = [slope(layer.activation, z[l], l) for l, layer in enumerate(self.layers)]
+        self.phi_out = loss_gradient(loss, network.head(self.y[-1]), targets)
+        if isinstance(network.scheme, Fractional):
+            gamma = network.scheme.gamma
+            self.s = self.tau**gamma * math.gamma(2.0 - gamma)
+            self.a = caputo.l1_weights(self.tau, gamma).to(self.tau.dtype)
+            if network.scheme.memory_from == 1:
+                self.a[1:, 0] = 0.0
+            fractional = self._phi_left if method == METHODS[0] else self._phi_right
+            self.phi = fractional(self._phi_N())
+        else:
+            self.s = self.tau
+            self.a = torch.eye(self.N, dtype=self.tau.dtype, device=self.tau.device)
+            self.phi = self._phi_residual(self._phi_N())
+
+    def _phi_N(self) -> Tensor:
+        head = self.network.head
+        return self.phi_out @ head.weight if isinstance(head, nn.Linear) else self.phi_out
+
+    def _PT(self, phi: Tensor, l: int, j: int) -> Tensor:
+        """(P_l^j)^T phi."""
+        return carry_back(self.skips, phi, l, j)
+
+    def _layer(self, phi: dict[int, Tensor], l: int) -> Tensor:
+        """s_l W_l^T (phi_{l+1} * sigma'(z_l)); states are rows, so W^T v is v W."""
+        return self.s[l] * (phi[l + 1] * self.slope[l]) @ self.W[l]
+
+    def _phi_residual(self, phi_N: Tensor) -> dict[int, Tensor]:
+        phi = {self.N: phi_N}
+        for l in range(self.N - 1, 0, -1):
+            phi[l] = self._PT(phi[l + 1], l, l + 1) + self._layer(phi, l)
+        return phi
+
+    def _phi_left(self, phi_N: Tensor) -> dict[int, Tensor]:
+        phi, a, N = {self.N: phi_N}, self.a, self.N
+        for l in range(N - 1, 0, -1):
+            phi[l] = (1 - a[l, l - 1]) * self._PT(phi[l + 1], l, l + 1) + self._layer(phi, l)
+            for j in range(l + 2, N + 1):
+                phi[l] += (a[j - 1, l] - a[j - 1, l - 1]) * self._PT(phi[j], l, j)
+        return phi
+
+    def _phi_right(self, phi_N: Tensor) -> dict[int, Tensor]:
+        phi, N = {self.N: phi_N}, self.N
+        gamma = cast(Fractional, self.network.scheme).gamma
+        b = caputo.l1_weights(self.tau, gamma, side="right").to(self.tau.dtype).T  # b[j, l]
+        for l in range(N - 1, 0, -1):
+            phi[l] = self._PT(phi[l + 1], l, l + 1) + self._layer(phi, l)
+            for j in range(l + 1, N):
+                phi[l] += b[j, l] * (self._PT(phi[j + 1], l, j + 1) - self._PT(phi[j], l, j))
+        return phi
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By the parameters' names; shared parameters collect the sum of their places."""
+        found: dict[Tensor, Tensor] = {p: torch.zeros_like(p) for p in self.network.parameters()}
+        for l, layer in enumerate(self.layers):
+            delta = self.s[l] * self.phi[l + 1] * self.slope[l]
+            found[layer.linear.weight] += _outer(delta, self.y[l])
+            found[layer.linear.bias] += delta.flatten(0, -2).sum(0)
+        head = self.network.head
+        if isinstance(head, nn.Linear):
+            found[head.weight] += _outer(self.phi_out, self.y[-1])
+            if head.bias is not None:
+                found[head.bias] += self.phi_out.flatten(0, -2).sum(0)
+        if isinstance(self.skips, ComposedSkips):
+            for k, module in enumerate(self.skips.maps):
+                if isinstance(module, nn.Linear):
+                    found[module.weight] += self._skip_gradient(k)
+        steps = self.network.time_steps
+        if steps.values in found:
+            found[steps.values] += self._through_constraint(self.dtau())
+        return {name: found[p] for name, p in self.network.named_parameters()}
+
+    def dtau(self) -> Tensor:
+        """The gradient with respect to the effective steps, before their constraint, (N,)."""
+        along_f = torch.stack([(f * self.phi[l + 1]).sum() for l, f in enumerate(self.f)])
+        scheme = self.network.scheme
+        if not isinstance(scheme, Fractional):
+            return along_f
+        gamma, tau = scheme.gamma, self.tau.double()
+        differences = self._differences()
+        derivatives = WeightDerivatives(tau, gamma, memory_from=scheme.memory_from)
+        memory = torch.stack([(derivatives.of(l) * differences).sum() for l in range(self.N)])
+        own = gamma * tau ** (gamma - 1.0) * math.gamma(2.0 - gamma) * along_f.double()
+        return (own - memory).to(self.tau.dtype)
+
+    def _differences(self) -> Tensor:
+        """<P y_{j+1} - P y_j, phi_{k+1}> at [k, j], j < k, in float64."""
+        inner = torch.zeros(self.N, self.N + 1, dtype=torch.float64, device=self.tau.device)
+        for k in range(self.N):
+            for j in range(k + 1):
+                carried = self.skips(self.y[j], j, k + 1)
+                if carried is not None:
+                    inner[k, j] = (carried * self.phi[k + 1]).sum()
+        return inner.diff(dim=1).tril(-1)
+
+    def _through_constraint(self, dtau: Tensor) -> Tensor:
+        steps = self.network.time_steps
+        if steps.constraint != "dependent":
+            return dtau
+        # tau_{N-1} = max(T - sum, lower bound): no gradient flows once the bound acts
+        bound_acts = steps.lower_bound is not None and bool(steps.raw_tau[-1] < steps.lower_bound)
+        return dtau[:-1] if bound_acts else dtau[:-1] - dtau[-1]
+
+    def _skip_gradient(self, k: int) -> Tensor:
+        """Of the learned map past layer k, which is part of every P_j^i with j <= k < i.
+
+        y_i contains sum_j (a_{i-1,j} - a_{i-1,j-1}) P_j^i y_j; for the residual scheme a is the identity matrix.
+        """
+        module = self.skips.get_submodule(f"maps.{k}")
+        assert isinstance(module, nn.Linear)
+        total = torch.zeros_like(module.weight)
+        first = 0 if self.skips.from_input else 1
+        for i in range(k + 1, self.N + 1):
+            coefficients = self.a[i - 1].diff(prepend=self.a.new_zeros(1))
+            before = [
+                coefficients[j] * (self.skips.carry(self.y[j], j, k) if j < k else self.y[j])
+                for j in range(first, k + 1)
+            ]
+            if before:
+                after = self._PT(self.phi[i], k + 1, i) if i > k + 1 else self.phi[i]
+                total += _outer(after, torch.stack(before).sum(0))
+        return total
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """sum over the batch of left right^T."""
+    return left.flatten(0, -2).T @ right.flatten(0, -2)
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far the direction of optimize-then-discretize is from the gradient, layer by layer; prints as a table.
+
+    Attributes:
+        layers: Numbers of the layers at the start.
+        ratio: norm of (dW_l, db_l) of optimize-then-discretize over that of the gradient, (N,).
+        angle: Angle between the two in degrees, (N,).
+        tau_ratio: dtau_l of optimize-then-discretize over that of the gradient, signed, (N,).
+        tau_angle: Angle between the two vectors dtau, in degrees.
+    """
+
+    layers: tuple[int, ...]
+    ratio: Tensor
+    angle: Tensor
+    tau_ratio: Tensor
+    tau_angle: float
+
+    def __str__(self) -> str:
+        columns = {
+            "layer": [*self.layers],
+            "norm ratio": self.ratio.tolist(),
+            "angle": self.angle.tolist(),
+            "dtau ratio": self.tau_ratio.tolist(),
+        }
+        return f"{format_table(columns)}\nangle between the two dtau: {self.tau_angle:.2f} degrees"
+
+
+def deviation(
+    network: TimeVariableNetwork, inputs: Float[Tensor, "batch *features"], targets: Tensor, loss: Loss
+) -> Deviation:
+    """Compare the two methods of :func:`gradients`, layer by layer.
+
+    Args:
+        network: As in :func:`gradients`.
+        inputs: (batch, ...).
+        targets: What ``loss`` compares the outputs with.
+        loss: Maps (output, target) to a scalar.
+
+    Returns:
+        Norm ratios and angles; NaN where a gradient is zero.
+
+    Raises:
+        ValueError, TypeError: As :func:`gradients`.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> _ = torch.manual_seed(0)
+        >>> found = deviation(resnet(2, 3, 1, 4, activation="tanh"), torch.ones(5, 2), torch.zeros(5, 1), nn.MSELoss())
+        >>> found.ratio.tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
+    check_network(network)
+    with torch.no_grad():
+        exact, other = (_Adjoint(network, inputs, targets, loss, method) for method in METHODS)
+        pairs = [(_theta(exact, l), _theta(other, l)) for l in range(exact.N)]
+        tau, other_tau = exact.dtau().double(), other.dtau().double()
+    return Deviation(
+        layers=network.time_steps.origin,
+        ratio=torch.stack([d.norm() / g.norm() for g, d in pairs]),
+        angle=torch.stack([_angle(g, d) for g, d in pairs]),
+        tau_ratio=other_tau / tau,
+        tau_angle=float(_angle(tau, other_tau)),
+    )
+
+
+def _theta(adjoint: _Adjoint, l: int) -> Tensor:
+    """(dW_l, db_l) as one float64 vector."""
+    delta = (adjoint.s[l] * adjoint.phi[l + 1] * adjoint.slope[l]).double()
+    return torch.cat([_outer(delta, adjoint.y[l].double()).flatten(), delta.flatten(0, -2).sum(0)])
+
+
+def _angle(u: Tensor, v: Tensor) -> Tensor:
+    """The angle in degrees, accurate also near 0 and 180 (Kahan)."""
+    u, v = u / u.norm(), v / v.norm()
+    return torch.rad2deg(2.0 * torch.atan2((u - v).norm(), (u + v).norm()))

@@ -1,0 +1,32 @@
+"""What a network does with its steps: propagation of gradients, use of its depth, a summary.
+
+Results are dataclasses that print as tables; figures are drawn from them alone.
+"""
+
+from .depth import DepthProfile as DepthProfile, depth_profile as depth_profile
+from .figure import plot_propagation as plot_propagation, propagation_figure as propagation_figure
+from .gradients import GradientPropagation as GradientPropagation, gradient_propagation as gradient_propagation
+from .overview import Summary as Summary, summary as summary
+from .recursions import (
+    dense_gradients as dense_gradients,
+    feedforward_gradients as feedforward_gradients,
+    fractional_gradients as fractional_gradients,
+    memory_terms as memory_terms,
+    residual_gradients as residual_gradients,
+)
+
+__all__ = [
+    "DepthProfile",
+    "GradientPropagation",
+    "Summary",
+    "dense_gradients",
+    "depth_profile",
+    "feedforward_gradients",
+    "fractional_gradients",
+    "gradient_propagation",
+    "memory_terms",
+    "plot_propagation",
+    "propagation_figure",
+    "residual_gradients",
+    "summary",
+]

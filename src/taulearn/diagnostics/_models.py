@@ -1,0 +1,97 @@
+"""What the diagnostics ask of a model, and the conditions under which they look at it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..nn.time_steps import TimeSteps
+from ..penalties import time_steps_of
+
+
+class HasStates(Protocol):
+    """A model with learned time steps that shows its states."""
+
+    def states(self, x: Tensor) -> list[Tensor]:
+        """y_1 .. y_N."""
+
+
+def states_of(model: nn.Module) -> HasStates:
+    """The model, once it is known to have time steps and states."""
+    time_steps_of(model)
+    if not callable(getattr(model, "states", None)):
+        raise TypeError(
+            f"network must have a method states(x) -> [y_1, .., y_N], got {type(model).__name__} without: build it "
+            "with taulearn.nn"
+        )
+    return cast(HasStates, model)
+
+
+def layers_of(model: nn.Module) -> Sequence[nn.Module]:
+    """The layer functions, one per time step."""
+    steps = time_steps_of(model)
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) != steps.num_steps:
+        raise TypeError(
+            f"model must have layers, one per time step, got {type(model).__name__} with {steps.num_steps} steps: "
+            "build it with taulearn.nn"
+        )
+    return list(layers)
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Every submodule in evaluation mode, and back to its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[Tensor]:
+    """All parameters require gradients, and the effective steps are a leaf of their own; everything is put back after.
+
+    Yields:
+        The leaf, tau (N,), whatever the constraint.
+    """
+    steps = time_steps_of(model)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    own = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(steps).items()}
+    tau = nn.Parameter(steps.tau.detach().clone())
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(True)
+        steps.constraint = "free"
+        steps.values = tau
+        # the other attention kernels can be differentiated once only
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield tau
+    finally:
+        vars(steps).clear()
+        vars(steps).update(own)
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+
+
+def check_batch(inputs: Tensor) -> None:
+    """Refuse what is no batch."""
+    if inputs.ndim < 2 or len(inputs) == 0:
+        raise ValueError(
+            f"inputs must be a batch (samples, ...) of at least one sample, got shape {tuple(inputs.shape)}: for one "
+            "sample take inputs.unsqueeze(0)"
+        )
+
+
+def scheme_of(model: nn.Module) -> tuple[str, float]:
+    """Name of the scheme, and the power with which its step multiplies the layer function."""
+    scheme = getattr(model, "scheme", None)
+    steps: TimeSteps | None = getattr(model, "time_steps", None)
+    assert steps is not None
+    return getattr(scheme, "name", type(model).__name__), float(getattr(scheme, "step_power", 1.0))

@@ -1,0 +1,62 @@
+"""Small networks for the tests of pruning, trained on one batch, and comparison to the bit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taulearn.nn import TimeVariableNetwork, resnet
+from taulearn.pruning import PruneReport
+
+DOUBLE = torch.float64
+KEEP = (0, 2, 4)
+
+
+def network(
+    init: list[float] | None = None, *, builder: Callable[..., TimeVariableNetwork] = resnet, **options: Any
+) -> TimeVariableNetwork:
+    torch.manual_seed(0)
+    depth = 5 if init is None else len(init)
+    horizon = options.pop("horizon", 1.0 if init is None else sum(init))
+    options = {"dtype": DOUBLE, "activation": "tanh", "init": init, "horizon": horizon} | options
+    return builder(3, 4, 2, depth, **options)
+
+
+def batch(n: int = 6) -> Tensor:
+    return torch.randn(n, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))
+
+
+def deleted(report: PruneReport) -> list[int]:
+    return [d.layer for d in report.deleted]
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return (model(batch()) - 1.0).square().mean()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, iterations: int = 3) -> None:
+    for _ in range(iterations):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+
+
+def assert_same_bits(first: Any, second: Any) -> None:
+    if isinstance(first, Tensor):
+        assert torch.equal(first, second)
+        assert first.dtype == second.dtype
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same_bits(first[key], second[key])
+    elif isinstance(first, list):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same_bits(one, other)
+    else:
+        assert first == second
