@@ -307,7 +307,7 @@ class TestRefusals:
         ids=lambda x: getattr(x, "__name__", x),
     )
     def test_weights(self, make: Callable[[float], Penalty], argument: str, value: float) -> None:
-        with pytest.raises(ValueError, match=f"{argument} must be >= 0, got {value!r}"):
+        with pytest.raises(ValueError, match=f"{argument} must be a finite number >= 0, got {value!r}"):
             make(value)
 
     @pytest.mark.parametrize("horizon", [0.0, -2.0, float("nan")], ids=repr)

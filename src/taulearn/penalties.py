@@ -15,6 +15,7 @@ References:
     [2] Herberg, Herzog, Koehne (2023), Time regularization in optimal time variable learning.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -49,8 +50,8 @@ def time_steps_of(model: nn.Module) -> TimeSteps:
 
 
 def _non_negative(name: str, value: float) -> float:
-    if not value >= 0:
-        raise ValueError(f"{name} must be >= 0, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}: 0 switches the penalty off")
     return float(value)
 
 

@@ -119,7 +119,7 @@ RECIPES = [
     Recipe("averaged", adam, lambda model, optimizer: {"averaged": AveragedModel(model)}),
     Recipe(
         "averaged and pruned",
-        adam,
+        sgd,
         lambda model, optimizer: (
             pruning("epoch")(model, optimizer)
             | {"averaged": AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))}

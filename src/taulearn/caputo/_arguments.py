@@ -1,14 +1,28 @@
-"""What the functions of the package share: checks of their arguments, and the precision they work in."""
+"""What the functions of the package share: checks of their arguments, their precision, where own gradients fit."""
 
 import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def to_double(y: Tensor) -> Tensor:
     """Cast y to double precision, real or complex."""
     return y.to(torch.promote_types(y.dtype, torch.float64))
+
+
+def transforming() -> bool:
+    """Whether something looks into the computation: torch.compile, export, torch.func, tracing or forward mode.
+
+    A torch.autograd.Function with state would be wrong or refused there; plain operations always work.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
 
 
 def check_order(gamma: float) -> float:

@@ -21,6 +21,7 @@ References:
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
@@ -28,7 +29,8 @@ from torch import Tensor
 
 from taulearn._errors import unknown_name
 
-from ._arguments import check_order, check_steps, to_double
+from ._arguments import check_order, check_steps, to_double, transforming
+from ._rows import BLOCK, cotangent_of_steps, row_blocks
 
 # Below it a Taylor series, whose omitted terms are < 1e-18; above it the closed form keeps 13 digits of the derivative.
 _SMALL_RATIO = 1e-3
@@ -130,6 +132,26 @@ def _left_weights(tau: Tensor, gamma: float) -> Tensor:
         return plain_left_weights(tau, gamma)
     weights: Tensor = _LeftWeights.apply(tau, gamma)
     return weights
+
+
+class _LeftWeights(torch.autograd.Function):
+    """a_{l,j} that keeps nothing but tau; differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, tau: Tensor, gamma: float) -> Tensor:
+        ctx.save_for_backward(tau)
+        ctx.gamma = gamma
+        weights = tau.new_zeros(len(tau), len(tau))
+        for start, rows in row_blocks(tau, gamma):
+            weights[start : start + len(rows), : rows.shape[1]] = rows
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        (tau,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # with create_graph: the derivative itself is to be differentiated
+            return torch.autograd.grad(plain_left_weights(tau, ctx.gamma), tau, cotangents, create_graph=True)[0], None
+        return cotangent_of_steps(tau, ctx.gamma, cotangents[0].split(BLOCK)), None
 
 
 def plain_left_weights(tau: Tensor, gamma: float) -> Tensor:

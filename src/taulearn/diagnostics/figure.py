@@ -111,7 +111,7 @@ def propagation_figure(
     lines = {line.get_label(): line for ax in figure.axes for line in ax.lines}
     shown = [label for label in labels if label in lines and label]
     figure.legend(
-        [lines[label] for label in shown], shown, loc="outside lower center", ncols=max(1, len(shown)), frameon=False
+        [lines[label] for label in shown], shown, loc="outside upper center", ncols=max(1, len(shown)), frameon=False
     )
     return figure
 

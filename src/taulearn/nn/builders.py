@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import TypedDict, Unpack
 
 import torch
@@ -120,7 +121,7 @@ class Options(FractionalOptions, total=False):
 
 
 def _count(argument: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{argument} must be an integer >= 1, got {value!r}")
     return value
 
@@ -144,7 +145,7 @@ def _build(
     _count("in_features", in_features)
     _count("out_features", out_features)
     _count("hidden_layers", hidden_layers)
-    hidden = [width] * hidden_layers if isinstance(width, int) else list(width)
+    hidden = [width] * hidden_layers if isinstance(width, Integral) else list(width)
     if len(hidden) != hidden_layers:
         raise ValueError(f"width must be one integer or {hidden_layers} integers (hidden_layers), got {hidden}")
     widths = [in_features, *(_count("width", n) for n in hidden)]

@@ -14,6 +14,7 @@ References:
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 from jaxtyping import Float
@@ -66,7 +67,7 @@ class TimeSteps(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
             raise ValueError(
                 f"num_steps must be an integer >= 1, got {num_steps!r}: a network needs at least one layer"
             )

@@ -90,8 +90,8 @@ def fit(
 
     Raises:
         Diverged: If the loss stops being finite. The last good checkpoint is kept.
-        Interrupted: On Ctrl-C, after a checkpoint was written (data from a Dataset or a DataLoader: the last one stands,
-            as they cannot start in the middle of an epoch).
+        Interrupted: On Ctrl-C, after a checkpoint was written (a Dataset or a DataLoader cannot start in the middle of
+            an epoch: there the last checkpoint stands).
         FileExistsError: If the run's folder is not empty, and neither resume nor overwrite is given.
         ValueError, TypeError: If an argument does not fit; the message names it.
 
@@ -114,11 +114,10 @@ def fit(
     objective = Objective(model, loss, penalties)
     options = StepOptions(clip_norm, accumulate, precision, averaged)
     _check_options(
-        counts={"epochs": epochs, "checkpoint_every": checkpoint_every, "accumulate": accumulate},
-        compile=compile,
-        precision=precision,
-        clip_norm=clip_norm,
-        seed=seed,
+        {"epochs": epochs, "checkpoint_every": checkpoint_every, "accumulate": accumulate},
+        {"compile": (compile, ("auto", "always", "never")), "precision": (precision, ("float32", "bf16"))},
+        clip_norm,
+        seed,
     )
     if pruning is not None:
         if not isinstance(pruning, Pruning):
@@ -157,15 +156,14 @@ def fit(
 
 
 def _check_options(
-    *, counts: Mapping[str, int], compile: str, precision: str, clip_norm: float | None, seed: int
+    counts: Mapping[str, int], names: Mapping[str, tuple[str, Sequence[str]]], clip_norm: float | None, seed: int
 ) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    if compile not in ("auto", "always", "never"):
-        raise unknown_name("compile", compile, ("auto", "always", "never"))
-    if precision not in ("float32", "bf16"):
-        raise unknown_name("precision", precision, ("float32", "bf16"))
+    for name, (given, known) in names.items():
+        if given not in known:
+            raise unknown_name(name, given, known)
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive or None, got {clip_norm!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:

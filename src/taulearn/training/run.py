@@ -134,9 +134,21 @@ class Run:
             raise FileExistsError(
                 f"run {str(folder)!r} must not be overwritten: it holds files, but no run.toml; choose another folder"
             )
-        names = ("history.safetensors", "model.safetensors", "model.json", ".model.json.new", "report.html", "run.toml")
-        for file in [*(folder / "checkpoint").glob("*.safetensors"), *(folder / name for name in names)]:
+        checkpoints = folder / "checkpoint"
+        for file in checkpoints.glob("*.safetensors"):
             file.unlink(missing_ok=True)
+        if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+            checkpoints.rmdir()
+        # run.toml goes last: without it the folder is no run, and a second attempt would not dare
+        for name in (
+            "history.safetensors",
+            "model.safetensors",
+            "model.json",
+            ".model.json.new",
+            "report.html",
+            "run.toml",
+        ):
+            (folder / name).unlink(missing_ok=True)
 
 
 def tidy(folder: Path) -> None:
