@@ -5,16 +5,13 @@ import math
 from itertools import pairwise
 from typing import Any
 
-import mpmath
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from reference import caputo_weight
-from taulearn import adjoint, caputo
-from taulearn._adjoint_parts import WeightDerivatives
+from taulearn import adjoint
 from taulearn.functional import half_mse_loss
 from taulearn.nn import (
     ComposedSkips,
@@ -262,41 +259,6 @@ class TestOptimizeThenDiscretize:
     def test_deviation_of_fixed_steps(self) -> None:
         network = fractional_dnn(3, 4, 2, 4, constraint="fixed", activation="tanh", dtype=DOUBLE)
         assert adjoint.deviation(network, *draw_batch(3, 2), mse_loss).tau_ratio.shape == (4,)
-
-
-class TestWeightDerivatives:
-    @settings(max_examples=30, deadline=None)
-    @given(
-        steps=st.lists(st.floats(-6, 1), min_size=1, max_size=12).map(random_steps),
-        gamma=st.floats(0.05, 0.95),
-    )
-    def test_are_autograds(self, steps: list[float], gamma: float) -> None:
-        tau = torch.tensor(steps, dtype=DOUBLE)
-        jacobian = torch.autograd.functional.jacobian(lambda t: caputo.l1_weights(t, gamma), tau)
-        for l in range(len(steps)):
-            found, expected = WeightDerivatives(tau, gamma).of(l), jacobian[..., l]
-            scale = 1.0 / tau[l]
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=float(1e-13 * scale))
-
-    def test_are_difference_quotients_of_the_printed_weights(self) -> None:
-        tau, h = torch.tensor([0.3, 0.2, 0.5, 0.1], dtype=DOUBLE), 1e-6
-        for l in range(4):
-            found = WeightDerivatives(tau, 0.4).of(l)
-            step = h * torch.eye(4, dtype=DOUBLE)[l]
-            for k in range(4):
-                for j in range(k):
-                    up, down = (caputo_weight((tau + s * step).numpy(), 0.4, k, j) for s in (1, -1))
-                    assert float(found[k, j]) == pytest.approx((up - down) / (2 * h), abs=1e-8)
-
-    @pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9])
-    @pytest.mark.parametrize("ratio", [1e-8, 1e-3, 0.0312499, 0.0312501, 0.5, 1.0, 30.0, 1e8])
-    def test_digits_of_two_steps(self, ratio: float, gamma: float) -> None:
-        """a_{1,0} = ((1+r)^(1-gamma) - 1) / r with r = tau_0 and tau_1 = 1, differentiated with 60 digits."""
-        with mpmath.workdps(60):
-            r, c = mpmath.mpf(ratio), 1 - mpmath.mpf(gamma)
-            expected = float((c * (1 + r) ** (c - 1) - ((1 + r) ** c - 1) / r) / r)
-        found = WeightDerivatives(torch.tensor([ratio, 1.0], dtype=DOUBLE), gamma).of(0)[1, 0]
-        assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
 class TestBadInput:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 
 def unknown_name(argument: str, value: object, known: Iterable[str]) -> ValueError:
@@ -23,3 +24,27 @@ def unknown_name(argument: str, value: object, known: Iterable[str]) -> ValueErr
     nearest = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
     hint = f": did you mean {nearest[0]!r}?" if nearest else ""
     return ValueError(f"{argument} must be one of {', '.join(map(repr, names))}, got {value!r}{hint}")
+
+
+def positive_integer(argument: str, value: SupportsIndex, why: str = "") -> int:
+    """The value as an int, numpy's integers included, or an error that names the argument.
+
+    Args:
+        argument: The caller's argument name.
+        value: What was given.
+        why: What the number is for, appended to the message.
+
+    Returns:
+        The same number.
+
+    Raises:
+        ValueError: If it is no integer >= 1.
+
+    Example:
+        >>> positive_integer("epochs", 3)
+        3
+    """
+    number = value if isinstance(value, bool) else getattr(value, "__index__", lambda: 0)()
+    if isinstance(number, bool) or number < 1:
+        raise ValueError(f"{argument} must be an integer >= 1, got {value!r}" + (f": {why}" if why else ""))
+    return int(number)

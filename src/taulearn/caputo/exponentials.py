@@ -164,11 +164,11 @@ def exponential_memory(
         coefficients = (1.0 - kernel.gamma) * step**kernel.gamma * weights * decay
         memory.append(torch.tensordot(coefficients.to(d.dtype), history, dims=1))
         column = (-1,) + (1,) * difference.ndim
-        history = decay.reshape(column) * history + _mean_decay(nodes * step).reshape(column) * difference
+        history = decay.reshape(column) * history + mean_decay(nodes * step).reshape(column) * difference
     return torch.stack(memory)
 
 
-def _mean_decay(x: Tensor) -> Tensor:
+def mean_decay(x: Tensor) -> Tensor:
     """(1 - exp(-x)) / x, 1 at x = 0."""
     safe = torch.where(x == 0, torch.ones_like(x), x)
     return torch.where(x == 0, torch.ones_like(x), -torch.expm1(-safe) / safe)

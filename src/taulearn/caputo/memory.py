@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -92,108 +92,245 @@ def forget_(rows: Tensor, start: int, memory_from: int, *, diagonal: float = 1.0
     return rows
 
 
-class BlockedMemory(ABC):
-    """The states of one forward pass, and the steps that make them; see the module's text.
-
-    Usage: ``memory.begin(y_0, y_1)``, then y_{l+1} = ``memory.step(l, f_l(y_l), y_l)`` for l = 1 .. N-1 in turn. The
-    states are views of one buffer, but for the last one.
+class Memory(ABC):
+    """The weights of one forward pass, cut into blocks of layers, and how earlier blocks enter a later one.
 
     Args:
-        factors: beta_0 .. beta_{N-1}, (N,).
-        coefficients: What the contractions need, of the type of the states.
         block: Layers per block.
+        factors: beta_0 .. beta_{N-1}, (N,).
     """
 
-    def __init__(self, factors: Tensor, coefficients: tuple[Tensor, ...], block: int) -> None:
-        self.num_steps = len(factors)
-        self.block = block
-        self._inputs = (factors, *coefficients)
-        self.factors = factors.detach().unbind()
-        self.learned = torch.is_grad_enabled() and any(t.requires_grad for t in self._inputs)
-
-    def begin(self, first: Tensor | None, y: Tensor) -> None:
-        """Take up y_0 (None: zero) and y_1, of one shape and type."""
-        self.shape, self.rows = y.shape, torch.empty((self.num_steps + 1, y.numel()), dtype=y.dtype, device=y.device)
-        self.rows[0] = 0.0 if first is None else first.detach().reshape(-1)
-        self.rows[1] = y.detach().reshape(-1)
-        self.token: Tensor | None = None
-        kept = self.allocate()
-        if torch.is_grad_enabled():
-            # a leaf that needs a gradient, so that the node exists whatever is trained; its saved tensors are the
-            # buffers themselves, which are not full yet: hooks that copy must not see them
-            anchor = torch.zeros((), requires_grad=True)
-            with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
-                self.token = _Begin.apply(self, (self.rows, *kept), anchor, first, *self._inputs)
-
-    def fits(self, f: Tensor) -> bool:
-        """Whether f can be added to a row of the buffer."""
-        return f.shape == self.shape and f.dtype == self.rows.dtype and f.device == self.rows.device
-
-    def step(self, l: int, f: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """y_{l+1} from f = f_l(y_l) and y = y_l."""
-        if self.token is None:
-            return self.advance(l, f)
-        result: Tensor = _Step.apply(self, l, f, y, self.token)
-        return result
-
-    def advance(self, l: int, f: Tensor) -> Tensor:
-        """The arithmetic of :meth:`step`."""
-        start = l - l % self.block
-        if l == start or l == 1:
-            self.enter(start, min(start + self.block, self.num_steps))
-        row = self.rows[l + 1]
-        row.addmv_(self.rows[start : l + 1].t(), self.near(start, l))
-        if l + 1 == self.num_steps:
-            return torch.addcmul(row.view(self.shape), f, self.factors[l])
-        row.view(self.shape).addcmul_(f, self.factors[l])
-        # a tensor on the same memory, but with a version counter of its own: the rows still to come change no state
-        offset = (l + 1) * len(row)
-        return row.new_empty(0).set_(self.rows.untyped_storage(), offset, self.shape, f.new_empty(self.shape).stride())
+    def __init__(self, block: int, factors: Tensor) -> None:
+        self.block, self.num_steps = block, len(factors)
+        self.factors = factors
 
     @abstractmethod
-    def allocate(self) -> tuple[Tensor, ...]:
-        """Make the buffers for a pass, and say which of them the backward pass needs beside the rows."""
+    def near(self, start: int, stop: int) -> Tensor:
+        """Weights of the states y_start .. y_{stop-1} in y_{start+1} .. y_stop, lower triangular."""
 
     @abstractmethod
-    def enter(self, start: int, stop: int) -> None:
-        """Put what earlier blocks contribute into the rows of y_{start+1} .. y_{stop} (y_2 .. at first)."""
+    def buffers(self, rows: Tensor, *, keep: bool) -> tuple[Tensor, ...]:
+        """What :meth:`enter` needs besides the rows; ``keep`` if a backward pass may follow."""
 
     @abstractmethod
-    def near(self, start: int, l: int) -> Tensor:
-        """Weights of y_start .. y_l in y_{l+1}."""
+    def enter(self, start: int, stop: int, rows: Tensor, *buffers: Tensor) -> None:
+        """Set the rows of y_{start+1} .. y_stop to what the blocks before ``start`` contribute."""
 
     @abstractmethod
-    def adjoint(self, saved: tuple[Tensor, ...], last: int) -> "Adjoint":
+    def adjoint(self, last: int, learned: bool, rows: Tensor, *buffers: Tensor) -> "Adjoint":
         """A backward pass that begins at layer ``last``."""
 
 
 class Adjoint(ABC):
-    """One backward pass: takes g_{l+1} for l = last, last-1, .., 1, and answers what y_l gets from all l' >= l.
+    """One backward pass: takes g_{l+1} = dJ/dy_{l+1} for l = last, last-1, .., 1.
 
     Args:
-        memory: The forward pass.
-        rows: Its states.
-        last: First layer that comes.
+        memory: The weights.
+        last: The layer that comes first.
+        learned: Whether the weights need gradients.
+        rows: The states.
+
+    Attributes:
+        first: dJ/dy_0, flat, after the last step.
     """
 
-    def __init__(self, memory: BlockedMemory, rows: Tensor, last: int) -> None:
-        self.rows, self.last = rows, last
-        self.block = memory.block
-        self.near = memory.near
-        self.factors = rows.new_zeros(memory.num_steps) if memory.learned else None
+    first: Tensor
+
+    def __init__(self, memory: Memory, last: int, learned: bool, rows: Tensor) -> None:
+        self.block, self.near, self.last, self.learned, self.rows = memory.block, memory.near, last, learned, rows
+        self.factors = torch.zeros_like(memory.factors)
 
     def step(self, l: int, g: Tensor) -> Tensor:
-        """dJ/dy_l as far as it passes through the memory, flat, from g = dJ/dy_{l+1}, (size,)."""
+        """What y_l gets from y_{l+1} .. y_N through the memory, flat, given g = dJ/dy_{l+1}, flat."""
         start = l - l % self.block
-        stop = min(start + self.block - 1, self.last)
-        if l == stop:
-            self.near_weights = torch.zeros_like(g, shape=()) if False else self.matrix(start, stop)
-            self.later = self.enter(start, stop)
-        window = self.window(start, stop)
-        window[l - start] = g
-        gradient = torch.mv(window[l - start :].t(), self.near_weights[l - start :, l - start])
-        if self.later is not None:
-            gradient += self.later[l - start]
+        stop = min(start + self.block, self.last + 1)
+        if l == stop - 1:
+            self.window, self.later = self.enter(start, stop)
+            self.weights = self.near(start, stop)
+            if start == 0:
+                self.window[0] = 0.0
+        self.window[l - start] = g
+        gradient = self._collect(l - start)
         if l == max(start, 1):
             self.leave(start, stop, gradient)
+            if start == 0:
+                self.first = self._collect(0)
         return gradient
+
+    def _collect(self, i: int) -> Tensor:
+        """What the i-th state of the block gets."""
+        near, weights = self.window[i:].t(), self.weights[i:, i]
+        return torch.mv(near, weights) if self.later is None else torch.addmv(self.later[i], near, weights)
+
+    @abstractmethod
+    def enter(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Room for g of a block, and what its states get from later blocks."""
+
+    @abstractmethod
+    def leave(self, start: int, stop: int, gradient: Tensor) -> None:
+        """All g of the block are there; ``gradient``, that of y_start, may still be added to."""
+
+    @abstractmethod
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Gradients of the weights."""
+
+
+class ExactMemory(Memory):
+    """All earlier states by their weights c_{l,j}, (N, N): one product with all rows per block."""
+
+    def __init__(self, block: int, factors: Tensor, weights: Tensor) -> None:
+        super().__init__(block, factors)
+        self.weights = weights
+
+    def near(self, start: int, stop: int) -> Tensor:
+        return self.weights[start:stop, start:stop]
+
+    def buffers(self, rows: Tensor, *, keep: bool) -> tuple[Tensor, ...]:
+        return ()
+
+    def enter(self, start: int, stop: int, rows: Tensor, *buffers: Tensor) -> None:
+        if start:
+            torch.mm(self.weights[start:stop, :start], rows[:start], out=rows[start + 1 : stop + 1])
+        else:
+            rows[2 : stop + 1].zero_()
+
+    def adjoint(self, last: int, learned: bool, rows: Tensor, *buffers: Tensor) -> Adjoint:
+        return _ExactAdjoint(self, last, learned, rows)
+
+
+class _ExactAdjoint(Adjoint):
+    def __init__(self, memory: ExactMemory, last: int, learned: bool, rows: Tensor) -> None:
+        super().__init__(memory, last, learned, rows)
+        self.c = memory.weights
+        self.g = torch.empty_like(rows[: last + 1])
+        self.gradient = torch.zeros_like(self.c) if learned else self.c
+
+    def enter(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        window = self.g[start:stop]
+        if stop > self.last:
+            return window, None
+        return window, self.c[stop : self.last + 1, start:stop].t() @ self.g[stop:]
+
+    def leave(self, start: int, stop: int, gradient: Tensor) -> None:
+        if self.learned:
+            torch.mm(self.window, self.rows[:stop].t(), out=self.gradient[start:stop, :stop])
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        return (self.gradient,)
+
+
+class Recall:
+    """The states of one forward pass in a buffer, and the steps that make them.
+
+    ``step`` is to be called for l = 1 .. N-1 in turn. The states it returns are views of the buffer (so that nothing
+    is stored twice), but for the last one. They can be differentiated once, any number of times with retain_graph.
+
+    Args:
+        memory: :class:`ExactMemory` or another kind.
+        weights: Its arguments: beta_l, and the coefficients in the states' type; differentiable.
+        first: y_0, None where it is zero.
+        y: y_1.
+        block: Layers per block.
+    """
+
+    def __init__(
+        self,
+        memory: type[Memory],
+        weights: tuple[Tensor, ...],
+        first: Tensor | None,
+        y: Tensor,
+        *,
+        block: int = LAYERS_PER_BLOCK,
+    ) -> None:
+        self.memory = memory(block, *(w.detach() for w in weights))
+        self.shape, self.strides = y.shape, torch.empty(y.shape, device="meta").stride()
+        self.rows = torch.empty((self.memory.num_steps + 1, y.numel()), dtype=y.dtype, device=y.device)
+        self.rows[0] = 0.0 if first is None else first.detach().reshape(-1)
+        self.rows[1] = y.detach().reshape(-1)
+        keep = torch.is_grad_enabled()
+        self.buffers = self.memory.buffers(self.rows, keep=keep)
+        self.begin: Tensor | None = None
+        if keep:
+            # A leaf that needs a gradient, so that the node exists whatever is trained. What the node saves is filled
+            # later: hooks that copy saved tensors must not see it.
+            anchor = torch.zeros((), requires_grad=True)
+            with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+                self.begin = _Begin.apply(self.memory, (self.rows, *self.buffers), anchor, first, *weights)
+
+    def fits(self, f: Tensor) -> bool:
+        """Whether f is shaped and typed as the states are."""
+        return f.shape == self.shape and f.dtype == self.rows.dtype and f.device == self.rows.device
+
+    def step(self, l: int, f: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """y_{l+1}, from f = f_l(y_l) and y = y_l."""
+        if self.begin is None:
+            return self.advance(l, f)
+        state: Tensor = _Step.apply(self, l, f, y, self.begin)
+        return state
+
+    def advance(self, l: int, f: Tensor) -> Tensor:
+        """The arithmetic of :meth:`step`."""
+        block, number = self.memory.block, self.memory.num_steps
+        start = l - l % block
+        if l == max(start, 1):
+            stop = min(start + block, number)
+            self.memory.enter(start, stop, self.rows, *self.buffers)
+            self.near = self.memory.near(start, stop)
+        row = self.rows[l + 1].addmv_(self.rows[start : l + 1].t(), self.near[l - start, : l + 1 - start])
+        increment = f * self.memory.factors[l]
+        if l + 1 == number:
+            return increment.add_(row.view(self.shape))
+        row += increment.reshape(-1)
+        # on the same memory, but with a version counter of its own: rows that are still to come change no state
+        return row.new_empty(0).set_(self.rows.untyped_storage(), (l + 1) * len(row), self.shape, self.strides)
+
+
+class _Begin(torch.autograd.Function):
+    """The node by which y_0 and the weights enter; all steps depend on its output, so that its turn comes last."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, memory: Memory, saved: tuple[Tensor, ...], anchor: Tensor, first: Tensor | None, *weights: Tensor
+    ) -> Tensor:
+        ctx.memory, ctx.task, ctx.adjoint = memory, None, None
+        ctx.learned = any(ctx.needs_input_grad[4:])
+        ctx.shape = None if first is None else first.shape
+        ctx.save_for_backward(*saved)
+        return anchor.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        adjoint, ctx.adjoint, ctx.task = ctx.adjoint, None, None
+        first = adjoint.first.view(ctx.shape) if ctx.needs_input_grad[3] else None
+        weights = (adjoint.factors, *adjoint.gradients()) if ctx.learned else (None,) * len(ctx.needs_input_grad[4:])
+        return None, None, None, first, *weights
+
+
+class _Step(torch.autograd.Function):
+    """One layer, y_{l+1} from f, y_l and, by way of the buffer, all earlier states."""
+
+    @staticmethod
+    def forward(ctx: Any, recall: Recall, l: int, f: Tensor, y: Tensor, begin: Tensor) -> Tensor:
+        ctx.l, ctx.begin, ctx.factor = l, begin.grad_fn, recall.memory.factors[l]
+        ctx.save_for_backward(f, y)  # y, which the buffer holds, so that a change in place is noticed
+        return recall.advance(l, f)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        f, y = ctx.saved_tensors
+        begin, l = ctx.begin, ctx.l
+        task = torch._C._current_graph_task_id()
+        if begin.task != task:  # the first layer in this call of backward or grad
+            begin.task = task
+            begin.adjoint = begin.memory.adjoint(l, begin.learned, *begin.saved_tensors)
+        flat = g.reshape(-1)
+        if begin.learned:
+            begin.adjoint.factors[l] = torch.dot(f.reshape(-1), flat)
+        gradient = begin.adjoint.step(l, flat).view(y.shape)
+        return None, None, g * ctx.factor if ctx.needs_input_grad[2] else None, gradient, None
+
+
+def _same(x: Any) -> Any:
+    return x

@@ -116,9 +116,7 @@ class TrainConfig(BaseModel):
     )
     clip_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient; no clipping unless given.")
     accumulate: int = Field(1, ge=1, description="Parts to split each batch into, to save memory.")
-    average_weights: bool = Field(
-        False, description="Keep an exponential average of the weights as the result."
-    )
+    average_weights: bool = Field(False, description="Keep an exponential average of the weights as the result.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights and of the order of the samples.")
 
     device: str = Field("auto", description="auto is cuda where there is one, else cpu.")

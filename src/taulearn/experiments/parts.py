@@ -201,6 +201,8 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     if kind is torch.optim.LBFGS:
         if config.tau_lr is not None:
             raise ValueError("tau_lr must be left out with optimizer 'lbfgs', which has one learning rate for all")
+        if config.clip_norm is not None:
+            raise ValueError("clip_norm must be left out with optimizer 'lbfgs', which needs the true gradient")
         return kind(model.parameters(), lr=config.lr)
     groups = parameter_groups(model, config.lr, config.tau_lr, config.weight_decay)
     options: dict[str, Any] = {"momentum": config.momentum} if "momentum" in takes else {}

@@ -1,6 +1,7 @@
 """A training from its settings alone: everything made, trained, evaluated, saved and drawn."""
 
 import datetime as dt
+import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -157,6 +158,8 @@ def _train(config: TrainConfig, make_run: Callable[[], Run], *, resume: bool, pr
         batch_size = parts.batch_size(config, len(splits.train.inputs))
         iterations = config.epochs * -(-len(splits.train.inputs) // batch_size)
         scheduler = parts.make_scheduler(config, optimizer, iterations)
+        if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ImportError("tensorboard must be installed for this: pip install 'taulearn[tensorboard]'")
         averaged = None
         if config.average_weights:
             averaged = AveragedModel(model, multi_avg_fn=_average_)

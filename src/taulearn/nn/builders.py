@@ -1,13 +1,13 @@
 """Networks of the papers: fully connected layers f_l(y) = sigma(W_l y + b_l) on one of the four schemes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from numbers import Integral
 from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from .._errors import positive_integer
 from .activations import make_activation
 from .network import TimeVariableNetwork
 from .schemes import Dense, Feedforward, Fractional, Residual, Scheme
@@ -120,12 +120,6 @@ class Options(FractionalOptions, total=False):
     lower_bound: float | None
 
 
-def _count(argument: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{argument} must be an integer >= 1, got {value!r}")
-    return value
-
-
 def _build(
     scheme: Scheme,
     in_features: int,
@@ -142,13 +136,13 @@ def _build(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> TimeVariableNetwork:
-    _count("in_features", in_features)
-    _count("out_features", out_features)
-    _count("hidden_layers", hidden_layers)
-    hidden = [width] * hidden_layers if isinstance(width, Integral) else list(width)
+    in_features = positive_integer("in_features", in_features)
+    out_features = positive_integer("out_features", out_features)
+    hidden_layers = positive_integer("hidden_layers", hidden_layers)
+    hidden = list(width) if isinstance(width, Iterable) else [width] * hidden_layers
     if len(hidden) != hidden_layers:
         raise ValueError(f"width must be one integer or {hidden_layers} integers (hidden_layers), got {hidden}")
-    widths = [in_features, *(_count("width", n) for n in hidden)]
+    widths = [in_features, *(positive_integer("width", n) for n in hidden)]
     steps = TimeSteps(
         hidden_layers,
         horizon=horizon,

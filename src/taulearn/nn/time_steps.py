@@ -14,14 +14,13 @@ References:
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import functional
-from .._errors import unknown_name
+from .._errors import positive_integer, unknown_name
 
 CONSTRAINTS = ("free", "fixed", "dependent", "simplex")
 
@@ -67,10 +66,7 @@ class TimeSteps(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
-            raise ValueError(
-                f"num_steps must be an integer >= 1, got {num_steps!r}: a network needs at least one layer"
-            )
+        num_steps = positive_integer("num_steps", num_steps, "a network needs at least one layer")
         if not (math.isfinite(horizon) and horizon > 0):
             raise ValueError(
                 f"horizon must be a positive finite number, got {horizon!r}: it is the time the steps add up to"

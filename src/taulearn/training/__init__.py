@@ -1,7 +1,7 @@
 """Training: ``fit``, the record, checkpoints and run folders."""
 
 from .events import Diverged as Diverged, EpochEnd as EpochEnd, Interrupted as Interrupted, StopTraining as StopTraining
-from .fit import fit as fit
+from .fitting import fit as fit
 from .history import Deletion as Deletion, History as History
 from .metrics import accuracy as accuracy, evaluate as evaluate
 from .run import Run as Run

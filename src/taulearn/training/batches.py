@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from .._errors import positive_integer
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -108,8 +110,7 @@ def make_batches(
         >>> len(make_batches((torch.zeros(10, 2), torch.zeros(10)), 4, 0, torch.device("cpu")))
         3
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
+    batch_size = positive_integer("batch_size", batch_size)
     if isinstance(data, TensorDataset):
         data = data.tensors
     source = data.dataset if isinstance(data, DataLoader) else data

@@ -20,7 +20,8 @@ def compile_once(function: Callable[..., Any], *, fused: bool = False) -> Callab
 
     Args:
         function: A function or bound method of tensors.
-        fused: Whether it is a pure function of tensors that are always of the same shapes and types: the C++ wrapper is used, nothing is checked before a call.
+        fused: Whether it is a pure function of tensors, always of the same shapes and types: the C++ wrapper is used,
+            and nothing is checked before a call.
 
     Returns:
         The compiled function.

@@ -15,7 +15,7 @@ from .compiler import compile_once
 from .objective import Objective, StepOptions
 
 UNROLL = 6
-"""Steps per compiled call: a call costs a tenth of a millisecond, and each step unrolled some seconds of compilation."""
+"""Steps per compiled call: a call costs a tenth of a millisecond, each step unrolled some seconds of compilation."""
 
 
 def why_not_fused(

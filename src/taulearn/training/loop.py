@@ -142,7 +142,7 @@ class Loop:
                 self._flush()
                 pending = 0
             self.progress.advance(
-                position.iteration, rows, f"epoch {epoch + 1}/{self.settings.epochs}, {self.steps.num_steps} layers"
+                position.iteration, rows, f"epoch {epoch + 1}/{self.settings.epochs}, {_layers(self.steps.num_steps)}"
             )
             if interrupted() and not ends:
                 position.seconds = before + time.perf_counter() - began
@@ -275,6 +275,10 @@ def _compiler_found() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))
 
 
+def _layers(number: int) -> str:
+    return f"{number} layer" if number == 1 else f"{number} layers"
+
+
 def _line(epoch: int, epochs: int, row: Mapping[str, float]) -> str:
     """An epoch in one line."""
     parts = [f"epoch {epoch:>{len(str(epochs))}}/{epochs}", f"loss {row['train.loss']:.4f}"]
@@ -285,7 +289,7 @@ def _line(epoch: int, epochs: int, row: Mapping[str, float]) -> str:
     ]
     if "validation.accuracy" not in row and "validation.loss" in row:
         parts.append(f"validation loss {row['validation.loss']:.4f}")
-    return "  ".join([*parts, f"{int(row['layers'])} layers", f"{row['seconds']:.1f} s"])
+    return "  ".join([*parts, _layers(int(row["layers"])), f"{row['seconds']:.1f} s"])
 
 
 @contextmanager

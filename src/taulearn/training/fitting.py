@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from .._deletion import check_holds
-from .._errors import unknown_name
+from .._errors import positive_integer, unknown_name
 from ..penalties import Penalty, time_steps_of
 from ..pruning import Pruning, check_prunable
 from .batches import Batch, LoaderBatches, TensorBatches, make_batches
@@ -159,8 +159,7 @@ def _check_options(
     counts: Mapping[str, int], names: Mapping[str, tuple[str, Sequence[str]]], clip_norm: float | None, seed: int
 ) -> None:
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        positive_integer(name, value)
     for name, (given, known) in names.items():
         if given not in known:
             raise unknown_name(name, given, known)

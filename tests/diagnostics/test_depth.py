@@ -1,0 +1,144 @@
+"""Networks cut after each layer."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from taulearn import prune
+from taulearn.diagnostics import depth_profile
+from taulearn.nn import (
+    ComposedSkips,
+    FullyConnected,
+    PadSkips,
+    Residual,
+    TimeSteps,
+    TimeVariableNetwork,
+    densenet,
+    feedforward,
+    fractional_dnn,
+    resnet,
+)
+
+DOUBLE = torch.float64
+
+
+def batch(features: int = 3) -> Tensor:
+    return torch.randn(6, features, dtype=DOUBLE, generator=torch.Generator().manual_seed(2))
+
+
+def cut(network: TimeVariableNetwork, k: int) -> TimeVariableNetwork:
+    with torch.no_grad():
+        network.time_steps.values[k:] = 0.0
+    return network
+
+
+class TestIntermediateOutputs:
+    @pytest.mark.parametrize("skips", ["pad", "learned"])
+    @pytest.mark.parametrize("width", [4, [4, 2, 5, 3]], ids=str)
+    def test_residual_network_with_zero_steps(self, width: Any, skips: str) -> None:
+        torch.manual_seed(0)
+        network, x = resnet(3, width, 2, 4, skips=skips, dtype=DOUBLE), batch()
+        found = network.intermediate_outputs(x)
+        assert list(found) == [1, 2, 3, 4]
+        assert torch.equal(found[4], network(x))
+        if width == 4 or skips == "learned":
+            for k in (3, 2, 1):
+                torch.testing.assert_close(found[k], cut(network, k)(x))
+
+    def test_padding_goes_directly(self) -> None:
+        """By way of the narrow layer the state would lose half its entries."""
+        network, x = resnet(3, [4, 2, 4], 2, 3, dtype=DOUBLE), batch()
+        assert torch.equal(network.intermediate_outputs(x)[1], network.head(network.states(x)[0]))
+
+    @pytest.mark.parametrize("builder", [resnet, fractional_dnn])
+    def test_pruned_network(self, builder: Any) -> None:
+        network, x = builder(3, 4, 2, 4, activation="tanh", dtype=DOUBLE), batch()
+        found = network.intermediate_outputs(x)
+        for k in (3, 2, 1):
+            prune(network, keep=range(k))
+            torch.testing.assert_close(found[k], network(x))
+
+    @pytest.mark.parametrize("builder", [feedforward, densenet])
+    def test_other_schemes_carry_the_state(self, builder: Any) -> None:
+        network, x = builder(3, 4, 2, 3, dtype=DOUBLE), batch()
+        found = network.intermediate_outputs(x)
+        assert all(torch.equal(found[k + 1], network.head(y)) for k, y in enumerate(network.states(x)))
+
+    @pytest.mark.parametrize("kind", ["pad", "composed"])
+    def test_input_counts_where_it_is_carried(self, kind: str) -> None:
+        widths = [3, 4, 4]
+        maps = ComposedSkips([nn.Linear(3, 4, bias=False, dtype=DOUBLE), None], from_input=True)
+        carry = PadSkips(widths, from_input=True) if kind == "pad" else maps
+        layers = [FullyConnected(n, 4, dtype=DOUBLE) for n in (3, 4)]
+        head = nn.Linear(4, 2, dtype=DOUBLE)
+        stem = nn.Linear(5, 3, dtype=DOUBLE)
+        network = TimeVariableNetwork(layers, head, Residual(), TimeSteps(2, dtype=DOUBLE), carry, stem=stem)
+        found = network.intermediate_outputs(batch(5))
+        assert list(found) == [0, 1, 2]
+        torch.testing.assert_close(found[0], cut(network, 0)(batch(5)))
+
+    def test_states_of_a_forward_pass(self) -> None:
+        network, x = resnet(3, 4, 2, 3, dtype=DOUBLE), batch()
+        states = network.states(x)
+        found = network.intermediate_outputs(x, states=states)
+        assert torch.equal(found[2], network.head(states[1]))
+        with pytest.raises(ValueError, match=r"states must be y_1 \.\. y_3, got 2 tensors"):
+            network.intermediate_outputs(x, states=states[:2])
+
+
+class TestDepthProfile:
+    def test_rows_are_the_cut_networks(self) -> None:
+        torch.manual_seed(0)
+        network, x = resnet(3, 4, 3, 4, activation="tanh", dtype=DOUBLE), batch()
+        targets = torch.tensor([0, 1, 2, 0, 1, 2])
+        found = depth_profile(network, x, targets, cross_entropy)
+        assert found.depths == (1, 2, 3, 4)
+        assert found.accuracy is not None
+        for k in (4, 3, 2, 1):
+            output = cut(network, k)(x).detach() if k < 4 else network(x).detach()
+            assert float(found.loss[k - 1]) == pytest.approx(float(cross_entropy(output, targets)), rel=1e-12)
+            assert float(found.accuracy[k - 1]) == float((output.argmax(1) == targets).double().mean())
+
+    def test_contributions(self) -> None:
+        torch.manual_seed(0)
+        network, x = fractional_dnn(3, 4, 1, 3, gamma=0.3, activation="tanh", dtype=DOUBLE), batch()
+        found = depth_profile(network, x, torch.zeros(6, 1, dtype=DOUBLE), mse_loss)
+        assert found.accuracy is None
+        y = [z.detach() for z in network.states(x)]
+        assert float(found.contribution[0]) == pytest.approx(float(y[0].square().sum(1).mean().sqrt()), rel=1e-12)
+        assert float(found.contribution[1]) == pytest.approx(float((y[1] - y[0]).square().sum(1).mean().sqrt()))
+        ratio = found.contribution[2] / y[2].square().sum(1).mean().sqrt()
+        torch.testing.assert_close(found.relative[2], ratio)
+
+    def test_contribution_of_a_negative_step_is_a_norm(self) -> None:
+        network = resnet(3, 4, 1, 2, init=[0.5, -0.5], dtype=DOUBLE)
+        assert float(depth_profile(network, batch(), torch.zeros(6, 1), mse_loss).contribution.min()) > 0
+
+    def test_table(self) -> None:
+        layers = [nn.Linear(3, 3, dtype=DOUBLE) for _ in range(2)]
+        network = TimeVariableNetwork(layers, nn.Identity(), Residual(), TimeSteps(2, dtype=DOUBLE), stem=nn.Identity())
+        found = depth_profile(network, batch(), torch.zeros(6, dtype=torch.long), cross_entropy)
+        lines = [line.split() for line in str(found).splitlines()]
+        assert lines[0] == ["depth", "loss", "accuracy", "last", "layer", "contribution", "relative"]
+        assert [len(line) for line in lines[2:]] == [3, 6, 6]
+
+    def test_modes_come_back_and_dropout_is_off(self) -> None:
+        layers = [nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)) for _ in range(2)]
+        network = TimeVariableNetwork(layers, nn.Identity(), Residual(), TimeSteps(2), stem=nn.Identity())
+        x = batch().float()
+        losses = [depth_profile(network, x, x, mse_loss).loss for _ in range(2)]
+        assert torch.equal(*losses)
+        assert network.training
+        assert not any(module._forward_hooks for module in network.modules())
+
+    def test_bad_input(self) -> None:
+        network = resnet(3, 4, 2, 2, dtype=DOUBLE)
+        with pytest.raises(TypeError, match="network must be a TimeVariableNetwork, got Linear"):
+            depth_profile(nn.Linear(3, 2), batch(), batch(), mse_loss)
+        with pytest.raises(ValueError, match="targets must have one entry per sample, got 5 for 6 inputs"):
+            depth_profile(network, batch(), torch.zeros(5, dtype=torch.long), cross_entropy)
+        with pytest.raises(ValueError, match="loss must return a scalar"):
+            depth_profile(network, batch(), torch.zeros(6, 2, dtype=DOUBLE), nn.MSELoss(reduction="none"))

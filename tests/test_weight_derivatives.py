@@ -1,0 +1,52 @@
+"""The derivatives of the L1 scheme's weights with respect to the steps."""
+
+import mpmath
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from reference import caputo_weight
+from taulearn import caputo
+from taulearn._adjoint_parts import WeightDerivatives
+
+DOUBLE = torch.float64
+
+
+def random_steps(logarithms: list[float]) -> list[float]:
+    return [10.0**x for x in logarithms]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    steps=st.lists(st.floats(-6, 1), min_size=1, max_size=12).map(random_steps),
+    gamma=st.floats(0.05, 0.95),
+)
+def test_are_autograds(steps: list[float], gamma: float) -> None:
+    tau = torch.tensor(steps, dtype=DOUBLE)
+    jacobian = torch.autograd.functional.jacobian(lambda t: caputo.l1_weights(t, gamma), tau)
+    for l in range(len(steps)):
+        found, expected = WeightDerivatives(tau, gamma).of(l), jacobian[..., l]
+        scale = 1.0 / tau[l]
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=float(1e-13 * scale))
+
+
+def test_are_difference_quotients_of_the_printed_weights() -> None:
+    tau, h = torch.tensor([0.3, 0.2, 0.5, 0.1], dtype=DOUBLE), 1e-6
+    for l in range(4):
+        found = WeightDerivatives(tau, 0.4).of(l)
+        step = h * torch.eye(4, dtype=DOUBLE)[l]
+        for k in range(4):
+            for j in range(k):
+                up, down = (caputo_weight((tau + s * step).numpy(), 0.4, k, j) for s in (1, -1))
+                assert float(found[k, j]) == pytest.approx((up - down) / (2 * h), abs=1e-8)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("ratio", [1e-8, 1e-3, 0.0312499, 0.0312501, 0.5, 1.0, 30.0, 1e8])
+def test_digits_of_two_steps(ratio: float, gamma: float) -> None:
+    """a_{1,0} = ((1+r)^(1-gamma) - 1) / r with r = tau_0 and tau_1 = 1, differentiated with 60 digits."""
+    with mpmath.workdps(60):
+        r, c = mpmath.mpf(ratio), 1 - mpmath.mpf(gamma)
+        expected = float((c * (1 + r) ** (c - 1) - ((1 + r) ** c - 1) / r) / r)
+    found = WeightDerivatives(torch.tensor([ratio, 1.0], dtype=DOUBLE), gamma).of(0)[1, 0]
+    assert float(found) == pytest.approx(expected, rel=1e-12)
