@@ -49,10 +49,12 @@ def assert_autograd(network: nn.Module, inputs: Tensor, targets: Tensor, loss: A
     explicit = adjoint.gradients(network, inputs, targets, loss)
     expected = autograd(network, inputs, targets, loss)
     assert list(explicit) == list(expected)
+    # a gradient that cancels over the batch has the rounding errors of its terms
+    whole = max(float(gradient.norm()) for gradient in expected.values())
     for name, gradient in expected.items():
         assert explicit[name].shape == gradient.shape
         error = float((explicit[name] - gradient).norm())
-        assert error <= 1e-12 * float(gradient.norm()) + 1e-300, (name, error, float(gradient.norm()))
+        assert error <= 1e-12 * (float(gradient.norm()) + 1e-3 * whole), (name, error, float(gradient.norm()), whole)
 
 
 def random_steps(logarithms: list[float]) -> list[float]:
@@ -84,7 +86,7 @@ def networks(draw: st.DrawFn) -> TimeVariableNetwork:
 
 
 class TestGradient:
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(network=networks())
     def test_discretize_then_optimize_is_autograd(self, network: TimeVariableNetwork) -> None:
         assert_autograd(network, *draw_batch(3, 2))

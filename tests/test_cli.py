@@ -221,19 +221,19 @@ def test_run_that_exists_is_kept_unless_told(call, trained, tmp_path):
 
 
 def test_interrupted_run_says_how_to_go_on_and_goes_on(call, tmp_path):
-    options = ["--hidden-layers", "4", "--width", "8", "--epochs", "30", "--threads", "1"]
+    options = ["--hidden-layers", "2", "--width", "8", "--epochs", "20", "--threads", "1"]
     command = [sys.executable, "-m", "taulearn", "train", *options, "--run", "a"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
-            if line.startswith("epoch  2/30"):
+            if line.startswith("epoch  2/20"):
                 process.send_signal(signal.SIGINT)
         assert process.wait() == 130
         assert process.stderr.read() == "taulearn: interrupted: go on with `taulearn resume a`\n"
     code, out, _ = call("resume", "a")
     assert code == 0
-    assert re.match(r"\d+ of 30 epochs are done\n", out)
+    assert re.match(r"\d+ of 20 epochs are done\n", out)
     assert "report         a/report.html" in out
-    assert call("resume", "a")[1].startswith("30 of 30 epochs are done\n")
+    assert call("resume", "a")[1].startswith("20 of 20 epochs are done\n")
 
 
 def test_interruption_after_training_can_be_resumed(call, monkeypatch):
@@ -269,6 +269,14 @@ def test_damaged_checkpoint_is_named_in_a_warning(call, tmp_path):
         code, _, err = call("resume", "a")
     assert (code, weights("a")) == (0, before)
     assert re.fullmatch(rf"taulearn: warning: .*{newest.name}.*\n", err)
+
+
+def test_damaged_record_is_no_obstacle_to_resuming(call, trained):
+    record = Path(trained, "history.safetensors")
+    whole = record.read_bytes()
+    record.write_bytes(whole[:-9])
+    assert call("resume", trained)[0] == 0
+    assert record.read_bytes() == whole
 
 
 @pytest.mark.parametrize("debug", [False, True])

@@ -29,21 +29,21 @@ def test_two_adjoints() -> None:
 
 
 def test_gradient_propagation(tmp_path: Path) -> None:
-    run("gradient_propagation.py", "--depths", "4", "8", "--width", "4", "--epochs", "1", "--out", str(tmp_path))
+    run("gradient_propagation.py", "--depths", "3", "6", "--width", "4", "--epochs", "1", "--out", str(tmp_path))
     for part in ("largest", "weight", "step"):
         assert (tmp_path / f"propagation_{part}.png").stat().st_size > 10_000
     with (tmp_path / "propagation.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 12 * (4 + 8)
+    assert len(rows) == 2 * 12 * (3 + 6)
 
     def first(stage: str, scheme: str, steps: str) -> float:
         chosen = [r for r in rows if (r["stage"], r["scheme"], r["steps"]) == (stage, scheme, steps)]
-        return float(next(r["largest"] for r in chosen if r["depth"] == "8" and r["layer"] == "0"))
+        return float(next(r["largest"] for r in chosen if r["depth"] == "6" and r["layer"] == "0"))
 
     before = "before training"
-    assert first(before, "feedforward", "fixed 1") < 0.01
+    assert first(before, "feedforward", "fixed 1") < 0.1
     assert first(before, "residual", "fixed 1/N") == pytest.approx(1.2, abs=0.3)
-    assert first(before, "dense", "fixed 1") > 2**6
+    assert first(before, "dense", "fixed 1") > 2**4
 
 
 def test_every_example_is_run() -> None:

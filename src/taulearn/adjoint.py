@@ -34,6 +34,7 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import caputo
 from ._adjoint_parts import WeightDerivatives, carry_back, check_network, loss_gradient, slope
@@ -61,7 +62,7 @@ def gradients(
     Args:
         network: A residual or fractional network of fully connected layers f(y) = sigma(W y + b), as the builders make
             it, with skips that are identities, padding or learned linear maps. sigma must act entrywise and have no
-            parameters.
+            parameters. The memory of a fractional network is computed exactly, whatever its ``memory``.
         inputs: (batch, ...), of the network's floating point type.
         targets: What ``loss`` compares the outputs with.
         loss: Maps (output, target) to a scalar.
@@ -105,7 +106,9 @@ class _Adjoint:
         self.tau, self.N = network.time_steps.tau, network.time_steps.num_steps
         self.layers = [cast(FullyConnected, layer) for layer in network.layers]
         self.W = [layer.linear.weight for layer in self.layers]
-        self.y = [network.stem(inputs), *network.states(inputs)]
+        # in forward mode fractional networks take their plain path: memory is exact, however it is set
+        with forward_ad.dual_level():
+            self.y = [network.stem(inputs), *network.states(inputs)]
         z = [layer.linear(y) for layer, y in zip(self.layers, self.y[:-1], strict=True)]
         self.f = [layer.activation(z_l.clone()) for layer, z_l in zip(self.layers, z, strict=True)]
         self.slope = [slope(layer.activation, z[l], l) for l, layer in enumerate(self.layers)]

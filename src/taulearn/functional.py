@@ -152,7 +152,7 @@ def project_simplex(x: Float[Tensor, " n"], total: float, *, lower: float = 0.0)
         1, x.numel() + 1, dtype=x.dtype, device=x.device
     )
     support = (descending > excess).sum().clamp(min=1)
-    return torch.relu(z - excess[support - 1]) + lower
+    return torch.relu(z - excess.gather(0, (support - 1).unsqueeze(0))) + lower
 
 
 def half_mse_loss(output: Float[Tensor, "batch *out"], target: Float[Tensor, "batch *out"]) -> Float[Tensor, ""]:

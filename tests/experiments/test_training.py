@@ -77,8 +77,24 @@ def test_averaged_weights_are_kept_and_evaluated(tmp_path):
     averaged = train(small(tmp_path / "b", average_weights=True), progress=False)
     assert averaged.history.iterations["loss"].tolist() == last.history.iterations["loss"].tolist()
     assert averaged.test["loss"] != last.test["loss"]
+    assert averaged.test["loss"] < averaged.history.epochs["validation.loss"][0]
     kept = load_model(tmp_path / "b").state_dict()
     assert all(torch.equal(kept[name], value) for name, value in averaged.model.state_dict().items())
+
+
+def test_every_penalty_with_a_weight_is_recorded(tmp_path):
+    names = ["l1", "elastic_net", "time_horizon", "weight_elastic_net", "bias_ordering"]
+    result = train(small(tmp_path / "a", **dict.fromkeys(names, 0.1)), progress=False)
+    assert [name for name in result.history.iterations if "penalty" in name] == [f"penalty.{name}" for name in names]
+    weights = [getattr(penalty, "weight", None) for penalty in parts.make_penalties(TrainConfig(time_horizon=0.5))]
+    assert weights == [0.5]
+
+
+def test_scheduler_changes_the_course(tmp_path):
+    constant = train(small(tmp_path / "a", epochs=3), progress=False).history.iterations["tau"]
+    falling = train(small(tmp_path / "b", epochs=3, scheduler="step"), progress=False).history.iterations["tau"]
+    assert (constant[:16] == falling[:16]).all()
+    assert (constant[17:] != falling[17:]).any()
 
 
 @pytest.mark.parametrize(
@@ -187,6 +203,15 @@ def test_pruning_afterwards_leaves_the_run_as_it_is(tmp_path):
     assert pruned.least is not None
     assert pruned.least[0] == 3
     assert weights(tmp_path / "a") == before
+
+
+def test_layers_are_named_by_their_numbers_at_the_start(tmp_path):
+    train(small(tmp_path / "a", init=(0.5, 0.05, 0.2, 0.2), prune=0.1), progress=False)
+    assert load_model(tmp_path / "a").time_steps.origin == (0, 2, 3)
+    pruned = prune_run(tmp_path / "a", tmp_path / "b", keep=[3, 0])
+    assert [d.layer for d in pruned.report.deleted] == [2]
+    with pytest.raises(ValueError, match=r"keep must name layers out of 0, 2, 3, which are there, got \[0, 1\]"):
+        prune_run(tmp_path / "a", tmp_path / "c", keep=[0, 1])
 
 
 def test_pruning_an_unfinished_run_says_how_to_finish_it(tmp_path):

@@ -67,19 +67,31 @@ class PowerCut(BaseException):
 
 
 class Supply:
-    """Lets so many file operations happen; then the process is dead, and nothing reaches the disk any more."""
+    """Lets so many file operations happen; then the process is dead, and nothing reaches the disk any more.
+
+    What was written but not synced is lost by half.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, operations: int) -> None:
         self.left = operations
+        self.written: list[Path] = []
         for place, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (Path, "open")):
-            monkeypatch.setattr(place, name, self.limited(getattr(place, name)))
+            monkeypatch.setattr(place, name, self.limited(name, getattr(place, name)))
 
-    def limited(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+    def limited(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def limited(*arguments: Any, **options: Any) -> Any:
             if self.left <= 0:
+                for path in self.written:
+                    os.truncate(path, path.stat().st_size // 2)
+                self.written.clear()
                 raise PowerCut
             self.left -= 1
-            return operation(*arguments, **options)
+            result = operation(*arguments, **options)
+            if name == "open" and "w" in arguments[1]:
+                self.written.append(arguments[0])
+            elif name == "fsync":
+                self.written.clear()
+            return result
 
         return limited
 

@@ -17,7 +17,7 @@ from taulearn.penalties import L1, TimeHorizon, WeightElasticNet
 from taulearn.training import History, Run
 from taulearn.training.compiler import compile_once
 from taulearn.training.loop import COMPILE_PAYS_FROM
-from training.support import assert_same_history, assert_same_weights, crash_after, digits, network, run_fit
+from training.support import Crash, assert_same_history, assert_same_weights, crash_after, digits, network, run_fit
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 BATCH = 20
@@ -78,10 +78,12 @@ def test_fused_sgd_with_everything_follows_a_deletion(tmp_path: Path) -> None:
             "epochs": 5,
         }
 
-    eager = train(factory, "never", options=options)
-    assert [d.iteration for d in eager[1].deletions] == [9]
+    network_options = {"hidden_layers": 3, "init": [0.3, 0.05, 0.2]}
+    eager = train(factory, "never", options=options, **network_options)
+    assert {d.iteration for d in eager[1].deletions} == {9}
     run = tmp_path / "run"
-    compiled = train(factory, "always", options=lambda optimizer: options(optimizer) | {"run": run})
+    with_run: Callable[[torch.optim.Optimizer], dict[str, Any]] = lambda optimizer: options(optimizer) | {"run": run}
+    compiled = train(factory, "always", options=with_run, **network_options)
     assert_close(compiled, eager)
     decisions = Run.open(run).decisions
     assert decisions["step"] == "compiled, 2 SGD steps fused"
@@ -154,7 +156,7 @@ def test_a_compiled_run_resumes_bit_by_bit(tmp_path: Path) -> None:
     assert history.deletions
     for epoch in (1, 3):
         changed = {"run": tmp_path / str(epoch)}
-        with pytest.raises(Exception, match="^$"):
+        with pytest.raises(Crash):
             train(
                 factory,
                 "always",
@@ -216,11 +218,11 @@ def test_without_a_compiler_training_is_eager_with_one_warning(tmp_path: Path, m
 
 
 class Stubborn(torch.autograd.Function):
-    """tanh, in a form that torch.func does not take."""
+    """tanh, in a form that neither torch.compile nor torch.func takes."""
 
     @staticmethod
     def forward(context: Any, x: Tensor) -> Tensor:
-        y = torch.from_numpy(np.tanh(x.detach().numpy()))
+        y = torch.tanh(x) if x.detach().sum().item() < 1e9 else x
         context.save_for_backward(y)
         return y
 
@@ -272,8 +274,7 @@ class Idle(nn.Module):
 @needs_compiler
 def test_a_parameter_without_gradient_stays_as_it_is() -> None:
     factory = sgd(momentum=0.9, weight_decay=0.1)
-    compiled, eager = (train(factory, compile, activation=Idle()) for compile in ("always", "never"))
-    assert_close(compiled, eager)
+    assert_close(train(factory, "always", activation=Idle()), train(factory, "never", activation=Idle()))
 
 
 @pytest.mark.long

@@ -119,7 +119,7 @@ class FastMemory(Memory):
         self.stride = math.isqrt(len(decay) - 1) + 1  # blocks from one kept H to the next
 
     def near(self, start: int, stop: int) -> Tensor:
-        return self.blocks[start // self.block]
+        return self.blocks[start // self.block, : stop - start, : stop - start]
 
     def buffers(self, rows: Tensor, *, keep: bool) -> tuple[Tensor, ...]:
         """H at the start of every ``stride``-th block, and a last one that goes from block to block."""

@@ -1,9 +1,12 @@
 """The commands of ``taulearn``: each a dataclass whose fields are its arguments, and whose call does it."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, make_dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Union
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
@@ -31,7 +34,8 @@ class Resume:
         from ..training import Run
 
         run = Run.open(self.run)
-        if run.history_path.is_file():
+        # A record that is missing or damaged is no obstacle: the checkpoints hold it, too.
+        with contextlib.suppress(FileNotFoundError, ValueError):
             say(f"{len(run.history.epochs['iteration']) - 1} of {run.config.get('epochs')} epochs are done")
         watched(lambda on_start: experiments.resume(self.run, on_start=on_start))
 
@@ -169,7 +173,7 @@ def commands(defaults: Mapping[str, Any]) -> Any:
         namespace={"__call__": _train, "__doc__": "Train a network with learned time steps, and prune it on the way."},
     )
     kinds = {"train": train, "resume": Resume, "prune": Prune, "report": Report, "data": Data}
-    return Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007
+    return reduce(or_, (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()))
 
 
 def parse(argv: list[str]) -> Command:

@@ -6,6 +6,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..nn.time_steps import TimeSteps
@@ -70,8 +71,9 @@ def differentiable(model: nn.Module) -> Iterator[Tensor]:
             parameter.requires_grad_(True)
         steps.constraint = "free"
         steps.values = tau
-        # the other attention kernels can be differentiated once only
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        # The other attention kernels can be differentiated once only. In forward mode fractional networks take their
+        # plain path: the blocked one can be differentiated once only, and not with respect to single states.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             yield tau
     finally:
         vars(steps).clear()

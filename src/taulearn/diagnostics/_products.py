@@ -105,7 +105,9 @@ def by_products(graph: Graph, steps: int, probes: int, generator: torch.Generato
     by_step, _ = _products(last, graph.tau)
     norms[3] = torch.stack([by_step(e).norm() for e in torch.eye(len(graph.tau), device=last.device)])
     start = torch.randn(last.numel(), generator=generator, dtype=torch.float64).to(last.device)
-    ends = [_lanczos(*_products(last, y), start, min(steps, y.numel(), last.numel())) for y in graph.states[:-1]]
+    ends = [
+        _lanczos(*_products(last, y), start, min(steps, y.numel(), last.numel()), generator) for y in graph.states[:-1]
+    ]
     ends.append(norms.new_ones(2))
     return torch.cat([torch.stack(ends, dim=1), norms])
 
@@ -126,37 +128,33 @@ def _products(last: Tensor, y: Tensor) -> tuple[Product, Product]:
     return product, transposed_product
 
 
-def _lanczos(product: Product, transposed: Product, start: Tensor, steps: int) -> Tensor:
+def _lanczos(product: Product, transposed: Product, start: Tensor, steps: int, generator: torch.Generator) -> Tensor:
     """Largest and smallest singular value of J on the space of ``steps`` Golub-Kahan vectors, (2,).
 
     They lie between the true ones and are exact when the steps exhaust the smaller dimension.
     """
     left = [start / start.norm()]
     right: list[Tensor] = []
-    alphas, betas = [], []
-    scale = start.new_zeros(())
-    for _ in range(steps):
-        v = _orthogonal(transposed(left[-1]), right)
-        alpha = v.norm()
-        if not bool(torch.isfinite(alpha)):
+    bidiagonal = start.new_zeros(steps + 1, steps)
+    for k in range(steps):
+        bidiagonal[k, k], v = _next(transposed(left[-1]), right, bidiagonal.max(), generator)
+        right.append(v)
+        bidiagonal[k + 1, k], u = _next(product(v), left, bidiagonal.max(), generator)
+        left.append(u)
+        if not bool(torch.isfinite(bidiagonal).all()):
             return start.new_full((2,), torch.nan)
-        scale = torch.maximum(scale, alpha)
-        if bool(alpha <= _BREAKDOWN * scale):
-            break
-        right.append(v / alpha)
-        u = _orthogonal(product(right[-1]), left)
-        beta = u.norm()
-        alphas.append(alpha)
-        betas.append(beta)
-        if bool(beta <= _BREAKDOWN * scale):
-            break
-        left.append(u / beta)
-    if not alphas:
-        return start.new_zeros(2)
-    bidiagonal = start.new_zeros(len(alphas) + 1, len(alphas))
-    bidiagonal.diagonal().copy_(torch.stack(alphas))
-    bidiagonal.diagonal(-1).copy_(torch.stack(betas))
     return torch.linalg.svdvals(bidiagonal)[[0, -1]]
+
+
+def _next(x: Tensor, basis: list[Tensor], scale: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Length and direction of x off the basis; where it lies in the basis, 0 and a random direction off it."""
+    x = _orthogonal(x, basis)
+    size = x.norm()
+    if not bool(size <= _BREAKDOWN * scale):
+        return size, x / size
+    fresh = torch.randn(x.numel(), generator=generator, dtype=x.dtype).to(x.device)
+    fresh = _orthogonal(fresh, basis)
+    return torch.zeros_like(size), fresh / fresh.norm()
 
 
 def _orthogonal(x: Tensor, basis: list[Tensor]) -> Tensor:

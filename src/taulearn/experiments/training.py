@@ -193,6 +193,9 @@ def _train(config: TrainConfig, make_run: Callable[[], Run], *, resume: bool, pr
             progress=progress,
             tensorboard=config.tensorboard,
         )
+        if resume:
+            # A run that had ended is not trained on, and its record may be what was damaged.
+            history.save(run.history_path)
         result: nn.Module = model
         if averaged is not None:
             result = averaged.module

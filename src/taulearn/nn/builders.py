@@ -232,6 +232,8 @@ def fractional_dnn(
     *,
     gamma: float = 0.5,
     memory_from: int = 1,
+    memory: str = "auto",
+    tolerance: float = 1e-6,
     lower_bound: float | None = 1e-4,
     **options: Unpack[FractionalOptions],
 ) -> TimeVariableNetwork:
@@ -244,6 +246,8 @@ def fractional_dnn(
         hidden_layers: Number N >= 1 of hidden layers.
         gamma: Order of the derivative, in (0, 1).
         memory_from: First difference remembered, 1 or 0 (see :class:`~taulearn.nn.Fractional`).
+        memory: "exact", "fast" (an approximation for deep networks) or "auto", which decides by the number of layers.
+        tolerance: Largest relative error of the weights with fast memory.
         lower_bound: Smallest step; the scheme needs tau > 0.
         **options: As for :func:`resnet`.
 
@@ -265,7 +269,7 @@ def fractional_dnn(
             f"lower_bound must be positive for a fractional network, got {lower_bound!r}: tau enters as tau^gamma and "
             "1/tau; take the default 1e-4"
         )
-    scheme = Fractional(gamma=gamma, memory_from=memory_from)
+    scheme = Fractional(gamma=gamma, memory_from=memory_from, memory=memory, tolerance=tolerance)
     return _build(scheme, in_features, width, out_features, hidden_layers, lower_bound=lower_bound, **options)
 
 

@@ -11,6 +11,7 @@ References:
     Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks, section 5.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable
 
@@ -18,7 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import caputo, functional as F
+from .._errors import unknown_name
+from ..caputo._arguments import transforming
+from ..caputo.fast_memory import FastMemory, fast_weights, kernel_for
+from ..caputo.memory import ExactMemory, Recall, memory_weights
 from .skips import Skips
+
+MEMORIES = ("auto", "exact", "fast")
+_BLOCKED_FROM = 8  # fewer layers are no slower without blocks
+_FAST_FROM = 256  # measured: benchmarks/fractional_memory.py
+_TOLERANCE = 1e-6
 
 
 class Scheme(nn.Module):
@@ -111,13 +121,25 @@ class Dense(Scheme):
 class Fractional(Scheme):
     """The fractional scheme: the L1 scheme for the Caputo derivative of order gamma, remembering all earlier states.
 
+    With identity skips past all layers but the first, the memory of deep networks is computed block by block
+    (:mod:`taulearn.caputo.memory`), with a backward pass of its own that can be differentiated no further. Everywhere
+    else each layer contracts the stored states by itself: with other skips, fewer than 8 layers, states that change
+    their shape or type, and wherever a transform looks into the computation (torch.compile, torch.export, torch.func,
+    forward mode), which is also the way to second derivatives; ``memory`` has no effect there.
+
     Args:
         gamma: Order of the derivative, 0 < gamma < 1; in the limit 1 the residual scheme.
         memory_from: First difference that is remembered: 1 leaves out y_1 - P y_0 (Herberg, Herzog, Koehne 2023), 0
             counts it (Antil, Diaz, Herberg 2022).
+        memory: "exact", O(N^2) operations for N layers; "fast", O(N) by a sum of exponentials with an error
+            (:mod:`taulearn.caputo.fast_memory`); "auto", fast from 256 layers on.
+        tolerance: Largest relative error of fast memory's kernel, and so of every weight, > 0.
+
+    Attributes:
+        kernel_error: Relative error of the kernel that the last forward pass used; None if it was exact.
 
     Raises:
-        ValueError: If gamma lies outside (0, 1) or memory_from is neither 0 nor 1.
+        ValueError: If an argument lies outside its range. In the forward pass, if the tolerance cannot be met.
 
     Example:
         >>> Fractional(gamma=0.3).step_power
@@ -127,7 +149,9 @@ class Fractional(Scheme):
     name = "fractional"
     deletes_exactly = True
 
-    def __init__(self, gamma: float = 0.5, memory_from: int = 1) -> None:
+    def __init__(
+        self, gamma: float = 0.5, memory_from: int = 1, *, memory: str = "auto", tolerance: float = _TOLERANCE
+    ) -> None:
         super().__init__()
         if not 0.0 < gamma < 1.0:
             raise ValueError(
@@ -137,18 +161,53 @@ class Fractional(Scheme):
             raise ValueError(
                 f"memory_from must be 0 or 1, got {memory_from!r}: it is the first difference in the memory"
             )
+        if memory not in MEMORIES:
+            raise unknown_name("memory", memory, MEMORIES)
+        if not 0.0 < tolerance < 1.0:
+            raise ValueError(f"tolerance must lie in (0, 1), got {tolerance!r}: it is a relative error, such as 1e-6")
         self.gamma = float(gamma)
         self.memory_from = int(memory_from)
+        self.memory = memory
+        self.tolerance = float(tolerance)
+        self.kernel_error: float | None = None
         self.step_power = self.gamma
 
     def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
-        weights = caputo.l1_weights(tau, self.gamma, validate=False)
         states = [x]
-        for l, (layer, step) in enumerate(zip(layers, tau.unbind(), strict=True)):
+        recall: Recall | None = None
+        weights: Tensor | None = None
+        steps = tau.unbind()
+        for l, (layer, step) in enumerate(zip(layers, steps, strict=True)):
             y = states[-1]
-            memory = self._memory(weights[l], states, skips)
-            states.append(F.fractional_step(skips(y, l, l + 1), memory, layer(y), step, self.gamma))
+            f = layer(y)
+            if recall is not None and recall.fits(f):
+                states.append(recall.step(l, f, y))
+                continue
+            if l > 0 and weights is None:
+                weights = caputo.l1_weights(tau, self.gamma, validate=False)
+            memory = None if weights is None else self._memory(weights[l], states, skips)
+            states.append(F.fractional_step(skips(y, l, l + 1), memory, f, step, self.gamma))
+            if l == 0:
+                recall = self._recall(x, states[-1], skips, tau)
         return states[1:]
+
+    def _recall(self, x: Tensor, y: Tensor, skips: Skips, tau: Tensor) -> Recall | None:
+        """The blocked memory for the layers after the first, where it can be used; x and y are y_0 and y_1."""
+        number = len(tau)
+        if number < _BLOCKED_FROM or transforming() or not all(skips.unchanged(l) for l in range(1, number)):
+            return None
+        first = x if self.memory_from == 0 and skips.from_input else None
+        if first is not None and not (skips.unchanged(0) and first.shape == y.shape and first.dtype == y.dtype):
+            return None
+        kernel = None
+        if self.memory == "fast" or (self.memory == "auto" and number >= _FAST_FROM):
+            kernel = kernel_for(tau, self.gamma, self.tolerance)
+        self.kernel_error = None if kernel is None else kernel.error
+        factors = tau**self.gamma * math.gamma(2.0 - self.gamma)
+        if kernel is None:
+            weights = memory_weights(tau, self.gamma, self.memory_from, y.dtype)
+            return Recall(ExactMemory, (factors, weights), first, y)
+        return Recall(FastMemory, (factors, *fast_weights(tau, kernel, self.memory_from, y.dtype)), first, y)
 
     def _memory(self, weights: Tensor, states: list[Tensor], skips: Skips) -> Tensor | None:
         """sum_{j<l} a_{l,j} (P y_{j+1} - P y_j), regrouped as one contraction; None where it is empty."""
@@ -164,7 +223,9 @@ class Fractional(Scheme):
         return torch.tensordot(jumps[len(carried) - len(present) :].to(present.dtype), present, dims=1)
 
     def extra_repr(self) -> str:
-        return f"gamma={self.gamma:g}, memory_from={self.memory_from}"
+        memory = "" if self.memory == "auto" else f", memory={self.memory!r}"
+        tolerance = "" if self.tolerance == _TOLERANCE else f", tolerance={self.tolerance:g}"
+        return f"gamma={self.gamma:g}, memory_from={self.memory_from}{memory}{tolerance}"
 
 
 SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Feedforward, Residual, Dense, Fractional)}

@@ -11,17 +11,20 @@ import torch
 _COUNT = itertools.count()
 
 
-def compile_once(function: Callable[..., Any], *, fused: bool = False) -> Callable[..., Any]:
+def compile_once(
+    function: Callable[..., Any], *, fused: bool = False, fallback: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """Compile a function for one network structure.
 
-    torch counts recompilations per code object and gives up after a few; each call here makes a code object of its own, so that any number of
-    deletions compiles anew. When compilation fails (no C++ compiler, an operator the compiler does not know) the function runs uncompiled from then on, with
-    one warning that says why.
+    torch counts recompilations per code object and gives up after a few; each call here makes a code object of its own,
+    so that any number of deletions compiles anew. When compilation fails (no C++ compiler, an operator the compiler
+    does not know, too many recompilations) the function runs uncompiled from then on, with one warning that says why.
 
     Args:
         function: A function or bound method of tensors.
         fused: Whether it is a pure function of tensors, always of the same shapes and types: the C++ wrapper is used,
             and nothing is checked before a call.
+        fallback: What computes the same where compilation fails. None: ``function``.
 
     Returns:
         The compiled function.
@@ -43,19 +46,19 @@ def compile_once(function: Callable[..., Any], *, fused: bool = False) -> Callab
         if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # the checks before each call cost as much as a layer
             options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
-    working: list[Callable[..., Any]] = []
+    plain = function if fallback is None else fallback
+    failed = False
 
     def run(*args: Any) -> Any:
-        if working:
-            return working[0](*args)
+        nonlocal failed
+        if failed:
+            return plain(*args)
         try:
-            result = compiled(*args)
-        except Exception as error:
+            return compiled(*args)
+        except Exception as error:  # noqa: BLE001  compilers raise anything; what is not their fault comes again
+            failed = True
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(f"training goes on uncompiled, because compilation failed: {reason}", stacklevel=2)
-            working.append(function)
-            return function(*args)
-        working.append(compiled)
-        return result
+        return plain(*args)
 
     return run

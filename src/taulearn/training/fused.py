@@ -5,12 +5,15 @@ objective as a pure function of the parameters, SGD's update rule is written out
 inductor turns the whole into one call; the optimiser's state stays in the optimiser.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad
 
 from ..penalties import time_steps_of
-from .batches import LoaderBatches, TensorBatches
+from .batches import Batch, LoaderBatches, TensorBatches
 from .compiler import compile_once
 from .objective import Objective, StepOptions
 
@@ -39,6 +42,26 @@ def why_not_fused(
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``optimizer.step()`` does more than step."""
+    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    return any(getattr(optimizer, name, None) for name in names)
+
+
+def used_parameters(objective: Objective, batch: Batch) -> set[int]:
+    """The ids of the parameters that have a gradient; optimisers leave the others as they are.
+
+    Args:
+        objective: What is differentiated.
+        batch: A few samples.
+    """
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    with torch.random.fork_rng():
+        total, _ = objective(*batch)
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    return {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
 class FusedSGD:
     """``steps`` iterations of torch.optim.SGD in one compiled call.
 
@@ -46,26 +69,44 @@ class FusedSGD:
         objective: A pure function of its parameters.
         optimizer: torch.optim.SGD with any groups, momentum, weight decay.
         steps: Number of iterations per call.
+        sample: A few samples, which tell the parameters that have a gradient.
+        plain: One step on one batch, which is taken where compilation fails.
     """
 
-    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        sample: Batch,
+        plain: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
         self.objective, self.optimizer, self.steps = objective, optimizer, steps
         self.time_steps = time_steps_of(objective.model)
         position = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         tensors = dict(objective.named_parameters()) | dict(objective.named_buffers())
-        self.parameters = {name: t for name, t in tensors.items() if t.requires_grad and id(t) in position}
+        used = used_parameters(objective, sample)
+        self.parameters = {name: t for name, t in tensors.items() if id(t) in used and id(t) in position}
         self.group_of = {name: position[id(p)] for name, p in self.parameters.items()}
         self.constants = {name: t.detach() for name, t in tensors.items() if name not in self.parameters}
-        self.signature = self._signature()
-        self._call = compile_once(self._steps, fused=True)
+        self.forms, self.signature = self._forms(), self._signature()
+        self.plain = plain
+        self._call = compile_once(self._steps, fused=True, fallback=self._plain_steps)
 
-    def _signature(self) -> list[tuple[bool, ...]]:
+    def _forms(self) -> list[tuple[bool, ...]]:
         """What decides the form of the update, group by group; the numbers are inputs of the compiled function."""
         forms = ("momentum", "weight_decay", "dampening", "nesterov", "maximize")
         return [tuple(bool(group[name]) for name in forms) for group in self.optimizer.param_groups]
 
+    def _signature(self) -> tuple[Any, ...]:
+        """What is compiled in and a callback may change: the form of the update, the numbers of penalties and steps."""
+        plain = (bool, int, float, str)
+        parts = (*self.objective.penalties, self.time_steps)
+        numbers = [{k: v for k, v in vars(part).items() if isinstance(v, plain) or v is None} for part in parts]
+        return self._forms(), numbers
+
     def ready(self) -> bool:
-        """Whether the optimiser is as at compilation and has its momentum buffers, which the first plain step makes."""
+        """Whether all is as at compilation and the optimiser has its momentum buffers, made by the first plain step."""
         groups, state = self.optimizer.param_groups, self.optimizer.state
         return self._signature() == self.signature and all(
             not groups[i]["momentum"] or state[self.parameters[name]].get("momentum_buffer") is not None
@@ -128,10 +169,16 @@ class FusedSGD:
             buffers[name].copy_(buffer)
         return torch.stack(rows)
 
+    def _plain_steps(self, *args: Any) -> Tensor:
+        """The same, step by step."""
+        *_, inputs, targets = args
+        with torch.enable_grad():
+            return torch.cat([self.plain(x, z) for x, z in zip(inputs.unbind(), targets.unbind(), strict=True)])
+
     def _update(self, name: str, p: Tensor, g: Tensor, momentum: dict[str, Tensor], numbers: Tensor) -> Tensor:
         """torch.optim.SGD's rule for one parameter; proximal step and projection for the time steps."""
         lr, mu, decay, dampening = numbers.to(p.dtype).unbind()
-        has_momentum, has_decay, has_dampening, nesterov, maximize = self.signature[self.group_of[name]]
+        has_momentum, has_decay, has_dampening, nesterov, maximize = self.forms[self.group_of[name]]
         if maximize:
             g = -g
         if has_decay:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from ..optim import register_projection
 from ..penalties import time_steps_of
@@ -134,7 +134,7 @@ class Loop:
             self.recorder.add(rows)
             pending += len(rows)
             if self.per_iteration and self.parts.scheduler is not None:
-                self.parts.scheduler.step()
+                _step(self.parts.scheduler)
             ends = position.batch >= len(self.batches)
             if policy is not None and policy.due(iteration=position.iteration, epoch_ends=ends):
                 self._prune(policy, epoch)
@@ -178,7 +178,7 @@ class Loop:
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(row.get("validation.loss", row["train.loss"]))
         elif scheduler is not None and not self.per_iteration:
-            scheduler.step()
+            _step(scheduler)
         self.progress.say(_line(epoch + 1, self.settings.epochs, row))
         end = EpochEnd(
             epoch + 1, position.iteration, row, self.model, self.parts.optimizer, tuple(self.recorder.deletions)
@@ -277,6 +277,15 @@ def _compiler_found() -> bool:
 
 def _layers(number: int) -> str:
     return f"{number} layer" if number == 1 else f"{number} layers"
+
+
+def _step(scheduler: LRScheduler) -> None:
+    """One step, without torch's warning that no optimiser step came before: fused steps are none that it can see."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before", category=UserWarning
+        )
+        scheduler.step()
 
 
 def _line(epoch: int, epochs: int, row: Mapping[str, float]) -> str:

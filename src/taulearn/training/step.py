@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .batches import LoaderBatches, TensorBatches
 from .compiler import compile_once
-from .fused import UNROLL, FusedSGD, why_not_fused
+from .fused import UNROLL, FusedSGD, has_hooks, why_not_fused
 from .objective import Objective, StepOptions
 
 
@@ -88,7 +88,7 @@ class Engine:
 
     Args:
         objective: What is minimised.
-        optimizer: Any torch optimiser.
+        optimizer: Any torch optimiser; hooks that it has now keep the steps from being fused.
         batches: Where batches come from.
         options: What a step does besides.
         compiled: Whether to compile at all.
@@ -111,6 +111,9 @@ class Engine:
         self.plain = PlainStep(objective, optimizer, options)
         self.stop_every = stop_every
         self.unroll = 1 if single else min(UNROLL, stop_every or UNROLL)
+        if isinstance(batches, TensorBatches):
+            self.unroll = min(self.unroll, batches.full)
+        self.hooked = has_hooks(optimizer)
         self.rebuild(compiled)
 
     def rebuild(self, compiled: bool) -> None:
@@ -122,8 +125,10 @@ class Engine:
         if not compiled:
             return
         reason = why_not_fused(self.objective, self.optimizer, self.options, self.batches)
+        if reason is None and self.hooked:
+            reason = "the optimiser has hooks"
         if reason is None:
-            self.fused = FusedSGD(self.objective, self.optimizer, self.unroll)
+            self.fused = FusedSGD(self.objective, self.optimizer, self.unroll, self.batches.sample(), self.plain)
             self.kind = f"compiled, {self.unroll} SGD steps fused"
         else:
             self.evaluate = compile_once(self.objective.forward)
