@@ -78,11 +78,14 @@ def test_fused_sgd_with_everything_follows_a_deletion(tmp_path: Path) -> None:
             "epochs": 5,
         }
 
-    network_options = {"hidden_layers": 3, "init": [0.3, 0.05, 0.2]}
+    network_options = {"hidden_layers": 3, "init": [0.3, 0.06, 0.4]}
     eager = train(factory, "never", options=options, **network_options)
     assert {d.iteration for d in eager[1].deletions} == {9}
     run = tmp_path / "run"
-    with_run: Callable[[torch.optim.Optimizer], dict[str, Any]] = lambda optimizer: options(optimizer) | {"run": run}
+
+    def with_run(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return options(optimizer) | {"run": run}
+
     compiled = train(factory, "always", options=with_run, **network_options)
     assert_close(compiled, eager)
     decisions = Run.open(run).decisions
