@@ -142,7 +142,8 @@ def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "model.json").read_text())
     assert manifest["format"] == 1
     assert manifest["taulearn"] == taulearn.__version__
-    assert manifest["scheme"] == {"name": "fractional", "options": {"gamma": 0.7, "memory_from": 1}}
+    options = {"gamma": 0.7, "memory_from": 1, "memory": "auto", "tolerance": 1e-6}
+    assert manifest["scheme"] == {"name": "fractional", "options": options}
     assert manifest["time_steps"] == {"origin": [0, 2], "constraint": "free", "horizon": 1.0, "lower_bound": 1e-4}
     assert manifest["model"]["layers"][0] == {
         "kind": "fully_connected",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         optim as optim,
         penalties as penalties,
         report as report,
+        wrapping as wrapping,
     )
     from .diagnostics import summary as summary
     from .nn.time_steps import TimeSteps as TimeSteps
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .pruning import PruneReport as PruneReport, Pruning as Pruning, prune as prune
     from .saving import load_model as load_model, save_model as save_model
     from .training import History as History, fit as fit
+    from .wrapping import unwrap as unwrap, wrap as wrap
 
 __version__ = "0.1.0"
 
@@ -57,6 +59,9 @@ __all__ = [
     "report",
     "save_model",
     "summary",
+    "unwrap",
+    "wrap",
+    "wrapping",
 ]
 
 # Where the names of __all__ live that are not modules themselves.
@@ -71,6 +76,8 @@ _HOMES = {
     "prune": ".pruning",
     "save_model": ".saving",
     "summary": ".diagnostics",
+    "unwrap": ".wrapping",
+    "wrap": ".wrapping",
 }
 
 

@@ -25,6 +25,29 @@ class Prunable(Protocol):
         """Delete all other layers."""
 
 
+WRAPPING = "_time_step_wrapping"
+"""The attribute in which a wrapped model keeps what pruning asks of it."""
+
+
+def prunable_of(model: nn.Module) -> Any:
+    """What pruning asks, of a model itself or of its wrapping; out of torch.compile's wrapper.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The model's wrapping, or the model, which need not be :class:`Prunable`.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(2, 3, 1, 4)
+        >>> prunable_of(network) is network
+        True
+    """
+    inner = getattr(model, "_orig_mod", model)
+    return vars(inner).get(WRAPPING, inner)
+
+
 def check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Refuse an optimiser that holds none of the model's parameters."""
     own = {id(p) for p in model.parameters()}
@@ -66,12 +89,12 @@ def all_or_nothing(models: Sequence[nn.Module], optimizer: torch.optim.Optimizer
 def delete(models: Sequence[nn.Module], kept: Sequence[int], optimizer: torch.optim.Optimizer | None) -> str:
     """Delete the layers and mend the optimiser; returns what became of its state."""
     model = models[0]
-    steps = cast(Prunable, model).time_steps
+    steps = prunable_of(model).time_steps
     old = steps.values
     names_before: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     own = list(kept[:-1] if steps.constraint == "dependent" else kept)
     for each in models:
-        cast(Prunable, each).keep_layers_(kept)
+        prunable_of(each).keep_layers_(kept)
     new = steps.values
     index = torch.tensor(own, dtype=torch.long, device=old.device)
     if old.grad is not None:

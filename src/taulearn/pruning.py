@@ -10,7 +10,8 @@ Three stages, one function each: the shares (:func:`shares`), the plan (:func:`p
 import copy
 import math
 import operator
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,8 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ._deletion import Prunable as Prunable, all_or_nothing, check_holds, delete
+from ._budget import Budget, check_budget, within_latency
+from ._deletion import WRAPPING, Prunable as Prunable, all_or_nothing, check_holds, delete, prunable_of
+from ._errors import unknown_name
 from .nn.time_steps import TimeSteps
+
+
+Criterion = Callable[[Tensor, nn.Module], Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,11 +137,12 @@ def check_prunable(model: nn.Module) -> Prunable:
         model: A model with time steps.
 
     Returns:
-        The same model.
+        The same model, or its wrapping.
 
     Raises:
         TypeError: If it has no time steps.
-        ValueError: If its scheme does not become the identity at tau = 0, or it has a single layer.
+        ValueError: If its scheme does not become the identity at tau = 0, it has a single layer, or every layer must
+            stay.
 
     Example:
         >>> from taulearn.nn import densenet
@@ -144,12 +151,13 @@ def check_prunable(model: nn.Module) -> Prunable:
         ...
         ValueError: model has the dense scheme, in which tau = 0 is not the identity: no layer can be deleted; use a ...
     """
-    if not all(hasattr(model, name) for name in ("time_steps", "scheme", "fixed_layers", "keep_layers_")):
+    found = prunable_of(model)
+    if not all(hasattr(found, name) for name in ("time_steps", "scheme", "fixed_layers", "keep_layers_")):
         raise TypeError(
-            f"model must be a network with time steps, got {type(model).__name__}: build it with taulearn.nn, "
-            "and hand over the network itself, not a wrapper around it"
+            f"model must be a network with time steps, got {type(model).__name__}: build it with taulearn.nn or wrap "
+            "it with taulearn.wrap, and hand over the network itself, not a wrapper around it"
         )
-    prunable = cast(Prunable, model)
+    prunable = cast(Prunable, found)
     if not prunable.scheme.deletes_exactly:
         raise ValueError(
             f"model has the {prunable.scheme.name} scheme, in which tau = 0 is not the identity: "
@@ -157,6 +165,9 @@ def check_prunable(model: nn.Module) -> Prunable:
         )
     if prunable.time_steps.num_steps == 1:
         raise ValueError("model has a single layer, which must stay: start deeper, or train without pruning")
+    fixed = prunable.fixed_layers()
+    if len(fixed) == prunable.time_steps.num_steps and len(set(fixed.values())) == 1:
+        raise ValueError(f"model must have a layer that can be deleted, got none: {next(iter(fixed.values()))}")
     return prunable
 
 
@@ -187,7 +198,13 @@ def shares(steps: TimeSteps, power: float = 1.0) -> Tensor:
 
 
 def plan(
-    steps: TimeSteps, threshold: float, *, power: float = 1.0, fixed: Iterable[int] = ()
+    steps: TimeSteps,
+    threshold: float,
+    *,
+    power: float = 1.0,
+    fixed: Iterable[int] = (),
+    scores: Sequence[float] | None = None,
+    number: int | None = None,
 ) -> list[tuple[int, float]]:
     """Which layers the rule deletes: the smallest share first, while one lies below the threshold.
 
@@ -199,6 +216,8 @@ def plan(
         threshold: In (0, 1).
         power: Exponent of the shares.
         fixed: Positions that must stay.
+        scores: Shares are taken of these instead of abs(tau)^power.
+        number: Layers are deleted until so many are left, whatever the threshold.
 
     Returns:
         Pairs of position (before any deletion) and share at the moment of choice, in the order of deletion; at least
@@ -212,11 +231,10 @@ def plan(
     positions = list(range(steps.num_steps))
     kept_always = set(fixed)
     chosen = []
-    while len(positions) > 1:
-        candidates = [
-            (share, i) for i, share in enumerate(shares(steps, power).tolist()) if positions[i] not in kept_always
-        ]
-        if not candidates or min(candidates)[0] >= threshold:
+    while len(positions) > (1 if number is None else number):
+        now = shares(steps, power).tolist() if scores is None else _normalised([scores[l] for l in positions])
+        candidates = [(share, i) for i, share in enumerate(now) if positions[i] not in kept_always]
+        if not candidates or (number is None and min(candidates)[0] >= threshold):
             break
         share, i = min(candidates)
         chosen.append((positions.pop(i), share))
@@ -229,6 +247,8 @@ def prune(
     threshold: float = 0.01,
     *,
     keep: Iterable[int] | None = None,
+    criterion: str | Criterion | None = None,
+    budget: Budget | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     averaged: AveragedModel | None = None,
 ) -> PruneReport:
@@ -238,9 +258,15 @@ def prune(
     all is as before.
 
     Args:
-        model: A residual or fractional network with time steps.
+        model: A residual or fractional network with time steps, or a wrapped model.
         threshold: Layers with a smaller share of sum abs(tau)^p are deleted, see the module's text; in (0, 1).
         keep: Positions (now, from 0) of the layers to keep instead of the rule.
+        criterion: What shares are taken of: "share", abs(tau); "power", abs(tau)^gamma with the scheme's gamma (1 for
+            the residual scheme); a function (tau, model) -> one score >= 0 per layer. None: "power" for the fractional
+            scheme, else "share".
+        budget: Instead of the threshold: a number of layers to keep, or {"latency_ms": x, "example_inputs": inputs} for
+            as many as a forward pass allows that takes at most x milliseconds, measured here and now in evaluation
+            mode. The layers with the largest shares stay.
         optimizer: The optimiser of the model's parameters, any of torch.optim. None: there is none.
         averaged: Averaged weights of the model, pruned alike.
 
@@ -249,9 +275,8 @@ def prune(
 
     Raises:
         TypeError: If the model has no time steps.
-        ValueError: If the threshold lies outside (0, 1), the model cannot be pruned, ``keep`` leaves out a layer that
-            must stay, or the optimiser does not hold
-            the model's parameters.
+        ValueError: If the threshold lies outside (0, 1), the model cannot be pruned, ``keep`` or ``budget`` leave out a
+            layer that must stay, no deletion meets the latency, or the optimiser does not hold the model's parameters.
 
     References:
         Herberg, Herzog, Koehne (2023), section 3, adaptive pruning.
@@ -265,17 +290,24 @@ def prune(
     """
     _check_threshold(threshold)
     prunable = check_prunable(model)
+    model = getattr(model, "_orig_mod", model)
     steps, power = prunable.time_steps, prunable.scheme.step_power
     fixed = prunable.fixed_layers()
     if optimizer is not None:
         check_holds(optimizer, model)
-    if keep is None:
-        chosen = plan(steps, threshold, power=power, fixed=fixed)
+    scores, exponent = _criterion(criterion, prunable, model)
+    note = ""
+    if budget is not None:
+        if keep is not None:
+            raise ValueError("budget must be None where keep is given: keep names the layers already")
+        chosen, note = _within(budget, model, steps, exponent, scores, fixed)
+    elif keep is None:
+        chosen = plan(steps, threshold, power=exponent, fixed=fixed, scores=scores)
     else:
         kept_positions = sorted({operator.index(i) for i in keep})
         if not kept_positions or kept_positions[0] < 0 or kept_positions[-1] >= steps.num_steps:
             raise ValueError(f"keep must name layers in 0 .. {steps.num_steps - 1}, got {kept_positions}")
-        all_shares = shares(steps, power).tolist()
+        all_shares = shares(steps, exponent).tolist() if scores is None else _normalised(scores)
         chosen = [(i, all_shares[i]) for i in range(steps.num_steps) if i not in kept_positions]
     gone = {i for i, _ in chosen}
     kept = tuple(i for i in range(steps.num_steps) if i not in gone)
@@ -284,7 +316,7 @@ def prune(
 
     tau = steps.tau.detach().double().abs().tolist()
     gain = math.gamma(2.0 - power)
-    layers = cast(Any, model).layers
+    layers = cast(Any, prunable).layers
     own = int(isinstance(steps.values, nn.Parameter))
     deleted = tuple(
         DeletedLayer(steps.origin[i], share, gain * tau[i] ** power, own + _count(layers[i])) for i, share in chosen
@@ -295,11 +327,72 @@ def prune(
         models = [model] if averaged is None else [model, averaged.module]
         with all_or_nothing(models, optimizer):
             state = delete(models, kept, optimizer)
-    note = ""
+        if WRAPPING in vars(model):
+            _forget_compiled()
     if deleted and power != 1.0:
         size = sum(d.factor for d in deleted)
-        note = f"error of the order tau^gamma, here {size:.2g} times the size of the deleted layers' values"
+        error = f"error of the order tau^gamma, here {size:.2g} times the size of the deleted layers' values"
+        note = f"{note}; {error}" if note else error
     return PruneReport(deleted, kept, before, len(kept), parameters_before, _count(model), state, note)
+
+
+def _criterion(
+    criterion: str | Criterion | None, prunable: Prunable, model: nn.Module
+) -> tuple[list[float] | None, float]:
+    """Scores of a user's function, or None and the exponent of abs(tau)."""
+    power = prunable.scheme.step_power
+    if criterion is None or criterion == "power":
+        return None, power
+    if isinstance(criterion, str):
+        if criterion != "share":
+            raise unknown_name("criterion", criterion, ("power", "share"))
+        return None, 1.0
+    tau = prunable.time_steps.tau.detach()
+    scores = torch.as_tensor(criterion(tau, model)).detach().double()
+    if scores.shape != tau.shape or not bool((torch.isfinite(scores) & (scores >= 0)).all()):
+        raise ValueError(
+            f"criterion must return {len(tau)} finite scores >= 0, one per layer, got "
+            f"{scores.tolist() if scores.numel() < 50 else f'shape {tuple(scores.shape)}'}"
+        )
+    return scores.tolist(), power
+
+
+def _normalised(scores: Sequence[float]) -> list[float]:
+    total = sum(scores) or 1.0
+    return [score / total for score in scores]
+
+
+def _within(
+    budget: Budget,
+    model: nn.Module,
+    steps: TimeSteps,
+    power: float,
+    scores: list[float] | None,
+    fixed: Mapping[int, str],
+) -> tuple[list[tuple[int, float]], str]:
+    """What a budget deletes, and what the report says of it."""
+    check_budget(budget)
+    number = budget if not isinstance(budget, Mapping) else max(1, len(fixed))
+    if number < len(fixed):
+        layer, reason = next(iter(fixed.items()))
+        raise ValueError(
+            f"budget must be at least {len(fixed)}, the number of layers that must stay, got {number}: "
+            f"layer {layer} stays because {reason}"
+        )
+    order = plan(steps, 0.5, power=power, fixed=fixed, scores=scores, number=int(number))
+    if not isinstance(budget, Mapping):
+        return order, ""
+    deletions, taken = within_latency(model, [i for i, _ in order], steps.num_steps, budget)
+    return order[:deletions], f"a forward pass takes {taken:.3g} ms, allowed are {float(budget['latency_ms']):g}"
+
+
+def _forget_compiled() -> None:
+    """torch.compile gives up on a function after eight versions of it: a deletion starts the count anew.
+
+    Whatever is compiled is compiled again on its next call.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _count(module: nn.Module) -> int:

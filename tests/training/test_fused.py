@@ -276,7 +276,7 @@ class Idle(nn.Module):
 @pytest.mark.long
 @needs_compiler
 def test_a_parameter_without_gradient_stays_as_it_is() -> None:
-    factory = sgd(momentum=0.9, weight_decay=0.1)
+    factory = sgd(weight_decay=0.1)
     assert_close(train(factory, "always", activation=Idle()), train(factory, "never", activation=Idle()))
 
 

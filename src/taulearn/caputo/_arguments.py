@@ -1,6 +1,7 @@
-"""What the functions of the package share: checks of their arguments, their precision, where own gradients fit."""
+"""What the functions of the package share: checks of their arguments, their precision, own gradients."""
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,8 +22,13 @@ def transforming() -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
     )
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, which has no type."""
+    return cast(Any, function).apply(*arguments)
 
 
 def check_order(gamma: float) -> float:

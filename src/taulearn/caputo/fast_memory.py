@@ -2,13 +2,14 @@
 
 Layers come in blocks of b. Within a block the weights are the exact ones; what lies before its start t_s enters by
 
-    memory_l = sum_{s<=j<l} a_{l,j} d_j + (1-gamma) tau_l^gamma sum_i w_i exp(-s_i (t_{l+1} - t_s)) H_i,  d_j = y_{j+1} - y_j
-    H_i <- exp(-s_i (t_{s+b} - t_s)) H_i + sum_{s<=j<s+b} exp(-s_i (t_{s+b} - t_{j+1})) mu(s_i tau_j) d_j,  H_i = 0 at first
+    memory_l = sum_{s<=j<l} a_{l,j} d_j + (1-gamma) tau_l^gamma sum_i w_i exp(-s_i (t_{l+1} - t_s)) H_i
+    H_i <- exp(-s_i (t_{s+b} - t_s)) H_i + sum_{s<=j<s+b} exp(-s_i (t_{s+b} - t_{j+1})) mu(s_i tau_j) d_j
 
-with mu(x) = (1 - exp(-x)) / x, the recurrence of :mod:`~taulearn.caputo.exponentials` taken b layers at a time, which
-makes matrix products of it. Backward, the adjoint of H runs down the blocks by the transposed products. The recurrence
-itself cannot be run backwards (exp(s_i t) amplifies errors), so H is kept at the start of every sqrt(N/b)-th block and
-computed again in between: about 2 K sqrt(N/b) states beside the N of the network.
+with d_j = y_{j+1} - y_j, H_i = 0 at first and mu(x) = (1 - exp(-x)) / x: the recurrence of
+:mod:`~taulearn.caputo.exponentials` taken b layers at a time, which makes matrix products of it. Backward, the adjoint
+of H runs down the blocks by the transposed products. The recurrence itself cannot be run backwards (exp(s_i t)
+amplifies errors), so H is kept at the start of every sqrt(N/b)-th block and computed again in between: about
+2 K sqrt(N/b) states beside the N of the network.
 
 References:
     Jiang, Zhang, Zhang, Zhang (2017), Fast evaluation of the Caputo fractional derivative and its applications to
@@ -24,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .exponentials import ExponentialKernel, mean_decay
-from .memory import LAYERS_PER_BLOCK, Adjoint, Memory, forget_
+from .memory import LAYERS_PER_BLOCK, Adjoint, Memory
 from .weights import plain_left_weights
 
 
@@ -47,7 +48,7 @@ def kernel_for(tau: Float[Tensor, " layers"], gamma: float, tolerance: float) ->
 
     Example:
         >>> kernel_for(torch.full((1000,), 1e-3), 0.5, 1e-6)
-        ExponentialKernel(gamma=0.5, tau_min=0.000488281, horizon=1, nodes=18, error=8.9e-07)
+        ExponentialKernel(gamma=0.5, tau_min=0.000976562, horizon=2, nodes=18, error=8.9e-07)
     """
     steps = tau.detach().double()
     shortest, total = torch.stack([steps.min(), steps.sum()]).tolist()
@@ -87,7 +88,7 @@ def fast_weights(
 
     Example:
         >>> [tuple(w.shape) for w in fast_weights(torch.ones(5), ExponentialKernel(0.5, 1.0, 5.0, 1e-6), 1, block=2)]
-        [(3, 2, 2), (3, 2, 10), (3, 3, 10), (3, 10)]
+        [(3, 2, 2), (3, 2, 8), (3, 3, 8), (3, 8)]
     """
     gamma, s, w = kernel.gamma, kernel.nodes.to(tau.device), kernel.weights.to(tau.device)
     # steps that fill up the last block: nothing before them depends on them

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._arguments import apply
 from ._rows import BLOCK, cotangent_of_steps, row_blocks
 
 LAYERS_PER_BLOCK = 32
@@ -53,7 +54,7 @@ def memory_weights(
                 [0.4142, 0.5858, 0.0000],
                 [0.3178, 0.0964, 0.5858]], dtype=torch.float64)
     """
-    weights: Tensor = _MemoryWeights.apply(tau.double(), gamma, memory_from, dtype)
+    weights: Tensor = apply(_MemoryWeights, tau.double(), gamma, memory_from, dtype)
     return weights
 
 
@@ -253,9 +254,9 @@ class Recall:
         if keep:
             # A leaf that needs a gradient, so that the node exists whatever is trained. What the node saves is filled
             # later: hooks that copy saved tensors must not see it.
-            anchor = torch.zeros((), requires_grad=True)
+            anchor = torch.zeros((), device=y.device, requires_grad=True)
             with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-                self.begin = _Begin.apply(self.memory, (self.rows, *self.buffers), anchor, first, *weights)
+                self.begin = apply(_Begin, self.memory, (self.rows, *self.buffers), anchor, first, *weights)
 
     def fits(self, f: Tensor) -> bool:
         """Whether f is shaped and typed as the states are."""
@@ -265,7 +266,7 @@ class Recall:
         """y_{l+1}, from f = f_l(y_l) and y = y_l."""
         if self.begin is None:
             return self.advance(l, f)
-        state: Tensor = _Step.apply(self, l, f, y, self.begin)
+        state: Tensor = apply(_Step, self, l, f, y, self.begin)
         return state
 
     def advance(self, l: int, f: Tensor) -> Tensor:
@@ -290,7 +291,7 @@ class _Begin(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, memory: Memory, saved: tuple[Tensor, ...], anchor: Tensor, first: Tensor | None, *weights: Tensor
+        ctx: Any, memory: Memory, saved: tuple[Tensor, ...], anchor: Tensor, first: Tensor | None, *_: Tensor
     ) -> Tensor:
         ctx.memory, ctx.task, ctx.adjoint = memory, None, None
         ctx.learned = any(ctx.needs_input_grad[4:])
@@ -319,6 +320,11 @@ class _Step(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if torch._C._functorch.is_batchedtensor(g):
+            raise RuntimeError(
+                "is_grads_batched must be False for a fractional network of this depth, got True: its states share a "
+                "buffer; take torch.func.vjp, or a loop over the cotangents"
+            )
         f, y = ctx.saved_tensors
         begin, l = ctx.begin, ctx.l
         task = torch._C._current_graph_task_id()

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from taulearn._errors import unknown_name
 
-from ._arguments import check_order, check_steps, to_double, transforming
+from ._arguments import apply, check_order, check_steps, to_double, transforming
 from ._rows import BLOCK, cotangent_of_steps, row_blocks
 
 # Below it a Taylor series, whose omitted terms are < 1e-18; above it the closed form keeps 13 digits of the derivative.
@@ -130,7 +130,7 @@ def _left_weights(tau: Tensor, gamma: float) -> Tensor:
     """a_{l,j} of float64 steps (..., N): plain operations under transforms, else with a backward of its own."""
     if transforming() or tau.ndim > 1:
         return plain_left_weights(tau, gamma)
-    weights: Tensor = _LeftWeights.apply(tau, gamma)
+    weights: Tensor = apply(_LeftWeights, tau, gamma)
     return weights
 
 

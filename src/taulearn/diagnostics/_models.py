@@ -79,7 +79,7 @@ def differentiable(model: nn.Module) -> Iterator[Tensor]:
         vars(steps).clear()
         vars(steps).update(own)
         for parameter, required in flags:
-            pass
+            parameter.requires_grad_(required)
 
 
 def check_batch(inputs: Tensor) -> None:

@@ -1,13 +1,13 @@
-r"""A block with a time step, and what stays where a deleted block's place must stay.
+"""A block with a time step, and what stays where a block was deleted whose place must stay.
 
 A block B whose output has the shape of its input is one explicit Euler step of x' = B(x) - x. Its time-variable form is
 
     x + tau (B(x) - x) = torch.lerp(x, B(x), tau)
 
-which is B(x) to the bit at tau = 1 and x at tau = 0.
+which is B(x) to the bit at tau = 1, and x at tau = 0.
 
 The step replaces ``forward`` on the instance of the block. A forward hook would do the same, but torch's
-TransformerEncoderLayer leaves its fast path as soon as a module of it has a hook, and hooks that others registered
+TransformerEncoderLayer leaves its fast path as soon as one of its modules has a hook, and hooks that others registered
 before would see the output without the step.
 """
 
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.time_steps import TimeSteps
-from .state import state_in, state_out, with_state
+from .state import Form, state_in, state_out, with_state
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """The ``forward`` of a wrapped block. Never changed: a deletion puts others in place, so that it can be undone.
+    """The ``forward`` of a wrapped block. It is never changed: a deletion puts others in place, which can be undone.
 
     Attributes:
         inner: The block's own forward.
         steps: The time steps of the host.
         index: The block's position among them.
         name: The block's name in the host when it was wrapped.
-        own: Whether ``inner`` was an attribute of the instance before.
+        own: Whether ``inner`` was an attribute of the instance already.
     """
 
     inner: Callable[..., Any]
@@ -46,34 +46,28 @@ class Step:
         return self.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """x + tau (B(x) - x) in the place of B(x).
+        """The output with x + tau (B(x) - x) in the place of B(x).
 
         The arithmetic takes the type of B(x), so that under autocast too the output at tau = 1 is B(x) itself.
 
         Raises:
-            ValueError: If there is no state of one shape in input and output, or the block changes its input in place.
+            ValueError: If input and output have no state of one shape, or the block changes its input in place.
         """
         x = state_in(args, kwargs)
         watched = x is not None and not torch.compiler.is_compiling() and not x.is_inference()
         version = x._version if x is not None and watched else 0
         output = self.inner(*args, **kwargs)
         y = state_out(output)
-        if x is None or y is None or x.shape != y.shape or x.is_nested:
+        if x is None or y is None or x.is_nested or x.shape != y.shape:
             raise ValueError(self._wrong(x, y))
         if watched and x._version != version:
-            raise ValueError(
-                f"block {self.name!r} must leave its input as it is, but changed it in place: x + tau (B(x) - x) needs "
-                "both; make its first operation out of place (inplace=False)"
-            )
+            raise ValueError(f"block {self.name!r} must leave its input as it is, but {IN_PLACE}")
         tau = self.steps.tau[self.index]
         return with_state(output, torch.lerp(x.to(y.dtype), y, tau.to(device=y.device, dtype=y.dtype)))
 
     def _wrong(self, x: Tensor | None, y: Tensor | None) -> str:
         if x is not None and x.is_nested:
-            return (
-                f"block {self.name!r} must get a plain tensor, got a nested one: build torch.nn.TransformerEncoder "
-                "with enable_nested_tensor=False"
-            )
+            return f"block {self.name!r} must get a plain tensor, got a nested one: {NESTED}"
         found = ["no tensor" if each is None else str(tuple(each.shape)) for each in (x, y)]
         return (
             f"block {self.name!r} must return a state of its input's shape, got {found[0]} in and {found[1]} out: "
@@ -81,36 +75,51 @@ class Step:
         )
 
 
-class PassThrough(nn.Module):
-    """Stands where a block was deleted whose place must stay: it returns its input as the block would, and costs nothing.
+IN_PLACE = (
+    "it changed it in place, and x + tau (B(x) - x) needs both: make the block's first operation out of place "
+    "(inplace=False)"
+)
+NESTED = "build torch.nn.TransformerEncoder with enable_nested_tensor=False"
 
-    Args:
-        before: Number of entries that the block's output tuple had before the state; None: it returned the state alone.
-        length: Length of that tuple; the other entries become None.
 
-    Example:
-        >>> PassThrough(0, 2)(torch.ones(1), mask=None)
-        (tensor([1.]), None)
+@dataclass(frozen=True, eq=False)
+class Skip:
+    """The ``forward`` of a block at tau = 0, with which deletions are compared when a model is wrapped.
+
+    Attributes:
+        inner: The block's own forward.
     """
 
-    def __init__(self, before: int | None = None, length: int = 1) -> None:
+    inner: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's output with x in the place of B(x)."""
+        return with_state(self.inner(*args, **kwargs), state_in(args, kwargs))  # type: ignore[arg-type]
+
+
+class PassThrough(nn.Module):
+    """Stands where a block was deleted whose place must stay: returns its input as the block would have.
+
+    Args:
+        form: How the block's output held the state; its other entries become None.
+
+    Example:
+        >>> PassThrough(Form())(torch.ones(1), mask=None)
+        tensor([1.])
+    """
+
+    def __init__(self, form: Form) -> None:
         super().__init__()
-        self.before = before
-        self.length = length
+        self.form = form
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The input, in the block's output structure."""
-        x = state_in(args, kwargs)
-        if self.before is None:
-            return x
-        return tuple(x if i == self.before else None for i in range(self.length))
-
-    def extra_repr(self) -> str:
-        return "" if self.before is None else f"before={self.before}, length={self.length}"
+        """The state, in the block's form."""
+        return self.form.around(state_in(args, kwargs))
 
 
 class PassingTimeSteps(TimeSteps):
     """Time steps that return their input when called, for hosts that call all their children in turn (Sequential)."""
 
     def forward(self, x: Any) -> Any:
+        """The input."""
         return x

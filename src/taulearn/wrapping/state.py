@@ -1,6 +1,7 @@
-"""Which tensor of a block's arguments and of its output is the state."""
+"""Which tensor of a block's arguments and of its output is the state, and how an output holds it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +34,12 @@ def state_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
+def _items(output: Any) -> list[tuple[Any, Any]]:
+    if isinstance(output, Mapping):
+        return list(output.items())
+    return list(enumerate(output)) if isinstance(output, tuple | list) else []
+
+
 def state_out(output: Any) -> Tensor | None:
     """The state in a block's output: itself, or the first tensor of a tuple, list, dictionary or ModelOutput.
 
@@ -49,45 +56,60 @@ def state_out(output: Any) -> Tensor | None:
     """
     if isinstance(output, Tensor):
         return output
-    for value in tensors_of(output):
-        return value
-    return None
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors directly in an output."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        return [value for value in output.values() if isinstance(value, Tensor)]
-    if isinstance(output, tuple | list):
-        return [value for value in output if isinstance(value, Tensor)]
-    return []
+    return next((value for _, value in _items(output) if isinstance(value, Tensor)), None)
 
 
 def with_state(output: Any, state: Tensor) -> Any:
     """The same output with another state in it.
 
     Args:
-        output: What the block returned.
+        output: What the block returned, with a tensor in it.
         state: The new state.
 
     Returns:
-        An output of the same type; tuples of a named type keep it, all other entries are those of ``output``.
+        An output of the same type, whose other entries are those of ``output``.
 
     Example:
         >>> import torch
         >>> with_state((torch.zeros(1), "rest"), torch.ones(1))
         (tensor([1.]), 'rest')
     """
-    if isinstance(output, Tensor):
-        return state
-    if isinstance(output, Mapping):
-        first = next(key for key, value in output.items() if isinstance(value, Tensor))
-        values: dict[str, Any] = {**output, first: state}
-        return type(output)(**values) if type(output) is not dict else values
-    at = next(i for i, value in enumerate(output) if isinstance(value, Tensor))
-    items = [*output[:at], state, *output[at + 1 :]]
-    if isinstance(output, list):
-        return items
-    return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
+    return state if isinstance(output, Tensor) else Form.of(output).around(state, dict(_items(output)))
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an output holds its state.
+
+    Attributes:
+        kind: Its type; None: it is the state.
+        key: Position or key of the state.
+        size: Number of entries of a tuple or list.
+
+    Example:
+        >>> import torch
+        >>> Form.of((None, torch.zeros(1))).around(torch.ones(1))
+        (None, tensor([1.]))
+    """
+
+    kind: type[Any] | None = None
+    key: int | str = 0
+    size: int = 1
+
+    @classmethod
+    def of(cls, output: Any) -> "Form":
+        """The form of an output with a tensor in it."""
+        if isinstance(output, Tensor):
+            return cls()
+        items = _items(output)
+        return cls(type(output), next(key for key, value in items if isinstance(value, Tensor)), len(items))
+
+    def around(self, state: Any, others: Mapping[Any, Any] | None = None) -> Any:
+        """An output of this form: the state, with the other entries, None where there are none."""
+        if self.kind is None:
+            return state
+        entries: dict[Any, Any] = {**(others or {}), self.key: state}
+        if issubclass(self.kind, Mapping):
+            return entries if self.kind is dict else self.kind(**entries)
+        values = [entries.get(i) for i in range(self.size)]
+        return self.kind(*values) if hasattr(self.kind, "_fields") else self.kind(values)

@@ -1,0 +1,92 @@
+"""Calling a model on example inputs, and timing it."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+REPEATS = 15
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call a model: a tuple or list as positional arguments, a mapping as keywords, anything else as one argument.
+
+    Args:
+        model: The model.
+        inputs: Its inputs.
+
+    Returns:
+        Its output.
+
+    Example:
+        >>> call(nn.Identity(), {"input": torch.ones(1)})
+        tensor([1.])
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def clock(model: nn.Module) -> Callable[[], float]:
+    """Milliseconds since some moment, read once the model's device has done its work.
+
+    Args:
+        model: The model; one without parameters counts as being on the CPU.
+
+    Returns:
+        The clock.
+
+    Example:
+        >>> now = clock(nn.Identity())
+        >>> now() <= now()
+        True
+    """
+    types = {each.device.type for each in (*model.parameters(), *model.buffers())} - {"cpu", "meta"}
+
+    def read() -> float:
+        if types:
+            torch.accelerator.synchronize()
+        return 1e3 * time.perf_counter()
+
+    return read
+
+
+@torch.no_grad()
+def milliseconds(model: nn.Module, inputs: Any, repeats: int = REPEATS) -> float:
+    """Median time of a forward pass without gradients, in the mode that the model is in.
+
+    Args:
+        model: The model.
+        inputs: See :func:`call`.
+        repeats: Number of passes that are timed, after two that are not.
+
+    Returns:
+        Milliseconds.
+
+    Example:
+        >>> milliseconds(nn.Identity(), torch.ones(1)) >= 0
+        True
+    """
+    for _ in range(2):
+        call(model, inputs)
+    now, taken = clock(model), []
+    for _ in range(repeats):
+        before = now()
+        call(model, inputs)
+        taken.append(now() - before)
+    return statistics.median(taken)
+
+
+def samples(inputs: Any) -> int | None:
+    """Number of samples in a batch of example inputs, as far as the first tensor tells.
+
+    Example:
+        >>> samples((torch.ones(3, 2),))
+        3
+    """
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else [inputs]
+    first = next((value for value in values if isinstance(value, Tensor)), None)
+    return len(first) if first is not None and first.ndim else None

@@ -1,0 +1,290 @@
+"""The public ``wrap`` and ``unwrap``."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.time_steps import TimeSteps
+from . import structure, transformers, trial
+from .blocks import NESTED, PassingTimeSteps, Step
+from .names import matching
+from .probe import Call, Probe, find, probe, refusal
+from .state import Form
+from .host import Wrapping, install, uninstall, wrapping_of
+
+M = TypeVar("M", bound=nn.Module)
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def wrap(
+    model: M,
+    blocks: str | Iterable[str] | None = None,
+    *,
+    example_inputs: Any = None,
+    constraint: str = "free",
+    init: float | Sequence[float] | Tensor = 1.0,
+    horizon: float | None = None,
+    lower_bound: float | None = None,
+    train: str | Iterable[str] = "all",
+) -> M:
+    """Give an existing model time steps: each block B becomes x + tau (B(x) - x), which is B(x) at tau = 1.
+
+    The model is changed in place. Names of its parameters stay, so that its checkpoints load; ``time_steps.values`` is
+    added. A Sequential gets the time steps as a last member, which returns its input. To prune, to save and to load, go
+    on with ``taulearn.prune``, ``save_model`` and ``load_model``.
+
+    Args:
+        model: Any model. Of nested modules, wrap the outermost: what lies outside cannot follow a deletion.
+        blocks: Names of the blocks, or patterns, whose wildcards stay within one part of a name ("encoder.layers.*").
+            None: found by a forward pass: the outermost modules that own parameters, are called once and return a
+            tensor (or a tuple, or a ModelOutput, that starts with one) of the shape of their first input; modules that
+            only call others in turn, single layers of torch.nn and normalisations are left out.
+        example_inputs: Inputs for a few forward passes, in evaluation mode: a tensor, a tuple of arguments or a
+            dictionary of keywords. Needed to find blocks, and to try whether the model can do without them (without
+            that only members of a Sequential and of torch's encoder and decoder can be deleted).
+        constraint: Of the time steps, see :class:`taulearn.TimeSteps`.
+        init: Step of every block, or one per block. At 1 the model computes what it did, to the bit.
+        horizon: Time horizon T. None: the sum of ``init``.
+        lower_bound: Smallest step.
+        train: What trains besides the time steps: "all" (whatever trains now), "tau" (nothing), or names and patterns
+            of parameters and of modules with all they contain, such as ["head", "blocks.*.norm"].
+
+    Returns:
+        The same model, with ``time_steps``.
+
+    Raises:
+        TypeError: If ``model`` is no module.
+        ValueError: If it has time steps already, no block is found (the message says why each module was refused), a
+            name matches nothing, a named module cannot be a block, or the steps contradict each other.
+
+    Example:
+        >>> import taulearn
+        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        >>> model = nn.Sequential(nn.Linear(2, 4), block(), block(), block(), nn.Linear(4, 1))
+        >>> _ = wrap(model, example_inputs=torch.ones(1, 2))
+        >>> model.time_steps.tau
+        Parameter containing:
+        tensor([1., 1., 1.], requires_grad=True)
+        >>> print(taulearn.prune(model, keep=[0, 2]))
+        deleted layer 1 (share 0.33): 3 -> 2 layers, 80 -> 59 parameters
+    """
+    _check_host(model)
+    result = None if example_inputs is None else probe(model, example_inputs)
+    if blocks is None:
+        if result is None:
+            raise ValueError(
+                "example_inputs must be given where blocks are to be found by a forward pass, got None: give a batch, "
+                "or name the blocks"
+            )
+        calls = _found(result)
+        names, forms = [call.name for call in calls], [call.form for call in calls]
+    else:
+        names = matching("blocks", blocks, [name for name, _ in model.named_modules() if name])
+        forms = [Form()] * len(names)
+        if result is not None:
+            names.sort(key=lambda name: result.calls[name][0].order if name in result.calls else -1)
+            forms = [_named(name, result).form for name in names]
+    layers = [model.get_submodule(name) for name in names]
+    _check_blocks(model, names, layers)
+    steps = _steps(model, layers, init, horizon, constraint, lower_bound)
+    trained = _trained(model, train)
+    wrapping = Wrapping(model, steps, tuple(layers), tuple(names), tuple(forms), frozenset(), {}, {})
+    shorten, keep = trial.ways(wrapping, example_inputs)
+    install(
+        Wrapping(
+            model,
+            steps,
+            tuple(layers),
+            tuple(names),
+            tuple(forms),
+            shorten,
+            keep,
+            {p: p.requires_grad for p, flag in trained.items() if p.requires_grad != flag},
+        )
+    )
+    for parameter, flag in trained.items():
+        parameter.requires_grad_(flag)
+    return model
+
+
+def unwrap(model: M, *, discard_steps: bool = False) -> M:
+    """Take the time steps off again; deleted blocks stay deleted.
+
+    Args:
+        model: A wrapped model, changed in place.
+        discard_steps: Whether steps other than 1 may be thrown away, which changes what the model computes.
+
+    Returns:
+        The same model, as it was before :func:`wrap`.
+
+    Raises:
+        ValueError: If the model is not wrapped, or a step differs from 1 and ``discard_steps`` is false.
+
+    Example:
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 1))
+        >>> unwrap(wrap(model, "0"))
+        Sequential(
+          (0): Sequential(...)
+          (1): Linear(in_features=4, out_features=1, bias=True)
+        )
+    """
+    wrapping = wrapping_of(model)
+    if wrapping is None:
+        raise ValueError(f"model must be wrapped, got {type(model).__name__} without: nothing is to be taken off")
+    tau = wrapping.time_steps.tau.detach()
+    if not discard_steps and bool((tau != 1).any()):
+        raise ValueError(
+            f"the time steps must all be 1, got {[round(t, 4) for t in tau.tolist()]}: without them the model computes "
+            "something else. Anneal them (taulearn.wrapping.anneal_to_one), or pass discard_steps=True"
+        )
+    uninstall(wrapping)
+    return model
+
+
+@torch.no_grad()
+def anneal_to_one(model: nn.Module, fraction: float) -> None:
+    """Bring every step of a wrapped model nearer to 1, tau <- tau + fraction (1 - tau), so that it can be unwrapped.
+
+    Over the last E epochs, once what is to go has been pruned: fraction 1/E after the first of them, 1/(E-1) after the
+    second, and 1 after the last, which leaves exact ones. The weights adapt meanwhile.
+
+    Args:
+        model: A wrapped model.
+        fraction: Part of the way, in [0, 1].
+
+    Raises:
+        ValueError: If the model is not wrapped, the fraction lies outside [0, 1], or the constraint does not allow all
+            steps to be 1.
+
+    Example:
+        >>> model = wrap(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), "0", init=0.5)
+        >>> anneal_to_one(model, 0.5)
+        >>> model.time_steps.tau.tolist()
+        [0.75]
+    """
+    wrapping = wrapping_of(model)
+    if wrapping is None:
+        raise ValueError(f"model must be wrapped, got {type(model).__name__} without time steps of this kind")
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"fraction must lie in [0, 1], got {fraction!r}: it is a part of the way to 1")
+    steps = wrapping.time_steps
+    number = steps.num_steps
+    if steps.constraint in ("dependent", "simplex") and not math.isclose(steps.horizon, number, rel_tol=1e-6):
+        raise ValueError(
+            f"the steps must be able to be 1 all at once, got constraint {steps.constraint!r} with horizon "
+            f"{steps.horizon:g} for {number} blocks: wrap with constraint='free' to anneal"
+        )
+    values = steps.values
+    values.copy_(torch.ones_like(values) if fraction == 1.0 else values + fraction * (1.0 - values))
+
+
+def _check_host(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if wrapping_of(model) is not None:
+        raise ValueError(
+            "model must not be wrapped yet, got one that is: use its time_steps, or call taulearn.unwrap first"
+        )
+    if hasattr(model, "time_steps"):
+        raise ValueError(
+            f"model must not have time steps yet, got a {type(model).__name__} with time_steps: use those, or rename "
+            "the attribute"
+        )
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("forward"), Step) or wrapping_of(module) is not None:
+            raise ValueError(
+                f"model must not contain wrapped modules, got {name!r}, which is: call taulearn.unwrap on that one first"
+            )
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+            raise ValueError(
+                f"model must not use nested tensors, whose arithmetic is incomplete, got the TransformerEncoder {name!r} "
+                f"that does: {NESTED}, or set its use_nested_tensor to False"
+            )
+
+
+def _found(result: Probe) -> list[Call]:
+    """The blocks that the probe shows, or an error that lists why there is none."""
+    calls, reasons = find(result, transformers.refused_modules(result.host))
+    if calls:
+        return calls
+    lines = [f"  {name} ({type(result.host.get_submodule(name)).__name__}): {why}" for name, why in reasons.items()]
+    listed = "\n".join(lines[:30] + ([f"  and {len(lines) - 30} more"] if len(lines) > 30 else []))
+    raise ValueError(
+        "model must have a block whose output has the shape of its input, got none. Seen in the forward pass:\n"
+        f"{listed or '  no module was called'}\nName the modules to be wrapped in blocks, or write them as one module each"
+    )
+
+
+def _named(name: str, result: Probe) -> Call:
+    """The call of a module that the user named, or an error that says why it cannot be a block."""
+    calls = result.calls.get(name, [])
+    reason = refusal(calls, named=True)
+    if reason is not None:
+        raise ValueError(f"blocks must name modules that can have a time step, got {name!r}: {reason}")
+    return calls[0]
+
+
+def _check_blocks(model: nn.Module, names: Sequence[str], layers: Sequence[nn.Module]) -> None:
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(name)
+    for name, layer in zip(names, layers, strict=True):
+        holders = {id(model.get_submodule(each.rpartition(".")[0])) for each in places[layer]}
+        keys = {each.rpartition(".")[2] for each in places[layer]}
+        if len(holders) > 1 or len(keys) > 1:
+            raise ValueError(
+                f"blocks must have one place each, got {name!r}, which is also {', '.join(map(repr, places[layer][1:]))}: "
+                "a block used in several places has no single time step; leave it out of blocks"
+            )
+        inner = [other for other in names if other.startswith(f"{name}.")]
+        if inner:
+            raise ValueError(f"blocks must not contain each other, got {name!r} and {inner[0]!r}: name one of them")
+    if len(set(layers)) < len(layers):
+        raise ValueError("blocks must be different modules")
+
+
+def _steps(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    init: float | Sequence[float] | Tensor,
+    horizon: float | None,
+    constraint: str,
+    lower_bound: float | None,
+) -> TimeSteps:
+    """Steps on the device of the first block, of its type, but never less than single precision."""
+    number = len(layers)
+    floating = [p for p in layers[0].parameters() if p.is_floating_point()]
+    dtype = floating[0].dtype if floating else torch.get_default_dtype()
+    total = float(torch.as_tensor(init, dtype=torch.float64).expand(number).sum()) if _sizes(init) in (0, number) else 0.0
+    kind = PassingTimeSteps if isinstance(model, nn.Sequential) else TimeSteps
+    return kind(
+        number,
+        horizon=(total if total > 0 else float(number)) if horizon is None else horizon,
+        constraint=constraint,
+        lower_bound=lower_bound,
+        init=init,
+        dtype=torch.float32 if dtype in _HALF else dtype,
+        device=floating[0].device if floating else None,
+    )
+
+
+def _sizes(init: float | Sequence[float] | Tensor) -> int:
+    """Number of entries; 0 for a number."""
+    values = torch.as_tensor(init)
+    return values.numel() if values.ndim else 0
+
+
+def _trained(model: nn.Module, train: str | Iterable[str]) -> dict[nn.Parameter, bool]:
+    """Which parameters are to train; empty: those that train now."""
+    if train == "all":
+        return {}
+    named = dict(model.named_parameters())
+    modules = [name for name, _ in model.named_modules() if name]
+    chosen = set() if train == "tau" else set(matching("train", train, [*named, *modules]))
+    return {
+        p: name in chosen or any(name.startswith(f"{module}.") for module in chosen) for name, p in named.items()
+    }

@@ -1,0 +1,112 @@
+"""The time steps of an existing model, as pruning sees them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from .._deletion import WRAPPING
+from ..nn.schemes import Residual, Scheme
+from ..nn.time_steps import TimeSteps
+from . import structure, transformers
+from .blocks import Step
+from .state import Form
+
+
+@dataclass(frozen=True, eq=False)
+class Wrapping:
+    """What a wrapped model keeps of its wrapping. It is never changed: a deletion puts another in place.
+
+    Attributes:
+        host: The model.
+        time_steps: Its steps.
+        layers: The blocks that exist now, in the order of their calls.
+        names: Names of all blocks when the model was wrapped.
+        forms: How each block's output holds the state.
+        shorten: Names of the lists that get shorter when a block of theirs is deleted.
+        keep: Numbers (at the start) of blocks that cannot be deleted, with the reason.
+        trained: The parameters whose ``requires_grad`` was changed, with what it was.
+    """
+
+    host: nn.Module
+    time_steps: TimeSteps
+    layers: tuple[nn.Module, ...]
+    names: tuple[str, ...]
+    forms: tuple[Form, ...]
+    shorten: frozenset[str]
+    keep: dict[int, str]
+    trained: dict[nn.Parameter, bool]
+
+    @property
+    def scheme(self) -> Scheme:
+        """Blocks are steps of the residual scheme."""
+        return Residual()
+
+    def fixed_layers(self) -> dict[int, str]:
+        """Positions that must stay, with the reason."""
+        origin = self.time_steps.origin
+        reasons = {l: self.keep[origin[l]] for l in range(len(origin)) if origin[l] in self.keep}
+        if self.time_steps.constraint == "dependent":
+            reasons.setdefault(len(origin) - 1, "its step is the dependent one, T minus the others")
+        return reasons
+
+    @torch.no_grad()
+    def keep_layers_(self, indices: Sequence[int]) -> None:
+        """Delete all blocks but those at ``indices``.
+
+        Args:
+            indices: Current positions, in increasing order.
+
+        Raises:
+            ValueError: If a block that must stay is left out.
+        """
+        kept, origin = list(indices), self.time_steps.origin
+        for layer, reason in self.fixed_layers().items():
+            if layer not in kept:
+                raise ValueError(
+                    f"indices must contain block {self.names[origin[layer]]!r}, got positions {kept}: {reason}"
+                )
+        gone = {self.layers[i]: self.forms[i] for i in range(len(self.layers)) if i not in set(kept)}
+        self.time_steps.keep_(kept)
+        transformers.follow_deletion(self.host, structure.remove(self.host, gone, self.shorten))
+        after = replace(self, layers=tuple(self.layers[i] for i in kept), forms=tuple(self.forms[i] for i in kept))
+        for position, block in enumerate(after.layers):
+            vars(block)["forward"] = replace(vars(block)["forward"], index=position)
+        vars(self.host)[WRAPPING] = after
+
+
+def wrapping_of(model: nn.Module) -> Wrapping | None:
+    """The wrapping of a model, or None.
+
+    Example:
+        >>> wrapping_of(nn.Linear(1, 1)) is None
+        True
+    """
+    found = vars(model).get(WRAPPING)
+    return found if isinstance(found, Wrapping) else None
+
+
+def install(wrapping: Wrapping) -> None:
+    """Put steps and blocks' forwards in place."""
+    host = wrapping.host
+    host.add_module("time_steps", wrapping.time_steps)
+    for l, block in enumerate(wrapping.layers):
+        own = "forward" in vars(block)
+        vars(block)["forward"] = Step(block.forward, wrapping.time_steps, l, wrapping.names[l], own)
+    vars(host)[WRAPPING] = wrapping
+    transformers.guard_saving(host, wrapping.time_steps, wrapping.layers)
+
+
+def uninstall(wrapping: Wrapping) -> None:
+    """Undo :func:`install`; deleted blocks stay deleted."""
+    host = wrapping.host
+    transformers.release_saving(host)
+    for block in wrapping.layers:
+        step = vars(block).pop("forward")
+        if step.own:
+            vars(block)["forward"] = step.inner
+    for parameter, flag in wrapping.trained.items():
+        parameter.requires_grad_(flag)
+    del host.time_steps
+    del vars(host)[WRAPPING]

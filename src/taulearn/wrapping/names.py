@@ -1,0 +1,42 @@
+"""Names of modules and parameters that a user gives, exact or with wildcards."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+
+def matching(argument: str, patterns: str | Iterable[str], names: Sequence[str]) -> list[str]:
+    """The names that match, in their own order. A wildcard stays within a part: ``h.*`` is ``h.0``, not ``h.0.attn``.
+
+    Args:
+        argument: The caller's argument name.
+        patterns: A name or pattern, or several.
+        names: All names.
+
+    Returns:
+        Those that match one of the patterns.
+
+    Raises:
+        ValueError: If a pattern matches nothing; the message has the nearest names.
+
+    Example:
+        >>> matching("blocks", "h.*", ["h", "h.0", "h.1", "h.1.attn"])
+        ['h.0', 'h.1']
+    """
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not wanted or not all(isinstance(each, str) for each in wanted):
+        raise ValueError(f"{argument} must be a name or pattern, or several of them, got {patterns!r}")
+    found: set[str] = set()
+    for pattern in wanted:
+        hits = {name for name in names if _matches(name, pattern)}
+        if not hits:
+            nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            hint = f": did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+            raise ValueError(f"{argument} must match names of the model, got {pattern!r}, which matches none{hint}")
+        found |= hits
+    return [name for name in names if name in found]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))

@@ -1,0 +1,253 @@
+"""Hosts from Hugging Face transformers: their configurations follow deletions, and they save what plain loading loads.
+
+A configuration says how many layers there are (``num_hidden_layers`` and its relatives, ``depths`` of stages) and, in
+lists with one entry per layer, of which kind they are; attention modules hold the number of their layer, under which
+the cache keeps their keys. All three must fit each other after a deletion. transformers saves and reloads without
+complaint when they do not.
+
+This module does not import transformers: its classes are known by their names.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn.time_steps import TimeSteps
+from .blocks import PassThrough
+from .structure import LISTS, Shortened
+
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_ENCODER_COUNTS = ("encoder_layers", "num_encoder_layers")
+_DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
+_NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")
+_SAVE = "save_pretrained"
+
+
+def _is(value: object, *names: str) -> bool:
+    """Whether the value is of a class of transformers with one of these names."""
+    return any(cls.__module__.startswith("transformers.") and cls.__name__ in names for cls in type(value).__mro__)
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers.
+
+    Example:
+        >>> is_pretrained(nn.Linear(1, 1))
+        False
+    """
+    return _is(module, "PreTrainedModel")
+
+
+def _config_for(host: nn.Module, name: str) -> Any:
+    """The configuration of the innermost module around this name that has one, or None."""
+    parts = name.split(".") if name else []
+    for i in range(len(parts), -1, -1):
+        config = vars(host.get_submodule(".".join(parts[:i]))).get("config")
+        if _is(config, "PreTrainedConfig", "PretrainedConfig"):
+            return config
+    return None
+
+
+def _counts(config: Any, name: str, length: int) -> Iterator[str]:
+    """Names of the entries of a configuration that count the layers in the list ``name``."""
+    if "decoder" in name:
+        names: Sequence[str] = _DECODER_COUNTS
+    else:
+        names = _ENCODER_COUNTS
+    specific = [key for key in names if getattr(config, key, None) == length]
+    yield from specific or [key for key in _COUNTS if getattr(config, key, None) == length]
+
+
+def _stage(config: Any, name: str, length: int) -> int | None:
+    """The position in ``depths`` of the stage that the list ``name`` is a part of, or None."""
+    depths, numbers = getattr(config, "depths", None), [int(part) for part in name.split(".") if part.isdigit()]
+    if depths is None or len(numbers) != 1 or numbers[0] >= len(depths) or depths[numbers[0]] != length:
+        return None
+    return numbers[0]
+
+
+def refused_modules(host: nn.Module) -> dict[str, str]:
+    """Modules of transformers' models that must not become blocks on their own account, with the reason.
+
+    Args:
+        host: The model.
+
+    Returns:
+        Reasons by name: everything but the members of the lists that a configuration counts.
+    """
+    reasons = {}
+    for name, _ in host.named_modules():
+        if not name or _config_for(host, name) is None:
+            continue
+        above = name.rpartition(".")[0]
+        holder = host.get_submodule(above)
+        config, length = _config_for(host, above), len(holder._modules)
+        if (
+            config is None
+            or not isinstance(holder, LISTS)
+            or not (any(_counts(config, above, length)) or _stage(config, above, length) is not None)
+        ):
+            reasons[name] = "it is not in a list of layers that the configuration of transformers counts"
+    return reasons
+
+
+def follow_deletion(host: nn.Module, shortened: Sequence[Shortened]) -> None:
+    """Let configurations and layer numbers follow.
+
+    A configuration is replaced by a changed copy wherever the host refers to it: other models may have been built from
+    the same object.
+
+    Args:
+        host: The model.
+        shortened: The lists that got shorter.
+    """
+    for each in shortened:
+        config = _config_for(host, each.name)
+        if config is None:
+            continue
+        for new, old in enumerate(each.kept):
+            _renumber(each.before[old], old - new)
+        memo: dict[int, Any] = {}
+        top = next(c for c in _configs(host) if c is config or _within(config, c))
+        copied = copy.deepcopy(top, memo)
+        _edit(copied if top is config else memo[id(config)], each)
+        for module in host.modules():
+            for key, value in list(vars(module).items()):
+                if id(value) in memo and _is(value, "PreTrainedConfig", "PretrainedConfig"):
+                    vars(module)[key] = memo[id(value)]
+
+
+def _configs(host: nn.Module) -> Iterator[Any]:
+    for module in host.modules():
+        config = vars(module).get("config")
+        if _is(config, "PreTrainedConfig", "PretrainedConfig"):
+            yield config
+
+
+def _within(config: Any, outer: Any) -> bool:
+    return any(value is config or (hasattr(value, "model_type") and _within(config, value)) for value in vars(outer).values())
+
+
+def _renumber(layer: nn.Module, shift: int) -> None:
+    for module in layer.modules():
+        for key in _NUMBERS:
+            number = vars(module).get(key)
+            if type(number) is int:
+                vars(module)[key] = number - shift
+
+
+def _edit(config: Any, each: Shortened) -> None:
+    """Counts, and lists with one entry per layer."""
+    length, after = len(each.before), len(each.kept)
+    stage = _stage(config, each.name, length)
+    if stage is not None:
+        depths = list(config.depths)
+        depths[stage] = after
+        config.depths = type(config.depths)(depths)
+        return
+    lists = {
+        key: value
+        for key, value in vars(config).items()
+        if isinstance(value, list | tuple) and len(value) == length and ("layer" in key or "block" in key)
+    }
+    for key in list(_counts(config, each.name, length)):
+        setattr(config, key, after)
+    for key, value in lists.items():
+        setattr(config, key, type(value)(value[i] for i in each.kept))
+
+
+@dataclass(frozen=True, eq=False)
+class SavePretrained:
+    """``save_pretrained`` of a wrapped model: it writes what plain ``from_pretrained`` loads as the same model, or nothing.
+
+    Attributes:
+        model: The model of transformers.
+        steps: The time steps of the host.
+        inner: The model's own method.
+    """
+
+    model: nn.Module
+    steps: TimeSteps
+    inner: Callable[..., Any]
+
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Save the model without its time steps.
+
+        Args:
+            save_directory: The folder.
+            *args: Handed on.
+            **kwargs: Handed on.
+
+        Returns:
+            What transformers returns.
+
+        Raises:
+            ValueError: If a step differs from 1, or the configuration cannot describe the pruned model.
+        """
+        tau = self.steps.tau.detach()
+        if bool((tau != 1).any()):
+            raise ValueError(
+                f"the time steps must all be 1 for save_pretrained, got {[round(t, 4) for t in tau.tolist()]}: plain "
+                "loading would leave them out. Anneal them in the last epochs (taulearn.wrapping.anneal_to_one), or "
+                "save with taulearn.save_model and load with taulearn.load_model(path, host)"
+            )
+        found = self._unlike_its_configuration()
+        if found:
+            raise ValueError(
+                "the model must be what its configuration describes for save_pretrained, got "
+                f"{len(found)} differences: {'; '.join(found[:5])}. Save with taulearn.save_model and load with "
+                "taulearn.load_model(path, host)"
+            )
+        if isinstance(kwargs.get("state_dict"), dict):
+            kwargs["state_dict"] = {k: v for k, v in kwargs["state_dict"].items() if not k.startswith("time_steps.")}
+        own = self.model._modules.pop("time_steps", None)
+        try:
+            return self.inner(save_directory, *args, **kwargs)
+        finally:
+            if own is not None:
+                self.model.add_module("time_steps", own)
+
+    def _unlike_its_configuration(self) -> list[str]:
+        """How the model differs from one that its configuration makes, in tensors and in numbers that modules hold."""
+        config: Any = copy.deepcopy(self.model.config)
+        with torch.device("meta"):
+            fresh = type(self.model)(config)
+        there, here = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (fresh, self.model))
+        here = {k: v for k, v in here.items() if not k.startswith("time_steps.")}
+        lines = [f"{k} is {here.get(k, 'absent')} for {there.get(k, 'absent')}" for k in {**there, **here} if here.get(k) != there.get(k)]
+        present = dict(self.model.named_modules())
+        for name, module in fresh.named_modules():
+            mine = present.get(name)
+            if isinstance(mine, PassThrough):
+                lines.append(f"{name} is a placeholder of a deleted block")
+            elif mine is not None:
+                lines += [
+                    f"{name}.{key} is {vars(mine)[key]} for {value}"
+                    for key, value in vars(module).items()
+                    if type(value) in (int, float, str) and _matters(key) and vars(mine).get(key, value) != value
+                ]
+        return lines
+
+
+def _matters(key: str) -> bool:
+    """Whether an attribute belongs to the architecture: not to training, not private."""
+    return not key.startswith("_") and key != "p" and "drop" not in key
+
+
+def guard_saving(host: nn.Module, steps: TimeSteps, blocks: Sequence[nn.Module]) -> None:
+    """Put :class:`SavePretrained` on every model of transformers in the host that contains blocks."""
+    for module in host.modules():
+        if is_pretrained(module) and any(part in blocks for part in module.modules()):
+            vars(module)[_SAVE] = SavePretrained(module, steps, module.save_pretrained)
+
+
+def release_saving(host: nn.Module) -> None:
+    """Undo :func:`guard_saving`."""
+    for module in host.modules():
+        if isinstance(vars(module).get(_SAVE), SavePretrained):
+            del vars(module)[_SAVE]
