@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from ._deletion import Prunable
+from ._deletion import prunable_of
 from ._errors import unknown_name
-from ._manifest import Host, Layer, Linear, Manifest, Named, Network, SkipMaps, Steps, Value, short
+from ._manifest import Host, Layer, Linear, Manifest, Named, Network, SkipMaps, Steps, Value, Wrapped, short
 from .nn.activations import activation_names, make_activation
 from .nn.builders import FlattenInput, FullyConnected
 from .nn.network import TimeVariableNetwork
 from .nn.schemes import SCHEMES, Scheme
 from .nn.skips import ComposedSkips, IdentitySkips, PadSkips, Skips
 from .nn.time_steps import TimeSteps
+from .wrapping.host import wrapping_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,7 +41,8 @@ def describe(model: nn.Module, weights_sha256: str) -> Manifest:
         weights_sha256: Digest of its weights file, 64 hexadecimal digits.
 
     Returns:
-        A manifest whose ``model`` is a ``Network`` where :func:`build` gives the same network, else a ``Host``.
+        A manifest whose ``model`` is a ``Wrapped`` for a wrapped model, a ``Network`` where :func:`build` gives the same
+        network, else a ``Host``.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -48,7 +50,8 @@ def describe(model: nn.Module, weights_sha256: str) -> Manifest:
         >>> describe(network, "0" * 64).model.kind
         'network'
     """
-    steps = cast(Prunable, model).time_steps
+    prunable, wrapping = prunable_of(model), wrapping_of(model)
+    steps = prunable.time_steps
     host = Host(saved_from=_class_name(model), because="")
     manifest = Manifest(
         taulearn=__version__,
@@ -56,9 +59,14 @@ def describe(model: nn.Module, weights_sha256: str) -> Manifest:
         time_steps=Steps(
             origin=steps.origin, constraint=steps.constraint, horizon=steps.horizon, lower_bound=steps.lower_bound
         ),
-        scheme=_scheme(cast(Prunable, model).scheme),
+        scheme=_scheme(prunable.scheme),
         model=host,
     )
+    if wrapping is not None:
+        wrapped = Wrapped(
+            saved_from=host.saved_from, blocks=wrapping.names, shortened=tuple(sorted(wrapping.shorten))
+        )
+        return manifest.model_copy(update={"model": wrapped})
     try:
         manifest = manifest.model_copy(update={"model": _network(model)})
         other = differences(build(manifest).state_dict(), model.state_dict())
@@ -95,8 +103,9 @@ def build(manifest: Manifest) -> TimeVariableNetwork:
         tensor(..., device='meta', size=(3, 2), requires_grad=True)
     """
     network, saved = manifest.model, manifest.time_steps
-    if isinstance(network, Host):
-        raise ValueError(f"{network.saved_from} can be rebuilt by its own code only: {network.because}")
+    if not isinstance(network, Network):
+        because = network.because if isinstance(network, Host) else "it is wrapped"
+        raise ValueError(f"{network.saved_from} can be rebuilt by its own code only: {because}")
     dtype = getattr(torch, network.dtype)
     scheme = _make("scheme", manifest.scheme, _schemes())
     if _scheme(scheme) != manifest.scheme:

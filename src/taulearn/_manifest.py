@@ -70,6 +70,15 @@ class Host(_Part):
     because: str
 
 
+class Wrapped(_Part):
+    """A wrapped model: as a host, with the names of all blocks at the start, and of the lists that deletion shortens."""
+
+    kind: Literal["wrapped"] = "wrapped"
+    saved_from: str
+    blocks: Annotated[tuple[str, ...], Field(min_length=1)]
+    shortened: tuple[str, ...]
+
+
 class Steps(_Part):
     """The time steps; ``origin`` has the number at the start of each layer that was kept."""
 
@@ -87,7 +96,7 @@ class Manifest(_Part):
     weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     time_steps: Steps
     scheme: Named
-    model: Annotated[Network | Host, Field(discriminator="kind")]
+    model: Annotated[Network | Host | Wrapped, Field(discriminator="kind")]
 
 
 class _Header(BaseModel):

@@ -9,17 +9,19 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar, cast, overload
+from typing import TypeVar, overload
 
 from torch import Tensor, nn
 
 from ._architecture import build, describe, differences
-from ._deletion import Prunable, all_or_nothing
-from ._manifest import Host, Manifest, Network, read_manifest, short
+from ._deletion import all_or_nothing, prunable_of
+from ._manifest import Manifest, Network, Wrapped, read_manifest, short
 from .files import read_tensors, tensor_bytes, write_bytes
 from .nn.network import TimeVariableNetwork
 from .nn.time_steps import TimeSteps
 from .pruning import prune
+from .wrapping.api import rewrap
+from .wrapping.host import wrapping_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -76,13 +78,14 @@ def load_model(path: str | os.PathLike[str], host: M) -> M: ...
 def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> nn.Module:
     """Load what :func:`save_model` saved.
 
-    Networks of the package's own parts are rebuilt from the manifest. A model with parts of your own needs ``host``, a
-    model built by the same code: files never name code to run.
+    Networks of the package's own parts are rebuilt from the manifest. A wrapped model, and one with parts of your own,
+    needs ``host``, a model built by the same code: files never name code to run.
 
     Args:
         path: The folder; a run directory is one.
         host: A fresh model: not pruned, or pruned no further than the saved one. Layers that the saved model no longer
-            has are deleted from it, and the weights are copied into it. None: rebuild the network.
+            has are deleted from it, and the weights are copied into it. For a wrapped model it need not be wrapped:
+            then it gets its time steps here. None: rebuild the network.
 
     Returns:
         The host, or the rebuilt network (on the CPU, in training mode like every fresh module).
@@ -103,12 +106,14 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
         ((0, 2, 4), True)
     """
     folder = Path(path)
-    inner = None if host is None else _check("host", host)
     manifest = _read_manifest(folder)
     tensors, _ = read_tensors(folder / _WEIGHTS)
-    if inner is None or host is None:
+    if host is None:
         return _rebuilt(manifest, tensors, folder)
+    inner: nn.Module = getattr(host, "_orig_mod", host)
     with all_or_nothing([inner], None):
+        _wrap_as_saved(inner, manifest, folder)
+        _check("host", inner)
         _delete_layers(inner, manifest, folder)
         _refuse("host", _other_settings(inner, manifest) + differences(inner.state_dict(), tensors), folder)
     inner.load_state_dict(tensors)
@@ -118,10 +123,10 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
 def _check(argument: str, model: nn.Module) -> nn.Module:
     """The model itself, out of torch.compile's wrapper."""
     inner: nn.Module = getattr(model, "_orig_mod", model)
-    if not isinstance(getattr(inner, "time_steps", None), TimeSteps) or not hasattr(inner, "scheme"):
+    if not isinstance(getattr(inner, "time_steps", None), TimeSteps) or not hasattr(prunable_of(inner), "scheme"):
         raise TypeError(
-            f"{argument} must be a model with time steps, got {type(inner).__name__}: build it with taulearn.nn, "
-            "and hand over the model itself, not a wrapper around it"
+            f"{argument} must be a model with time steps, got {type(inner).__name__}: build it with taulearn.nn or wrap "
+            "it with taulearn.wrap, and hand over the model itself, not a wrapper around it"
         )
     return inner
 
@@ -149,10 +154,12 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 def _rebuilt(manifest: Manifest, tensors: dict[str, Tensor], folder: Path) -> TimeVariableNetwork:
-    if isinstance(manifest.model, Host):
+    saved = manifest.model
+    if not isinstance(saved, Network):
+        because = "it is a wrapped model" if isinstance(saved, Wrapped) else short(saved.because)
         raise ValueError(
-            f"host must be given for the {short(manifest.model.saved_from)} in {folder}, which its files alone do not "
-            f"rebuild ({short(manifest.model.because)}): build the same model and call load_model(path, host=model)"
+            f"host must be given for the {short(saved.saved_from)} in {folder}, which its files alone do not "
+            f"rebuild ({because}): build the same model and call load_model(path, host=model)"
         )
     try:
         network = build(manifest)
@@ -166,9 +173,30 @@ def _rebuilt(manifest: Manifest, tensors: dict[str, Tensor], folder: Path) -> Ti
     return network
 
 
+def _wrap_as_saved(host: nn.Module, manifest: Manifest, folder: Path) -> None:
+    """Give a host without time steps those of a saved wrapped model; names in the file are only looked up."""
+    saved, steps = manifest.model, manifest.time_steps
+    if not isinstance(saved, Wrapped) or hasattr(host, "time_steps"):
+        return
+    try:
+        rewrap(
+            host,
+            saved.blocks,
+            saved.shortened,
+            constraint=steps.constraint,
+            horizon=steps.horizon,
+            lower_bound=steps.lower_bound,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"host must be a model like the {short(saved.saved_from)} in {folder}, got one that cannot be wrapped as it "
+            f"was ({error}): build the same model, not pruned"
+        ) from error
+
+
 def _delete_layers(host: nn.Module, manifest: Manifest, folder: Path) -> None:
     """Delete the host's layers that the saved model does not have."""
-    kept, present = manifest.time_steps.origin, cast(Prunable, host).time_steps.origin
+    kept, present = manifest.time_steps.origin, prunable_of(host).time_steps.origin
     if not set(kept) <= set(present):
         raise ValueError(
             f"host must have the layers {short(kept)} that {folder} holds, got {short(present)}: "
@@ -188,9 +216,13 @@ def _other_settings(host: nn.Module, manifest: Manifest) -> list[str]:
     """What the manifest says of the saved model, tensors apart, that is not so in the pruned host."""
     found = describe(host, manifest.weights_sha256)
     parts = {"time_steps", "scheme"}
-    if isinstance(manifest.model, Network):
-        if isinstance(found.model, Host):
-            return [f"the saved model is a network of the package's own parts, the host is not ({found.model.because})"]
+    wrapped = isinstance(manifest.model, Wrapped), isinstance(found.model, Wrapped)
+    if wrapped[0] != wrapped[1]:
+        return [f"the saved model is {'' if wrapped[0] else 'not '}wrapped, the host is {'' if wrapped[1] else 'not '}so"]
+    if isinstance(manifest.model, Network) and not isinstance(found.model, Network):
+        because = getattr(found.model, "because", "")
+        return [f"the saved model is a network of the package's own parts, the host is not ({because})"]
+    if isinstance(manifest.model, Network | Wrapped):
         parts.add("model")
     there, here = (dict(_leaves(each.model_dump(include=parts))) for each in (manifest, found))
     absent = "nothing"

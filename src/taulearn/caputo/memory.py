@@ -320,7 +320,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        if torch._C._functorch.is_batchedtensor(g):
+        if torch._C._functorch.is_legacy_batchedtensor(g) or torch._C._functorch.is_batchedtensor(g):
             raise RuntimeError(
                 "is_grads_batched must be False for a fractional network of this depth, got True: its states share a "
                 "buffer; take torch.func.vjp, or a loop over the cotangents"

@@ -17,6 +17,10 @@ from .host import Wrapping, install, uninstall, wrapping_of
 
 M = TypeVar("M", bound=nn.Module)
 
+_PLACEHOLDER = (
+    "its place stays when it is deleted, and what stands there is known from example inputs: wrap the host with "
+    "example_inputs before loading"
+)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -109,6 +113,48 @@ def wrap(
     for parameter, flag in trained.items():
         parameter.requires_grad_(flag)
     return model
+
+
+def rewrap(
+    model: nn.Module,
+    blocks: Sequence[str],
+    shortened: Iterable[str],
+    *,
+    constraint: str,
+    horizon: float,
+    lower_bound: float | None,
+) -> None:
+    """Wrap a model as another of its kind was, without trying deletions again.
+
+    Args:
+        model: A fresh model.
+        blocks: Exact names, one per step.
+        shortened: Names of lists that deletion shortens; blocks elsewhere stay.
+        constraint: Of the steps.
+        horizon: Time horizon; the steps start equal.
+        lower_bound: Smallest step.
+
+    Raises:
+        ValueError: If the model cannot be wrapped, or lacks a block or a list.
+    """
+    _check_host(model)
+    known = dict(model.named_modules())
+    for name in (*blocks, *shortened):
+        if name not in known or (name in blocks and not name):
+            raise unknown_name("a block", name, list(known)[:1000]) if len(known) < 50 else ValueError(
+                f"it must have {name!r}, got a {type(model).__name__} without"
+            )
+    layers = [known[name] for name in blocks]
+    _check_blocks(model, blocks, layers)
+    for name in shortened:
+        if not isinstance(known[name], structure.LISTS):
+            raise ValueError(f"{name!r} must be a ModuleList or a Sequential, got a {type(known[name]).__name__}")
+    number = len(layers)
+    steps = _steps(model, layers, max(horizon / number, lower_bound or 0.0), horizon, constraint, lower_bound)
+    lists = [structure.list_of(model, layer) for layer in layers]
+    keep = {l: _PLACEHOLDER for l, name in enumerate(lists) if name not in set(shortened)}
+    forms = (Form(),) * number
+    install(Wrapping(model, steps, tuple(layers), tuple(blocks), forms, frozenset(shortened), keep, {}))
 
 
 def unwrap(model: M, *, discard_steps: bool = False) -> M:

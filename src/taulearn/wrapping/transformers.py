@@ -10,7 +10,7 @@ This module does not import transformers: its classes are known by their names.
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _ENCODER_COUNTS = ("encoder_layers", "num_encoder_layers")
 _DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
 _NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")
+_CONFIGS = ("PreTrainedConfig", "PretrainedConfig")
 _SAVE = "save_pretrained"
 
 
@@ -43,24 +44,28 @@ def is_pretrained(module: nn.Module) -> bool:
     return _is(module, "PreTrainedModel")
 
 
-def _config_for(host: nn.Module, name: str) -> Any:
-    """The configuration of the innermost module around this name that has one, or None."""
+def _configs_around(host: nn.Module, name: str) -> list[Any]:
+    """The configurations of the modules around this name, the innermost first."""
     parts = name.split(".") if name else []
+    found: list[Any] = []
     for i in range(len(parts), -1, -1):
         config = vars(host.get_submodule(".".join(parts[:i]))).get("config")
-        if _is(config, "PreTrainedConfig", "PretrainedConfig"):
-            return config
-    return None
+        if _is(config, *_CONFIGS) and not any(config is each or _within(each, config) for each in found):
+            found.append(config)
+    return found
 
 
-def _counts(config: Any, name: str, length: int) -> Iterator[str]:
+def _within(config: Any, outer: Any) -> bool:
+    """Whether a configuration is a part of another, as that of the text is in a model of text and images."""
+    parts = [value for value in vars(outer).values() if _is(value, *_CONFIGS)]
+    return any(part is config or _within(config, part) for part in parts)
+
+
+def _counts(config: Any, name: str, length: int) -> list[str]:
     """Names of the entries of a configuration that count the layers in the list ``name``."""
-    if "decoder" in name:
-        names: Sequence[str] = _DECODER_COUNTS
-    else:
-        names = _ENCODER_COUNTS
-    specific = [key for key in names if getattr(config, key, None) == length]
-    yield from specific or [key for key in _COUNTS if getattr(config, key, None) == length]
+    of_side = _DECODER_COUNTS if "decoder" in name else _ENCODER_COUNTS
+    specific, general = ([key for key in keys if getattr(config, key, None) == length] for keys in (of_side, _COUNTS))
+    return specific or general if getattr(config, "is_encoder_decoder", False) else specific + general
 
 
 def _stage(config: Any, name: str, length: int) -> int | None:
@@ -82,18 +87,18 @@ def refused_modules(host: nn.Module) -> dict[str, str]:
     """
     reasons = {}
     for name, _ in host.named_modules():
-        if not name or _config_for(host, name) is None:
-            continue
         above = name.rpartition(".")[0]
-        holder = host.get_submodule(above)
-        config, length = _config_for(host, above), len(holder._modules)
-        if (
-            config is None
-            or not isinstance(holder, LISTS)
-            or not (any(_counts(config, above, length)) or _stage(config, above, length) is not None)
-        ):
+        configs = _configs_around(host, above)
+        if name and configs and not _counted(configs[0], above, host.get_submodule(above)):
             reasons[name] = "it is not in a list of layers that the configuration of transformers counts"
     return reasons
+
+
+def _counted(config: Any, name: str, holder: nn.Module) -> bool:
+    length = len(holder._modules)
+    if not isinstance(holder, LISTS):
+        return False
+    return bool(_counts(config, name, length)) or _stage(config, name, length) is not None
 
 
 def follow_deletion(host: nn.Module, shortened: Sequence[Shortened]) -> None:
@@ -107,30 +112,18 @@ def follow_deletion(host: nn.Module, shortened: Sequence[Shortened]) -> None:
         shortened: The lists that got shorter.
     """
     for each in shortened:
-        config = _config_for(host, each.name)
-        if config is None:
+        configs = _configs_around(host, each.name)
+        if not configs:
             continue
         for new, old in enumerate(each.kept):
             _renumber(each.before[old], old - new)
         memo: dict[int, Any] = {}
-        top = next(c for c in _configs(host) if c is config or _within(config, c))
-        copied = copy.deepcopy(top, memo)
-        _edit(copied if top is config else memo[id(config)], each)
         for module in host.modules():
             for key, value in list(vars(module).items()):
-                if id(value) in memo and _is(value, "PreTrainedConfig", "PretrainedConfig"):
-                    vars(module)[key] = memo[id(value)]
-
-
-def _configs(host: nn.Module) -> Iterator[Any]:
-    for module in host.modules():
-        config = vars(module).get("config")
-        if _is(config, "PreTrainedConfig", "PretrainedConfig"):
-            yield config
-
-
-def _within(config: Any, outer: Any) -> bool:
-    return any(value is config or (hasattr(value, "model_type") and _within(config, value)) for value in vars(outer).values())
+                if _is(value, *_CONFIGS):
+                    vars(module)[key] = copy.deepcopy(value, memo)
+        for config in configs:
+            _edit(memo[id(config)], each)
 
 
 def _renumber(layer: nn.Module, shift: int) -> None:
@@ -155,7 +148,7 @@ def _edit(config: Any, each: Shortened) -> None:
         for key, value in vars(config).items()
         if isinstance(value, list | tuple) and len(value) == length and ("layer" in key or "block" in key)
     }
-    for key in list(_counts(config, each.name, length)):
+    for key in _counts(config, each.name, length):
         setattr(config, key, after)
     for key, value in lists.items():
         setattr(config, key, type(value)(value[i] for i in each.kept))
