@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from taulearn import prune
+from taulearn._deletion import prunable_of
 from taulearn.nn import TimeSteps
 from taulearn.pruning import check_prunable
 
@@ -196,13 +197,13 @@ class TimeVariableContract:
     def test_pruning_a_vanishing_step(self, case: Case, constraint: str) -> None:
         """Residual: a zero step changes nothing. Fractional: the error is proportional to tau^gamma. Else: refused."""
         model, x = case.model(constraint), case.inputs()
-        if not model.scheme.deletes_exactly:
+        if not prunable_of(model).scheme.deletes_exactly:
             with pytest.raises(ValueError, match="in which tau = 0 is not the identity: no layer can be deleted"):
                 prune(model)
             return
-        free = [i for i in range(model.time_steps.num_steps) if i not in model.fixed_layers()]
+        free = [i for i in range(model.time_steps.num_steps) if i not in prunable_of(model).fixed_layers()]
         assert free
-        if model.scheme.step_power == 1.0:
+        if prunable_of(model).scheme.step_power == 1.0:
             error = pruning_error(model, free, 0.0, x)
             # a simplex is projected upon again, which rounds
             assert error <= (1e-13 if constraint == "simplex" else 0.0)
@@ -210,16 +211,16 @@ class TimeVariableContract:
             steps = [1e-6, 1e-8, 1e-10]
             errors = [pruning_error(model, free[:1], step, x) for step in steps]
             slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
-            assert slope == pytest.approx(model.scheme.step_power, abs=0.02)
+            assert slope == pytest.approx(prunable_of(model).scheme.step_power, abs=0.02)
 
     @all_constraints
     def test_pruning_keeps_the_contract(self, case: Case, constraint: str) -> None:
         model, x = case.model(constraint), case.inputs()
-        if not model.scheme.deletes_exactly:
+        if not prunable_of(model).scheme.deletes_exactly:
             with pytest.raises(ValueError, match="tau = 0 is not the identity"):
                 check_prunable(model)
             return
-        gone = next(i for i in range(model.time_steps.num_steps) if i not in model.fixed_layers())
+        gone = next(i for i in range(model.time_steps.num_steps) if i not in prunable_of(model).fixed_layers())
         keep = [i for i in range(model.time_steps.num_steps) if i != gone]
         prune(model, keep=keep)
         assert model.time_steps.origin == tuple(keep)

@@ -68,7 +68,7 @@ def edited(folder: Path, *keys: str | int, value: object) -> Path:
         (["model", "layers", 0, "activation", "options"], {"num_parameters": 2**40}, r"weight must be float32 \(1099"),
         (["model", "layers", 0, "activation", "options"], {"init": "x"}, "option init .* must be of type float"),
         (["model", "layers"], [], "at least 1 item"),
-        (["model", "kind"], "wrapped", "model: Input tag 'wrapped'"),
+        (["model", "kind"], "pickled", "model: Input tag 'pickled'"),
         (["model", "dtype"], "float64", r"must be float64 \(3, 2\), got float32"),
         (["scheme", "name"], "resdual", "did you mean 'residual'"),
         (["scheme", "name"], "fractional", r"scheme must have options \['gamma', 'memory', 'memory_from', 'tolerance'\], got \{\}"),

@@ -41,8 +41,8 @@ def describe(model: nn.Module, weights_sha256: str) -> Manifest:
         weights_sha256: Digest of its weights file, 64 hexadecimal digits.
 
     Returns:
-        A manifest whose ``model`` is a ``Wrapped`` for a wrapped model, a ``Network`` where :func:`build` gives the same
-        network, else a ``Host``.
+        A manifest whose ``model`` is a ``Wrapped`` for a wrapped model, a ``Network`` where :func:`build` gives the
+        same network, else a ``Host``.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -63,9 +63,7 @@ def describe(model: nn.Module, weights_sha256: str) -> Manifest:
         model=host,
     )
     if wrapping is not None:
-        wrapped = Wrapped(
-            saved_from=host.saved_from, blocks=wrapping.names, shortened=tuple(sorted(wrapping.shorten))
-        )
+        wrapped = Wrapped(saved_from=host.saved_from, blocks=wrapping.names, shortened=tuple(sorted(wrapping.shorten)))
         return manifest.model_copy(update={"model": wrapped})
     try:
         manifest = manifest.model_copy(update={"model": _network(model)})

@@ -44,9 +44,7 @@ def check_budget(budget: Budget) -> None:
         raise ValueError(f"budget['latency_ms'] must be a positive number of milliseconds, got {limit!r}")
 
 
-def within_latency(
-    model: nn.Module, order: Sequence[int], number: int, budget: Mapping[str, Any]
-) -> tuple[int, float]:
+def within_latency(model: nn.Module, order: Sequence[int], number: int, budget: Mapping[str, Any]) -> tuple[int, float]:
     """The smallest number of deletions after which a forward pass takes no longer than allowed.
 
     Deletions are carried out, timed in evaluation mode and undone; by bisection, so that few are tried.

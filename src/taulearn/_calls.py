@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 REPEATS = 15
 
@@ -78,15 +78,3 @@ def milliseconds(model: nn.Module, inputs: Any, repeats: int = REPEATS) -> float
         call(model, inputs)
         taken.append(now() - before)
     return statistics.median(taken)
-
-
-def samples(inputs: Any) -> int | None:
-    """Number of samples in a batch of example inputs, as far as the first tensor tells.
-
-    Example:
-        >>> samples((torch.ones(3, 2),))
-        3
-    """
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else [inputs]
-    first = next((value for value in values if isinstance(value, Tensor)), None)
-    return len(first) if first is not None and first.ndim else None

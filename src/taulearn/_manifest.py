@@ -71,7 +71,7 @@ class Host(_Part):
 
 
 class Wrapped(_Part):
-    """A wrapped model: as a host, with the names of all blocks at the start, and of the lists that deletion shortens."""
+    """A wrapped model, a host too: names of all blocks at the start, and of the lists that deletion shortens."""
 
     kind: Literal["wrapped"] = "wrapped"
     saved_from: str

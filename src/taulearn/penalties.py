@@ -45,7 +45,10 @@ def time_steps_of(model: nn.Module) -> TimeSteps:
     """
     steps = getattr(model, "time_steps", None)
     if not isinstance(steps, TimeSteps):
-        raise TypeError(f"model must have time steps, got {type(model).__name__}: build it with taulearn.nn")
+        raise TypeError(
+            f"model must have time steps, got {type(model).__name__}: build it with taulearn.nn, or wrap it with "
+            "taulearn.wrap"
+        )
     return steps
 
 

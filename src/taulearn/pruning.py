@@ -7,25 +7,20 @@ share first, shares recomputed after each deletion.
 Three stages, one function each: the shares (:func:`shares`), the plan (:func:`plan`), the transaction (:func:`prune`).
 """
 
-import copy
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ._budget import Budget, check_budget, within_latency
+from ._budget import Budget
+from ._choice import Criterion as Criterion, normalised, plan as plan, scores_of, shares as shares, within_budget
 from ._deletion import WRAPPING, Prunable as Prunable, all_or_nothing, check_holds, delete, prunable_of
-from ._errors import unknown_name
-from .nn.time_steps import TimeSteps
-
-
-Criterion = Callable[[Tensor, nn.Module], Tensor]
 
 
 @dataclass(frozen=True)
@@ -171,77 +166,6 @@ def check_prunable(model: nn.Module) -> Prunable:
     return prunable
 
 
-@torch.no_grad()
-def shares(steps: TimeSteps, power: float = 1.0) -> Tensor:
-    """Each layer's share abs(tau_l)^power / sum_j abs(tau_j)^power.
-
-    Args:
-        steps: The time steps.
-        power: 1 for the residual scheme, gamma for the fractional one.
-
-    Returns:
-        Shares (num_steps,), float64, with sum 1 (all 0 where every step is 0).
-
-    Raises:
-        ValueError: If a step is not finite.
-
-    Example:
-        >>> shares(TimeSteps(2, init=[3.0, -1.0])).tolist()
-        [0.75, 0.25]
-    """
-    magnitude = steps.tau.double().abs() ** power
-    if not bool(torch.isfinite(magnitude).all()):
-        raise ValueError(
-            f"tau must be finite, got {steps.tau.tolist()}: training has diverged; lower the learning rate"
-        )
-    return magnitude / magnitude.sum().clamp(min=torch.finfo(torch.float64).tiny)
-
-
-def plan(
-    steps: TimeSteps,
-    threshold: float,
-    *,
-    power: float = 1.0,
-    fixed: Iterable[int] = (),
-    scores: Sequence[float] | None = None,
-    number: int | None = None,
-) -> list[tuple[int, float]]:
-    """Which layers the rule deletes: the smallest share first, while one lies below the threshold.
-
-    The shares are computed anew after each deletion.
-
-    Args:
-        steps: The time steps; not changed. A dependent last step takes up what is deleted, simplex steps are projected
-            again.
-        threshold: In (0, 1).
-        power: Exponent of the shares.
-        fixed: Positions that must stay.
-        scores: Shares are taken of these instead of abs(tau)^power.
-        number: Layers are deleted until so many are left, whatever the threshold.
-
-    Returns:
-        Pairs of position (before any deletion) and share at the moment of choice, in the order of deletion; at least
-        one layer stays.
-
-    Example:
-        >>> plan(TimeSteps(4, init=[1.0, 0.004, 0.5, -0.002]), 0.01, fixed=[0])
-        [(3, 0.001328), (1, 0.002660)]
-    """
-    steps = copy.deepcopy(steps)
-    positions = list(range(steps.num_steps))
-    kept_always = set(fixed)
-    chosen = []
-    while len(positions) > (1 if number is None else number):
-        now = shares(steps, power).tolist() if scores is None else _normalised([scores[l] for l in positions])
-        candidates = [(share, i) for i, share in enumerate(now) if positions[i] not in kept_always]
-        if not candidates or (number is None and min(candidates)[0] >= threshold):
-            break
-        share, i = min(candidates)
-        chosen.append((positions.pop(i), share))
-        steps.keep_(j for j in range(steps.num_steps) if j != i)
-    return chosen
-
-
 def prune(
     model: nn.Module,
     threshold: float = 0.01,
@@ -295,19 +219,19 @@ def prune(
     fixed = prunable.fixed_layers()
     if optimizer is not None:
         check_holds(optimizer, model)
-    scores, exponent = _criterion(criterion, prunable, model)
+    scores, exponent = scores_of(criterion, prunable, model)
     note = ""
     if budget is not None:
         if keep is not None:
             raise ValueError("budget must be None where keep is given: keep names the layers already")
-        chosen, note = _within(budget, model, steps, exponent, scores, fixed)
+        chosen, note = within_budget(budget, model, steps, exponent, scores, fixed)
     elif keep is None:
         chosen = plan(steps, threshold, power=exponent, fixed=fixed, scores=scores)
     else:
         kept_positions = sorted({operator.index(i) for i in keep})
         if not kept_positions or kept_positions[0] < 0 or kept_positions[-1] >= steps.num_steps:
             raise ValueError(f"keep must name layers in 0 .. {steps.num_steps - 1}, got {kept_positions}")
-        all_shares = shares(steps, exponent).tolist() if scores is None else _normalised(scores)
+        all_shares = shares(steps, exponent).tolist() if scores is None else normalised(scores)
         chosen = [(i, all_shares[i]) for i in range(steps.num_steps) if i not in kept_positions]
     gone = {i for i, _ in chosen}
     kept = tuple(i for i in range(steps.num_steps) if i not in gone)
@@ -334,56 +258,6 @@ def prune(
         error = f"error of the order tau^gamma, here {size:.2g} times the size of the deleted layers' values"
         note = f"{note}; {error}" if note else error
     return PruneReport(deleted, kept, before, len(kept), parameters_before, _count(model), state, note)
-
-
-def _criterion(
-    criterion: str | Criterion | None, prunable: Prunable, model: nn.Module
-) -> tuple[list[float] | None, float]:
-    """Scores of a user's function, or None and the exponent of abs(tau)."""
-    power = prunable.scheme.step_power
-    if criterion is None or criterion == "power":
-        return None, power
-    if isinstance(criterion, str):
-        if criterion != "share":
-            raise unknown_name("criterion", criterion, ("power", "share"))
-        return None, 1.0
-    tau = prunable.time_steps.tau.detach()
-    scores = torch.as_tensor(criterion(tau, model)).detach().double()
-    if scores.shape != tau.shape or not bool((torch.isfinite(scores) & (scores >= 0)).all()):
-        raise ValueError(
-            f"criterion must return {len(tau)} finite scores >= 0, one per layer, got "
-            f"{scores.tolist() if scores.numel() < 50 else f'shape {tuple(scores.shape)}'}"
-        )
-    return scores.tolist(), power
-
-
-def _normalised(scores: Sequence[float]) -> list[float]:
-    total = sum(scores) or 1.0
-    return [score / total for score in scores]
-
-
-def _within(
-    budget: Budget,
-    model: nn.Module,
-    steps: TimeSteps,
-    power: float,
-    scores: list[float] | None,
-    fixed: Mapping[int, str],
-) -> tuple[list[tuple[int, float]], str]:
-    """What a budget deletes, and what the report says of it."""
-    check_budget(budget)
-    number = budget if not isinstance(budget, Mapping) else max(1, len(fixed))
-    if number < len(fixed):
-        layer, reason = next(iter(fixed.items()))
-        raise ValueError(
-            f"budget must be at least {len(fixed)}, the number of layers that must stay, got {number}: "
-            f"layer {layer} stays because {reason}"
-        )
-    order = plan(steps, 0.5, power=power, fixed=fixed, scores=scores, number=int(number))
-    if not isinstance(budget, Mapping):
-        return order, ""
-    deletions, taken = within_latency(model, [i for i, _ in order], steps.num_steps, budget)
-    return order[:deletions], f"a forward pass takes {taken:.3g} ms, allowed are {float(budget['latency_ms']):g}"
 
 
 def _forget_compiled() -> None:

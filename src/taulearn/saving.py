@@ -21,7 +21,6 @@ from .nn.network import TimeVariableNetwork
 from .nn.time_steps import TimeSteps
 from .pruning import prune
 from .wrapping.api import rewrap
-from .wrapping.host import wrapping_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -125,8 +124,8 @@ def _check(argument: str, model: nn.Module) -> nn.Module:
     inner: nn.Module = getattr(model, "_orig_mod", model)
     if not isinstance(getattr(inner, "time_steps", None), TimeSteps) or not hasattr(prunable_of(inner), "scheme"):
         raise TypeError(
-            f"{argument} must be a model with time steps, got {type(inner).__name__}: build it with taulearn.nn or wrap "
-            "it with taulearn.wrap, and hand over the model itself, not a wrapper around it"
+            f"{argument} must be a model with time steps, got {type(inner).__name__}: build it with taulearn.nn or "
+            "wrap it with taulearn.wrap, and hand over the model itself, not a wrapper around it"
         )
     return inner
 
@@ -189,8 +188,8 @@ def _wrap_as_saved(host: nn.Module, manifest: Manifest, folder: Path) -> None:
         )
     except ValueError as error:
         raise ValueError(
-            f"host must be a model like the {short(saved.saved_from)} in {folder}, got one that cannot be wrapped as it "
-            f"was ({error}): build the same model, not pruned"
+            f"host must be a model like the {short(saved.saved_from)} in {folder}, got one that cannot be wrapped as "
+            f"it was ({error}): build the same model, not pruned"
         ) from error
 
 
@@ -216,9 +215,9 @@ def _other_settings(host: nn.Module, manifest: Manifest) -> list[str]:
     """What the manifest says of the saved model, tensors apart, that is not so in the pruned host."""
     found = describe(host, manifest.weights_sha256)
     parts = {"time_steps", "scheme"}
-    wrapped = isinstance(manifest.model, Wrapped), isinstance(found.model, Wrapped)
-    if wrapped[0] != wrapped[1]:
-        return [f"the saved model is {'' if wrapped[0] else 'not '}wrapped, the host is {'' if wrapped[1] else 'not '}so"]
+    if isinstance(manifest.model, Wrapped) != isinstance(found.model, Wrapped):
+        which = "saved model" if isinstance(manifest.model, Wrapped) else "host"
+        return [f"only the {which} is a wrapped model"]
     if isinstance(manifest.model, Network) and not isinstance(found.model, Network):
         because = getattr(found.model, "because", "")
         return [f"the saved model is a network of the package's own parts, the host is not ({because})"]

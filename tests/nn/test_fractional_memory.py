@@ -107,7 +107,7 @@ class TestBothModes:
 
     @pytest.mark.parametrize("gamma", [0.3, 0.5, 0.8])
     def test_error_of_pruning_falls_with_the_power_gamma_of_the_step(self, memory: str, gamma: float) -> None:
-        model, x = network(memory, gamma=gamma, tolerance=1e-10), batch()
+        model, x = network(memory, gamma=gamma, tolerance=1e-9), batch()
         steps = [1e-7, 1e-8, 1e-9]
         errors = [pruning_error(model, [5], step, x) for step in steps]
         assert np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(gamma, abs=0.02)

@@ -1,22 +1,14 @@
 """Tensors, Datasets and DataLoaders as training and validation data, and the figures on them."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from taulearn import Pruning, parameter_groups, prune
-from taulearn.nn import fractional_dnn
-from taulearn.optim import register_projection
-from taulearn.penalties import L1, BiasOrdering, ElasticNet, Penalty, TimeHorizon, WeightElasticNet
-from taulearn.training import EpochEnd, History, StopTraining, accuracy, evaluate, fit
+from taulearn.training import accuracy, evaluate
 from taulearn.training.batches import make_batches
 from training.support import LOSS, assert_same_history, assert_same_weights, digits, network, plain_loop, run_fit
 
@@ -147,5 +139,3 @@ def test_batches_cover_each_sample_once() -> None:
     assert not torch.equal(batches.order(0), batches.order(1))
     assert not torch.equal(batches.order(0), make_batches(data, 5, 1, CPU).order(0))
     assert len(make_batches(data, 100, 0, CPU)) == 1
-
-

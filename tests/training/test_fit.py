@@ -1,7 +1,6 @@
 """fit computes what the loop computes that anyone would write, bit by bit, and records what it did."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from taulearn import Pruning, parameter_groups, prune
+from taulearn import parameter_groups
 from taulearn.nn import fractional_dnn
 from taulearn.optim import register_projection
 from taulearn.penalties import L1, BiasOrdering, ElasticNet, Penalty, TimeHorizon, WeightElasticNet
-from taulearn.training import EpochEnd, History, StopTraining, accuracy, evaluate, fit
 from taulearn.training.batches import make_batches
 from training.support import LOSS, assert_same_history, assert_same_weights, digits, network, plain_loop, run_fit
 
@@ -236,5 +233,3 @@ def test_no_hook_is_left_behind() -> None:
         model.time_steps.values.fill_(0.0)
     optimizer.step()
     assert (model.time_steps.values < 0.05).all()
-
-

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from taulearn import Pruning, parameter_groups
-from taulearn.penalties import L1, TimeHorizon, WeightElasticNet
+from taulearn.penalties import L1, TimeHorizon
 from taulearn.training import History, Run
 from taulearn.training.compiler import compile_once
 from taulearn.training.loop import COMPILE_PAYS_FROM
@@ -72,7 +72,7 @@ def test_fused_sgd_with_everything_follows_a_deletion(tmp_path: Path) -> None:
 
     def options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         return {
-            "penalties": [L1(0.6, proximal=True), TimeHorizon(weight=0.3), WeightElasticNet(1e-3)],
+            "penalties": [L1(0.6, proximal=True), TimeHorizon(weight=0.3)],
             "pruning": Pruning(0.05, every=9),
             "scheduler": lr_scheduler.StepLR(optimizer, 2, 0.5),
             "epochs": 5,

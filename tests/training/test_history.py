@@ -1,24 +1,16 @@
 """What the record of a run holds, and what callbacks and the reader are told."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch import nn
 
 from taulearn import Pruning, parameter_groups, prune
-from taulearn.nn import fractional_dnn
-from taulearn.optim import register_projection
-from taulearn.penalties import L1, BiasOrdering, ElasticNet, Penalty, TimeHorizon, WeightElasticNet
-from taulearn.training import EpochEnd, History, StopTraining, accuracy, evaluate, fit
-from taulearn.training.batches import make_batches
-from training.support import LOSS, assert_same_history, assert_same_weights, digits, network, plain_loop, run_fit
+from taulearn.penalties import L1, TimeHorizon
+from taulearn.training import EpochEnd, History, StopTraining, evaluate, fit
+from training.support import LOSS, assert_same_history, digits, network, run_fit
 
 CPU = torch.device("cpu")
 

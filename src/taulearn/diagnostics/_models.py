@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._deletion import prunable_of
 from ..nn.time_steps import TimeSteps
 from ..penalties import time_steps_of
 
@@ -34,8 +35,8 @@ def states_of(model: nn.Module) -> HasStates:
 def layers_of(model: nn.Module) -> Sequence[nn.Module]:
     """The layer functions, one per time step."""
     steps = time_steps_of(model)
-    layers = getattr(model, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) != steps.num_steps:
+    layers = getattr(prunable_of(model), "layers", None)
+    if not isinstance(layers, nn.ModuleList | tuple) or len(layers) != steps.num_steps:
         raise TypeError(
             f"model must have layers, one per time step, got {type(model).__name__} with {steps.num_steps} steps: "
             "build it with taulearn.nn"
@@ -93,7 +94,7 @@ def check_batch(inputs: Tensor) -> None:
 
 def scheme_of(model: nn.Module) -> tuple[str, float]:
     """Name of the scheme, and the power with which its step multiplies the layer function."""
-    scheme = getattr(model, "scheme", None)
+    scheme = getattr(prunable_of(model), "scheme", None)
     steps: TimeSteps | None = getattr(model, "time_steps", None)
     assert steps is not None
     return getattr(scheme, "name", type(model).__name__), float(getattr(scheme, "step_power", 1.0))

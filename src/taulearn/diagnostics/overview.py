@@ -1,20 +1,20 @@
 """A model at a glance: its layers, their steps, their parameters, their time."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .._calls import REPEATS, call, clock, milliseconds
 from .._table import format_table
 from ..nn.builders import FullyConnected
 from ..penalties import time_steps_of
+from ..wrapping.host import wrapping_of
 from ._models import evaluation, layers_of, scheme_of
-
-_REPEATS = 15
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Summary:
         shares: abs(tau)^p / sum abs(tau)^p, with p = gamma for the fractional scheme and 1 otherwise: what pruning
             compares with its threshold.
         parameters: Numbers of variables of the layer functions (a shared variable counts where it comes first).
-        kinds: What the layers are.
+        kinds: What the layers are; in a wrapped model with their names when it was wrapped.
         milliseconds: Median time of each layer function in a forward pass, or None without example inputs.
         total_parameters: Number of variables of the whole model.
         total_milliseconds: Median time of the whole forward pass, or None.
+        model: What the whole is called.
     """
 
     scheme: str
@@ -43,6 +44,7 @@ class Summary:
     milliseconds: tuple[float, ...] | None
     total_parameters: int
     total_milliseconds: float | None
+    model: str
 
     def __str__(self) -> str:
         rest = self.total_parameters - sum(self.parameters)
@@ -53,20 +55,20 @@ class Summary:
             "parameters": [*self.parameters, rest],
             "kind": [*self.kinds, "all else"],
         }
-        total: list[object] = [len(self.layers), sum(self.tau), None, self.total_parameters, f"{self.scheme} network"]
+        total: list[object] = [len(self.layers), sum(self.tau), None, self.total_parameters, self.model]
         if self.milliseconds is not None and self.total_milliseconds is not None:
             columns["ms"] = [*self.milliseconds, max(0.0, self.total_milliseconds - sum(self.milliseconds))]
             total.append(self.total_milliseconds)
         return format_table(columns, total=total)
 
 
-def summary(model: nn.Module, example_inputs: Tensor | None = None) -> Summary:
+def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     """The layers of a model with their steps, shares, parameters and, on example inputs, milliseconds.
 
     Args:
-        model: A model with time steps and one layer per step.
-        example_inputs: A batch on which forward passes are timed, in evaluation mode and without gradients. None:
-            nothing is timed.
+        model: A model with time steps and one layer per step, or a wrapped model.
+        example_inputs: A batch (a tuple of arguments, or a dictionary of keywords) on which forward passes are timed,
+            in evaluation mode and without gradients. None: nothing is timed.
 
     Returns:
         The summary; ``print`` it.
@@ -95,17 +97,22 @@ def summary(model: nn.Module, example_inputs: Tensor | None = None) -> Summary:
         new = [p for p in layer.parameters() if p not in seen]
         seen.update(new)
         counts.append(sum(p.numel() for p in new))
-    milliseconds, total = (None, None) if example_inputs is None else _time(model, layers, example_inputs)
+    of_layers, total = (None, None) if example_inputs is None else _time(model, layers, example_inputs)
+    wrapping = wrapping_of(model)
+    kinds = [_kind(layer) for layer in layers]
+    if wrapping is not None:
+        kinds = [f"{wrapping.names[l]} {kind}" for l, kind in zip(steps.origin, kinds, strict=True)]
     return Summary(
         scheme=scheme,
         layers=steps.origin,
         tau=tuple(tau.tolist()),
         shares=tuple((sizes / sizes.sum()).tolist()),
         parameters=tuple(counts),
-        kinds=tuple(_kind(layer) for layer in layers),
-        milliseconds=milliseconds,
+        kinds=tuple(kinds),
+        milliseconds=of_layers,
         total_parameters=sum(p.numel() for p in model.parameters()),
         total_milliseconds=total,
+        model=f"{scheme} network" if wrapping is None else type(model).__name__,
     )
 
 
@@ -116,41 +123,28 @@ def _kind(layer: nn.Module) -> str:
     return type(layer).__name__
 
 
-def _time(model: nn.Module, layers: Sequence[nn.Module], inputs: Tensor) -> tuple[tuple[float, ...], float]:
+def _time(model: nn.Module, layers: Sequence[nn.Module], inputs: Any) -> tuple[tuple[float, ...], float]:
     """Milliseconds of each layer and of the whole, medians over repeated forward passes."""
-    clock = _clock(inputs.device)
-    started: dict[int, float] = {}
+    now = clock(model)
     taken: list[list[float]] = [[] for _ in layers]
 
-    def start(l: int) -> Callable[..., None]:
-        return lambda *_: started.__setitem__(l, clock())
+    def timed(l: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = now()
+            output = forward(*args, **kwargs)
+            taken[l].append(now() - before)
+            return output
 
-    def stop(l: int) -> Callable[..., None]:
-        return lambda *_: taken[l].append(clock() - started[l])
+        return run
 
-    whole = []
-    with evaluation(model), torch.no_grad():
-        for _ in range(2):
-            model(inputs)
-        for _ in range(_REPEATS):
-            before = clock()
-            model(inputs)
-            whole.append(clock() - before)
-        with ExitStack() as hooks:
-            for l, layer in enumerate(layers):
-                hooks.callback(layer.register_forward_pre_hook(start(l)).remove)
-                hooks.callback(layer.register_forward_hook(stop(l)).remove)
-            for _ in range(_REPEATS):
-                model(inputs)
-    return tuple(statistics.median(times) for times in taken), statistics.median(whole)
-
-
-def _clock(device: torch.device) -> Callable[[], float]:
-    """Milliseconds once the device has done its work."""
-
-    def clock() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return 1e3 * time.perf_counter()
-
-    return clock
+    with evaluation(model), torch.no_grad(), ExitStack() as undo:
+        whole = milliseconds(model, inputs)
+        for l, layer in enumerate(layers):
+            own = {"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {}
+            undo.callback(vars(layer).update, own)
+            undo.callback(vars(layer).pop, "forward")
+            # not by hooks: torch's TransformerEncoderLayer leaves its fast path where there are any
+            vars(layer)["forward"] = timed(l, layer.forward)
+        for _ in range(REPEATS):
+            call(model, inputs)
+    return tuple(statistics.median(times) for times in taken), whole

@@ -1,15 +1,15 @@
 """Time steps around the blocks of an existing model.
 
-    state          which tensor of a block's arguments and output is the state
-    blocks         a block with a time step; what stays where a deleted block's place must stay
-    probe          the forward pass that finds blocks
-    trial          deletions tried on example inputs
-    structure      taking blocks out of lists and other holders
-    transformers   configurations, layer numbers and save_pretrained of Hugging Face transformers
-    host           what a wrapped model keeps, and what pruning asks of it
-    api            the public functions
+state          which tensor of a block's arguments and output is the state
+blocks         a block with a time step; what stays where a deleted block's place must stay
+probe          the forward pass that finds blocks
+trial          deletions tried on example inputs
+structure      taking blocks out of lists and other holders
+transformers   configurations, layer numbers and save_pretrained of Hugging Face transformers
+host           what a wrapped model keeps, and what pruning asks of it
+api            the public functions
 """
 
-from .blocks import PassThrough as PassThrough
 from .api import anneal_to_one as anneal_to_one, unwrap as unwrap, wrap as wrap
+from .blocks import PassThrough as PassThrough
 from .host import Wrapping as Wrapping, wrapping_of as wrapping_of

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ..nn.time_steps import TimeSteps
 from . import structure, transformers, trial
 from .blocks import NESTED, PassingTimeSteps, Step
-from .names import matching
+from .host import Wrapping, install, uninstall, wrapping_of
+from .names import matching, nearest_names
 from .probe import Call, Probe, find, probe, refusal
 from .state import Form
-from .host import Wrapping, install, uninstall, wrapping_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -140,10 +140,8 @@ def rewrap(
     _check_host(model)
     known = dict(model.named_modules())
     for name in (*blocks, *shortened):
-        if name not in known or (name in blocks and not name):
-            raise unknown_name("a block", name, list(known)[:1000]) if len(known) < 50 else ValueError(
-                f"it must have {name!r}, got a {type(model).__name__} without"
-            )
+        if name not in known:
+            raise ValueError(f"it has no {name!r}{nearest_names(name, known)}")
     layers = [known[name] for name in blocks]
     _check_blocks(model, blocks, layers)
     for name in shortened:
@@ -242,13 +240,11 @@ def _check_host(model: nn.Module) -> None:
         )
     for name, module in model.named_modules():
         if isinstance(vars(module).get("forward"), Step) or wrapping_of(module) is not None:
-            raise ValueError(
-                f"model must not contain wrapped modules, got {name!r}, which is: call taulearn.unwrap on that one first"
-            )
+            raise ValueError(f"model must not contain wrapped modules, got {name!r}, which is: unwrap that one first")
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
             raise ValueError(
-                f"model must not use nested tensors, whose arithmetic is incomplete, got the TransformerEncoder {name!r} "
-                f"that does: {NESTED}, or set its use_nested_tensor to False"
+                f"model must not use nested tensors, whose arithmetic is incomplete, got the TransformerEncoder "
+                f"{name!r} that does: {NESTED}, or set its use_nested_tensor to False"
             )
 
 
@@ -261,7 +257,7 @@ def _found(result: Probe) -> list[Call]:
     listed = "\n".join(lines[:30] + ([f"  and {len(lines) - 30} more"] if len(lines) > 30 else []))
     raise ValueError(
         "model must have a block whose output has the shape of its input, got none. Seen in the forward pass:\n"
-        f"{listed or '  no module was called'}\nName the modules to be wrapped in blocks, or write them as one module each"
+        f"{listed or '  no module was called'}\nName what is to be wrapped in blocks, or write each block as one module"
     )
 
 
@@ -283,8 +279,8 @@ def _check_blocks(model: nn.Module, names: Sequence[str], layers: Sequence[nn.Mo
         keys = {each.rpartition(".")[2] for each in places[layer]}
         if len(holders) > 1 or len(keys) > 1:
             raise ValueError(
-                f"blocks must have one place each, got {name!r}, which is also {', '.join(map(repr, places[layer][1:]))}: "
-                "a block used in several places has no single time step; leave it out of blocks"
+                f"blocks must have one place each, got {name!r}, which is also {', '.join(places[layer][1:])}"
+                ": a block used in several places has no single time step; leave it out of blocks"
             )
         inner = [other for other in names if other.startswith(f"{name}.")]
         if inner:
@@ -305,7 +301,8 @@ def _steps(
     number = len(layers)
     floating = [p for p in layers[0].parameters() if p.is_floating_point()]
     dtype = floating[0].dtype if floating else torch.get_default_dtype()
-    total = float(torch.as_tensor(init, dtype=torch.float64).expand(number).sum()) if _sizes(init) in (0, number) else 0.0
+    start = torch.as_tensor(init, dtype=torch.float64)
+    total = float(start.sum()) if start.ndim else float(start) * number
     kind = PassingTimeSteps if isinstance(model, nn.Sequential) else TimeSteps
     return kind(
         number,
@@ -318,12 +315,6 @@ def _steps(
     )
 
 
-def _sizes(init: float | Sequence[float] | Tensor) -> int:
-    """Number of entries; 0 for a number."""
-    values = torch.as_tensor(init)
-    return values.numel() if values.ndim else 0
-
-
 def _trained(model: nn.Module, train: str | Iterable[str]) -> dict[nn.Parameter, bool]:
     """Which parameters are to train; empty: those that train now."""
     if train == "all":
@@ -331,6 +322,4 @@ def _trained(model: nn.Module, train: str | Iterable[str]) -> dict[nn.Parameter,
     named = dict(model.named_parameters())
     modules = [name for name, _ in model.named_modules() if name]
     chosen = set() if train == "tau" else set(matching("train", train, [*named, *modules]))
-    return {
-        p: name in chosen or any(name.startswith(f"{module}.") for module in chosen) for name, p in named.items()
-    }
+    return {p: name in chosen or any(name.startswith(f"{module}.") for module in chosen) for name, p in named.items()}

@@ -30,11 +30,28 @@ def matching(argument: str, patterns: str | Iterable[str], names: Sequence[str])
     for pattern in wanted:
         hits = {name for name in names if _matches(name, pattern)}
         if not hits:
-            nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-            hint = f": did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+            hint = nearest_names(pattern, names)
             raise ValueError(f"{argument} must match names of the model, got {pattern!r}, which matches none{hint}")
         found |= hits
     return [name for name in names if name in found]
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name.
+
+    Args:
+        name: The name or pattern.
+        known: All names.
+
+    Returns:
+        ": did you mean ..?" with up to three names, or nothing.
+
+    Example:
+        >>> nearest_names("layer.0", ["layers.0", "head"])
+        ": did you mean 'layers.0'?"
+    """
+    nearest = difflib.get_close_matches(name, [each for each in known if each], n=3, cutoff=0.3)
+    return f": did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 
 
 def _matches(name: str, pattern: str) -> bool:

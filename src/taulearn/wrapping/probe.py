@@ -45,7 +45,7 @@ class Call:
     others: frozenset[Key]
     left: Key | None = None
     shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
-    form: Form = Form()
+    form: Form = field(default_factory=Form)
     in_place: bool = False
 
 
@@ -208,12 +208,7 @@ def _only_calls_others(name: str, call: Call, result: Probe) -> bool:
 
     So it is in an encoder or a stage; a block adds its input in between (arithmetic) or hands it on (an argument).
     """
-    inner = [
-        each
-        for inner_name, calls in result.calls.items()
-        if inner_name.startswith(f"{name}.")
-        for each in calls
-    ]
+    inner = [each for inner_name, calls in result.calls.items() if inner_name.startswith(f"{name}.") for each in calls]
     made = {each.left for each in inner} | {call.arrived}
     by_input: dict[Key | None, list[Call]] = {}
     for each in sorted(inner, key=lambda each: each.name.count(".")):

@@ -89,7 +89,8 @@ def remove(host: nn.Module, blocks: Mapping[nn.Module, Form], shorten: Collectio
             continue
         if name not in shorten:
             holder._modules = {
-                key: stand_ins[module] if module in blocks else module for key, module in holder._modules.items() if module
+                key: stand_ins.get(module, module) if module is not None else None
+                for key, module in holder._modules.items()
             }
             continue
         before = tuple(present.values())
@@ -119,7 +120,7 @@ def _follow(host: nn.Module, name: str, holder: nn.Module, first: nn.Module) -> 
     owner = host.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, nn.TransformerEncoder | nn.TransformerDecoder) and owner.layers is holder:
         owner.num_layers = len(holder._modules)
-        if not holder._modules and isinstance(owner, nn.TransformerEncoder) and isinstance(first, nn.TransformerEncoderLayer):
+        if not holder._modules and isinstance(first, nn.TransformerEncoderLayer):
             empty = PassThrough(Form())
             object.__setattr__(empty, "self_attn", SimpleNamespace(batch_first=first.self_attn.batch_first))
             holder._modules = {"0": empty}

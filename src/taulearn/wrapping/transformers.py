@@ -12,7 +12,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -156,7 +156,7 @@ def _edit(config: Any, each: Shortened) -> None:
 
 @dataclass(frozen=True, eq=False)
 class SavePretrained:
-    """``save_pretrained`` of a wrapped model: it writes what plain ``from_pretrained`` loads as the same model, or nothing.
+    """``save_pretrained`` of a wrapped model: it writes what plain loading loads as the same model, or nothing.
 
     Attributes:
         model: The model of transformers.
@@ -210,9 +210,12 @@ class SavePretrained:
         config: Any = copy.deepcopy(self.model.config)
         with torch.device("meta"):
             fresh = type(self.model)(config)
-        there, here = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (fresh, self.model))
-        here = {k: v for k, v in here.items() if not k.startswith("time_steps.")}
-        lines = [f"{k} is {here.get(k, 'absent')} for {there.get(k, 'absent')}" for k in {**there, **here} if here.get(k) != there.get(k)]
+        there, here = _shapes(fresh), _shapes(self.model)
+        lines = [
+            f"{name} is {here.get(name, 'absent')} for {there.get(name, 'absent')}"
+            for name in {**there, **here}
+            if here.get(name) != there.get(name)
+        ]
         present = dict(self.model.named_modules())
         for name, module in fresh.named_modules():
             mine = present.get(name)
@@ -227,6 +230,11 @@ class SavePretrained:
         return lines
 
 
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    tensors = model.state_dict()
+    return {name: tuple(value.shape) for name, value in tensors.items() if not name.startswith("time_steps.")}
+
+
 def _matters(key: str) -> bool:
     """Whether an attribute belongs to the architecture: not to training, not private."""
     return not key.startswith("_") and key != "p" and "drop" not in key
@@ -236,7 +244,7 @@ def guard_saving(host: nn.Module, steps: TimeSteps, blocks: Sequence[nn.Module])
     """Put :class:`SavePretrained` on every model of transformers in the host that contains blocks."""
     for module in host.modules():
         if is_pretrained(module) and any(part in blocks for part in module.modules()):
-            vars(module)[_SAVE] = SavePretrained(module, steps, module.save_pretrained)
+            vars(module)[_SAVE] = SavePretrained(module, steps, cast(Any, module).save_pretrained)
 
 
 def release_saving(host: nn.Module) -> None:

@@ -18,8 +18,8 @@ from .._deletion import all_or_nothing
 from ..nn.time_steps import TimeSteps
 from . import structure
 from .blocks import Skip
-from .probe import undisturbed
 from .host import Wrapping, install
+from .probe import undisturbed
 
 _NOT_TRIED = (
     "whether the host can do without it was not tried: give example_inputs to wrap, so that a deletion can be compared "
@@ -54,14 +54,15 @@ def ways(wrapping: Wrapping, example_inputs: Any | None) -> tuple[frozenset[str]
             else:
                 keep |= dict.fromkeys(members, _NOT_TRIED)
             continue
-        with_list = [l for l in _ends(members) if name is not None and _works(wrapping, l, {name}, example_inputs)]
-        if name is not None and with_list:
-            shorten.add(name)
-            failing = [] if len(with_list) == len(_ends(members)) else _failing(wrapping, members, {name}, example_inputs)
-        elif all(_works(wrapping, l, set(), example_inputs) for l in _ends(members)):
-            failing = []
-        else:
-            failing = _failing(wrapping, members, set(), example_inputs)
+        tried = set() if name is None else {name}
+        working = [l for l in _ends(members) if _works(wrapping, l, tried, example_inputs)]
+        if tried and not working:
+            tried = set()
+            working = [l for l in _ends(members) if _works(wrapping, l, tried, example_inputs)]
+        shorten |= tried
+        failing = []
+        if len(working) < len(_ends(members)):
+            failing = [l for l in members if not _works(wrapping, l, tried, example_inputs)]
         keep |= dict.fromkeys(failing, _DIFFERS)
     return frozenset(shorten), keep
 
@@ -69,10 +70,6 @@ def ways(wrapping: Wrapping, example_inputs: Any | None) -> tuple[frozenset[str]
 def _ends(members: list[int]) -> list[int]:
     """The first and the last: without the first, all others change their numbers."""
     return sorted({members[0], members[-1]})
-
-
-def _failing(wrapping: Wrapping, members: Iterable[int], shorten: set[str], inputs: Any) -> list[int]:
-    return [l for l in members if not _works(wrapping, l, shorten, inputs)]
 
 
 def _works(wrapping: Wrapping, gone: int, shorten: set[str], inputs: Any) -> bool:
