@@ -1,5 +1,6 @@
 """The compiled steps compute what the plain step computes, up to rounding, and say so when they cannot compile."""
 
+import copy
 import shutil
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from taulearn import Pruning, parameter_groups
+from taulearn import Pruning, fit, parameter_groups
+from taulearn.nn import Residual, TimeSteps, TimeVariableNetwork
 from taulearn.penalties import L1, TimeHorizon
 from taulearn.training import History, Run
 from taulearn.training.compiler import compile_once
@@ -313,3 +315,38 @@ def test_any_number_of_functions_compile() -> None:
         for size in range(1, 12):
             x = torch.ones(size)
             assert torch.equal(compile_once(function)(x), 2 * x)
+
+
+@needs_compiler
+def test_what_a_callback_freezes_or_changes_is_followed() -> None:
+    """Nothing is checked before a fused call, so that a changed model must be noticed between two epochs."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LeakyReLU(0.1))
+
+    def weights(mode: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        layers = [copy.deepcopy(module), copy.deepcopy(module)]
+        layers[1][0] = torch.nn.Linear(4, 4)
+        network = TimeVariableNetwork(layers, torch.nn.Linear(4, 1), Residual(), TimeSteps(2)).double()
+
+        def change(end: Any) -> None:
+            network.layers[0][1].negative_slope = 0.5
+            network.layers[1][0].weight.requires_grad_(end.epoch != 1)
+
+        x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(12, 2)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        fit(
+            network,
+            (x, x[:, :1]),
+            loss=torch.nn.functional.mse_loss,
+            optimizer=optimizer,
+            epochs=3,
+            batch_size=2,
+            compile=mode,
+            callbacks=[change],
+            progress=False,
+        )
+        return network.state_dict()
+
+    compiled, eager = weights("always"), weights("never")
+    for name, value in eager.items():
+        assert torch.allclose(compiled[name], value, atol=1e-12), name

@@ -89,7 +89,7 @@ class FusedSGD:
         self.parameters = {name: t for name, t in tensors.items() if id(t) in used and id(t) in position}
         self.group_of = {name: position[id(p)] for name, p in self.parameters.items()}
         self.constants = {name: t.detach() for name, t in tensors.items() if name not in self.parameters}
-        self.forms, self.signature = self._forms(), self._signature()
+        self.forms, self.fingerprint = self._forms(), self._fingerprint()
         self.plain = plain
         self._call = compile_once(self._steps, fused=True, fallback=self._plain_steps)
 
@@ -98,17 +98,24 @@ class FusedSGD:
         forms = ("momentum", "weight_decay", "dampening", "nesterov", "maximize")
         return [tuple(bool(group[name]) for name in forms) for group in self.optimizer.param_groups]
 
-    def _signature(self) -> tuple[Any, ...]:
-        """What is compiled in and a callback may change: the form of the update, the numbers of penalties and steps."""
+    def _fingerprint(self) -> tuple[Any, ...]:
+        """What is compiled in and a callback may change: options of modules and penalties, what trains."""
         plain = (bool, int, float, str)
-        parts = (*self.objective.penalties, self.time_steps)
-        numbers = [{k: v for k, v in vars(part).items() if isinstance(v, plain) or v is None} for part in parts]
-        return self._forms(), numbers
+        parts = (*self.objective.penalties, *self.objective.modules())
+        options = [
+            {k: v for k, v in vars(part).items() if k != "training" and (v is None or isinstance(v, plain))}
+            for part in parts
+        ]
+        return options, [p.requires_grad for p in self.objective.parameters()]
+
+    def unchanged(self) -> bool:
+        """Whether the objective is as at compilation; to be asked whenever somebody else had control."""
+        return self._fingerprint() == self.fingerprint
 
     def ready(self) -> bool:
-        """Whether all is as at compilation and the optimiser has its momentum buffers, made by the first plain step."""
+        """Whether the update is as at compilation and the momentum buffers exist, which the first plain step makes."""
         groups, state = self.optimizer.param_groups, self.optimizer.state
-        return self._signature() == self.signature and all(
+        return self._forms() == self.forms and all(
             not groups[i]["momentum"] or state[self.parameters[name]].get("momentum_buffer") is not None
             for name, i in self.group_of.items()
         )

@@ -151,10 +151,11 @@ class Engine:
             return
         size, order = self.batches.batch_size, self.batches.order(epoch)
         batch = start
+        unchanged = self.fused is not None and self.fused.unchanged()  # callbacks had control between two epochs
         while batch < len(self.batches):
             until_stop = self.unroll if self.stop_every is None else self.stop_every - iteration % self.stop_every
             fits = batch + self.unroll <= self.batches.full and self.unroll <= until_stop
-            if self.fused is not None and fits and self.fused.ready():
+            if self.fused is not None and unchanged and fits and self.fused.ready():
                 inputs, targets = self.batches.gather(order[batch * size : (batch + self.unroll) * size])
                 rows = self.fused(inputs, targets)
             else:
