@@ -3,6 +3,10 @@
 The manifest, model.json, holds the digest of the weights that it belongs to. Saving writes the new manifest aside, then
 the weights, and moves the manifest into place last; loading takes whichever of the two manifests has the digest of the
 weights. So a crash at any moment leaves the old pair or the new one, and a mixed-up pair is noticed.
+
+The tensors of a wrapped model are written with a dimension of size 1 in front. transformers passes over tensors that it
+does not know, ``time_steps.values`` among them, and would load the file as another model without an error; sizes that
+differ it refuses, as torch does.
 """
 
 import hashlib
@@ -21,6 +25,7 @@ from .nn.network import TimeVariableNetwork
 from .nn.time_steps import TimeSteps
 from .pruning import prune
 from .wrapping.api import rewrap
+from .wrapping.host import wrapping_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,6 +60,8 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise TypeError(
                 f"model must have a state dict of tensors, got a {type(value).__name__} at {name!r}: make it a buffer"
             )
+    if wrapping_of(inner) is not None:
+        state = {name: value.unsqueeze(0) for name, value in state.items()}
     content = tensor_bytes(state, {"kind": "taulearn weights"})
     manifest = describe(inner, hashlib.sha256(content).hexdigest())
     folder = Path(path)
@@ -109,6 +116,8 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
     tensors, _ = read_tensors(folder / _WEIGHTS)
     if host is None:
         return _rebuilt(manifest, tensors, folder)
+    if isinstance(manifest.model, Wrapped):
+        tensors = {name: value.squeeze(0) if value.ndim else value for name, value in tensors.items()}
     inner: nn.Module = getattr(host, "_orig_mod", host)
     with all_or_nothing([inner], None):
         _wrap_as_saved(inner, manifest, folder)

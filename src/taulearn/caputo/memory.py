@@ -65,7 +65,8 @@ class _MemoryWeights(torch.autograd.Function):
         ctx.gamma, ctx.memory_from = gamma, memory_from
         weights = tau.new_zeros(len(tau), len(tau), dtype=dtype)
         for start, rows in row_blocks(tau, gamma):
-            forget_(rows, start, memory_from)
+            rows[:, :memory_from] = 0.0
+            rows.diagonal(start).fill_(1.0)
             rows[:, 1:] -= rows[:, :-1].clone()
             weights[start : start + len(rows), : rows.shape[1]] = rows.tril_(start)
         return weights
@@ -76,21 +77,14 @@ class _MemoryWeights(torch.autograd.Function):
         (tau,) = ctx.saved_tensors
 
         def rows(start: int) -> Tensor:
-            """The cotangent of a, of which c_{l,j} and c_{l,j+1} are made."""
+            """The cotangent of a_{l,j}, which enters c_{l,j} and c_{l,j+1}."""
             block = cotangent[start : start + BLOCK].double()
-            block[:, :-1] -= block[:, 1:].tril(start - 1)
-            return forget_(block, start, ctx.memory_from, diagonal=0.0)
+            block[:, :-1] -= block[:, 1:].clone()
+            block[:, : ctx.memory_from] = 0.0
+            return block
 
         blocks = (rows(start) for start in range(0, len(tau), BLOCK))
         return cotangent_of_steps(tau, ctx.gamma, blocks), None, None, None
-
-
-def forget_(rows: Tensor, start: int, memory_from: int, *, diagonal: float = 1.0) -> Tensor:
-    """Set a_{l,j} = 0 for j < memory_from, but for the diagonal; ``rows`` begin at row ``start``."""
-    rows[:, :memory_from] = 0.0
-    if start < memory_from:
-        rows[: memory_from - start].diagonal(start)[:] = diagonal
-    return rows
 
 
 class Memory(ABC):

@@ -43,6 +43,7 @@ def compile_once(
     options: dict[str, Any] = {"fallback_random": True}
     if fused:
         options["cpp_wrapper"] = not torch.cuda.is_available()
+        options["cpp.min_chunk_size"] = 8192  # smaller kernels are done before a second thread has woken
         if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # the checks before each call cost as much as a layer
             options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)

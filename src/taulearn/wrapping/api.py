@@ -140,7 +140,7 @@ def rewrap(
     _check_host(model)
     known = dict(model.named_modules())
     for name in (*blocks, *shortened):
-        if name not in known:
+        if name not in known or (name in blocks and known[name] is model):
             raise ValueError(f"it has no {name!r}{nearest_names(name, known)}")
     layers = [known[name] for name in blocks]
     _check_blocks(model, blocks, layers)

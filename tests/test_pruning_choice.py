@@ -1,0 +1,148 @@
+"""Criteria and budgets of pruning."""
+
+import copy
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from small_networks import deleted, network
+from taulearn import prune, wrap
+from taulearn._budget import within_latency
+from taulearn.nn import Residual, TimeSteps, TimeVariableNetwork, fractional_dnn
+
+
+def steps() -> TimeVariableNetwork:
+    return network([0.5, 0.2, 0.004, 0.1, 0.3])
+
+
+def fractional() -> TimeVariableNetwork:
+    return network([0.5, 0.2, 0.004, 0.1, 0.3], builder=fractional_dnn)
+
+
+def test_share_and_power_differ_for_the_fractional_scheme() -> None:
+    # sqrt(0.004) has a share of 3 %, 0.004 one of 0.4 %
+    assert deleted(prune(fractional(), 0.01)) == []
+    assert deleted(prune(fractional(), 0.01, criterion="power")) == []
+    assert deleted(prune(fractional(), 0.01, criterion="share")) == [2]
+    assert deleted(prune(steps(), 0.01, criterion="power")) == deleted(prune(steps(), 0.01, criterion="share")) == [2]
+
+
+def test_a_criterion_of_ones_own() -> None:
+    def by_norm(tau: Tensor, model: nn.Module) -> Tensor:
+        assert not tau.requires_grad
+        assert tau.tolist() == steps().time_steps.tau.tolist()
+        return torch.tensor([5.0, 1.0, 3.0, 0.01, 0.02])
+
+    report = prune(steps(), 0.01, criterion=by_norm)
+    assert deleted(report) == [3, 4]
+    assert [d.share for d in report.deleted] == pytest.approx([0.01 / 9.03, 0.02 / 9.02])
+    assert deleted(prune(steps(), criterion=by_norm, budget=2)) == [3, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        ("shares", "criterion must be one of 'power', 'share', got 'shares': did you mean 'share'"),
+        (lambda tau, _: tau[:-1], "criterion must return 5 finite scores >= 0, one per layer"),
+        (lambda tau, _: -tau, "criterion must return 5 finite scores >= 0, one per layer, got"),
+        (lambda tau, _: tau / 0, "criterion must return 5 finite scores >= 0"),
+    ],
+)
+def test_criteria_that_are_none(criterion: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prune(steps(), criterion=criterion)
+
+
+@pytest.mark.parametrize(("number", "gone"), [(5, []), (9, []), (4, [2]), (3, [2, 3]), (1, [2, 3, 1, 4])])
+def test_the_best_layers_stay_within_a_number(number: int, gone: list[int]) -> None:
+    model = steps()
+    assert deleted(prune(model, budget=number)) == gone
+    assert model.time_steps.num_steps == min(number, 5)
+
+
+def test_a_number_below_the_layers_that_must_stay() -> None:
+    model = network(None, constraint="dependent")
+    with pytest.raises(ValueError, match="budget must be at least 2, the number of layers that must stay, got 1: layer 0"):
+        prune(model, budget=1)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (0, "budget must be an integer >= 1"),
+        (True, "budget must be an integer >= 1"),
+        (2.5, "budget must be an integer >= 1"),
+        ({"latency_ms": 1.0}, r"budget must be a number of layers or .*got keys \['latency_ms'\]"),
+        ({"latency_ms": 0, "example_inputs": None}, "must be a positive number of milliseconds, got 0"),
+        ({"latency_ms": float("nan"), "example_inputs": None}, "must be a positive number of milliseconds"),
+    ],
+)
+def test_budgets_that_are_none(budget: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prune(steps(), budget=budget)
+    with pytest.raises(ValueError, match="budget must be None where keep is given"):
+        prune(steps(), budget=2, keep=[0, 1])
+
+
+class Slow(nn.Module):
+    """Takes some milliseconds, whatever the machine does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.004)
+        return self.weight * x
+
+
+def slow() -> TimeVariableNetwork:
+    return TimeVariableNetwork(
+        [Slow() for _ in range(6)],
+        nn.Identity(),
+        Residual(),
+        TimeSteps(6, init=[0.1, 0.6, 0.2, 0.5, 0.3, 0.4], horizon=2.1),
+        stem=nn.Identity(),
+    )
+
+
+def test_as_many_layers_as_a_latency_allows() -> None:
+    model, x = slow(), torch.ones(1, 1)
+    model.train()
+    before = dict(model.named_parameters())
+    report = prune(model, budget={"latency_ms": 15.0, "example_inputs": x})
+    assert model.time_steps.num_steps in (2, 3)  # 4 ms each, and what the machine is busy with
+    assert deleted(report)[:3] == [0, 2, 4]
+    assert "a forward pass takes" in str(report)
+    assert "allowed are 15" in str(report)
+    assert all(module.training for module in model.modules())
+    assert all(p is before[f"layers.{model.time_steps.origin[i]}.weight"] for i, p in enumerate(l.weight for l in model.layers))
+    assert not prune(slow(), budget={"latency_ms": 1e4, "example_inputs": x})
+
+
+def test_a_latency_that_nothing_meets_changes_nothing() -> None:
+    model = slow()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"must be at least what the smallest model takes, got 0.5: with 1 of 6 layers it"):
+        prune(model, budget={"latency_ms": 0.5, "example_inputs": torch.ones(1, 1)})
+    assert model.time_steps.num_steps == 6
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_largest_number_within_a_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, order = slow(), [0, 2, 4, 5, 3]
+    monkeypatch.setattr("taulearn._budget.milliseconds", lambda m, _: 10.0 * m.time_steps.num_steps)
+    for limit, left in [(60.0, 6), (59.9, 5), (30.0, 3), (10.0, 1)]:
+        deletions, taken = within_latency(model, order, 6, {"latency_ms": limit, "example_inputs": None})
+        assert (6 - deletions, taken) == (left, 10.0 * left)
+        assert model.time_steps.num_steps == 6
+
+
+def test_a_latency_of_a_wrapped_model() -> None:
+    model = wrap(nn.Sequential(*(nn.Sequential(Slow(), nn.Identity()) for _ in range(4))), "[0123]", init=[1, 0.1, 0.5, 2])
+    report = prune(model, budget={"latency_ms": 11.0, "example_inputs": (torch.ones(1, 1),)})
+    assert deleted(report)[:2] == [1, 2]
+    assert len(model) == model.time_steps.num_steps + 1
