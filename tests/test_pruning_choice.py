@@ -65,7 +65,7 @@ def test_the_best_layers_stay_within_a_number(number: int, gone: list[int]) -> N
 
 def test_a_number_below_the_layers_that_must_stay() -> None:
     model = network(None, constraint="dependent")
-    with pytest.raises(ValueError, match="budget must be at least 2, the number of layers that must stay, got 1: layer 0"):
+    with pytest.raises(ValueError, match="budget must be at least 2, the number of layers that must stay, got 1"):
         prune(model, budget=1)
 
 
@@ -119,14 +119,18 @@ def test_as_many_layers_as_a_latency_allows() -> None:
     assert "a forward pass takes" in str(report)
     assert "allowed are 15" in str(report)
     assert all(module.training for module in model.modules())
-    assert all(p is before[f"layers.{model.time_steps.origin[i]}.weight"] for i, p in enumerate(l.weight for l in model.layers))
+    assert all(
+        p is before[f"layers.{model.time_steps.origin[i]}.weight"] for i, p in enumerate(l.weight for l in model.layers)
+    )
     assert not prune(slow(), budget={"latency_ms": 1e4, "example_inputs": x})
 
 
 def test_a_latency_that_nothing_meets_changes_nothing() -> None:
     model = slow()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"must be at least what the smallest model takes, got 0.5: with 1 of 6 layers it"):
+    with pytest.raises(
+        ValueError, match=r"must be at least what the smallest model takes, got 0.5: with 1 of 6 layers"
+    ):
         prune(model, budget={"latency_ms": 0.5, "example_inputs": torch.ones(1, 1)})
     assert model.time_steps.num_steps == 6
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -142,7 +146,9 @@ def test_the_largest_number_within_a_latency(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_latency_of_a_wrapped_model() -> None:
-    model = wrap(nn.Sequential(*(nn.Sequential(Slow(), nn.Identity()) for _ in range(4))), "[0123]", init=[1, 0.1, 0.5, 2])
+    model = wrap(
+        nn.Sequential(*(nn.Sequential(Slow(), nn.Identity()) for _ in range(4))), "[0123]", init=[1, 0.1, 0.5, 2]
+    )
     report = prune(model, budget={"latency_ms": 11.0, "example_inputs": (torch.ones(1, 1),)})
     assert deleted(report)[:2] == [1, 2]
     assert len(model) == model.time_steps.num_steps + 1

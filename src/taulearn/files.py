@@ -1,5 +1,6 @@
 """Files that are whole or absent: written aside, synced, renamed; read with a clear word on what is wrong."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
+
+_PACKED = "taulearn"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -59,7 +62,9 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         True
     """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return serialise(plain, dict(metadata))
+    # safetensors writes several metadata entries in no fixed order; as one, equal content gives equal bytes
+    packed = {_PACKED: json.dumps(dict(metadata), sort_keys=True)} if len(metadata) > 1 else dict(metadata)
+    return serialise(plain, packed)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -94,9 +99,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
+            if _PACKED in metadata:
+                metadata = {str(k): str(v) for k, v in json.loads(metadata[_PACKED]).items()}
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, metadata
-    except (SafetensorError, ValueError, RuntimeError) as error:
+    except (SafetensorError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path} must be a safetensors file, got a damaged one ({error}): restore or delete it"
         ) from error

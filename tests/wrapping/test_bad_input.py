@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from taulearn import nn as taulearn_nn, prune, unwrap, wrap
 from taulearn.wrapping import anneal_to_one
-from wrapping.hosts import BY_NAME, Block, every_host, Host, sequential
+from wrapping.hosts import BY_NAME, Block, Host, every_host, sequential
 from wrapping.test_probe import Scaled
 
 X = torch.ones(1, 4)
@@ -70,20 +70,56 @@ def with_steps() -> nn.Module:
         (sequential, {"blocks": []}, "blocks must be a name or pattern, or several of them, got \\[\\]"),
         (sequential, {"blocks": [1]}, "blocks must be a name or pattern"),
         (sequential, {"blocks": ["1", "1.inner"]}, "blocks must not contain each other, got '1' and '1.inner'"),
-        (sequential, {"blocks": "0", "example_inputs": X}, r"got '0': its output \(1, 6\) has another shape than its inp"),
-        (sequential, {"blocks": "1.norm", "train": "hea"}, "train must match names of the model, got 'hea', which matches"),
-        (shared_called_twice, {"blocks": "0", "example_inputs": X}, "got '0': it was called 2 times: a block used in sever"),
-        (shared_called_twice, {"blocks": "0"}, "blocks must have one place each, got '0', which is also 2: a block used"),
+        (
+            sequential,
+            {"blocks": "0", "example_inputs": X},
+            r"got '0': its output \(1, 6\) has another shape than its inp",
+        ),
+        (
+            sequential,
+            {"blocks": "1.norm", "train": "hea"},
+            "train must match names of the model, got 'hea', which matches",
+        ),
+        (
+            shared_called_twice,
+            {"blocks": "0", "example_inputs": X},
+            "got '0': it was called 2 times: a block used in sever",
+        ),
+        (
+            shared_called_twice,
+            {"blocks": "0"},
+            "blocks must have one place each, got '0', which is also 2: a block used",
+        ),
         (Twice, {"example_inputs": X}, "blocks must have one place each, got 'blocks.0', which is also again"),
-        (lambda: nn.Sequential(Scaled()), {"blocks": "0", "example_inputs": X[:, :3]}, "got '0': it changed it in place"),
+        (
+            lambda: nn.Sequential(Scaled()),
+            {"blocks": "0", "example_inputs": X[:, :3]},
+            "got '0': it changed it in place",
+        ),
         (lambda: nn.Sequential(nn.Tanh()), {"blocks": "0", "example_inputs": X}, "got '0': it has no parameters"),
-        (Nested, {"example_inputs": X[None]}, "got the TransformerEncoder 'encoder' that does: build torch.nn.Transformer"),
+        (
+            Nested,
+            {"example_inputs": X[None]},
+            "got the TransformerEncoder 'encoder' that does: build torch.nn.Transformer",
+        ),
         (with_a_wrapped_part, {"example_inputs": X}, "model must not contain wrapped modules, got '0', which is"),
         (with_steps, {"example_inputs": X}, "model must not have time steps yet, got a Sequential with time_steps"),
-        (lambda: taulearn_nn.resnet(4, 3, 1, 3), {"example_inputs": X}, "must not have time steps yet, got a TimeVariable"),
+        (
+            lambda: taulearn_nn.resnet(4, 3, 1, 3),
+            {"example_inputs": X},
+            "must not have time steps yet, got a TimeVariable",
+        ),
         (sequential, {"example_inputs": X, "constraint": "fre"}, "did you mean 'free'"),
-        (sequential, {"example_inputs": X, "init": [1.0, 2.0]}, r"init must be a number or 4 numbers, got shape \(2,\)"),
-        (sequential, {"example_inputs": X, "constraint": "dependent", "horizon": 3.0}, "init must sum to horizon = 3.0"),
+        (
+            sequential,
+            {"example_inputs": X, "init": [1.0, 2.0]},
+            r"init must be a number or 4 numbers, got shape \(2,\)",
+        ),
+        (
+            sequential,
+            {"example_inputs": X, "constraint": "dependent", "horizon": 3.0},
+            "init must sum to horizon = 3.0",
+        ),
     ],
 )
 def test_what_cannot_be_wrapped(make: Callable[[], nn.Module], options: dict[str, Any], message: str) -> None:
@@ -97,7 +133,7 @@ def test_what_cannot_be_wrapped(make: Callable[[], nn.Module], options: dict[str
 
 
 def test_what_is_no_module() -> None:
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
         wrap(lambda x: x, example_inputs=X)  # type: ignore[type-var]
 
 
@@ -126,7 +162,10 @@ def test_nested_tensors_that_come_after_wrapping() -> None:
     wrap(model, example_inputs=X[None].expand(2, 3, 4))
     model.encoder.use_nested_tensor = True
     mask = torch.tensor([[False, False, True], [False, False, False]])
-    with torch.no_grad(), pytest.raises(ValueError, match="must get a plain tensor, got a nested one: build torch.nn.Tran"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"must get a plain tensor, got a nested one: build torch.nn.Tran"),
+    ):
         model(torch.rand(2, 3, 4), mask)
 
 
@@ -148,7 +187,9 @@ def test_what_cannot_be_annealed() -> None:
         anneal_to_one(sequential(), 1.0)
     for constraint in ("dependent", "simplex"):
         model = wrap(sequential(), example_inputs=X, init=0.5, constraint=constraint)
-        with pytest.raises(ValueError, match="able to be 1 all at once, got constraint .* with horizon 2 for 4 blocks"):
+        with pytest.raises(
+            ValueError, match=r"able to be 1 all at once, got constraint .* with horizon 2 for 4 blocks"
+        ):
             anneal_to_one(model, 1.0)
 
 

@@ -153,12 +153,14 @@ def test_a_failure_leaves_all_as_it_was(host: Host, where: str) -> None:
     averaged = AveragedModel(model)
 
     def picture() -> list[Any]:
-        found: list[Any] = [
-            [(n, id(p)) for n, p in each.named_parameters()] for each in (model, averaged)
-        ]
+        found: list[Any] = [[(n, id(p)) for n, p in each.named_parameters()] for each in (model, averaged)]
         found += [[(n, id(m)) for n, m in model.named_modules()], repr(model), model.time_steps.origin]
         found += [[{k: id(v) for k, v in vars(m).items() if k in ("forward", "config")} for m in model.modules()]]
-        found += [[vars(m).get("layer_idx") for m in model.modules()], id(wrapping_of(model)), str(vars(model).get("config"))]
+        found += [
+            [vars(m).get("layer_idx") for m in model.modules()],
+            id(wrapping_of(model)),
+            str(vars(model).get("config")),
+        ]
         return found
 
     before, output = picture(), evaluated(model, host.inputs())
@@ -272,13 +274,13 @@ def test_a_block_that_others_depend_on_stays() -> None:
     with torch.no_grad():
         model.time_steps.values[:2] = 0.0
     assert [d.layer for d in prune(model).deleted] == [1]
-    with pytest.raises(ValueError, match="keep must contain layer 0, got .*another output without it"):
+    with pytest.raises(ValueError, match=r"keep must contain layer 0, got .*another output without it"):
         prune(model, keep=[1])
 
 
 def test_without_inputs_only_what_is_certain_can_be_deleted() -> None:
     model = wrap(ByNumber(), "blocks.*")
-    with pytest.raises(ValueError, match="a layer that can be deleted, got none: .*give example_inputs to wrap"):
+    with pytest.raises(ValueError, match=r"a layer that can be deleted, got none: .*give example_inputs to wrap"):
         prune(model)
     prune(wrap(sequential(), "[1234]"), keep=[0])
     prune(wrap(BY_NAME["encoder"].make(), "layers.*"), keep=[0])

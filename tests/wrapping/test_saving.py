@@ -94,12 +94,14 @@ def test_another_host_is_refused_and_left_as_it_was(make: Callable[[], Any], mes
         load_model(tmp_path, host=host)
     assert repr(host) == before
     assert all(p is names[name] for name, p in host.named_parameters())
-    assert [key for m in host.modules() for key in vars(m)] == [key for m in copy.deepcopy(host).modules() for key in vars(m)]
+    assert [key for m in host.modules() for key in vars(m)] == [
+        key for m in copy.deepcopy(host).modules() for key in vars(m)
+    ]
 
 
 def test_an_unwrapped_model_is_not_saved(tmp_path: Path) -> None:
     model = HOSTS[0].wrapped()
-    with pytest.raises(TypeError, match="model must be a model with time steps, got Sequential.*taulearn.wrap"):
+    with pytest.raises(TypeError, match=r"model must be a model with time steps, got Sequential.*taulearn.wrap"):
         save_model(unwrap(model), tmp_path)
 
 
@@ -148,7 +150,7 @@ def test_a_manifest_that_names_code_executes_none(tmp_path: Path, monkeypatch: p
     folder = tmp_path / "model"
     save_model(HOSTS[0].wrapped(), folder)
     rewritten(folder, ["model", "saved_from"], "bomb.Bomb")
-    with pytest.raises(ValueError, match="host must be given for the 'bomb.Bomb'"):
+    with pytest.raises(ValueError, match=r"host must be given for the 'bomb.Bomb'"):
         load_model(folder)
     with pytest.raises(ValueError, match=r"model.saved_from must be 'bomb.Bomb', got 'Sequential'"):
         load_model(folder, host=sequential())

@@ -84,7 +84,7 @@ def test_pruned_and_annealed_it_is_saved_for_plain_loading(host: Host, tmp_path:
     assert not any(info.values())
     assert torch.equal(evaluated(loaded, host.inputs()), evaluated(model, host.inputs()))
     assert "time_steps" in dict(model.named_children())
-    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    _again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert type(unwrap(model).save_pretrained).__name__ == "method"
 

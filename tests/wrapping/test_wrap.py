@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_names_and_checkpoints_are_those_of_the_host(host: Host) -> None:
     assert found.missing_keys == ["time_steps.values"]
     assert found.unexpected_keys == []
     assert torch.equal(evaluated(model, host.inputs()), evaluated(other, host.inputs()))
-    with pytest.raises(RuntimeError, match="time_steps.values"):
+    with pytest.raises(RuntimeError, match=r"time_steps.values"):
         bare.load_state_dict(model.state_dict())
 
 
@@ -162,7 +163,7 @@ def test_the_user_says_what_trains(train: Any, trained: list[str]) -> None:
     assert set(trained) <= set(found)
     assert {name.split(".")[0] for name in found[:-1]} <= {"0", "1", "2", "3", "4", "5"} if trained else len(found) == 1
     groups = parameter_groups(model, lr=0.1, tau_lr=0.01)
-    assert [p for p in groups[-1]["params"]] == [model.time_steps.values]
+    assert list(groups[-1]["params"]) == [model.time_steps.values]
     assert len(groups[0]["params"]) == len(found) - 1
 
 
@@ -187,7 +188,7 @@ def test_constraints_start_as_the_host(constraint: str) -> None:
 def test_horizon_is_the_sum_of_init() -> None:
     model = wrap(sequential(), example_inputs=torch.ones(1, 4), init=[0.5, 1.0, 0.25, 0.25])
     assert model.time_steps.horizon == 2.0
-    with pytest.raises(ValueError, match="init must sum to horizon = 3.0"):
+    with pytest.raises(ValueError, match=r"init must sum to horizon = 3.0"):
         wrap(sequential(), example_inputs=torch.ones(1, 4), constraint="simplex", horizon=3.0)
 
 
@@ -267,7 +268,7 @@ def test_hidden_states_of_transformers_are_those_of_the_steps() -> None:
     still = model(tokens(), output_hidden_states=True).hidden_states
     assert len(states) == len(still) == 5
     assert all(torch.equal(state, still[0]) for state in still)
-    assert not any(torch.equal(a, b) for a, b in zip(states[:-1], states[1:], strict=True))
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(states))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

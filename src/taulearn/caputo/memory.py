@@ -11,8 +11,9 @@ itself follow one by one. Backward, with g_{l+1} = dJ/dy_{l+1}, mirrors it:
     dJ/dy_j  ->  + sum_{l>=j} c_{l,j} g_{l+1},     dJ/dc_{l,j} = <g_{l+1}, y_j>,     dJ/dbeta_l = <g_{l+1}, f_l>
 
 one product per block for what later blocks contribute, and one for the gradient of c. Each layer is one node of
-autograd's graph that takes y_l, so that all later layers have run when its turn comes; what the layers share lives in
-a pass object. The weights enter by a node that all layers depend on, and get their gradient once, at the end.
+autograd's graph that takes y_l, so that all later layers have run when its turn comes; what the layers share in one
+backward pass is an :class:`Adjoint`. The weights enter by a node that all layers depend on, and get their gradient
+once, at the end.
 
 References:
     Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks, section 5.2.
@@ -78,7 +79,7 @@ class _MemoryWeights(torch.autograd.Function):
 
         def rows(start: int) -> Tensor:
             """The cotangent of a_{l,j}, which enters c_{l,j} and c_{l,j+1}."""
-            block = cotangent[start : start + BLOCK].double()
+            block = cotangent[start : start + BLOCK].to(torch.float64, copy=True)
             block[:, :-1] -= block[:, 1:].clone()
             block[:, : ctx.memory_from] = 0.0
             return block

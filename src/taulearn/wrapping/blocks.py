@@ -94,7 +94,9 @@ class Skip:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output with x in the place of B(x)."""
-        return with_state(self.inner(*args, **kwargs), state_in(args, kwargs))  # type: ignore[arg-type]
+        x = state_in(args, kwargs)
+        output = self.inner(*args, **kwargs)
+        return output if x is None else with_state(output, x)
 
 
 class PassThrough(nn.Module):
