@@ -107,8 +107,8 @@ def main() -> None:
     if options.peak:
         print(peak_memory(options.peak, options.layers[0]))
         return
-    threads = torch.get_num_threads()
-    print(f"{platform.processor()}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}")
+    machine, threads = platform.processor() or platform.machine(), torch.get_num_threads()
+    print(f"{machine}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}")
     print("  N       ms: residual   exact    fast  exact/res fast/res  MB: res  exact   fast  exact/res fast/res")
     rows = {}
     for layers in options.layers:

@@ -6,7 +6,8 @@
 (d) the bare matrix products of the same sizes, forward and backward
 (e) a jitted jax.lax.scan over the epoch, where jax can be imported
 
-``python benchmarks/training_step.py [--epochs 5] [--network resnet|fractional] [--skip-published]``; data as for ``taulearn train --data mnist``.
+``python benchmarks/training_step.py [--epochs 5] [--network resnet|fractional] [--skip-published]``; the data lie where
+``taulearn train --data mnist`` looks for them.
 """
 
 import argparse
@@ -162,11 +163,20 @@ def pruned_ratio(make: Callable[[], nn.Module], images: torch.Tensor, targets: t
     data, loss, inner = (images, targets), nn.functional.cross_entropy, []
 
     def train_whole(_: object) -> None:
-        history = taulearn.fit(whole, data, loss=loss, optimizer=optimizers[0], epochs=2, compile="always", progress=False)
+        history = taulearn.fit(
+            whole, data, loss=loss, optimizer=optimizers[0], epochs=2, compile="always", progress=False
+        )
         inner.append(history.epochs["seconds"][2])
 
     history = taulearn.fit(
-        pruned, data, loss=loss, optimizer=optimizers[1], epochs=epochs + 1, compile="always", progress=False, callbacks=[train_whole]
+        pruned,
+        data,
+        loss=loss,
+        optimizer=optimizers[1],
+        epochs=epochs + 1,
+        compile="always",
+        progress=False,
+        callbacks=[train_whole],
     )
     return float(history.epochs["seconds"][2:].min() / min(inner))
 
@@ -194,8 +204,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         alone = taulearn.fit(
-            network, (images, targets), loss=nn.functional.cross_entropy, optimizer=optimizer, epochs=4, compile="always",
-            progress=False, run=Path(folder) / "run",
+            network,
+            (images, targets),
+            loss=nn.functional.cross_entropy,
+            optimizer=optimizer,
+            epochs=4,
+            compile="always",
+            progress=False,
+            run=Path(folder) / "run",
         )
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) / 1024
 
@@ -221,17 +237,25 @@ def main() -> None:
     network = make()
     optimizer = torch.optim.SGD(network.parameters(), lr=LR)
     history = taulearn.fit(
-        network, (images, targets), loss=nn.functional.cross_entropy, optimizer=optimizer, epochs=options.epochs + 1, compile="always",
-        progress=False, callbacks=[others],
+        network,
+        (images, targets),
+        loss=nn.functional.cross_entropy,
+        optimizer=optimizer,
+        epochs=options.epochs + 1,
+        compile="always",
+        progress=False,
+        callbacks=[others],
     )
     seconds["a fit"] = history.epochs["seconds"][2:].tolist()
 
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{options.network} 784-100x6-10, MNIST, batch {BATCH}, SGD; seconds per epoch over {options.epochs} interleaved epochs")
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{options.network} 784-100x6-10, MNIST, batch {BATCH}, SGD; seconds per epoch, {options.epochs} in turn")
     fastest = {name: min(values) for name, values in seconds.items()}
     print(f"{'':20}{'min':>9}{'median':>9}{'a / this':>10}")
     for name in sorted(seconds):
-        print(f"{name:20}{fastest[name]:9.3f}{statistics.median(seconds[name]):9.3f}{fastest['a fit'] / fastest[name]:10.2f}")
+        ratio = fastest["a fit"] / fastest[name]
+        print(f"{name:20}{fastest[name]:9.3f}{statistics.median(seconds[name]):9.3f}{ratio:10.2f}")
     if options.network == "resnet":
         print(f"fit with 3 layers left of 6, against 6: {pruned_ratio(make, images, targets, options.epochs):.2f}")
     print(f"peak resident set of a 4 epoch run above the process that has imported torch: {peak:.0f} MB")

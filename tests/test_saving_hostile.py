@@ -71,7 +71,7 @@ def edited(folder: Path, *keys: str | int, value: object) -> Path:
         (["model", "kind"], "pickled", "model: Input tag 'pickled'"),
         (["model", "dtype"], "float64", r"must be float64 \(3, 2\), got float32"),
         (["scheme", "name"], "resdual", "did you mean 'residual'"),
-        (["scheme", "name"], "fractional", r"must have options \['gamma', 'memory', 'memory_from', 'tolerance'\], got \{"),
+        (["scheme", "name"], "fractional", r"options \['gamma', 'memory', 'memory_from', 'tolerance'\], got \{\}"),
         (["time_steps", "origin"], [0, 1], "must have one step per layer, got 2 for 3 layers"),
         (["time_steps", "origin"], [0, 2, 2], "origin must increase"),
         (["time_steps", "horizon"], -1.0, "horizon must be a positive finite number"),

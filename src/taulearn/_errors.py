@@ -1,4 +1,4 @@
-"""Wording shared by the errors of the package: the nearest name to an unknown one, and what was found in place of what was asked."""
+"""Wording shared by the errors of the package: the nearest name to an unknown one, and what was asked and found."""
 
 import difflib
 from collections.abc import Iterable

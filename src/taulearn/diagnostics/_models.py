@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._deletion import prunable_of
 from ..nn.time_steps import TimeSteps
 from ..penalties import time_steps_of
+from ..wrapping.host import wrapping_of
+from ..wrapping.state import state_out
 
 
 class HasStates(Protocol):
@@ -21,15 +23,46 @@ class HasStates(Protocol):
         """y_1 .. y_N."""
 
 
+class BlockStates:
+    """The states of a wrapped model: what its blocks return, with their steps, caught on the way through.
+
+    Args:
+        model: The wrapped model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def states(self, x: Tensor) -> list[Tensor]:
+        """y_1 .. y_N of one forward pass."""
+        found: dict[nn.Module, Tensor] = {}
+
+        def keep(block: nn.Module, _: object, output: object) -> None:
+            state = state_out(output)
+            assert state is not None
+            found[block] = state
+
+        blocks = layers_of(self.model)
+        hooks = [block.register_forward_hook(keep) for block in blocks]
+        try:
+            self.model(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [found[block] for block in blocks]
+
+
 def states_of(model: nn.Module) -> HasStates:
-    """The model, once it is known to have time steps and states."""
+    """The states of a network built by this package or wrapped by it."""
     time_steps_of(model)
-    if not callable(getattr(model, "states", None)):
+    if callable(getattr(model, "states", None)):
+        return cast(HasStates, model)
+    if wrapping_of(model) is None:
         raise TypeError(
             f"network must have a method states(x) -> [y_1, .., y_N], got {type(model).__name__} without: build it "
-            "with taulearn.nn"
+            "with taulearn.nn, or wrap it"
         )
-    return cast(HasStates, model)
+    return BlockStates(model)
 
 
 def layers_of(model: nn.Module) -> Sequence[nn.Module]:
