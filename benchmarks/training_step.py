@@ -55,7 +55,8 @@ def published_loop(make: Callable[[], nn.Module], images: torch.Tensor, targets:
 
         def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
             picture = Image.fromarray(images[i, 0].numpy(), mode="L")
-            return torch.from_numpy(np.array(picture, copy=True)).unsqueeze(0).float().div(255), int(targets[i])
+            pixels = torch.from_numpy(np.array(picture, np.uint8, copy=True)).view(28, 28, 1)
+            return pixels.permute(2, 0, 1).contiguous().to(torch.float32).div(255), int(targets[i])
 
     network = make()
     optimizer = torch.optim.SGD(network.parameters(), lr=LR)
@@ -73,8 +74,8 @@ def published_loop(make: Callable[[], nn.Module], images: torch.Tensor, targets:
     return epoch
 
 
-def bare_products(iterations: int) -> Callable[[], float]:
-    """(d) The matrix products of one epoch: forward, weight gradients, state gradients (none for the input)."""
+def bare_products(inputs: torch.Tensor) -> Callable[[], float]:
+    """(d) The matrix products of one epoch over the data: forward, gradients of weights and states."""
     weights = [torch.randn(100, 784), *(torch.randn(100, 100) for _ in range(5)), torch.randn(10, 100)]
     states = [torch.randn(BATCH, w.shape[1]) for w in weights]
     gradients = [torch.randn(BATCH, w.shape[0]) for w in weights]
@@ -82,8 +83,8 @@ def bare_products(iterations: int) -> Callable[[], float]:
     @torch.no_grad()
     def epoch() -> float:
         began = time.perf_counter()
-        for _ in range(iterations):
-            for l, (w, y, g) in enumerate(zip(weights, states, gradients, strict=True)):
+        for x in inputs.flatten(1).split(BATCH):
+            for l, (w, y, g) in enumerate(zip(weights, [x, *states[1:]], gradients, strict=True)):
                 y @ w.T
                 g.T @ y
                 if l:
@@ -218,7 +219,7 @@ def main() -> None:
     inputs = images.float() / 255
     loops = {
         "b plain loop": plain_loop(make, inputs, targets),
-        "d matrix products": bare_products(600),
+        "d matrix products": bare_products(inputs),
         "a without record": steps_alone(make, images, targets),
     }
     if not options.skip_published:

@@ -1,5 +1,6 @@
 """torch.compile for functions that change with the network."""
 
+import contextlib
 import itertools
 import types
 import warnings
@@ -42,8 +43,13 @@ def compile_once(
     )
     options: dict[str, Any] = {"fallback_random": True}
     if fused:
-        options["cpp_wrapper"] = not torch.cuda.is_available()
-        options["cpp.min_chunk_size"] = 8192  # smaller kernels are done before a second thread has woken
+        if not torch.cuda.is_available():
+            options["cpp_wrapper"] = True
+            options["cpp.min_chunk_size"] = 16384  # smaller kernels are done before a second thread has woken
+            with contextlib.suppress(ImportError):  # a part of torch that may move
+                from ._unfuse import UnfuseSums
+
+                options["post_grad_custom_post_pass"] = UnfuseSums()
         if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # the checks before each call cost as much as a layer
             options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)

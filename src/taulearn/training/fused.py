@@ -18,7 +18,9 @@ from .compiler import compile_once
 from .objective import Objective, StepOptions
 
 UNROLL = 6
-"""Steps per compiled call: a call costs a tenth of a millisecond, each step unrolled some seconds of compilation."""
+"""Most steps per compiled call: a call costs a tenth of a millisecond, each step unrolled some seconds of compiling."""
+
+_STATES_PER_CALL = 36
 
 
 def why_not_fused(
@@ -40,6 +42,21 @@ def why_not_fused(
         "batches come from a loader": isinstance(batches, LoaderBatches),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def steps_per_call(objective: Objective, most: int) -> int:
+    """How many steps to fuse, so that compilation stays within about half a minute whatever the depth.
+
+    Args:
+        objective: What is minimised.
+        most: Upper bound.
+
+    Returns:
+        A number in 1 .. ``most``; a state counts once, in a network with memory as often as it is recalled.
+    """
+    layers = time_steps_of(objective.model).num_steps
+    recalls = getattr(getattr(objective.model, "scheme", None), "name", "") in ("dense", "fractional")
+    return max(1, min(most, _STATES_PER_CALL // (layers * layers if recalls else layers)))
 
 
 def has_hooks(optimizer: torch.optim.Optimizer) -> bool:

@@ -29,7 +29,7 @@ from .progress import Progress
 from .run import Run
 from .step import Engine
 
-COMPILE_PAYS_FROM = 25_000
+COMPILE_PAYS_FROM = 40_000
 """Iterations ahead from which "auto" compiles: compiling takes some 20 s and saves about a millisecond an iteration."""
 
 _FLUSH_EVERY = 1000

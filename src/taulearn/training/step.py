@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .batches import LoaderBatches, TensorBatches
 from .compiler import compile_once
-from .fused import UNROLL, FusedSGD, has_hooks, why_not_fused
+from .fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fused
 from .objective import Objective, StepOptions
 
 
@@ -110,9 +110,9 @@ class Engine:
         self.objective, self.optimizer, self.batches, self.options = objective, optimizer, batches, options
         self.plain = PlainStep(objective, optimizer, options)
         self.stop_every = stop_every
-        self.unroll = 1 if single else min(UNROLL, stop_every or UNROLL)
+        self.most = 1 if single else min(UNROLL, stop_every or UNROLL)
         if isinstance(batches, TensorBatches):
-            self.unroll = min(self.unroll, batches.full)
+            self.most = min(self.most, batches.full)
         self.hooked = has_hooks(optimizer)
         self.rebuild(compiled)
 
@@ -121,13 +121,14 @@ class Engine:
         self.compiled = compiled
         self.fused: FusedSGD | None = None
         self.evaluate: Callable[..., Any] | None = None
-        self.kind = "eager"
+        self.kind, self.unroll = "eager", 1
         if not compiled:
             return
         reason = why_not_fused(self.objective, self.optimizer, self.options, self.batches)
         if reason is None and self.hooked:
             reason = "the optimiser has hooks"
         if reason is None:
+            self.unroll = steps_per_call(self.objective, self.most)
             self.fused = FusedSGD(self.objective, self.optimizer, self.unroll, self.batches.sample(), self.plain)
             self.kind = f"compiled, {self.unroll} SGD steps fused"
         else:
