@@ -237,3 +237,11 @@ def test_a_name_that_is_not_unicode_is_written(make_run, tmp_path):
 
 def test_names_are_told_apart():
     assert unique_names(["a", "a", "a (2)", "a"]) == ["a", "a (2)", "a (2) (2)", "a (3)"]
+
+
+def test_a_report_does_not_overwrite_other_files(make_run, tmp_path):
+    settings = tmp_path / "run.toml"
+    settings.write_text("format = 1")
+    with pytest.raises(ValueError, match=r"path must end in \.html, got .*run\.toml"):
+        write_html(make_run(), settings)
+    assert settings.read_text() == "format = 1"

@@ -309,3 +309,20 @@ def test_a_learning_rate_that_is_too_large_diverges_with_a_hint() -> None:
     model = network()
     with pytest.raises(Diverged, match="Lower the learning rate"):
         run_fit(model, (X, Z), sgd(model, 1e30), epochs=5)
+
+
+def test_flat_targets_of_a_network_with_one_output_are_not_broadcast() -> None:
+    from taulearn import fit
+    from taulearn.nn import resnet
+
+    model = resnet(2, 3, 1, 2)
+    x = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=r"train must hold targets \(n, 1\).*got shape \(4,\).*unsqueeze"):
+        fit(
+            model,
+            (x, x.sum(1)),
+            loss=torch.nn.functional.mse_loss,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            epochs=1,
+            progress=False,
+        )

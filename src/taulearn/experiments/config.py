@@ -126,7 +126,7 @@ class TrainConfig(BaseModel):
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="Compile the training step; auto compiles long runs only."
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice unless given.")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; torch's choice unless given.")
 
     run: str | None = Field(None, min_length=1, description="Folder of the run; a new one in runs/ unless given.")
     overwrite: bool = Field(False, description="Replace the run that is in that folder.")

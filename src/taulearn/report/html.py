@@ -35,7 +35,7 @@ def write_html(runs: RunRecord | Sequence[RunRecord], path: str | os.PathLike[st
         The path of the file.
 
     Raises:
-        ValueError: If there is no run.
+        ValueError: If there is no run, or ``path`` does not end in .html.
         FileNotFoundError: If the folder of ``path`` does not exist.
 
     Example:
@@ -47,6 +47,8 @@ def write_html(runs: RunRecord | Sequence[RunRecord], path: str | os.PathLike[st
     if not several:
         raise ValueError("runs must hold at least one run, got none: open one with Run.open(path)")
     target = Path(path)
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"path must end in .html, got {str(target)!r}: another file there would be overwritten")
     if not target.parent.is_dir():
         raise FileNotFoundError(
             f"path must lie in an existing folder, got {str(target)!r}: make {str(target.parent)!r} first"

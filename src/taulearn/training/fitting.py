@@ -212,6 +212,11 @@ def _check_data(argument: str, model: nn.Module, sample: Batch, batches: TensorB
     finally:
         model.train(training)
     known = batches.targets if isinstance(batches, TensorBatches) else targets
+    if known.ndim == 1 and known.is_floating_point() and isinstance(output, Tensor) and output.shape[1:] == (1,):
+        raise ValueError(
+            f"{argument} must hold targets (n, 1) like the network's outputs, got shape {tuple(known.shape)}: "
+            "a loss would compare every sample with every other; use targets.unsqueeze(1)"
+        )
     if known.ndim == 1 and not known.is_floating_point() and isinstance(output, Tensor) and output.ndim == 2:
         classes = output.shape[1]
         outside = (known >= classes) | ((known < 0) & (known != -100))
