@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         data as data,
         diagnostics as diagnostics,
         experiments as experiments,
+        export as export,
         functional as functional,
         nn as nn,
         optim as optim,
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
         wrapping as wrapping,
     )
     from .diagnostics import summary as summary
+    from .export import export_model as export_model
     from .nn.time_steps import TimeSteps as TimeSteps
     from .optim import parameter_groups as parameter_groups
-    from .pruning import PruneReport as PruneReport, Pruning as Pruning, prune as prune
+    from .pruning import PruneReport as PruneReport, Pruning as Pruning, contribution as contribution, prune as prune
     from .saving import load_model as load_model, save_model as save_model
     from .training import History as History, fit as fit
     from .wrapping import unwrap as unwrap, wrap as wrap
@@ -45,9 +47,12 @@ __all__ = [
     "__version__",
     "adjoint",
     "caputo",
+    "contribution",
     "data",
     "diagnostics",
     "experiments",
+    "export",
+    "export_model",
     "fit",
     "functional",
     "load_model",
@@ -70,6 +75,8 @@ _HOMES = {
     "PruneReport": ".pruning",
     "Pruning": ".pruning",
     "TimeSteps": ".nn.time_steps",
+    "contribution": ".pruning",
+    "export_model": ".export",
     "fit": ".training",
     "load_model": ".saving",
     "parameter_groups": ".optim",

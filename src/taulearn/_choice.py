@@ -105,6 +105,11 @@ def scores_of(
     if criterion is None or criterion == "power":
         return None, power
     if isinstance(criterion, str):
+        if criterion == "contribution":
+            raise ValueError(
+                "criterion must be taulearn.contribution(inputs), got 'contribution', which has no data outside fit: "
+                "give a batch of inputs"
+            )
         if criterion != "share":
             raise unknown_name("criterion", criterion, ("power", "share"))
         return None, 1.0
@@ -160,6 +165,11 @@ def within_budget(
         raise ValueError(
             f"budget must be at least {len(fixed)}, the number of layers that must stay, got {number}: "
             f"layer {layer} stays because {reason}"
+        )
+    if number > steps.num_steps:
+        raise ValueError(
+            f"budget must be at most {steps.num_steps}, the number of layers that there are, got {number}: "
+            "there is nothing to delete"
         )
     order = plan(steps, 0.5, power=power, fixed=fixed, scores=scores, number=int(number))
     if not isinstance(budget, Mapping):

@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .nn.schemes import Scheme
 from .nn.time_steps import TimeSteps
@@ -29,6 +30,10 @@ WRAPPING = "_time_step_wrapping"
 """The attribute in which a wrapped model keeps what pruning asks of it."""
 
 
+_REPLACED = "_taulearn_replaced"
+"""The mark of time steps that a deletion has replaced while no optimiser was given, for :func:`check_holds`."""
+
+
 def prunable_of(model: nn.Module) -> Any:
     """What pruning asks, of a model itself or of its wrapping; out of torch.compile's wrapper.
 
@@ -49,13 +54,69 @@ def prunable_of(model: nn.Module) -> Any:
 
 
 def check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuse an optimiser that holds none of the model's parameters."""
+    """Refuse what is no optimiser, and one that does not hold the model's parameters as they are now.
+
+    Args:
+        optimizer: What the caller gave.
+        model: The model.
+
+    Raises:
+        TypeError: If it is a name, a class, or something else.
+        ValueError: If it holds none of the model's parameters, or time steps from before a deletion of which it was not
+            told.
+
+    Example:
+        >>> check_holds(torch.optim.SGD, nn.Linear(1, 1))
+        Traceback (most recent call last):
+        ...
+        TypeError: optimizer must be an optimiser of the model's parameters, got the class SGD: write SGD(model.parame...
+    """
+    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
+        given = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else repr(optimizer)
+        name = optimizer.__name__ if isinstance(optimizer, type) else "torch.optim.SGD"
+        raise TypeError(
+            f"optimizer must be an optimiser of the model's parameters, got {given}: "
+            f"write {name}(model.parameters(), lr=0.01)"
+        )
     own = {id(p) for p in model.parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     strangers = sum(id(p) not in own for p in held)
     if strangers == len(held):
         raise ValueError(
             "optimizer must hold the model's parameters, got one that holds none of them: make it from this model, "
+            "and hand it to every call of prune"
+        )
+    if any(getattr(p, _REPLACED, False) for p in held):
+        raise ValueError(
+            "optimizer must hold the model's time steps, got one that holds those from before layers were deleted "
+            "without it, so that tau would not train: make a new one from this model, and hand it to every call of prune"
+        )
+
+
+def check_averaged(averaged: AveragedModel, model: nn.Module) -> None:
+    """Refuse what is no average of this model.
+
+    Args:
+        averaged: What the caller gave.
+        model: The model.
+
+    Raises:
+        TypeError: If it is no AveragedModel.
+        ValueError: If it averages a model with other parameters.
+
+    Example:
+        >>> check_averaged(AveragedModel(nn.Linear(1, 1)), nn.Linear(1, 1))
+    """
+    if not isinstance(averaged, AveragedModel):
+        given = f"the class {averaged.__name__}" if isinstance(averaged, type) else f"a {type(averaged).__name__}"
+        raise TypeError(
+            f"averaged must be torch's AveragedModel of the model, got {given}: "
+            "write torch.optim.swa_utils.AveragedModel(model)"
+        )
+    shapes, theirs = ([tuple(p.shape) for p in each.parameters()] for each in (model, averaged.module))
+    if shapes != theirs:
+        raise ValueError(
+            "averaged must average this model, got one whose parameters have other shapes: make it from this model, "
             "and hand it to every call of prune"
         )
 
@@ -100,6 +161,7 @@ def delete(models: Sequence[nn.Module], kept: Sequence[int], optimizer: torch.op
     if old.grad is not None:
         new.grad = old.grad[index]
     if optimizer is None:
+        setattr(old, _REPLACED, True)
         return "none"
 
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}

@@ -20,7 +20,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from ._budget import Budget
 from ._choice import Criterion as Criterion, normalised, plan as plan, scores_of, shares as shares, within_budget
-from ._deletion import WRAPPING, Prunable as Prunable, all_or_nothing, check_holds, delete, prunable_of
+from ._contribution import contribution as contribution
+from ._deletion import WRAPPING, Prunable as Prunable, all_or_nothing, check_averaged, check_holds, delete, prunable_of
+from ._policy import Pruning as Pruning, check_threshold
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class PruneReport:
         parameters_after: Number of variables after.
         optimizer: "none" (not given), "unchanged", "exact" (state of all survivors kept bit by bit) or "reset" (it
             keeps no state per parameter).
-        note: What the reader should know of the accuracy of the deletion.
+        note: What the reader should know of the accuracy of the deletion, or of an optimiser that was not given.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -89,40 +91,6 @@ class PruneReport:
         if self.optimizer == "reset":
             text += "; the optimiser keeps no state per parameter and was reset"
         return text + (f"; {self.note}" if self.note else "")
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """The policy that ``fit`` takes: prune with this threshold, after every epoch or every so many iterations.
-
-    Args:
-        threshold: Share of the sum of abs(tau), in (0, 1).
-        every: "epoch", or a number of iterations >= 1 (the paper: 1).
-
-    Raises:
-        ValueError: If an argument lies outside its range.
-
-    Example:
-        >>> Pruning(0.01, every=100).due(iteration=300, epoch_ends=False)
-        True
-    """
-
-    threshold: float = 0.01
-    every: str | int = "epoch"
-
-    def __post_init__(self) -> None:
-        _check_threshold(self.threshold)
-        if self.every != "epoch" and (not isinstance(self.every, int) or self.every is True or self.every < 1):
-            raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {self.every!r}")
-
-    def due(self, *, iteration: int, epoch_ends: bool) -> bool:
-        """Whether to prune after this iteration, counted from 1."""
-        return epoch_ends if isinstance(self.every, str) else iteration % self.every == 0
-
-
-def _check_threshold(threshold: float) -> None:
-    if not 0.0 < threshold < 1.0:
-        raise ValueError(f"threshold must lie in (0, 1), got {threshold!r}: it is a share of sum |tau|")
 
 
 def check_prunable(model: nn.Module) -> Prunable:
@@ -186,19 +154,21 @@ def prune(
         threshold: Layers with a smaller share of sum abs(tau)^p are deleted, see the module's text; in (0, 1).
         keep: Positions (now, from 0) of the layers to keep instead of the rule.
         criterion: What shares are taken of: "share", abs(tau); "power", abs(tau)^gamma with the scheme's gamma (1 for
-            the residual scheme); a function (tau, model) -> one score >= 0 per layer. None: "power" for the fractional
-            scheme, else "share".
+            the residual scheme); a function (tau, model) -> one score >= 0 per layer, such as
+            ``taulearn.contribution(inputs)``. None: "power" for the fractional scheme, else "share".
         budget: Instead of the threshold: a number of layers to keep, or {"latency_ms": x, "example_inputs": inputs} for
             as many as a forward pass allows that takes at most x milliseconds, measured here and now in evaluation
             mode. The layers with the largest shares stay.
-        optimizer: The optimiser of the model's parameters, any of torch.optim. None: there is none.
+        optimizer: The optimiser of the model's parameters, any of torch.optim. None: there is none; one that was made
+            before holds the old time steps then, and would train tau no more. ``fit`` and the next call of ``prune``
+            refuse it, a hand-written loop does not notice.
         averaged: Averaged weights of the model, pruned alike.
 
     Returns:
         What was done.
 
     Raises:
-        TypeError: If the model has no time steps.
+        TypeError: If the model has no time steps, ``optimizer`` is no optimiser or ``averaged`` no AveragedModel.
         ValueError: If the threshold lies outside (0, 1), the model cannot be pruned, ``keep`` or ``budget`` leave out a
             layer that must stay, no deletion meets the latency, or the optimiser does not hold the model's parameters.
 
@@ -212,13 +182,15 @@ def prune(
         >>> [d.layer for d in report.deleted], report.parameters_before - report.parameters_after
         ([4, 2], 20202)
     """
-    _check_threshold(threshold)
+    check_threshold(threshold)
     prunable = check_prunable(model)
     model = getattr(model, "_orig_mod", model)
     steps, power = prunable.time_steps, prunable.scheme.step_power
     fixed = prunable.fixed_layers()
     if optimizer is not None:
         check_holds(optimizer, model)
+    if averaged is not None:
+        check_averaged(averaged, model)
     scores, exponent = scores_of(criterion, prunable, model)
     note = ""
     if budget is not None:
@@ -228,7 +200,7 @@ def prune(
     elif keep is None:
         chosen = plan(steps, threshold, power=exponent, fixed=fixed, scores=scores)
     else:
-        kept_positions = sorted({operator.index(i) for i in keep})
+        kept_positions = _positions(keep)
         if not kept_positions or kept_positions[0] < 0 or kept_positions[-1] >= steps.num_steps:
             raise ValueError(f"keep must name layers in 0 .. {steps.num_steps - 1}, got {kept_positions}")
         all_shares = shares(steps, exponent).tolist() if scores is None else normalised(scores)
@@ -257,7 +229,20 @@ def prune(
         size = sum(d.factor for d in deleted)
         error = f"error of the order tau^gamma, here {size:.2g} times the size of the deleted layers' values"
         note = f"{note}; {error}" if note else error
+    if deleted and optimizer is None and steps.values.grad is not None:
+        warning = "an optimiser made before this no longer trains tau: hand it over (optimizer=...) or make a new one"
+        note = f"{note}; {warning}" if note else warning
     return PruneReport(deleted, kept, before, len(kept), parameters_before, _count(model), state, note)
+
+
+def _positions(keep: Iterable[int]) -> list[int]:
+    """The positions to keep in order, each once."""
+    try:
+        if isinstance(keep, str | bytes):
+            raise TypeError
+        return sorted({operator.index(i) for i in keep})
+    except TypeError:
+        raise ValueError(f"keep must be a list of layer numbers, such as [0, 2], got {keep!r}") from None
 
 
 def _forget_compiled() -> None:

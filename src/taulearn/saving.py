@@ -25,7 +25,8 @@ from .nn.network import TimeVariableNetwork
 from .nn.time_steps import TimeSteps
 from .pruning import prune
 from .wrapping.api import rewrap
-from .wrapping.host import wrapping_of
+from .wrapping.folding import folded_state
+from .wrapping.host import drop_units, wrapping_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,7 +55,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
         6
     """
     inner = _check("model", model)
-    state = inner.state_dict()
+    state = folded_state(inner)
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -91,7 +92,8 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
         path: The folder; a run directory is one.
         host: A fresh model: not pruned, or pruned no further than the saved one. Layers that the saved model no longer
             has are deleted from it, and the weights are copied into it. For a wrapped model it need not be wrapped:
-            then it gets its time steps here. None: rebuild the network.
+            then it gets its time steps here; steps in units of displacement become plain ones. None: rebuild the
+            network.
 
     Returns:
         The host, or the rebuilt network (on the CPU, in training mode like every fresh module).
@@ -183,7 +185,9 @@ def _rebuilt(manifest: Manifest, tensors: dict[str, Tensor], folder: Path) -> Ti
 
 def _wrap_as_saved(host: nn.Module, manifest: Manifest, folder: Path) -> None:
     """Give a host without time steps those of a saved wrapped model; names in the file are only looked up."""
-    saved, steps = manifest.model, manifest.time_steps
+    saved, steps, wrapping = manifest.model, manifest.time_steps, wrapping_of(host)
+    if wrapping is not None and wrapping.units is not None:
+        drop_units(wrapping)
     if not isinstance(saved, Wrapped) or hasattr(host, "time_steps"):
         return
     try:

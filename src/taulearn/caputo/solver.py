@@ -42,6 +42,7 @@ def solve(
 
     Raises:
         ValueError: As :func:`l1_weights`, and if f returns another shape than that of y0.
+        TypeError: As :func:`l1_weights`, and if y0 is no tensor or f returns none.
 
     References:
         Antil, Diaz, Herberg (2022), equation (5.7).
@@ -52,6 +53,8 @@ def solve(
         1.0586...
     """
     gamma = check_order(gamma)
+    if not isinstance(y0, Tensor):
+        raise TypeError(f"y0 must be a tensor, got {type(y0).__name__}: write torch.as_tensor(y0)")
     weights = l1_weights(tau, gamma, validate=validate)
     steps = tau.double()
     times = torch.cat([steps.new_zeros(1), torch.cumsum(steps, 0)])
@@ -62,6 +65,8 @@ def solve(
     memory = torch.zeros((tau.shape[0], *y.shape), dtype=y.dtype, device=y.device)
     for n in range(tau.shape[0]):
         value = f(times[n], y)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"f must return a tensor of the shape of y0, {tuple(y.shape)}, got {type(value).__name__}")
         if value.shape != y.shape:
             raise ValueError(
                 f"f must return the shape of y0, {tuple(y.shape)}, got {tuple(value.shape)}: one value per component"

@@ -55,8 +55,8 @@ def l1_weights(
 
     Raises:
         ValueError: If gamma lies outside (0, 1), side is unknown, tau is not a vector of N >= 1 entries, or an entry of
-            tau is not positive and finite.
-        TypeError: If tau is not a floating point tensor, or gamma is a tensor.
+            tau is not positive and finite, or the steps span 150 orders of magnitude.
+        TypeError: If tau is not a floating point tensor, or gamma is no number.
         RuntimeError: If the values of tau are to be checked under ``torch.func.vmap``.
 
     References:
@@ -114,6 +114,8 @@ def derivative(
         1.1283791670955126
     """
     weights = l1_weights(tau, gamma, side, validate=validate)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a tensor, got {type(y).__name__}: write torch.as_tensor(y)")
     if y.ndim == 0 or y.shape[0] != tau.shape[0] + 1:
         raise ValueError(
             f"y must have one row more than tau has entries, {tau.shape[0] + 1}, got shape {tuple(y.shape)}: "

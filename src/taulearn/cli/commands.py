@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
+from .exporting import Export
 from .options import UsageError, numbers_option, option_groups, settings_from, settings_in, spelled
 from .output import figure, say, table, watched
+from .suites import Reproduce
 
 RunFolder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
 
@@ -172,7 +174,15 @@ def commands(defaults: Mapping[str, Any]) -> Any:
         frozen=True,
         namespace={"__call__": _train, "__doc__": "Train a network with learned time steps, and prune it on the way."},
     )
-    kinds = {"train": train, "resume": Resume, "prune": Prune, "report": Report, "data": Data}
+    kinds = {
+        "train": train,
+        "resume": Resume,
+        "prune": Prune,
+        "report": Report,
+        "export": Export,
+        "reproduce": Reproduce,
+        "data": Data,
+    }
     return reduce(or_, (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()))
 
 

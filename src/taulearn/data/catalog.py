@@ -13,11 +13,13 @@ from .cifar import CIFAR10, CIFAR100
 from .digits import DIGITS
 from .files import DataFile, check
 from .idx import FASHION_MNIST, MNIST
+from .maxwell import MAXWELL
 from .samples import DataSet, Samples
 from .synthetic import NESTED_SPHERES, PEAKS, SINE
 
 CATALOGUE: Mapping[str, DataSet] = {
-    entry.name: entry for entry in (DIGITS, MNIST, FASHION_MNIST, CIFAR10, CIFAR100, PEAKS, SINE, NESTED_SPHERES)
+    entry.name: entry
+    for entry in (DIGITS, MNIST, FASHION_MNIST, CIFAR10, CIFAR100, MAXWELL, PEAKS, SINE, NESTED_SPHERES)
 }
 
 

@@ -1,15 +1,11 @@
 """A model at a glance: its layers, their steps, their parameters, their time."""
 
-import statistics
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from .._calls import REPEATS, call, clock, milliseconds
+from .._calls import layer_milliseconds
 from .._table import format_table
 from ..nn.builders import FullyConnected
 from ..penalties import time_steps_of
@@ -97,7 +93,10 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         new = [p for p in layer.parameters() if p not in seen]
         seen.update(new)
         counts.append(sum(p.numel() for p in new))
-    of_layers, total = (None, None) if example_inputs is None else _time(model, layers, example_inputs)
+    of_layers, total = None, None
+    if example_inputs is not None:
+        with evaluation(model):
+            of_layers, total = layer_milliseconds(model, layers, example_inputs)
     wrapping = wrapping_of(model)
     kinds = [_kind(layer) for layer in layers]
     if wrapping is not None:
@@ -121,30 +120,3 @@ def _kind(layer: nn.Module) -> str:
         linear = layer.linear
         return f"FullyConnected({linear.in_features}, {linear.out_features}, {type(layer.activation).__name__})"
     return type(layer).__name__
-
-
-def _time(model: nn.Module, layers: Sequence[nn.Module], inputs: Any) -> tuple[tuple[float, ...], float]:
-    """Milliseconds of each layer and of the whole, medians over repeated forward passes."""
-    now = clock(model)
-    taken: list[list[float]] = [[] for _ in layers]
-
-    def timed(l: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            before = now()
-            output = forward(*args, **kwargs)
-            taken[l].append(now() - before)
-            return output
-
-        return run
-
-    with evaluation(model), torch.no_grad(), ExitStack() as undo:
-        whole = milliseconds(model, inputs)
-        for l, layer in enumerate(layers):
-            own = {"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {}
-            undo.callback(vars(layer).update, own)
-            undo.callback(vars(layer).pop, "forward")
-            # not by hooks: torch's TransformerEncoderLayer leaves its fast path where there are any
-            vars(layer)["forward"] = timed(l, layer.forward)
-        for _ in range(REPEATS):
-            call(model, inputs)
-    return tuple(statistics.median(times) for times in taken), whole

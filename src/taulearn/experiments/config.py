@@ -131,6 +131,11 @@ class TrainConfig(BaseModel):
     run: str | None = Field(None, min_length=1, description="Folder of the run; a new one in runs/ unless given.")
     overwrite: bool = Field(False, description="Replace the run that is in that folder.")
     checkpoint_every: int = Field(1, ge=1, description="Epochs between checkpoints.")
+    trace: Literal["all", "thinned"] = Field(
+        "all",
+        description="Rows per iteration in the record. thinned: some 2000, spaced logarithmically and evenly, which "
+        "bounds the space that a run takes.",
+    )
     tensorboard: bool = Field(False, description="Write events for TensorBoard into the folder, too.")
 
     @field_validator("width", mode="before")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, StepLR
 
 from .. import data, penalties
+from .._devices import usable_device
 from .._errors import unknown_name
 from ..data import Samples
 from ..data.catalog import CATALOGUE
@@ -57,13 +58,7 @@ def make_device(config: TrainConfig) -> torch.device:
     """
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device must be one that is there, got {config.device!r} ({reason}): leave it out") from error
-    return device
+    return usable_device("device", config.device)
 
 
 def load_splits(config: TrainConfig) -> Splits:

@@ -17,7 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 from ..pruning import Pruning
 from ..report import write_html
 from ..saving import save_model
-from ..training import History, Run, evaluate, fit
+from ..training import EpochEnd, History, Run, evaluate, fit
+from ..training.thinning import thinned
 from . import parts
 from .config import TrainConfig, explain
 
@@ -60,7 +61,13 @@ class Result:
         return float(self.history.epochs["seconds"].sum())
 
 
-def train(config: TrainConfig, *, on_start: Callable[[Run], None] | None = None, progress: bool = True) -> Result:
+def train(
+    config: TrainConfig,
+    *,
+    on_start: Callable[[Run], None] | None = None,
+    progress: bool = True,
+    callbacks: Sequence[Callable[[EpochEnd], None]] = (),
+) -> Result:
     """Train as the settings say, and leave a folder with settings, record, checkpoints, network and report.
 
     The same settings give the same bits on the same machine with the same versions and number of threads (CPU).
@@ -69,6 +76,7 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], None] | None = None,
         config: The settings.
         on_start: Called with the run when everything has been checked and its folder made.
         progress: Whether to show a bar or a line per epoch.
+        callbacks: Called after each epoch, as by :func:`taulearn.fit`.
 
     Returns:
         The trained network, the record, the figures on the test data.
@@ -96,11 +104,15 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], None] | None = None,
             on_start(run)
         return run
 
-    return _train(config, make_run, resume=False, progress=progress)
+    return _train(config, make_run, resume=False, progress=progress, callbacks=callbacks)
 
 
 def resume(
-    run: str | os.PathLike[str], *, on_start: Callable[[Run], None] | None = None, progress: bool = True
+    run: str | os.PathLike[str],
+    *,
+    on_start: Callable[[Run], None] | None = None,
+    progress: bool = True,
+    callbacks: Sequence[Callable[[EpochEnd], None]] = (),
 ) -> Result:
     """Go on with a training from its newest checkpoint, to the result that it would have had without the interruption.
 
@@ -108,6 +120,7 @@ def resume(
         run: The run's folder.
         on_start: As for :func:`train`.
         progress: As for :func:`train`.
+        callbacks: As for :func:`train`.
 
     Returns:
         As :func:`train`; of a run that is complete, what it left.
@@ -124,7 +137,7 @@ def resume(
             on_start(opened)
         return opened
 
-    return _train(config, make_run, resume=True, progress=progress)
+    return _train(config, make_run, resume=True, progress=progress, callbacks=callbacks)
 
 
 def settings_of(run: Run) -> TrainConfig:
@@ -147,7 +160,14 @@ def settings_of(run: Run) -> TrainConfig:
         raise ValueError(f"{run.path / 'run.toml'}: {explain(error)}") from error
 
 
-def _train(config: TrainConfig, make_run: Callable[[], Run], *, resume: bool, progress: bool) -> Result:
+def _train(
+    config: TrainConfig,
+    make_run: Callable[[], Run],
+    *,
+    resume: bool,
+    progress: bool,
+    callbacks: Sequence[Callable[[EpochEnd], None]],
+) -> Result:
     with _threads(config.threads):
         device = parts.make_device(config)
         splits = parts.load_splits(config)
@@ -182,6 +202,7 @@ def _train(config: TrainConfig, make_run: Callable[[], Run], *, resume: bool, pr
             validation=tuple(splits.validation),
             run=run,
             resume=resume,
+            callbacks=callbacks,
             compile=config.compile,
             scheduler=scheduler,
             seed=config.seed,
@@ -193,7 +214,9 @@ def _train(config: TrainConfig, make_run: Callable[[], Run], *, resume: bool, pr
             progress=progress,
             tensorboard=config.tensorboard,
         )
-        if resume:
+        if config.trace == "thinned":
+            history = thinned(history)
+        if resume or config.trace == "thinned":
             # A run that had ended is not trained on, and its record may be what was damaged.
             history.save(run.history_path)
         result: nn.Module = model

@@ -13,6 +13,14 @@ from .builders import (
     fractional_dnn as fractional_dnn,
     resnet as resnet,
 )
+from .convolutional import (
+    ConvolutionalStem as ConvolutionalStem,
+    PooledHead as PooledHead,
+    PreActivationBlock as PreActivationBlock,
+    resnet_v2 as resnet_v2,
+)
+from .each import apply_to_each as apply_to_each
+from .early_exit import Prediction as Prediction
 from .network import TimeVariableNetwork as TimeVariableNetwork
 from .schemes import (
     Dense as Dense,

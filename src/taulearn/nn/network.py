@@ -1,11 +1,13 @@
 """A network with learned time steps: layers, a scheme, one vector of steps, and an output layer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .each import apply_to_each
+from .early_exit import Prediction, predict
 from .schemes import Fractional, Scheme
 from .skips import IdentitySkips, Skips
 from .time_steps import TimeSteps
@@ -62,16 +64,19 @@ class TimeVariableNetwork(nn.Module):
                 f"skips must have one map per layer, got {self.skips.num_steps} for {len(self.layers)} layers"
             )
 
-    def states(self, x: Float[Tensor, "batch *features"]) -> list[Tensor]:
+    def states(self, x: Float[Tensor, "batch *features"], *, initial: bool = False) -> list[Tensor]:
         """The states y_1 .. y_N, one tensor per layer.
 
         Args:
             x: Inputs, (batch, ...).
+            initial: Whether y_0, the output of the stem, comes before them.
 
         Returns:
-            N tensors (batch, ...).
+            N tensors (batch, ...), or N + 1.
         """
-        return self.scheme.states(self.stem(x), self.layers, self.skips, self.time_steps.tau)
+        start = self.stem(x)
+        states = self.scheme.states(start, self.layers, self.skips, self.time_steps.tau)
+        return [start, *states] if initial else states
 
     def forward(self, x: Float[Tensor, "batch *features"]) -> Tensor:
         """The network's output, the head applied to y_N.
@@ -86,16 +91,21 @@ class TimeVariableNetwork(nn.Module):
         return output
 
     def intermediate_outputs(
-        self, x: Float[Tensor, "batch *features"], *, states: Sequence[Tensor] | None = None
+        self, x: Float[Tensor, "batch *features"], *, states: Sequence[Tensor] | None = None, final: bool = True
     ) -> dict[int, Tensor]:
         """The outputs yhat_k of the network cut after k layers: y_k carried by the remaining skips to the head.
 
         That is the network with tau_l = 0 for all l >= k (residual and fractional schemes; the others carry the state
-        by their skips all the same), without parameters of its own.
+        by their skips all the same), without parameters of its own. One forward pass gives the states; what is carried
+        goes through each skip and the head together.
+
+        Batch normalisation in the head or in a skip, in training mode: each state is normalised by its own statistics,
+        and only y_N, as in every forward pass, enters the running ones. In evaluation mode all are normalised by those.
 
         Args:
             x: Inputs, (batch, ...).
-            states: y_1 .. y_N of a forward pass on ``x``, where there was one. None: computed.
+            states: y_1 .. y_N, or y_0 .. y_N, of a forward pass on ``x``, where there was one. None: computed.
+            final: Whether yhat_N is wanted.
 
         Returns:
             For k = 1 .. N the output yhat_k, yhat_N being that of :meth:`forward`; before them k = 0, where the skips
@@ -113,14 +123,51 @@ class TimeVariableNetwork(nn.Module):
             >>> sorted(resnet(2, 3, 1, 4).intermediate_outputs(torch.zeros(5, 2)))
             [1, 2, 3, 4]
         """
-        N = len(self.layers)
-        states = self.states(x) if states is None else states
-        if len(states) != N:
+        N, first = len(self.layers), 0 if self.skips.from_input else 1
+        states = self.states(x, initial=first == 0) if states is None else list(states)
+        if len(states) not in (N, N + 1):
             raise ValueError(f"states must be y_1 .. y_{N}, got {len(states)} tensors: take those of network.states(x)")
-        carried = {k: self.skips.carry(y, k, N) if k < N else y for k, y in enumerate(states, start=1)}
-        if self.skips.from_input:
-            carried = {0: self.skips.carry(self.stem(x), 0, N), **carried}
-        return {k: self.head(y) for k, y in carried.items()}
+        if len(states) == N:
+            states = [self.stem(x) if first == 0 else states[0], *states]
+        carried: list[Tensor] = []
+        for l in range(N):
+            if l >= first:
+                carried.append(states[l])
+            if not self.skips.unchanged(l):
+                carried = apply_to_each(self.skips.past(l), carried)
+        outputs = dict(enumerate(apply_to_each(self.head, carried), start=first))
+        return {**outputs, N: self.head(states[N])} if final else outputs
+
+    def predict(
+        self,
+        inputs: Float[Tensor, "batch *features"],
+        confidence: float = 0.9,
+        *,
+        depths: Collection[int] | None = None,
+    ) -> Prediction:
+        """Outputs with early exit: each sample stops at the first intermediate output that is confident.
+
+        Samples that have stopped leave the batch, so that the layers after them are not computed for them. It is worth
+        its checks after training with a stage cost, which makes the intermediate outputs good ones.
+
+        Args:
+            inputs: (batch, ...), of the network's floating point type.
+            confidence: The largest softmax probability that is enough, in (0, 1]; 1 computes the whole network.
+            depths: Numbers k of layers after which to look. None: all there are.
+
+        Returns:
+            Outputs and the number of layers behind each.
+
+        Raises:
+            ValueError: If confidence or depths lie outside their range, or the outputs are not (batch, classes).
+
+        Example:
+            >>> from taulearn.nn import resnet
+            >>> network = resnet(2, 3, 2, 4)
+            >>> network.predict(torch.ones(5, 2), confidence=1.0).depths
+            tensor([4, 4, 4, 4, 4])
+        """
+        return predict(self, inputs, confidence, depths=depths)
 
     def fixed_layers(self) -> dict[int, str]:
         """Positions that pruning must leave, each with the reason."""

@@ -13,7 +13,7 @@ References:
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ _BLOCKED_FROM = 8  # fewer layers are no slower without blocks
 _FAST_FROM = 256  # measured: benchmarks/fractional_memory.py
 _TOLERANCE = 1e-6
 
+Stepper = Callable[[int, nn.Module, list[Tensor]], Tensor]
+"""From the number l of a layer, the layer and the states [y_0 .. y_l] to y_{l+1}."""
+
 
 class Scheme(nn.Module):
     """What a network asks of its scheme.
@@ -39,13 +42,27 @@ class Scheme(nn.Module):
         deletes_exactly: Whether a layer with an identity skip is the identity in the limit tau_l -> 0, so that it can
             be pruned.
         step_power: Exponent p for which tau^p multiplies the layer function; pruning compares shares of abs(tau)^p.
+        remembers: Whether a state depends on others than the one before it.
     """
 
     name: str
     deletes_exactly = False
     step_power = 1.0
+    remembers = False
 
     @abstractmethod
+    def stepper(self, skips: Skips, tau: Tensor) -> Stepper:
+        """The recursion, one step at a time.
+
+        Args:
+            skips: The maps P.
+            tau: Time steps, (N,).
+
+        Returns:
+            A function of l, f_l and the states [y_0 .. y_l] that answers y_{l+1}. Where the scheme does not remember,
+            only the last state is looked at.
+        """
+
     def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
         """The states y_1 .. y_N.
 
@@ -58,6 +75,10 @@ class Scheme(nn.Module):
         Returns:
             N tensors.
         """
+        states, step = [x], self.stepper(skips, tau)
+        for l, layer in enumerate(layers):
+            states.append(step(l, layer, states))
+        return states[1:]
 
 
 class Feedforward(Scheme):
@@ -70,12 +91,13 @@ class Feedforward(Scheme):
 
     name = "feedforward"
 
-    def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
-        states, y = [], x
-        for layer, step in zip(layers, tau.unbind(), strict=True):
-            y = F.feedforward_step(layer(y), step)
-            states.append(y)
-        return states
+    def stepper(self, skips: Skips, tau: Tensor) -> Stepper:
+        steps = tau.unbind()
+
+        def step(l: int, layer: nn.Module, states: list[Tensor]) -> Tensor:
+            return F.feedforward_step(layer(states[-1]), steps[l])
+
+        return step
 
 
 class Residual(Scheme):
@@ -89,12 +111,14 @@ class Residual(Scheme):
     name = "residual"
     deletes_exactly = True
 
-    def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
-        states, y = [], x
-        for l, (layer, step) in enumerate(zip(layers, tau.unbind(), strict=True)):
-            y = F.residual_step(skips(y, l, l + 1), layer(y), step)
-            states.append(y)
-        return states
+    def stepper(self, skips: Skips, tau: Tensor) -> Stepper:
+        steps = tau.unbind()
+
+        def step(l: int, layer: nn.Module, states: list[Tensor]) -> Tensor:
+            y = states[-1]
+            return F.residual_step(skips(y, l, l + 1), layer(y), steps[l])
+
+        return step
 
 
 class Dense(Scheme):
@@ -106,16 +130,19 @@ class Dense(Scheme):
     """
 
     name = "dense"
+    remembers = True
 
-    def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
-        states = [x]
-        for l, (layer, step) in enumerate(zip(layers, tau.unbind(), strict=True)):
-            carried = [skips(y, k, l + 1) for k, y in enumerate(states)]
+    def stepper(self, skips: Skips, tau: Tensor) -> Stepper:
+        steps = tau.unbind()
+
+        def step(l: int, layer: nn.Module, states: list[Tensor]) -> Tensor:
             total = None
-            for y in carried:
-                total = y if total is None else total if y is None else total + y
-            states.append(F.residual_step(total, layer(states[-1]), step))
-        return states[1:]
+            for k, y in enumerate(states):
+                carried = skips(y, k, l + 1)
+                total = carried if total is None else total if carried is None else total + carried
+            return F.residual_step(total, layer(states[-1]), steps[l])
+
+        return step
 
 
 class Fractional(Scheme):
@@ -148,6 +175,7 @@ class Fractional(Scheme):
 
     name = "fractional"
     deletes_exactly = True
+    remembers = True
 
     def __init__(
         self, gamma: float = 0.5, memory_from: int = 1, *, memory: str = "auto", tolerance: float = _TOLERANCE
@@ -173,23 +201,36 @@ class Fractional(Scheme):
         self.step_power = self.gamma
 
     def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
-        states = [x]
+        states, step = [x], self._stepper(skips, tau)
         recall: Recall | None = None
-        weights: Tensor | None = None
-        steps = tau.unbind()
-        for l, (layer, step) in enumerate(zip(layers, steps, strict=True)):
+        for l, layer in enumerate(layers):
             y = states[-1]
             f = layer(y)
             if recall is not None and recall.fits(f):
                 states.append(recall.step(l, f, y))
                 continue
-            if l > 0 and weights is None:
-                weights = caputo.l1_weights(tau, self.gamma, validate=False)
-            memory = None if weights is None else self._memory(weights[l], states, skips)
-            states.append(F.fractional_step(skips(y, l, l + 1), memory, f, step, self.gamma))
+            states.append(step(l, f, states))
             if l == 0:
                 recall = self._recall(x, states[-1], skips, tau)
         return states[1:]
+
+    def stepper(self, skips: Skips, tau: Tensor) -> Stepper:
+        step = self._stepper(skips, tau)
+        return lambda l, layer, states: step(l, layer(states[-1]), states)
+
+    def _stepper(self, skips: Skips, tau: Tensor) -> Callable[[int, Tensor, list[Tensor]], Tensor]:
+        """The recursion from l, f_l(y_l) and [y_0 .. y_l], in which each layer contracts the stored states."""
+        steps = tau.unbind()
+        weights: Tensor | None = None
+
+        def step(l: int, f: Tensor, states: list[Tensor]) -> Tensor:
+            nonlocal weights
+            if l > 0 and weights is None:
+                weights = caputo.l1_weights(tau, self.gamma, validate=False)
+            memory = None if weights is None else self._memory(weights[l], states, skips)
+            return F.fractional_step(skips(states[-1], l, l + 1), memory, f, steps[l], self.gamma)
+
+        return step
 
     def _recall(self, x: Tensor, y: Tensor, skips: Skips, tau: Tensor) -> Recall | None:
         """The blocked memory for the layers after the first, where it can be used; x and y are y_0 and y_1."""

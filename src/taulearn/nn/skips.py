@@ -39,6 +39,10 @@ class Skips(nn.Module):
     def carry(self, y: Tensor, source: int, target: int) -> Tensor:
         """The nonzero map from state ``source`` to state ``target``."""
 
+    def past(self, layer: int) -> nn.Module:
+        """The map of :meth:`carry` from ``layer`` to ``layer + 1`` as a module."""
+        return _Past(self, layer)
+
     @abstractmethod
     def unchanged(self, layer: int) -> bool:
         """Whether :meth:`carry` from ``layer`` to ``layer + 1`` returns its argument."""
@@ -46,6 +50,23 @@ class Skips(nn.Module):
     @abstractmethod
     def keep_(self, layers: Sequence[int]) -> None:
         """Forget the maps past all layers but ``layers``; those forgotten must be identities."""
+
+
+class _Past(nn.Module):
+    """The map past one layer.
+
+    Args:
+        skips: The skips.
+        layer: Number of the layer.
+    """
+
+    def __init__(self, skips: Skips, layer: int) -> None:
+        super().__init__()
+        self.skips = skips
+        self.layer = layer
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.skips.carry(y, self.layer, self.layer + 1)
 
 
 class IdentitySkips(Skips):
@@ -70,6 +91,43 @@ class IdentitySkips(Skips):
         self.num_steps = len(layers)
 
 
+def pad(y: Tensor, width: int) -> Tensor:
+    """A vector of another width: truncated, or padded with zeros.
+
+    Args:
+        y: (..., n).
+        width: The width it shall have.
+
+    Example:
+        >>> pad(torch.ones(2), 3)
+        tensor([1., 1., 0.])
+    """
+    change = width - y.shape[-1]
+    return y if change == 0 else torch.nn.functional.pad(y, (0, change)) if change > 0 else y[..., :change]
+
+
+class Pad(nn.Module):
+    """:func:`pad` as a module.
+
+    Args:
+        width: Width of the outputs.
+
+    Example:
+        >>> Pad(1)(torch.ones(2))
+        tensor([1.])
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, y: Tensor) -> Tensor:
+        return pad(y, self.width)
+
+    def extra_repr(self) -> str:
+        return f"{self.width}"
+
+
 class PadSkips(Skips):
     """Vectors of different widths: a longer one is truncated, a shorter one padded with zeros.
 
@@ -89,8 +147,10 @@ class PadSkips(Skips):
         self.widths = tuple(widths)
 
     def carry(self, y: Tensor, source: int, target: int) -> Tensor:
-        change = self.widths[target] - y.shape[-1]
-        return y if change == 0 else torch.nn.functional.pad(y, (0, change)) if change > 0 else y[..., :change]
+        return pad(y, self.widths[target])
+
+    def past(self, layer: int) -> nn.Module:
+        return Pad(self.widths[layer + 1])
 
     def unchanged(self, layer: int) -> bool:
         return self.widths[layer] == self.widths[layer + 1]
@@ -126,6 +186,9 @@ class ComposedSkips(Skips):
         for layer in range(source, target):
             y = self.maps[layer](y)
         return y
+
+    def past(self, layer: int) -> nn.Module:
+        return self.maps[layer]
 
     def unchanged(self, layer: int) -> bool:
         return isinstance(self.maps[layer], nn.Identity)

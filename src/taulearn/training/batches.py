@@ -1,6 +1,6 @@
 """Where batches come from: tensors kept whole in memory, or a loader that yields them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from .._errors import positive_integer
 
 Batch = tuple[Tensor, Tensor]
+
+IGNORED = -100
+"""The label that torch's cross entropy passes over."""
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
@@ -39,7 +42,9 @@ class TensorBatches:
         return -(-len(self.inputs) // self.batch_size)
 
     def order(self, epoch: int) -> Tensor:
-        """The order of the samples in an epoch, (n,)."""
+        """The order of the samples in an epoch, (n,); a batch of all samples needs none."""
+        if self.batch_size == len(self.inputs):
+            return torch.arange(len(self.inputs), device=self.inputs.device)
         return torch.randperm(len(self.inputs), generator=_generator(self.seed, epoch)).to(self.inputs.device)
 
     def gather(self, index: Tensor) -> Batch:
@@ -62,10 +67,16 @@ class LoaderBatches:
     Args:
         loader: Yields pairs (inputs, targets).
         device: Where batches go.
+        argument: The caller's name for the data, for messages.
+
+    Attributes:
+        classes: Number of classes, where targets are known to be class numbers: each batch's labels are then checked
+            before they leave the host.
     """
 
-    def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
-        self.loader, self.device = loader, device
+    def __init__(self, loader: DataLoader[Any], device: torch.device, argument: str = "train") -> None:
+        self.loader, self.device, self.argument = loader, device, argument
+        self.classes: int | None = None
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -73,7 +84,9 @@ class LoaderBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch; a loader cannot start in the middle."""
         for batch in self.loader:
-            inputs, targets = batch
+            inputs, targets = _pair(batch, self.argument, "yield")
+            if self.classes is not None and targets.device.type == "cpu":
+                check_labels(self.argument, targets, self.classes, "of a batch")
             yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
     def sample(self) -> Batch:
@@ -81,8 +94,57 @@ class LoaderBatches:
         dataset = cast(Any, self.loader.dataset)
         whole = self.loader.batch_sampler is None  # the dataset's items are batches
         items = dataset[0] if whole else [dataset[i] for i in range(min(2, len(dataset)))]
-        inputs, targets = self.loader.collate_fn(items)
+        inputs, targets = _pair(self.loader.collate_fn(items), self.argument, "yield")
         return inputs.to(self.device), targets.to(self.device)
+
+
+def _pair(data: Any, argument: str, verb: str, otherwise: str = "") -> Batch:
+    """Two tensors with a batch dimension, or an error that says what there is instead."""
+    what = f"{argument} must {verb} a pair of tensors (inputs, targets){otherwise}"
+    if not isinstance(data, tuple | list):
+        keys = f" with the keys {', '.join(map(repr, data))}" if isinstance(data, Mapping) else ""
+        remedy = ": let item i of the data set be (inputs, targets)" if keys else _conversion([data])
+        raise TypeError(f"{what}, got {type(data).__name__}{keys}{remedy}")
+    if len(data) != 2 or not all(isinstance(t, Tensor) for t in data):
+        kinds = ", ".join(type(t).__name__ for t in data[:4]) + (", ..." if len(data) > 4 else "")
+        raise TypeError(f"{what}, got {type(data).__name__} of {len(data)} ({kinds}){_conversion(data)}")
+    inputs, targets = data
+    for name, tensor in (("inputs", inputs), ("targets", targets)):
+        if tensor.ndim == 0:
+            raise ValueError(
+                f"{argument} must hold {name} with one row per sample, got a single number: use shape (n, ...)"
+            )
+    return inputs, targets
+
+
+def _conversion(values: Sequence[Any]) -> str:
+    if any(isinstance(value, np.ndarray) for value in values):
+        return ": convert arrays with torch.from_numpy"
+    return ": convert them with torch.as_tensor" if any(isinstance(value, list) for value in values) else ""
+
+
+def check_labels(argument: str, targets: Tensor, classes: int, where: str = "") -> None:
+    """Refuse class numbers that the network does not have.
+
+    Args:
+        argument: The caller's name for the data.
+        targets: Class numbers, (n,); -100 is ignored by losses.
+        classes: Number of outputs.
+        where: What the samples are counted in, for the message.
+
+    Raises:
+        ValueError: If a number lies outside 0 .. classes - 1.
+
+    Example:
+        >>> check_labels("train", torch.tensor([0, 1, -100]), 2)
+    """
+    outside = (targets >= classes) | ((targets < 0) & (targets != IGNORED))
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0, 0])
+        raise ValueError(
+            f"{argument} must hold labels in 0 .. {classes - 1}, got {int(targets[at])} at sample {at}"
+            f"{where and f' {where}'}: renumber the classes, or build the network with more outputs"
+        )
 
 
 def make_batches(
@@ -124,13 +186,8 @@ def make_batches(
             raise ValueError(f"{argument} must hold at least one batch, got an empty {type(data).__name__}")
         if isinstance(data, Dataset):
             data = DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=_generator(seed, 0))
-        return LoaderBatches(data, device)
-    if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)):
-        raise TypeError(
-            f"{argument} must be a pair of tensors (inputs, targets), a Dataset or a DataLoader, "
-            f"got {type(data).__name__}"
-        )
-    inputs, targets = data
+        return LoaderBatches(data, device, argument)
+    inputs, targets = _pair(data, argument, "be", ", a Dataset or a DataLoader")
     if len(inputs) != len(targets):
         raise ValueError(
             f"{argument} must hold as many targets as inputs, got {len(inputs)} inputs and {len(targets)} targets"

@@ -8,7 +8,6 @@ torn or damaged one is noticed and the previous one is used.
 import hashlib
 import json
 import random
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,16 @@ from torch.optim.swa_utils import AveragedModel
 from ..files import read_tensors, write_tensors
 from ..penalties import time_steps_of
 from ..pruning import prune
+from .checks import disagreements
 from .history import History
+from .plain import from_plain, to_plain
+from .pruner import Pruner
 
 FORMAT = 1
 KEPT = 2
+
+_SHAPE = ("T_0", "T_max", "T_mult", "eta_min", "gamma", "milestones", "power", "step_size", "total_iters", "total_steps")
+"""What schedulers of torch keep of their shape, and do not change as they step."""
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Position:
         iteration: Number of iterations taken.
         compiled: Whether the steps are compiled now.
         seconds: Time spent in the epoch under way.
+        stopped: Whether a callback ended the training.
     """
 
     epoch: int = 0
@@ -46,6 +52,7 @@ class Position:
     iteration: int = 0
     compiled: bool = False
     seconds: float = 0.0
+    stopped: bool = False
 
 
 @dataclass
@@ -58,6 +65,7 @@ class Parts:
         scheduler: Learning rate scheduler, or None.
         averaged: Averaged weights, or None.
         generator: The generator of a DataLoader's order, or None.
+        pruner: The pruning policy at work, or None.
     """
 
     model: nn.Module
@@ -65,9 +73,23 @@ class Parts:
     scheduler: LRScheduler | None = None
     averaged: AveragedModel | None = None
     generator: torch.Generator | None = None
+    pruner: Pruner | None = None
 
 
-def save_checkpoint(folder: Path, parts: Parts, position: Position, history: History) -> Path:
+@dataclass(frozen=True)
+class Start:
+    """What a run was started with.
+
+    Attributes:
+        terms: What must be the same when it is resumed (``training.checks.terms``).
+        config: The configuration in its run.toml.
+    """
+
+    terms: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
+def save_checkpoint(folder: Path, parts: Parts, position: Position, history: History, start: Start) -> Path:
     """Write one checkpoint and delete all but the last two.
 
     Args:
@@ -75,6 +97,7 @@ def save_checkpoint(folder: Path, parts: Parts, position: Position, history: His
         parts: What to save.
         position: Where the run stands.
         history: The record so far.
+        start: What the run was started with.
 
     Returns:
         The file.
@@ -87,6 +110,8 @@ def save_checkpoint(folder: Path, parts: Parts, position: Position, history: His
     tensors: dict[str, Tensor] = {f"model/{name}": t for name, t in parts.model.state_dict().items()}
     plain: dict[str, Any] = {
         "position": vars(position),
+        "terms": dict(start.terms),
+        "config": dict(start.config),
         "origin": list(time_steps_of(parts.model).origin),
         "python": random.getstate(),
         "numpy": _numpy_state(),
@@ -95,14 +120,16 @@ def save_checkpoint(folder: Path, parts: Parts, position: Position, history: His
         tensors |= {f"averaged/{name}": t for name, t in parts.averaged.state_dict().items()}
     plain["optimizer"], plain["state"] = _optimizer(parts, tensors)
     if parts.scheduler is not None:
-        plain["scheduler"] = _plain(parts.scheduler.state_dict(), "scheduler", tensors)
+        plain["scheduler"] = to_plain(parts.scheduler.state_dict(), "scheduler", tensors)
+    if parts.pruner is not None:
+        plain["pruner"] = to_plain(parts.pruner.state(), "pruner", tensors)
     tensors["random/torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     if parts.generator is not None:
         tensors["random/loader"] = parts.generator.get_state()
     tensors |= history.tensors()
-    text = json.dumps(plain)
+    text = json.dumps(plain, default=str)
     metadata = {"format": str(FORMAT), "state": text, "digest": _digest(tensors, text)}
     folder.mkdir(exist_ok=True)
     file = folder / f"{position.iteration:010d}.safetensors"
@@ -121,20 +148,52 @@ def save_checkpoint(folder: Path, parts: Parts, position: Position, history: His
     return file
 
 
-def load_checkpoint(folder: Path, parts: Parts) -> tuple[Position, History, list[str]]:
+def load_checkpoint(
+    folder: Path, parts: Parts, terms: Mapping[str, Any]
+) -> tuple[Position, History, Mapping[str, Any], list[str]]:
     """Put the newest undamaged checkpoint into freshly made parts: layers that were deleted are deleted again.
 
     Args:
         folder: The run's folder of checkpoints.
         parts: Model, optimiser and the rest, made as at the start of the run.
+        terms: What the run is resumed with.
 
     Returns:
-        The position, the record so far, and one line per damaged checkpoint that was passed over.
+        The position, the record so far, the terms that the run had, and one line per damaged checkpoint that was passed
+        over.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
-        ValueError: If every checkpoint is damaged, or they do not fit the parts.
+        ValueError: If every checkpoint is damaged, or they do not fit the parts or the terms.
     """
+    tensors, plain, complaints = _newest(folder)
+    position = Position(**plain["position"])
+    differing = disagreements(plain.get("terms", {}), terms)
+    if differing:
+        raise ValueError(f"{'; '.join(differing)}: resume with the same, or start a new run")
+    if terms["epochs"] < position.epoch:
+        raise ValueError(
+            f"epochs must be at least {position.epoch}, the number that are done, got {terms['epochs']}: "
+            "start a new run for fewer"
+        )
+    _restore(parts, tensors, plain)
+    return position, History.from_tensors(tensors), plain.get("terms", {}), complaints
+
+
+def read_start(folder: Path) -> tuple[Start, Position] | None:
+    """What the newest undamaged checkpoint says of its run, or None where there is none.
+
+    Args:
+        folder: The run's folder of checkpoints.
+    """
+    if not _files(folder):
+        return None
+    _, plain, _ = _newest(folder)
+    return Start(plain.get("terms", {}), plain.get("config", {})), Position(**plain["position"])
+
+
+def _newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Tensors and plain data of the newest undamaged checkpoint, and one line per damaged one."""
     complaints: list[str] = []
     for file in reversed(_files(folder)):
         try:
@@ -144,12 +203,9 @@ def load_checkpoint(folder: Path, parts: Parts) -> tuple[Position, History, list
                 raise ValueError(
                     f"{file} must be a checkpoint of format {FORMAT} with a matching digest, got a damaged one"
                 )
-            plain = json.loads(text)
+            return tensors, json.loads(text), complaints
         except ValueError as error:
             complaints.append(f"damaged checkpoint passed over: {error}")
-            continue
-        _restore(parts, tensors, plain)
-        return Position(**plain["position"]), History.from_tensors(tensors), complaints
     if complaints:
         raise ValueError(f"no checkpoint in {folder} can be read: {'; '.join(complaints)}. Start the run anew")
     raise FileNotFoundError(
@@ -166,6 +222,8 @@ def _restore(parts: Parts, tensors: Mapping[str, Tensor], plain: Mapping[str, An
             f"model must have the layers {plain['origin']} of the checkpoint, got {list(steps.origin)}: "
             "build the network the run began with"
         )
+    if parts.scheduler is not None:
+        _check_schedule(parts.scheduler.state_dict(), from_plain(plain["scheduler"], tensors))
     if len(kept) < steps.num_steps:
         prune(model, keep=kept, optimizer=optimizer, averaged=parts.averaged)
     _load(model, tensors, "model/")
@@ -185,15 +243,17 @@ def _restore(parts: Parts, tensors: Mapping[str, Tensor], plain: Mapping[str, An
                 "make it as at the start of the run"
             )
         group["params"][:] = [named[name] for name in saved["params"]]
-        group.update(_full(saved["options"], tensors))
+        group.update(from_plain(saved["options"], tensors))
     for name, saved in plain["state"].items():
         p = named[name]
         optimizer.state[p] = {
             key: v.to(p.device) if isinstance(v, Tensor) and v.shape == p.shape and v.ndim else v
-            for key, v in _full(saved, tensors).items()
+            for key, v in from_plain(saved, tensors).items()
         }
     if parts.scheduler is not None:
-        parts.scheduler.load_state_dict(_full(plain["scheduler"], tensors))
+        parts.scheduler.load_state_dict(from_plain(plain["scheduler"], tensors))
+    if parts.pruner is not None and "pruner" in plain:
+        parts.pruner.load_state(from_plain(plain["pruner"], tensors))
     version, words, gauss = plain["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(plain["numpy"]))  # noqa: NPY002
@@ -202,6 +262,16 @@ def _restore(parts: Parts, tensors: Mapping[str, Tensor], plain: Mapping[str, An
         torch.cuda.set_rng_state(tensors["random/cuda"])
     if parts.generator is not None:
         parts.generator.set_state(tensors["random/loader"])
+
+
+def _check_schedule(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse a scheduler of another shape, which loading the saved state would silently undo."""
+    for name in _SHAPE:
+        if name in own and name in saved and own[name] != saved[name]:
+            raise ValueError(
+                f"scheduler must have {name} = {saved[name]!r} as at the start of the run, got {own[name]!r}: "
+                "make it the same, or start a new run"
+            )
 
 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
@@ -243,40 +313,7 @@ def _optimizer(parts: Parts, tensors: dict[str, Tensor]) -> tuple[list[dict[str,
             )
         options = {key: value for key, value in group.items() if key != "params"}
         groups.append(
-            {"options": _plain(options, f"group/{i}", tensors), "params": [names[id(p)] for p in group["params"]]}
+            {"options": to_plain(options, f"group/{i}", tensors), "params": [names[id(p)] for p in group["params"]]}
         )
-    state = {names[id(p)]: _plain(dict(s), f"state/{names[id(p)]}", tensors) for p, s in parts.optimizer.state.items()}
+    state = {names[id(p)]: to_plain(dict(s), f"state/{names[id(p)]}", tensors) for p, s in parts.optimizer.state.items()}
     return groups, state
-
-
-def _plain(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON can hold it; tensors go to ``tensors`` and leave their name behind."""
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, list | tuple):
-        items = [_plain(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]
-        return {"tuple" if isinstance(value, tuple) else "list": items}
-    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
-        pairs = [[key, _plain(v, f"{name}/{key}", tensors)] for key, v in value.items()]
-        return {"counter" if isinstance(value, Counter) else "dict": pairs}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(
-        f"{name} holds a {type(value).__name__}, which a checkpoint cannot keep without pickle: "
-        "use an optimiser and a scheduler with plain state"
-    )
-
-
-def _full(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of :func:`_plain`."""
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content].clone()
-    if kind in ("dict", "counter"):
-        pairs = {key: _full(v, tensors) for key, v in content}
-        return Counter(pairs) if kind == "counter" else pairs
-    items = [_full(v, tensors) for v in content]
-    return tuple(items) if kind == "tuple" else items

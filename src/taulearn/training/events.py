@@ -15,19 +15,23 @@ class Diverged(ArithmeticError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the state was saved.
+    """Ctrl-C, after the state was saved; the message says when it came, what is lost, and how to go on.
+
+    Args:
+        run: The run to resume, or None if nothing is written.
+        detail: When it came and what is lost, to follow "training was interrupted".
 
     Attributes:
-        run: The run to resume, or None if nothing is written.
+        run: The run to resume, or None.
     """
 
-    def __init__(self, run: Run | None) -> None:
+    def __init__(self, run: Run | None, detail: str = "") -> None:
         remedy = (
             f"go on with `taulearn resume {run.path}` (or fit(..., run=..., resume=True))"
             if run
             else "nothing was written: pass run= to keep checkpoints"
         )
-        super().__init__(f"training was interrupted: {remedy}")
+        super().__init__(f"training was interrupted{detail}: {remedy}")
         self.run = run
 
 

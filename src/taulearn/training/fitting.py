@@ -2,24 +2,29 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from .._deletion import check_holds
-from .._errors import positive_integer, unknown_name
+from .._devices import usable_device
+from ..optim.projections import check_projections
 from ..penalties import Penalty, time_steps_of
-from ..pruning import Pruning, check_prunable
-from .batches import Batch, LoaderBatches, TensorBatches, make_batches
+from ..pruning import Pruning
+from .batches import TensorBatches, make_batches
 from .checkpoint import Parts
+from .checks import check_callbacks, check_optimizer, check_options, check_parts, check_pruning, terms
 from .events import EpochEnd
 from .history import History
+from .inspection import check_data, check_loss
+from .interruption import announced
 from .loop import Loop, Settings
 from .metrics import Metric, choose_metrics
-from .objective import Loss, Objective, StepOptions, as_float
+from .objective import Loss, Objective, StepOptions, as_float, as_penalties
+from .pruner import Pruner
 from .run import Run, tidy
 from .tensorboard import TensorBoard
 
@@ -32,7 +37,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     epochs: int,
     batch_size: int = 100,
-    penalties: Sequence[Penalty] = (),
+    penalties: Penalty | Sequence[Penalty] = (),
     pruning: Pruning | None = None,
     validation: Any = None,
     run: Run | str | os.PathLike[str] | None = None,
@@ -62,18 +67,19 @@ def fit(
         optimizer: Any torch optimiser of the model's parameters (see ``taulearn.parameter_groups``).
         epochs: Number of epochs in all.
         batch_size: Samples per iteration, reshuffled each epoch; a DataLoader has its own.
-        penalties: Added to the loss; each is recorded.
+        penalties: One or several, added to the loss; each is recorded.
         pruning: When and at which threshold layers are deleted. None: never.
         validation: Data like ``train``, evaluated before training and after each epoch.
         run: Folder for configuration, record, checkpoints and model. None: nothing is written.
-        resume: Go on from the newest checkpoint of ``run``; everything else must be as at the start (``epochs`` may
-            have grown).
+        resume: Go on from the newest checkpoint of ``run``; all that decides the iterates must be as at the start
+            (``epochs`` may have grown), and what is seen to differ is refused. The optimiser's options, learning rates
+            among them, are those of the checkpoint.
         callbacks: Called with an :class:`EpochEnd` after each epoch; may raise :class:`StopTraining`.
         metrics: "auto" (accuracy for class numbers), or names with functions (output, target) -> mean.
         device: Where to train. None: where the model is.
         compile: "auto" (compiled where the run is long enough to pay for it), "always" or "never".
-        scheduler: A learning rate scheduler of ``optimizer``; OneCycleLR and CyclicLR step each iteration, all others
-            each epoch.
+        scheduler: A learning rate scheduler of ``optimizer``; OneCycleLR, CyclicLR and combinations that contain one
+            of them (SequentialLR, ChainedScheduler) step each iteration, all others each epoch.
         seed: Of the batches' order, but for a DataLoader. Initial weights and dropout follow torch's global generator
             (torch.manual_seed).
         clip_norm: Largest norm of the gradient. None: no clipping.
@@ -91,7 +97,8 @@ def fit(
     Raises:
         Diverged: If the loss stops being finite. The last good checkpoint is kept.
         Interrupted: On Ctrl-C, after a checkpoint was written (a Dataset or a DataLoader cannot start in the middle of
-            an epoch: there the last checkpoint stands).
+            an epoch: there the last checkpoint stands, and the message says what is lost).
+        FileNotFoundError: If there is nothing to resume, or a run whose checkpoints are gone.
         FileExistsError: If the run's folder is not empty, and neither resume nor overwrite is given.
         ValueError, TypeError: If an argument does not fit; the message names it.
 
@@ -107,66 +114,90 @@ def fit(
         >>> history.num_iterations, history.iterations["tau"].shape
         (20, (20, 3))
     """
+    with announced(run if isinstance(run, Run) else None):
+        _put_on(device, model)
+        where = time_steps_of(model).values.device
+        penalties = as_penalties(penalties)
+        check_loss(loss)
+        check_options(
+            {"epochs": epochs, "checkpoint_every": checkpoint_every, "accumulate": accumulate},
+            {"compile": (compile, ("auto", "always", "never")), "precision": (precision, ("float32", "bf16"))},
+            clip_norm,
+            seed,
+        )
+        check_callbacks(callbacks, metrics)
+        check_optimizer(optimizer, model, clip_norm)
+        check_pruning(pruning, model)
+        batches = make_batches(train, batch_size, seed, where)
+        check_parts(model, optimizer, scheduler, averaged, epochs * len(batches))
+        pruner = None if pruning is None else Pruner(pruning, model, optimizer, epochs, len(batches))
+        if pruner is not None and pruner.penalty is not None:
+            penalties = _with_steered(penalties, pruner.penalty)
+        check_projections(optimizer, model, penalties)
+        sample = batches.sample()
+        check_data("train", model, loss, sample, batches, differentiated=True)
+        if validation is not None:
+            held_out = make_batches(validation, batch_size, seed, where, argument="validation")
+            check_data("validation", model, loss, sample := held_out.sample(), held_out, differentiated=False)
+            if isinstance(held_out, TensorBatches):
+                validation = held_out.inputs, held_out.targets
+        choose_metrics(metrics, sample[1])
+        if tensorboard:
+            callbacks = (*callbacks, TensorBoard(run))
+        if pruner is not None and not (resume and _has_checkpoints(run)):
+            pruner.begin(as_float(batches.sample()[0][:1], time_steps_of(model).values.dtype))
+        settings = Settings(
+            epochs=epochs,
+            validation=validation,
+            metrics=metrics,
+            callbacks=tuple(callbacks),
+            compile=compile,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+            terms=terms(
+                model,
+                optimizer,
+                scheduler,
+                (penalty.name for penalty in penalties),
+                pruning,
+                epochs=epochs,
+                batches=len(batches),
+                batch_size=batch_size,
+                seed=seed,
+                clip_norm=clip_norm,
+                accumulate=accumulate,
+                precision=precision,
+                averaged=averaged is not None,
+            ),
+        )
+        config = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
+        folder = _open_run(run, config, resume=resume, overwrite=overwrite)
+        parts = Parts(model, optimizer, scheduler, averaged, pruner=pruner)
+        options = StepOptions(clip_norm, accumulate, precision, averaged)
+    return Loop(Objective(model, loss, penalties), batches, parts, options, settings, folder).run(resume=resume)
+
+
+def _put_on(device: torch.device | str | None, model: nn.Module) -> None:
     if device is not None:
-        model.to(device)
-    where = time_steps_of(model).values.device
-    batches = make_batches(train, batch_size, seed, where)
-    objective = Objective(model, loss, penalties)
-    options = StepOptions(clip_norm, accumulate, precision, averaged)
-    _check_options(
-        {"epochs": epochs, "checkpoint_every": checkpoint_every, "accumulate": accumulate},
-        {"compile": (compile, ("auto", "always", "never")), "precision": (precision, ("float32", "bf16"))},
-        clip_norm,
-        seed,
-    )
-    if pruning is not None:
-        if not isinstance(pruning, Pruning):
-            raise TypeError(f"pruning must be a Pruning policy, got {pruning!r}: write pruning=taulearn.Pruning(0.01)")
-        check_prunable(model)
-    check_holds(optimizer, model)
-    if scheduler is not None and scheduler.optimizer is not optimizer:
-        raise ValueError("scheduler must change the learning rate of optimizer, got one that was made for another")
-    if clip_norm is not None and isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("clip_norm must be None with LBFGS, whose line search needs the true gradient")
-    sample = batches.sample()
-    _check_data("train", model, sample, batches)
-    if validation is not None:
-        held_out = make_batches(validation, batch_size, seed, where, argument="validation")
-        _check_data("validation", model, sample := held_out.sample(), held_out)
-        if isinstance(held_out, TensorBatches):
-            validation = held_out.inputs, held_out.targets
-    choose_metrics(metrics, sample[1])
-    if tensorboard:
-        callbacks = (*callbacks, TensorBoard(run))
-    config = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
-    folder = _open_run(run, config, resume=resume, overwrite=overwrite)
-    settings = Settings(
-        epochs=epochs,
-        pruning=pruning,
-        validation=validation,
-        metrics=metrics,
-        callbacks=tuple(callbacks),
-        compile=compile,
-        checkpoint_every=checkpoint_every,
-        progress=progress,
-    )
-    return Loop(objective, batches, Parts(model, optimizer, scheduler, averaged), options, settings, folder).run(
-        resume=resume
-    )
+        try:
+            model.to(usable_device("device", device))
+        except NotImplementedError as error:
+            raise ValueError(
+                "model must hold numbers, got parameters on the meta device: build it on another one"
+            ) from error
 
 
-def _check_options(
-    counts: Mapping[str, int], names: Mapping[str, tuple[str, Sequence[str]]], clip_norm: float | None, seed: int
-) -> None:
-    for name, value in counts.items():
-        positive_integer(name, value)
-    for name, (given, known) in names.items():
-        if given not in known:
-            raise unknown_name(name, given, known)
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be positive or None, got {clip_norm!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+def _with_steered(penalties: tuple[Penalty, ...], steered: Penalty) -> tuple[Penalty, ...]:
+    if any(penalty.name == steered.name for penalty in penalties):
+        raise ValueError("penalties must not contain L1 where pruning has a target: the controller finds its weight")
+    return (*penalties, steered)
+
+
+def _has_checkpoints(run: Run | str | os.PathLike[str] | None) -> bool:
+    if run is None:
+        return False
+    folder = run.checkpoints if isinstance(run, Run) else Path(run) / "checkpoint"
+    return any(folder.glob("*.safetensors"))
 
 
 def _open_run(
@@ -187,42 +218,10 @@ def _open_run(
             )
         return run
     opened = run if isinstance(run, Run) else Run.open(run)
+    opened.check_resumable()
     for name in ("batch_size", "seed"):
         began = opened.config.get(name)
         if isinstance(began, int) and began != config[name]:
             raise ValueError(f"{name} must be {began} as at the start of the run, got {config[name]}")
     tidy(opened.path)
     return opened
-
-
-@torch.no_grad()
-def _check_data(argument: str, model: nn.Module, sample: Batch, batches: TensorBatches | LoaderBatches) -> None:
-    """One forward pass on a few samples, so that data that do not fit are named before training starts."""
-    dtype = time_steps_of(model).values.dtype
-    inputs, targets = sample
-    if inputs.is_floating_point() and inputs.dtype != dtype:
-        raise TypeError(
-            f"{argument} must hold inputs of the network's type {dtype}, got {inputs.dtype}: "
-            f"convert them with inputs.to({dtype}), or build the network with that dtype"
-        )
-    training = model.training
-    model.eval()
-    try:
-        output = model(as_float(inputs, dtype))
-    finally:
-        model.train(training)
-    known = batches.targets if isinstance(batches, TensorBatches) else targets
-    if known.ndim == 1 and known.is_floating_point() and isinstance(output, Tensor) and output.shape[1:] == (1,):
-        raise ValueError(
-            f"{argument} must hold targets (n, 1) like the network's outputs, got shape {tuple(known.shape)}: "
-            "a loss would compare every sample with every other; use targets.unsqueeze(1)"
-        )
-    if known.ndim == 1 and not known.is_floating_point() and isinstance(output, Tensor) and output.ndim == 2:
-        classes = output.shape[1]
-        outside = (known >= classes) | ((known < 0) & (known != -100))
-        if bool(outside.any()):
-            at = int(outside.nonzero()[0, 0])
-            raise ValueError(
-                f"{argument} must hold labels in 0 .. {classes - 1}, got {int(known[at])} at sample {at}: "
-                "renumber the classes, or build the network with more outputs"
-            )

@@ -30,10 +30,16 @@ def why_not_fused(
     batches: TensorBatches | LoaderBatches,
 ) -> str | None:
     """Why the steps cannot be fused, or None if they can."""
+    if type(optimizer) is not torch.optim.SGD:
+        return "the optimiser is not plain torch.optim.SGD"
+    return why_not_pure(objective, options, batches)
+
+
+def why_not_pure(objective: Objective, options: StepOptions, batches: TensorBatches | LoaderBatches) -> str | None:
+    """Why the gradient is not a pure function of parameters and batch that could be compiled as such, or None."""
     steps = time_steps_of(objective.model)
     changing = [name for name, buffer in objective.named_buffers() if buffer is not steps.values]
     reasons = {
-        "the optimiser is not plain torch.optim.SGD": type(optimizer) is not torch.optim.SGD,
         "the model updates buffers": bool(changing),
         "gradients are clipped": options.clip_norm is not None,
         "batches are split": options.accumulate != 1,
@@ -79,6 +85,17 @@ def used_parameters(objective: Objective, batch: Batch) -> set[int]:
     return {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 
 
+def fingerprint(objective: Objective) -> tuple[Any, ...]:
+    """What is compiled in and a callback may change: options of modules and penalties, what trains."""
+    plain = (bool, int, float, str)
+    parts = (*objective.penalties, *objective.modules())
+    options = [
+        {k: v for k, v in vars(part).items() if k != "training" and (v is None or isinstance(v, plain))}
+        for part in parts
+    ]
+    return options, [p.requires_grad for p in objective.parameters()]
+
+
 class FusedSGD:
     """``steps`` iterations of torch.optim.SGD in one compiled call.
 
@@ -106,7 +123,7 @@ class FusedSGD:
         self.parameters = {name: t for name, t in tensors.items() if id(t) in used and id(t) in position}
         self.group_of = {name: position[id(p)] for name, p in self.parameters.items()}
         self.constants = {name: t.detach() for name, t in tensors.items() if name not in self.parameters}
-        self.forms, self.fingerprint = self._forms(), self._fingerprint()
+        self.forms, self.fingerprint = self._forms(), fingerprint(objective)
         self.plain = plain
         self._call = compile_once(self._steps, fused=True, fallback=self._plain_steps)
 
@@ -115,19 +132,9 @@ class FusedSGD:
         forms = ("momentum", "weight_decay", "dampening", "nesterov", "maximize")
         return [tuple(bool(group[name]) for name in forms) for group in self.optimizer.param_groups]
 
-    def _fingerprint(self) -> tuple[Any, ...]:
-        """What is compiled in and a callback may change: options of modules and penalties, what trains."""
-        plain = (bool, int, float, str)
-        parts = (*self.objective.penalties, *self.objective.modules())
-        options = [
-            {k: v for k, v in vars(part).items() if k != "training" and (v is None or isinstance(v, plain))}
-            for part in parts
-        ]
-        return options, [p.requires_grad for p in self.objective.parameters()]
-
     def unchanged(self) -> bool:
         """Whether the objective is as at compilation; to be asked whenever somebody else had control."""
-        return self._fingerprint() == self.fingerprint
+        return fingerprint(self.objective) == self.fingerprint
 
     def ready(self) -> bool:
         """Whether the update is as at compilation and the momentum buffers exist, which the first plain step makes."""

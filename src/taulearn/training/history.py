@@ -40,8 +40,10 @@ class History:
     """What a run leaves; figures and verdicts are drawn from this alone.
 
     Attributes:
-        iterations: Columns with one row per iteration: "loss", "total", "penalty.NAME", "tau" (I, N) with the steps
-            that iteration was computed with, NaN once deleted; "raw_tau" likewise where it can differ.
+        iterations: Columns with one row per iteration: "loss", "total", "penalty.NAME", "weight.l1" (the penalty's
+            weight, where a target steers it), "tau" (I, N) with the steps that iteration was computed with, NaN once
+            deleted; "raw_tau" likewise where it can differ; with a stage cost "stage_loss" (I, N + 1), in column k the
+            loss of the network cut after its first k layers, NaN where there is no such output or no layer any more.
         epochs: Columns with one row per epoch, row 0 before training: "iteration", "layers", "parameters", "seconds",
             "train.loss", "train.total", "validation.NAME".
         deletions: In the order in which they happened.
@@ -107,14 +109,18 @@ class Recorder:
     Args:
         columns: Names of the scalars that head each row.
         layers: Number of layers at the start.
-        raw: Whether rows end with the raw steps.
+        raw: Whether the raw steps follow the steps.
+        depths: Whether the losses at each depth end the rows.
         history: What was recorded before, when a run is resumed.
     """
 
-    def __init__(self, columns: list[str], layers: int, *, raw: bool, history: History | None = None) -> None:
-        self.columns, self.layers, self.raw = columns, layers, raw
+    def __init__(
+        self, columns: list[str], layers: int, *, raw: bool, depths: bool = False, history: History | None = None
+    ) -> None:
+        self.columns, self.layers, self.raw, self.depths = columns, layers, raw, depths
         self._pending: list[Tensor] = []
-        self._done: dict[str, list[Array]] = {name: [] for name in [*columns, "tau", *(["raw_tau"] if raw else [])]}
+        vectors = ["tau", *(["raw_tau"] if raw else []), *(["stage_loss"] if depths else [])]
+        self._done: dict[str, list[Array]] = {name: [] for name in [*columns, *vectors]}
         self._epochs: list[dict[str, float]] = []
         self.deletions: list[Deletion] = []
         if history is not None:
@@ -149,6 +155,11 @@ class Recorder:
             start = width + offset * len(origin)
             steps[:, list(origin)] = rows[:, start : start + len(origin)]
             self._done[name].append(steps)
+        if self.depths:
+            found = rows[:, width + (1 + self.raw) * len(origin) :]
+            losses = np.full((len(rows), self.layers + 1), np.nan, rows.dtype)
+            losses[:, [0, *(l + 1 for l in origin)][-found.shape[1] :]] = found
+            self._done["stage_loss"].append(losses)
         return self._done["total"][-1]
 
     def mean_since(self, name: str, iteration: int) -> float:

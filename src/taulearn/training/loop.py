@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 
 from ..optim import register_projection
 from ..penalties import time_steps_of
-from ..pruning import Pruning, prune
 from .batches import LoaderBatches, TensorBatches
 from .checkpoint import Parts, Position, load_checkpoint, save_checkpoint
 from .events import Diverged, EpochEnd, Interrupted, StopTraining
@@ -26,6 +25,7 @@ from .history import Deletion, History, Recorder
 from .metrics import Metric, evaluate
 from .objective import Objective, StepOptions
 from .progress import Progress
+from .pruner import Pruner
 from .run import Run
 from .step import Engine
 
@@ -40,7 +40,6 @@ class Settings:
     """What the loop needs besides the objects it works on; see ``fit`` for the meaning."""
 
     epochs: int
-    pruning: Pruning | None
     validation: Any
     metrics: str | Mapping[str, Metric]
     callbacks: tuple[Callable[[EpochEnd], None], ...]
@@ -88,21 +87,29 @@ class Loop:
                 warnings.warn(line, stacklevel=3)
         if past is not None and "tau" in past.iterations:
             layers = past.iterations["tau"].shape[1]
-        self.recorder = Recorder(self.objective.columns, layers, raw=self.steps.bounded, history=past)
+        self.recorder = Recorder(
+            self.objective.columns,
+            layers,
+            raw=self.steps.bounded,
+            depths=self.objective.at_each_depth,
+            history=past,
+        )
         if past is None:
             self.position.compiled = self._decide_compile()
-        policy = self.settings.pruning
+        pruner = self.parts.pruner
         self.engine = Engine(
             self.objective,
             self.parts.optimizer,
             self.batches,
             self.options,
             compiled=self.position.compiled,
-            stop_every=policy.every if policy is not None and isinstance(policy.every, int) else None,
+            pruner=pruner,
             single=self.per_iteration,
         )
         if self.folder is not None:
             self.folder.decide("step", self.engine.kind)
+            if pruner is not None and pruner.target is not None:
+                self.folder.decide("target", str(pruner.target))
         self.progress = Progress(self.total, self.position.iteration, enabled=self.settings.progress)
         hook = register_projection(self.parts.optimizer, self.model, self.objective.penalties)
         try:
@@ -126,7 +133,9 @@ class Loop:
     def _epoch(self, epoch: int, interrupted: Callable[[], bool]) -> None:
         """All iterations of one epoch, from the position on."""
         self.model.train()
-        position, policy = self.position, self.settings.pruning
+        for penalty in self.objective.penalties:
+            penalty.start_epoch(epoch, self.settings.epochs)
+        position, pruner = self.position, self.parts.pruner
         began, before, pending = time.perf_counter(), position.seconds, 0
         for rows in self.engine.epoch(epoch, position.batch, position.iteration):
             position.iteration += len(rows)
@@ -136,8 +145,8 @@ class Loop:
             if self.per_iteration and self.parts.scheduler is not None:
                 _step(self.parts.scheduler)
             ends = position.batch >= len(self.batches)
-            if policy is not None and policy.due(iteration=position.iteration, epoch_ends=ends):
-                self._prune(policy, epoch)
+            if pruner is not None and pruner.due(position.iteration, epoch_ends=ends):
+                self._prune(pruner, epoch)
             if pending >= _FLUSH_EVERY:
                 self._flush()
                 pending = 0
@@ -154,14 +163,12 @@ class Loop:
         self._check(self.model.parameters())
         position.seconds = before + time.perf_counter() - began
 
-    def _prune(self, policy: Pruning, epoch: int) -> None:
-        """Delete what the rule deletes; the record, the compiled step and the optimiser follow."""
-        if self.steps.num_steps == 1:
-            return
+    def _prune(self, pruner: Pruner, epoch: int) -> None:
+        """Delete what the policy deletes; the record, the compiled step and the optimiser follow."""
         self._flush()
         self._check([self.steps.values])
-        report = prune(self.model, policy.threshold, optimizer=self.parts.optimizer, averaged=self.parts.averaged)
-        if not report:
+        report = pruner.prune(self.position.iteration, self.parts.averaged)
+        if report is None:
             return
         for d in report.deleted:
             self.recorder.deletions.append(Deletion(self.position.iteration, epoch + 1, d.layer, d.share, d.parameters))

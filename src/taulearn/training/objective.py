@@ -1,14 +1,14 @@
 """What training minimises: data loss plus penalties, with one row of record per evaluation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..penalties import Penalty, time_steps_of
+from .._stages import forward_with_states
+from ..penalties import Penalty, StageCost, time_steps_of
+from .target import SteeredL1
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -23,31 +23,66 @@ def as_float(inputs: Tensor, dtype: torch.dtype) -> Tensor:
     return inputs.to(dtype) / 255 if inputs.dtype == torch.uint8 else inputs
 
 
+def as_penalties(penalties: Penalty | Iterable[Penalty]) -> tuple[Penalty, ...]:
+    """Penalties as a caller gives them, one or several.
+
+    Args:
+        penalties: A penalty, or any number of them.
+
+    Raises:
+        TypeError: If there is something else among them.
+        ValueError: If two have the same name.
+
+    Example:
+        >>> from taulearn.penalties import L1
+        >>> len(as_penalties(L1(0.01)))
+        1
+    """
+    if isinstance(penalties, Penalty):
+        return (penalties,)
+    several = not isinstance(penalties, str | bytes) and isinstance(penalties, Iterable)
+    found = tuple(penalties) if several else (penalties,)
+    for penalty in found:
+        if not isinstance(penalty, Penalty):
+            given = f"the class {penalty.__name__}" if isinstance(penalty, type) else repr(penalty)
+            raise TypeError(
+                f"penalties must be objects of taulearn.penalties, got {given}: "
+                "write for instance penalties=[taulearn.penalties.L1(0.01)]"
+            )
+    names = [p.name for p in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"penalties must have different names, got {names}: add their weights up instead")
+    return found
+
+
 class Objective(nn.Module):
     """J = loss(model(inputs), targets) + sum of the differentiated penalties, which every kind of step differentiates.
 
     Args:
         model: A model with time steps.
         loss: Maps (output, target) to a scalar.
-        penalties: Any number; names must differ.
+        penalties: One, or any number of them; names must differ.
 
     Raises:
-        ValueError: If two penalties have the same name.
+        TypeError, ValueError: As :func:`as_penalties`.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, penalties: Sequence[Penalty]) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, penalties: Penalty | Iterable[Penalty]) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
-        self.penalties = tuple(penalties)
-        names = [p.name for p in penalties]
-        if len(set(names)) < len(names):
-            raise ValueError(f"penalties must have different names, got {names}: add their weights up instead")
+        self.penalties = as_penalties(penalties)
 
     @property
     def columns(self) -> list[str]:
         """Names of the record's entries before the steps."""
-        return ["loss", "total", *(f"penalty.{p.name}" for p in self.penalties)]
+        weights = (f"weight.{p.name}" for p in self.penalties if isinstance(p, SteeredL1))
+        return ["loss", "total", *(f"penalty.{p.name}" for p in self.penalties), *weights]
+
+    @property
+    def at_each_depth(self) -> bool:
+        """Whether the record ends with the loss at each depth."""
+        return any(isinstance(p, StageCost) for p in self.penalties)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The objective on one batch.
@@ -57,28 +92,35 @@ class Objective(nn.Module):
             targets: (batch, ...).
 
         Returns:
-            J, a scalar; and the detached record: loss, J, each penalty, then tau (N,), then, where they can differ, the
-            raw steps (N,).
+            J, a scalar; and the detached record: loss, J, each penalty, weights that are steered, then tau (N,), then,
+            where they can differ, the raw steps (N,), then, with a stage cost, the losses at the intermediate outputs
+            and at the final one.
         """
         steps = time_steps_of(self.model)
         inputs = as_float(inputs, steps.values.dtype)
         states = None
         if any(p.needs_states for p in self.penalties):
-            network = cast(Any, self.model)
-            states = network.states(inputs)
-            output = network.head(states[-1])
+            output, states = forward_with_states(self.model, inputs)
         else:
             output = self.model(inputs)
         data_loss = self.loss(output, targets)
-        values = [p(self.model, inputs, targets, states) for p in self.penalties]
+        values, losses = [], []
+        for penalty in self.penalties:
+            if isinstance(penalty, StageCost):
+                value, of_stages = penalty.measured(self.model, inputs, targets, states)
+                losses = [of_stages, data_loss.detach().unsqueeze(0)]
+            else:
+                value = penalty(self.model, inputs, targets, states)
+            values.append(value)
         total = data_loss
         for penalty, value in zip(self.penalties, values, strict=True):
             total = total + value if penalty.differentiated else total
-        scalars = torch.stack([v.detach().to(steps.values.dtype) for v in (data_loss, total, *values)])
+        weights = [p.alpha for p in self.penalties if isinstance(p, SteeredL1)]
+        scalars = torch.stack([v.detach().to(steps.values.dtype) for v in (data_loss, total, *values, *weights)])
         record = [scalars, steps.tau.detach()]
         if steps.bounded:
             record.append(steps.raw_tau.detach())
-        return total, torch.cat(record)
+        return total, torch.cat([*record, *(each.to(steps.values.dtype) for each in losses)])
 
 
 @dataclass(frozen=True)

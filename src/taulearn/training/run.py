@@ -3,7 +3,8 @@
 import os
 import platform
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,20 +76,25 @@ class Run:
 
         Raises:
             FileExistsError: If the folder is not empty and is not to be overwritten, or holds something that is no run.
+            NotADirectoryError: If it is a file.
+            OSError: If it cannot be made or written into.
         """
         folder = Path(path)
-        if folder.is_dir():
-            tidy(folder)
-        if folder.is_dir() and any(folder.iterdir()):
-            if not overwrite:
-                raise FileExistsError(
-                    f"run {str(folder)!r} exists: choose another folder, pass overwrite (--overwrite), "
-                    f"or go on with it (taulearn resume {folder})"
-                )
-            cls._clear(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder, {k: v for k, v in config.items() if v is not None}, _versions(), {})
-        run._write()
+        with _explained(folder):
+            if folder.exists() and not folder.is_dir():
+                raise NotADirectoryError(f"run must be a folder, got the file {str(folder)!r}: choose another name")
+            if folder.is_dir():
+                tidy(folder)
+            if folder.is_dir() and any(folder.iterdir()):
+                if not overwrite:
+                    raise FileExistsError(
+                        f"run {str(folder)!r} exists: choose another folder, pass overwrite (--overwrite), "
+                        f"or go on with it (taulearn resume {folder})"
+                    )
+                cls._clear(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            run._write()
         return run
 
     @classmethod
@@ -116,6 +122,28 @@ class Run:
         if not all(isinstance(table, dict) for table in tables):
             raise ValueError(f"{file} must hold the tables config, versions and decisions")
         return cls(folder, *tables)
+
+    def check_resumable(self) -> None:
+        """Refuse a run that trained, but whose checkpoints are gone: to resume it would be to train over its results.
+
+        Raises:
+            FileNotFoundError: If there is a record or a network, and no checkpoint.
+        """
+        if any(self.checkpoints.glob("*.safetensors")):
+            return
+        left = [name for name in ("model.safetensors", "history.safetensors") if (self.path / name).exists()]
+        if left:
+            raise FileNotFoundError(
+                f"run must have a checkpoint to go on from, got {str(self.path)!r} with {' and '.join(left)} but "
+                f"without one in {self.checkpoints.name}/: put the checkpoints back, or train anew in another folder"
+            )
+
+    def change(self, **settings: Any) -> None:
+        """Record settings that were changed when the run was resumed; those it never had are passed over."""
+        changed = {name: value for name, value in settings.items() if self.config.get(name, value) != value}
+        if changed:
+            self.config.update(changed)
+            self._write()
 
     def decide(self, name: str, text: str) -> None:
         """Record how an "auto" was decided."""
@@ -149,6 +177,20 @@ class Run:
             "run.toml",
         ):
             (folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Let errors of the file system name the argument and the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        message = f"run must be a folder that can be made and written, got {str(folder)!r} ({error.strerror})"
+        raise type(error)(f"{message}: choose another one") from error
+    except ValueError as error:  # a zero byte
+        raise ValueError(f"run must be the name of a folder, got {str(folder)!r} ({error})") from error
 
 
 def tidy(folder: Path) -> None:

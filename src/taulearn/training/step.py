@@ -1,10 +1,11 @@
-"""One optimiser step, three ways: plain, with a compiled objective, or several steps fused into one compiled function.
+"""One optimiser step: plain, with a compiled objective, or several steps fused into one compiled function.
 
     plain      forward, backward, ``optimizer.step()``: any model, any optimiser, any option
     objective  the same with forward and backward compiled
+    values     the objective, and the objective with its gradient, compiled (training/line_search.py): for a line search
     fused      gradient, SGD update, projection and record of some steps in one compiled call (training/fused.py)
 
-All three compute the same iterates up to rounding; :class:`Engine` chooses per batch.
+All of them compute the same iterates up to rounding; :class:`Engine` chooses per batch.
 """
 
 import contextlib
@@ -14,10 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..optim import SteepestDescent
 from .batches import LoaderBatches, TensorBatches
 from .compiler import compile_once
-from .fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fused
+from .fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fused, why_not_pure
+from .line_search import CompiledValues
 from .objective import Objective, StepOptions
+from .pruner import Pruner
+
+SEARCHING = (torch.optim.LBFGS, SteepestDescent)
+"""Optimisers that evaluate the objective several times per step, and get a closure for it."""
 
 
 class PlainStep:
@@ -31,9 +38,10 @@ class PlainStep:
 
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, options: StepOptions) -> None:
         self.objective, self.optimizer, self.options = objective, optimizer, options
-        self.wants_closure = isinstance(optimizer, torch.optim.LBFGS)
 
-    def __call__(self, inputs: Tensor, targets: Tensor, evaluate: Callable[..., Any] | None = None) -> Tensor:
+    def __call__(
+        self, inputs: Tensor, targets: Tensor, evaluate: Callable[..., Any] | CompiledValues | None = None
+    ) -> Tensor:
         """Take one step.
 
         Args:
@@ -47,12 +55,22 @@ class PlainStep:
         records: list[Tensor] = []
 
         def closure() -> Any:
-            self.optimizer.zero_grad()
-            total, record = self._backward(evaluate or self.objective, inputs, targets)
+            if isinstance(evaluate, CompiledValues):
+                total, record = evaluate.differentiate_(inputs, targets)
+            else:
+                self.optimizer.zero_grad()
+                total, record = self._backward(evaluate or self.objective, inputs, targets)
             records.append(record)
             return total
 
-        if self.wants_closure:
+        def value() -> Tensor:
+            if isinstance(evaluate, CompiledValues):
+                return evaluate.value(inputs, targets)
+            return self._value(evaluate or self.objective, inputs, targets)
+
+        if isinstance(self.optimizer, SteepestDescent):
+            self.optimizer.step(closure, value)
+        elif isinstance(self.optimizer, SEARCHING):
             self.optimizer.step(closure)
         else:
             closure()
@@ -63,10 +81,21 @@ class PlainStep:
             self.options.averaged.update_parameters(self.objective.model)
         return records[0].unsqueeze(0)
 
-    def _backward(self, evaluate: Callable[..., Any], inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        autocast: Any = contextlib.nullcontext()
+    def _autocast(self, device: torch.device) -> Any:
         if self.options.precision == "bf16":
-            autocast = torch.autocast(inputs.device.type, dtype=torch.bfloat16)
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def _value(self, evaluate: Callable[..., Any], inputs: Tensor, targets: Tensor) -> Tensor:
+        """The objective alone, in the parts in which :meth:`_backward` takes it."""
+        parts = zip(inputs.chunk(self.options.accumulate), targets.chunk(self.options.accumulate), strict=True)
+        with self._autocast(inputs.device):
+            totals = [len(x) / len(inputs) * evaluate(x, z)[0] for x, z in parts]
+        return torch.stack(totals).sum()
+
+    def _backward(self, evaluate: Callable[..., Any], inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        autocast = self._autocast(inputs.device)
         if self.options.accumulate == 1:
             with autocast:
                 total, record = evaluate(inputs, targets)
@@ -92,7 +121,7 @@ class Engine:
         batches: Where batches come from.
         options: What a step does besides.
         compiled: Whether to compile at all.
-        stop_every: Number of iterations after which the caller must get control (to prune), or None.
+        pruner: Asks for control after some iterations, and for plain steps where it measures; or None.
         single: Whether the caller must get control after each iteration (schedulers that change per iteration).
     """
 
@@ -104,13 +133,15 @@ class Engine:
         options: StepOptions,
         *,
         compiled: bool,
-        stop_every: int | None = None,
+        pruner: Pruner | None = None,
         single: bool = False,
     ) -> None:
         self.objective, self.optimizer, self.batches, self.options = objective, optimizer, batches, options
         self.plain = PlainStep(objective, optimizer, options)
-        self.stop_every = stop_every
-        self.most = 1 if single else min(UNROLL, stop_every or UNROLL)
+        self.pruner = pruner
+        intervals = () if pruner is None else (pruner.every, pruner.measure_every)
+        self.intervals = [every for every in intervals if every is not None]
+        self.most = 1 if single else min(UNROLL, *self.intervals, UNROLL)
         if isinstance(batches, TensorBatches):
             self.most = min(self.most, batches.full)
         self.hooked = has_hooks(optimizer)
@@ -120,10 +151,16 @@ class Engine:
         """Follow a changed network; compiled functions of the old one are dropped."""
         self.compiled = compiled
         self.fused: FusedSGD | None = None
-        self.evaluate: Callable[..., Any] | None = None
+        self.evaluate: Callable[..., Any] | CompiledValues | None = None
         self.kind, self.unroll = "eager", 1
         if not compiled:
             return
+        if isinstance(self.optimizer, SEARCHING):
+            reason = why_not_pure(self.objective, self.options, self.batches)
+            if reason is None:
+                self.evaluate = CompiledValues(self.objective, self.batches.sample())
+                self.kind = "compiled objective and gradient"
+                return
         reason = why_not_fused(self.objective, self.optimizer, self.options, self.batches)
         if reason is None and self.hooked:
             reason = "the optimiser has hooks"
@@ -148,20 +185,42 @@ class Engine:
         """
         if isinstance(self.batches, LoaderBatches):
             for inputs, targets in self.batches.epoch(epoch):
-                yield self.plain(inputs, targets, self.evaluate)
+                yield self._plain(self._measured(iteration), inputs, targets, self.evaluate)
+                iteration += 1
             return
         size, order = self.batches.batch_size, self.batches.order(epoch)
         batch = start
-        unchanged = self.fused is not None and self.fused.unchanged()  # callbacks had control between two epochs
+        # callbacks had control between two epochs
+        unchanged = self.fused is not None and self.fused.unchanged()
+        evaluate = self.evaluate
+        if isinstance(evaluate, CompiledValues) and not evaluate.unchanged():
+            evaluate = None
         while batch < len(self.batches):
-            until_stop = self.unroll if self.stop_every is None else self.stop_every - iteration % self.stop_every
+            until_stop = min((every - iteration % every for every in self.intervals), default=self.unroll)
             fits = batch + self.unroll <= self.batches.full and self.unroll <= until_stop
-            if self.fused is not None and unchanged and fits and self.fused.ready():
+            measured = self._measured(iteration)
+            if measured is None and self.fused is not None and unchanged and fits and self.fused.ready():
                 inputs, targets = self.batches.gather(order[batch * size : (batch + self.unroll) * size])
                 rows = self.fused(inputs, targets)
             else:
                 inputs, targets = self.batches.gather(order[batch * size : (batch + 1) * size])
-                rows = self.plain(inputs, targets, self.evaluate if len(inputs) == size else None)
+                rows = self._plain(measured, inputs, targets, evaluate if len(inputs) == size else None)
             batch += len(rows)
             iteration += len(rows)
             yield rows
+
+    def _measured(self, iteration: int) -> contextlib.AbstractContextManager[None] | None:
+        return None if self.pruner is None else self.pruner.measuring(iteration)
+
+    def _plain(
+        self,
+        measured: contextlib.AbstractContextManager[None] | None,
+        inputs: Tensor,
+        targets: Tensor,
+        evaluate: Callable[..., Any] | CompiledValues | None,
+    ) -> Tensor:
+        """One plain step, uncompiled where it is measured."""
+        if measured is None:
+            return self.plain(inputs, targets, evaluate)
+        with measured:
+            return self.plain(inputs, targets, None)

@@ -2,6 +2,8 @@
 
 state          which tensor of a block's arguments and output is the state
 blocks         a block with a time step; what stays where a deleted block's place must stay
+units          steps in units of displacement
+folding        plain steps from units, and ones in the end
 probe          the forward pass that finds blocks
 trial          deletions tried on example inputs
 structure      taking blocks out of lists and other holders
@@ -10,6 +12,7 @@ host           what a wrapped model keeps, and what pruning asks of it
 api            the public functions
 """
 
-from .api import anneal_to_one as anneal_to_one, unwrap as unwrap, wrap as wrap
+from .api import unwrap as unwrap, wrap as wrap
 from .blocks import PassThrough as PassThrough
+from .folding import anneal_to_one as anneal_to_one, fold_units as fold_units
 from .host import Wrapping as Wrapping, wrapping_of as wrapping_of

@@ -1,12 +1,12 @@
 """The public ``wrap`` and ``unwrap``."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .._errors import unknown_name
 from ..nn.time_steps import TimeSteps
 from . import structure, transformers, trial
 from .blocks import NESTED, PassingTimeSteps, Step
@@ -14,6 +14,7 @@ from .host import Wrapping, install, uninstall, wrapping_of
 from .names import matching, nearest_names
 from .probe import Call, Probe, find, probe, refusal
 from .state import Form
+from .units import DisplacementUnits
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,6 +35,7 @@ def wrap(
     horizon: float | None = None,
     lower_bound: float | None = None,
     train: str | Iterable[str] = "all",
+    units: str = "steps",
 ) -> M:
     """Give an existing model time steps: each block B becomes x + tau (B(x) - x), which is B(x) at tau = 1.
 
@@ -56,6 +58,9 @@ def wrap(
         lower_bound: Smallest step.
         train: What trains besides the time steps: "all" (whatever trains now), "tau" (nothing), or names and patterns
             of parameters and of modules with all they contain, such as ["head", "blocks.*.norm"].
+        units: "steps", or "displacement": tau_l is the root mean square of what block l adds to the state, over that
+            on the first batch in training (:mod:`taulearn.wrapping.units`), so that no scaling of weights stands in for
+            a step. Saved and unwrapped models have plain steps. Constraint "free" without bound only.
 
     Returns:
         The same model, with ``time_steps``.
@@ -77,6 +82,7 @@ def wrap(
         deleted layer 1 (share 0.33): 3 -> 2 layers, 80 -> 59 parameters
     """
     _check_host(model)
+    _check_units(units, constraint, lower_bound)
     result = None if example_inputs is None else probe(model, example_inputs)
     if blocks is None:
         if result is None:
@@ -108,6 +114,7 @@ def wrap(
             shorten,
             keep,
             {p: p.requires_grad for p, flag in trained.items() if p.requires_grad != flag},
+            _units(steps) if units == "displacement" else None,
         )
     )
     for parameter, flag in trained.items():
@@ -179,7 +186,7 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
     wrapping = wrapping_of(model)
     if wrapping is None:
         raise ValueError(f"model must be wrapped, got {type(model).__name__} without: nothing is to be taken off")
-    tau = wrapping.time_steps.tau.detach()
+    tau = wrapping.plain_steps()
     if not discard_steps and bool((tau != 1).any()):
         raise ValueError(
             f"the time steps must all be 1, got {[round(t, 4) for t in tau.tolist()]}: without them the model computes "
@@ -189,41 +196,19 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
     return model
 
 
-@torch.no_grad()
-def anneal_to_one(model: nn.Module, fraction: float) -> None:
-    """Bring every step of a wrapped model nearer to 1, tau <- tau + fraction (1 - tau), so that it can be unwrapped.
-
-    Over the last E epochs, once what is to go has been pruned: fraction 1/E after the first of them, 1/(E-1) after the
-    second, and 1 after the last, which leaves exact ones. The weights adapt meanwhile.
-
-    Args:
-        model: A wrapped model.
-        fraction: Part of the way, in [0, 1].
-
-    Raises:
-        ValueError: If the model is not wrapped, the fraction lies outside [0, 1], or the constraint does not allow all
-            steps to be 1.
-
-    Example:
-        >>> model = wrap(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), "0", init=0.5)
-        >>> anneal_to_one(model, 0.5)
-        >>> model.time_steps.tau.tolist()
-        [0.75]
-    """
-    wrapping = wrapping_of(model)
-    if wrapping is None:
-        raise ValueError(f"model must be wrapped, got {type(model).__name__} without time steps of this kind")
-    if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"fraction must lie in [0, 1], got {fraction!r}: it is a part of the way to 1")
-    steps = wrapping.time_steps
-    number = steps.num_steps
-    if steps.constraint in ("dependent", "simplex") and not math.isclose(steps.horizon, number, rel_tol=1e-6):
+def _check_units(units: str, constraint: str, lower_bound: float | None) -> None:
+    if units not in ("steps", "displacement"):
+        raise unknown_name("units", units, ("steps", "displacement"))
+    if units == "displacement" and (constraint != "free" or lower_bound is not None):
+        found = f"constraint {constraint!r}" if constraint != "free" else f"lower_bound {lower_bound:g}"
         raise ValueError(
-            f"the steps must be able to be 1 all at once, got constraint {steps.constraint!r} with horizon "
-            f"{steps.horizon:g} for {number} blocks: wrap with constraint='free' to anneal"
+            f"units must be 'steps' with {found}, got 'displacement': such steps are folded into plain ones when the "
+            "model is saved, which then would not fulfil it; wrap with constraint='free' and no lower_bound"
         )
-    values = steps.values
-    values.copy_(torch.ones_like(values) if fraction == 1.0 else values + fraction * (1.0 - values))
+
+
+def _units(steps: TimeSteps) -> DisplacementUnits:
+    return DisplacementUnits(steps.num_steps, dtype=steps.values.dtype, device=steps.values.device)
 
 
 def _check_host(model: nn.Module) -> None:

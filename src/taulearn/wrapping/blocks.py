@@ -11,15 +11,52 @@ TransformerEncoderLayer leaves its fast path as soon as one of its modules has a
 before would see the output without the step.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
+from ..caputo._arguments import transforming
 from ..nn.time_steps import TimeSteps
 from .state import Form, state_in, state_out, with_state
+from .units import DisplacementUnits
+
+
+class Scalars:
+    """The steps as scalars, taken apart once for all blocks and all forward passes until they change.
+
+    Indexing costs each block a vector of zeros in the backward pass, in which only its own entry is not 0. Here all
+    blocks share one operation, which keeps no tensors and so serves any number of backward passes.
+
+    Args:
+        steps: The time steps.
+    """
+
+    def __init__(self, steps: TimeSteps) -> None:
+        self.steps = steps
+        self._found: tuple[tuple[Any, ...], tuple[Tensor, ...]] = ((), ())
+
+    def __getitem__(self, index: int) -> Tensor:
+        values = self.steps.values
+        # functional_call puts plain tensors in the place of parameters
+        if self.steps.constraint == "dependent" or type(values) is not Parameter or transforming():
+            return self.steps.tau[index]
+        if torch.is_inference_mode_enabled() or values.is_inference():
+            return values[index]
+        key = (id(values), values._version, values.data_ptr(), values.requires_grad and torch.is_grad_enabled())
+        if self._found[0] != key:
+            self._found = (key, values.unbind())
+        return self._found[1][index]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Scalars":
+        return Scalars(copy.deepcopy(self.steps, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Scalars, (self.steps,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,17 +65,19 @@ class Step:
 
     Attributes:
         inner: The block's own forward.
-        steps: The time steps of the host.
+        scalars: The time steps of the host.
         index: The block's position among them.
         name: The block's name in the host when it was wrapped.
         own: Whether ``inner`` was an attribute of the instance already.
+        units: Units of displacement, or None.
     """
 
     inner: Callable[..., Any]
-    steps: TimeSteps
+    scalars: Scalars
     index: int
     name: str
     own: bool
+    units: DisplacementUnits | None = None
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -62,8 +101,10 @@ class Step:
             raise ValueError(self._wrong(x, y))
         if watched and x._version != version:
             raise ValueError(f"block {self.name!r} must leave its input as it is, but {IN_PLACE}")
-        tau = self.steps.tau[self.index]
-        return with_state(output, torch.lerp(x.to(y.dtype), y, tau.to(device=y.device, dtype=y.dtype)))
+        tau, x = self.scalars[self.index], x.to(y.dtype)
+        if self.units is not None:
+            tau = tau * self.units.factor(self.index, y - x)
+        return with_state(output, torch.lerp(x, y, tau.to(device=y.device, dtype=y.dtype)))
 
     def _wrong(self, x: Tensor | None, y: Tensor | None) -> str:
         if x is not None and x.is_nested:

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._deletion import WRAPPING
 from ..nn.schemes import Residual, Scheme
 from ..nn.time_steps import TimeSteps
 from . import structure, transformers
-from .blocks import Step
+from .blocks import Scalars, Step
 from .state import Form
+from .units import DisplacementUnits
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class Wrapping:
         shorten: Names of the lists that get shorter when a block of theirs is deleted.
         keep: Numbers (at the start) of blocks that cannot be deleted, with the reason.
         trained: The parameters whose ``requires_grad`` was changed, with what it was.
+        units: Units of displacement of the steps, or None.
     """
 
     host: nn.Module
@@ -37,6 +39,7 @@ class Wrapping:
     shorten: frozenset[str]
     keep: dict[int, str]
     trained: dict[nn.Parameter, bool]
+    units: DisplacementUnits | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -50,6 +53,12 @@ class Wrapping:
         if self.time_steps.constraint == "dependent":
             reasons.setdefault(len(origin) - 1, "its step is the dependent one, T minus the others")
         return reasons
+
+    @torch.no_grad()
+    def plain_steps(self) -> Tensor:
+        """The steps without units, (number of blocks,): what multiplies B(x) - x now."""
+        tau = self.time_steps.tau
+        return tau if self.units is None else tau * self.units.gains()
 
     @torch.no_grad()
     def keep_layers_(self, indices: Sequence[int]) -> None:
@@ -69,6 +78,8 @@ class Wrapping:
                 )
         gone = {self.layers[i]: self.forms[i] for i in range(len(self.layers)) if i not in set(kept)}
         self.time_steps.keep_(kept)
+        if self.units is not None:
+            self.units.keep_(kept)
         transformers.follow_deletion(self.host, structure.remove(self.host, gone, self.shorten))
         after = replace(self, layers=tuple(self.layers[i] for i in kept), forms=tuple(self.forms[i] for i in kept))
         for position, block in enumerate(after.layers):
@@ -91,11 +102,23 @@ def install(wrapping: Wrapping) -> None:
     """Put steps and blocks' forwards in place."""
     host = wrapping.host
     host.add_module("time_steps", wrapping.time_steps)
+    if wrapping.units is not None:
+        wrapping.time_steps.add_module("units", wrapping.units)
+    scalars = Scalars(wrapping.time_steps)
     for l, block in enumerate(wrapping.layers):
         own = "forward" in vars(block)
-        vars(block)["forward"] = Step(block.forward, wrapping.time_steps, l, wrapping.names[l], own)
+        vars(block)["forward"] = Step(block.forward, scalars, l, wrapping.names[l], own, wrapping.units)
     vars(host)[WRAPPING] = wrapping
-    transformers.guard_saving(host, wrapping.time_steps, wrapping.layers)
+    transformers.guard_saving(host, wrapping.layers)
+
+
+@torch.no_grad()
+def drop_units(wrapping: Wrapping) -> None:
+    """Let the steps be plain ones from now on; their values stay."""
+    for block in wrapping.layers:
+        vars(block)["forward"] = replace(vars(block)["forward"], units=None)
+    del wrapping.time_steps.units
+    vars(wrapping.host)[WRAPPING] = replace(wrapping, units=None)
 
 
 def uninstall(wrapping: Wrapping) -> None:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..nn.time_steps import TimeSteps
+from .._deletion import prunable_of
 from .blocks import PassThrough
 from .structure import LISTS, Shortened
 
@@ -160,12 +160,12 @@ class SavePretrained:
 
     Attributes:
         model: The model of transformers.
-        steps: The time steps of the host.
+        host: The wrapped model that it is, or is a part of.
         inner: The model's own method.
     """
 
     model: nn.Module
-    steps: TimeSteps
+    host: nn.Module
     inner: Callable[..., Any]
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +182,7 @@ class SavePretrained:
         Raises:
             ValueError: If a step differs from 1, or the configuration cannot describe the pruned model.
         """
-        tau = self.steps.tau.detach()
+        tau = prunable_of(self.host).plain_steps()
         if bool((tau != 1).any()):
             raise ValueError(
                 f"the time steps must all be 1 for save_pretrained, got {[round(t, 4) for t in tau.tolist()]}: plain "
@@ -240,11 +240,11 @@ def _matters(key: str) -> bool:
     return not key.startswith("_") and key != "p" and "drop" not in key
 
 
-def guard_saving(host: nn.Module, steps: TimeSteps, blocks: Sequence[nn.Module]) -> None:
+def guard_saving(host: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Put :class:`SavePretrained` on every model of transformers in the host that contains blocks."""
     for module in host.modules():
         if is_pretrained(module) and any(part in blocks for part in module.modules()):
-            vars(module)[_SAVE] = SavePretrained(module, steps, cast(Any, module).save_pretrained)
+            vars(module)[_SAVE] = SavePretrained(module, host, cast(Any, module).save_pretrained)
 
 
 def release_saving(host: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Optimisers and time steps: parameter groups, and the projection after each step."""
+"""Parameter groups with the time steps apart, and the projection after each step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .penalties import Penalty, time_steps_of
+from ..penalties import Penalty, time_steps_of
+from .projections import Projection
+from .steepest_descent import SteepestDescent
 
 
 def parameter_groups(
@@ -88,6 +90,9 @@ def register_projection(
 ) -> RemovableHandle:
     """Let every ``optimizer.step()`` of a hand-written loop end with :func:`constrain_`.
 
+    In a :class:`SteepestDescent` it follows every trial of the line search instead. While ``fit`` trains with this
+    optimiser, which does the same itself, it rests.
+
     Args:
         optimizer: Any torch optimiser.
         model: A model with time steps.
@@ -106,4 +111,7 @@ def register_projection(
         >>> round(network.time_steps.tau.sum().item(), 6)
         1.0
     """
-    return optimizer.register_step_post_hook(lambda *_: constrain_(model, optimizer, penalties))
+    hook = Projection(model, penalties, lambda: constrain_(model, optimizer, penalties))
+    if not isinstance(optimizer, SteepestDescent):
+        return optimizer.register_step_post_hook(hook)
+    return optimizer.register_constraint(hook)

@@ -1,0 +1,341 @@
+"""What the comparisons share: ways to a smaller network at equal training budgets, their figures, and the table.
+
+unpruned        the deep network, trained as it is
+small           a network of the small depth, trained from scratch
+pruned          the deep network wrapped by taulearn, pruned to that depth while it trains
+Torch-Pruning   the deep network, channels pruned while it trains, until a forward pass takes no longer than that of the
+                small network (batch of 32); the package torch-pruning, group magnitudes, five times until the same
+                epoch by which taulearn has pruned
+
+Everybody gets the same epochs, batches, learning rates and weight decay. Members train side by side, one thread each; a
+member that is finished is not trained again, one that was interrupted goes on where it was.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import OneCycleLR
+
+from taulearn import Pruning, data, fit, parameter_groups, unwrap, wrap
+from taulearn.training import evaluate
+from taulearn.wrapping import wrapping_of
+
+BATCHES = (1, 32)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison.
+
+    Attributes:
+        title: Heading of the table.
+        make: A fresh network of so many blocks, which are ``blocks.0``, ``blocks.1``, ..
+        blocks: Depth of the deep network.
+        targets: The small depths.
+        data: Name of the data set.
+        samples: Training samples taken; None: all.
+        size: Edge to which images are averaged down; None: as they are.
+        epochs: For everybody.
+        batch_size: Samples per step.
+        optimizer: From parameter groups with learning rates.
+        lr: Largest learning rate of the cycle.
+        tau_lr: The same of the time steps.
+        weight_decay: Of everything but the time steps.
+        pruning: Options of ``taulearn.Pruning`` besides the target.
+        channels: Options of Torch-Pruning's pruner for a network.
+        device: Where to train.
+    """
+
+    title: str
+    make: Callable[[int], nn.Module]
+    blocks: int
+    targets: tuple[int, ...]
+    data: str
+    samples: int | None
+    size: int | None
+    epochs: int
+    batch_size: int
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    lr: float
+    tau_lr: float
+    weight_decay: float
+    pruning: dict[str, Any]
+    channels: Callable[[nn.Module], dict[str, Any]]
+    device: str = "cpu"
+
+
+def load(study: Study, split: str) -> tuple[Tensor, Tensor]:
+    samples = data.load(study.data, split)
+    inputs, targets = samples.inputs, samples.targets
+    if split == "train" and study.samples is not None:
+        inputs, targets = inputs[: study.samples], targets[: study.samples]
+    if study.size is not None:
+        inputs = nn.functional.adaptive_avg_pool2d(inputs, study.size)
+    mean, deviation = inputs.mean(), inputs.std()
+    return ((inputs - mean) / deviation).to(study.device), targets.to(study.device)
+
+
+def members(study: Study, seeds: int) -> list[tuple[str, int, int]]:
+    """Way, number of blocks and seed; what others are compared with comes first."""
+    ways = [("unpruned", study.blocks)]
+    ways += [(way, k) for k in study.targets for way in ("pruned", "small", "Torch-Pruning")]
+    return [(way, blocks, seed) for seed in range(seeds) for way, blocks in ways]
+
+
+def train_by_fit(study: Study, model: nn.Module, seed: int, folder: Path | None, pruning: Pruning | None) -> Any:
+    """Train a wrapped model; goes on where it was if it was interrupted."""
+    train = load(study, "train")
+    groups = parameter_groups(model, study.lr, study.tau_lr, study.weight_decay)
+    optimizer = study.optimizer(groups)
+    steps = study.epochs * math.ceil(len(train[0]) / study.batch_size)
+    cycle = OneCycleLR(optimizer, [group["lr"] for group in groups], total_steps=steps + 1, cycle_momentum=False)
+    torch.manual_seed(seed)
+    return fit(
+        model,
+        train,
+        loss=cross_entropy,
+        optimizer=optimizer,
+        scheduler=cycle,
+        epochs=study.epochs,
+        batch_size=study.batch_size,
+        pruning=pruning,
+        seed=seed,
+        run=folder,
+        resume=folder is not None and (folder / "run.toml").exists(),
+        compile="never",
+        progress=False,
+    )
+
+
+def train_member(study: Study, way: str, blocks: int, seed: int, out: Path) -> dict[str, Any]:
+    """Train one network and return its figures; those of a finished one are read."""
+    name = f"{way}-{blocks}-seed{seed}".lower()
+    record = out / "members" / f"{name}.json"
+    if record.exists():
+        figures: dict[str, Any] = json.loads(record.read_text())
+        return figures
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    began, example = time.perf_counter(), load(study, "test")[0][:2]
+    model = study.make(study.blocks if way != "small" else blocks).to(study.device)
+    deletions: list[Any] = []
+    if way == "Torch-Pruning":
+        train_with_torch_pruning(study, model, blocks, seed)
+    else:
+        model.train()
+        pruned = way == "pruned"
+        wrap(model, "blocks.*", example_inputs=example, constraint="free" if pruned else "fixed")
+        policy = Pruning(target_blocks=blocks, **study.pruning) if pruned else None
+        history = train_by_fit(study, model, seed, out / "runs" / name, policy)
+        deletions = [[d.iteration, d.layer, d.share] for d in history.deletions]
+    seconds = time.perf_counter() - began
+    figures = {"way": way, "target": blocks, "seed": seed, "seconds": seconds, "deletions": deletions}
+    figures |= {"accuracy": evaluate(model, load(study, "test"), loss=cross_entropy)["accuracy"]}
+    if wrapping_of(model) is not None:
+        figures |= {"tau": model.time_steps.tau.tolist()}
+        if way != "pruned":
+            unwrap(model)
+    figures |= {"parameters": sum(p.numel() for p in model.parameters()), "blocks": len(model.blocks)}
+    reference = study.make(study.blocks).to(study.device)
+    figures |= {f"relative ms {b}": relative_time(study, model, reference, b) for b in BATCHES}
+    record.parent.mkdir(parents=True, exist_ok=True)
+    part = record.with_suffix(".part")
+    part.write_text(json.dumps(figures))
+    part.replace(record)
+    return figures
+
+
+def train_with_torch_pruning(study: Study, model: nn.Module, blocks: int, seed: int, times: int = 5) -> None:
+    """The usual loop; channels go at equal distances until the epoch by which taulearn has deleted its blocks."""
+    inputs, targets = load(study, "train")
+    limit = relative_time(study, study.make(blocks).to(study.device), study.make(study.blocks).to(study.device), 32)
+    ratio = ratio_for(study, limit)
+    pruner = channel_pruner(study, model, ratio, times)
+    per_epoch = math.ceil(len(inputs) / study.batch_size)
+    steps, by = study.epochs * per_epoch, study.pruning.get("by", 0.6)
+    end = round(by * steps) if isinstance(by, float) else by * per_epoch
+    moments = {round(end * (k + 1) / times) for k in range(times)}
+
+    def make_optimizer() -> torch.optim.Optimizer:
+        group = {"params": list(model.parameters()), "lr": study.lr, "weight_decay": study.weight_decay}
+        return study.optimizer([group])
+
+    clock = make_optimizer()
+    cycle = OneCycleLR(clock, study.lr, total_steps=steps + 1, cycle_momentum=False)
+    optimizer = make_optimizer()
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    step = 0
+    for _ in range(study.epochs):
+        for index in torch.randperm(len(inputs), generator=generator).to(inputs.device).split(study.batch_size):
+            for group in optimizer.param_groups:
+                group["lr"] = clock.param_groups[0]["lr"]
+            optimizer.zero_grad()
+            cross_entropy(model(inputs[index]), targets[index]).backward()
+            optimizer.step()
+            clock.step()
+            cycle.step()
+            step += 1
+            if step in moments:
+                pruner.step()
+                optimizer = make_optimizer()
+                model.train()
+
+
+def channel_pruner(study: Study, model: nn.Module, ratio: float, times: int) -> Any:
+    import torch_pruning
+
+    return torch_pruning.pruner.BasePruner(
+        model,
+        load(study, "test")[0][:2],
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        iterative_steps=times,
+        **study.channels(model),
+    )
+
+
+def ratio_for(study: Study, limit: float) -> float:
+    """The smallest share of channels without which a forward pass takes no longer than the limit, by bisection."""
+    low, high = 0.0, 0.95
+    for _ in range(6):
+        ratio = (low + high) / 2
+        torch.manual_seed(0)
+        model = study.make(study.blocks).to(study.device)
+        channel_pruner(study, model, ratio, 1).step()
+        taken = relative_time(study, model, study.make(study.blocks).to(study.device), 32)
+        low, high = (low, ratio) if taken <= limit else (ratio, high)
+    return high
+
+
+@torch.no_grad()
+def relative_time(study: Study, model: nn.Module, reference: nn.Module, batch: int, repeats: int = 40) -> float:
+    """Time of a forward pass over that of the reference: the smallest of interleaved repetitions."""
+    test = load(study, "test")[0]
+    inputs = test[torch.arange(batch) % len(test)]
+    shortest = [math.inf, math.inf]
+    modes = model.training
+    for each in (model, reference):
+        each.eval()
+    for repeat in range(repeats + 3):
+        for i, each in enumerate((model, reference)):
+            began = time.perf_counter()
+            each(inputs)
+            if study.device != "cpu":
+                torch.accelerator.synchronize()
+            if repeat >= 3:
+                shortest[i] = min(shortest[i], time.perf_counter() - began)
+    model.train(modes)
+    return shortest[0] / shortest[1]
+
+
+@torch.no_grad()
+def unpruned_milliseconds(study: Study, batch: int) -> float:
+    model = study.make(study.blocks).to(study.device).eval()
+    inputs = load(study, "test")[0][:1].repeat(batch, *([1] * 3))
+    taken = []
+    for _ in range(40):
+        began = time.perf_counter()
+        model(inputs)
+        if study.device != "cpu":
+            torch.accelerator.synchronize()
+        taken.append(1e3 * (time.perf_counter() - began))
+    return min(taken)
+
+
+def report(study: Study, found: list[dict[str, Any]], out: Path) -> str:
+    """The Markdown table; also writes it, and a record with everything."""
+    torch.set_num_threads(1)
+    whole = {batch: unpruned_milliseconds(study, batch) for batch in BATCHES}
+    lines = [
+        f"| {study.title} | seeds | accuracy | parameters | blocks | ms, batch 1 | ms, batch 32 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    table = []
+    for way, blocks in dict.fromkeys((each["way"], each["target"]) for each in found):
+        rows = [each for each in found if (each["way"], each["target"]) == (way, blocks)]
+        label = {"unpruned": "unpruned", "pruned": f"taulearn, pruned to {blocks}", "small": f"{blocks}, from scratch"}
+        figures = {
+            name: [row[name] for row in rows]
+            for name in ("accuracy", "parameters", "blocks", *(f"relative ms {b}" for b in BATCHES))
+        }
+        mean = {name: statistics.fmean(values) for name, values in figures.items()}
+        spread = statistics.stdev(figures["accuracy"]) if len(rows) > 1 else math.nan
+        accuracy = f"{100 * mean['accuracy']:.2f}" + (f" ± {100 * spread:.2f}" if len(rows) > 1 else "")
+        milliseconds = {b: mean[f"relative ms {b}"] * whole[b] for b in BATCHES}
+        table.append({"way": way, "target": blocks, "seeds": len(rows), "spread": spread, **mean})
+        cells = [label.get(way, f"Torch-Pruning, as fast as {blocks}"), len(rows), accuracy]
+        cells += [f"{mean['parameters']:,.0f}", f"{mean['blocks']:g}", *(f"{ms:.2f}" for ms in milliseconds.values())]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [
+        "",
+        f"{study.epochs} epochs for everybody, {study.samples or 'all'} training samples, batches of "
+        f"{study.batch_size}; test accuracy in percent, mean ± standard deviation over seeds. Times: one thread of "
+        f"{platform.processor() or platform.machine()}, relative to the unpruned network in the same process.",
+    ]
+    text = "\n".join(lines)
+    settings = {k: v for k, v in vars(study).items() if isinstance(v, int | float | str | tuple | dict | None)}
+    record = {"settings": settings, "torch": torch.__version__, "whole ms": whole, "table": table, "members": found}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(text + "\n")
+    (out / "record.json").write_text(json.dumps(record, indent=1))
+    return text
+
+
+def run(study: Study, *, seeds: int, workers: int, out: Path) -> None:
+    todo = members(study, seeds)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else Here() as pool:
+        futures = [pool.submit(train_member, study, *member, out) for member in todo]
+        found = []
+        for (way, blocks, seed), future in zip(todo, futures, strict=True):
+            found.append(future.result())
+            print(
+                f"{way}, {blocks} blocks, seed {seed}: accuracy {found[-1]['accuracy']:.4f}, "
+                f"{found[-1]['seconds']:.0f} s",
+                flush=True,
+            )
+    print("\n" + report(study, found, out))
+
+
+class Here:
+    """An executor without processes."""
+
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        result = function(*arguments)
+        return type("Done", (), {"result": lambda _: result})()
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """The options that both comparisons have."""
+    options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--workers", type=int, default=2, help="members that train side by side, one thread each")
+    options.add_argument("--out", type=Path, required=True, help="folder for members, table.md and record.json")
+    options.add_argument("--data", default="fashion-mnist")
+    options.add_argument("--samples", type=int, help="training samples; all unless given")
+    options.add_argument("--epochs", type=int)
+    options.add_argument("--blocks", type=int)
+    options.add_argument("--targets", type=int, nargs="+")
+    options.add_argument("--width", type=int)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--quick", action="store_true", help="a tiny network on the digits, some seconds")
+    return options

@@ -1,0 +1,122 @@
+"""What each layer contributes: the mean over samples of norm(tau_l^p f_l(y_l)), by which the state changes there.
+
+A step says little about a layer whose function is large or small; in a network with normalisation the one makes up for
+the other. The contribution is what the next layers see. In a wrapped block it is norm(tau (B(x) - x)).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._calls import call
+from ._deletion import prunable_of
+from .wrapping.host import wrapping_of
+from .wrapping.state import state_in, state_out
+
+_FORGETTING = 0.2
+
+
+def contribution(example_inputs: Any) -> Callable[[Tensor, nn.Module], Tensor]:
+    """A criterion for ``taulearn.prune``: the mean norm of what each layer adds to the state, on these inputs.
+
+    Args:
+        example_inputs: A batch, or a tuple of arguments, or a dictionary of keywords; a few hundred samples do.
+
+    Returns:
+        A function (tau, model) -> one score per layer, from one forward pass in evaluation mode.
+
+    Example:
+        >>> from taulearn import prune
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(2, 3, 1, 4)
+        >>> with torch.no_grad():
+        ...     _ = network.layers[2].linear.weight.zero_(), network.layers[2].linear.bias.zero_()
+        >>> [d.layer for d in prune(network, criterion=contribution(torch.ones(8, 2)), budget=3).deleted]
+        [2]
+    """
+
+    @torch.no_grad()
+    def criterion(_tau: Tensor, model: nn.Module) -> Tensor:
+        modes = [(module, module.training) for module in model.modules()]
+        running = RunningContribution(model)
+        model.eval()
+        try:
+            with running.measuring():
+                call(model, example_inputs)
+        finally:
+            for module, training in modes:
+                module.training = training
+        return running.values
+
+    return criterion
+
+
+class RunningContribution:
+    """A running mean of the contributions of all layers, measured in forward passes that take place anyway.
+
+    The figures stay on the device. A measured forward pass reads each layer's values once more.
+
+    Args:
+        model: A network with time steps, or a wrapped model.
+
+    Attributes:
+        values: Contributions, (num_steps,), float32; 0 before the first measurement.
+        number: Number of measured forward passes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        steps = prunable_of(model).time_steps
+        self.values = torch.zeros(steps.num_steps, device=steps.values.device)
+        self.number = 0
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Measure the forward passes of the body."""
+        layers, found = prunable_of(self.model).layers, dict[int, Tensor]()
+        hooks = [layer.register_forward_hook(self._hook(l, found), with_kwargs=True) for l, layer in enumerate(layers)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._take(found)
+
+    def _hook(self, l: int, found: dict[int, Tensor]) -> Callable[..., None]:
+        prunable, wrapped = prunable_of(self.model), wrapping_of(self.model) is not None
+        power = prunable.scheme.step_power
+        gain = math.gamma(2.0 - power)
+
+        @torch.no_grad()
+        def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            value = state_out(output)
+            if value is None:
+                return
+            if wrapped:
+                x = state_in(args, kwargs)
+                size = _mean_norm(value if x is None else value - x.to(value.dtype))
+            else:
+                size = _mean_norm(value) * gain * prunable.time_steps.tau[l].abs().float() ** power
+            found[l] = size
+
+        return measure
+
+    def _take(self, found: dict[int, Tensor]) -> None:
+        if len(found) == len(self.values):
+            self.number += 1
+            now = torch.stack([found[l] for l in range(len(found))])
+            self.values = torch.lerp(self.values, now, max(_FORGETTING, 1.0 / self.number))
+
+    def keep_(self, indices: Sequence[int]) -> None:
+        """Forget all layers but those at ``indices``."""
+        self.values = self.values[torch.tensor(list(indices), dtype=torch.long, device=self.values.device)]
+
+
+def _mean_norm(values: Tensor) -> Tensor:
+    """The mean over the batch of the norms of the samples."""
+    samples = values.float().reshape(len(values), -1) if values.ndim > 1 else values.float().reshape(1, -1)
+    return torch.linalg.vector_norm(samples, dim=1).mean()

@@ -1,0 +1,37 @@
+"""Whether a device is there and computes."""
+
+import torch
+
+
+def usable_device(argument: str, device: torch.device | str) -> torch.device:
+    """The device that a caller names, after it has computed something.
+
+    Args:
+        argument: The caller's argument name.
+        device: What was given.
+
+    Raises:
+        ValueError: If there is no such device, or it holds no numbers.
+
+    Example:
+        >>> usable_device("device", "cpu")
+        device(type='cpu')
+    """
+    try:
+        found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        float(torch.ones(2, device=found).sum())
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
+        reason = _reason(error)
+        raise ValueError(
+            f"{argument} must be one that is there, got {str(device)!r} ({reason}): "
+            f"{'cpu and cuda are' if torch.cuda.is_available() else 'cpu is'} there; or leave it out"
+        ) from error
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """torch's reason, as far as it is one."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return "torch here has no such backend" if "aten::" in text or isinstance(error, ImportError) else text[:100]

@@ -1,0 +1,85 @@
+"""Intermediate outputs of any model with time steps: of the networks of this package, and of wrapped models."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from .nn.network import TimeVariableNetwork
+from .nn.time_steps import TimeSteps
+from .wrapping.host import wrapping_of
+from .wrapping.stages import intermediate_outputs, record_states
+
+
+def forward_with_states(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """One forward pass with its states.
+
+    Args:
+        model: A TimeVariableNetwork, or a wrapped model.
+        inputs: (batch, ...).
+
+    Returns:
+        The output; and the states y_1 .. y_N, with y_0 before them where the input counts as one.
+
+    Raises:
+        TypeError: If it is neither.
+
+    Example:
+        >>> import torch
+        >>> from taulearn.nn import resnet
+        >>> output, states = forward_with_states(resnet(2, 3, 1, 4), torch.ones(5, 2))
+        >>> output.shape, len(states)
+        (torch.Size([5, 1]), 4)
+    """
+    if isinstance(model, TimeVariableNetwork):
+        states = model.states(inputs, initial=model.skips.from_input)
+        return model.head(states[-1]), states
+    _check(model)
+    return record_states(model, inputs)
+
+
+def stage_outputs(model: nn.Module, inputs: Tensor, states: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The intermediate outputs without the final one.
+
+    Args:
+        model: As for :func:`forward_with_states`.
+        inputs: (batch, ...).
+        states: What :func:`forward_with_states` answered for them.
+
+    Returns:
+        yhat_k by the number k of layers before it, k < N.
+    """
+    if isinstance(model, TimeVariableNetwork):
+        return model.intermediate_outputs(inputs, states=states, final=False)
+    _check(model)
+    return intermediate_outputs(model, inputs, states=states, final=False)
+
+
+def stage_numbers(model: nn.Module, depths: Iterable[int]) -> list[int]:
+    """The numbers that states had at the start, before anything was pruned.
+
+    Args:
+        model: A model with time steps.
+        depths: Numbers k of layers before the states now.
+
+    Returns:
+        The number of layers before each at the start; y_0 stays 0.
+
+    Example:
+        >>> from taulearn import prune
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(2, 3, 1, 4)
+        >>> _ = prune(network, keep=[0, 2])
+        >>> stage_numbers(network, [1, 2])
+        [1, 3]
+    """
+    steps = model.time_steps
+    assert isinstance(steps, TimeSteps)
+    return [steps.origin[k - 1] + 1 if k else 0 for k in depths]
+
+
+def _check(model: nn.Module) -> None:
+    if wrapping_of(model) is None:
+        raise TypeError(
+            f"model must be a TimeVariableNetwork or a wrapped model, got {type(model).__name__}: only there it is "
+            "known what follows a state; build it with taulearn.nn, or wrap it with taulearn.wrap"
+        )

@@ -1,0 +1,163 @@
+"""One member of a suite: trained or gone on with, measured, noted as finished."""
+
+import contextlib
+import fcntl
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..files import write_bytes
+from .config import TrainConfig
+from .results import DONE, FORMAT, MEASUREMENTS
+from .suite import Member, digest
+
+Kind = Literal["started", "epoch", "finished", "failed", "skipped", "died"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a member.
+
+    Attributes:
+        kind: "started", "epoch" (one more is done), "finished", "failed", "skipped" (another process is at it), or
+            "died" (the process that trained it did).
+        member: Its name.
+        epoch: Number of finished epochs.
+        seconds: How long the member has taken, in this sitting.
+        text: What to tell.
+    """
+
+    kind: Kind
+    member: str
+    epoch: int = 0
+    seconds: float = 0.0
+    text: str = ""
+
+
+Report = Callable[[Event], None]
+
+
+class Busy(Exception):
+    """Another process trains this member."""
+
+
+def is_finished(member: Member, out: str | Path) -> bool:
+    """Whether a member needs nothing more.
+
+    Args:
+        member: The member.
+        out: Folder of the suite.
+
+    Raises:
+        ValueError: If what is finished there had other settings.
+    """
+    file = member.folder(out) / DONE
+    if not file.exists():
+        return False
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    if content.get("format") != FORMAT or content.get("digest") != member.digest:
+        raise ValueError(
+            f"{member.folder(out)} holds a finished member with other settings or of another version: "
+            "choose another folder (--out), or delete this one"
+        )
+    return True
+
+
+def run_member(member: Member, out: str | Path, report: Report = lambda _: None) -> None:
+    """Train and measure one member, unless it is finished; what an earlier sitting began is gone on with.
+
+    Args:
+        member: The member.
+        out: Folder of the suite.
+        report: Called with what happens.
+
+    Raises:
+        Busy: If another process is at it.
+        ValueError: If what lies in its folder is something else.
+        Exception: What the training or the measurement raises.
+
+    Example:
+        >>> import tempfile
+        >>> out = tempfile.mkdtemp()
+        >>> run_member(Member("small", 0, TrainConfig(width=8, epochs=1)), out)
+        >>> is_finished(Member("small", 0, TrainConfig(width=8, epochs=1)), out)
+        True
+    """
+    folder = member.folder(out)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.parent / f".{folder.name}.lock"):
+        if is_finished(member, out):
+            return
+        report(Event("started", member.name))
+        began = time.perf_counter()
+        test: dict[str, float] = {}
+        if member.config is not None:
+            test = _train(
+                member.config, folder, lambda n: report(Event("epoch", member.name, n, time.perf_counter() - began))
+            )
+        folder.mkdir(exist_ok=True)
+        if member.measure is not None:
+            figures = dict(member.measure(folder))
+            write_bytes(folder / MEASUREMENTS, json.dumps(figures, indent=1).encode())
+        seconds = time.perf_counter() - began
+        write_bytes(folder / DONE, json.dumps(_note(member, test, seconds), indent=1).encode())
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    words = ", ".join(f"test {name} {value:.4g}" for name, value in reversed(test.items()))
+    report(Event("finished", member.name, member.epochs, seconds, words))
+
+
+def _train(config: TrainConfig, folder: Path, report: Callable[[int], None]) -> dict[str, float]:
+    """Train into the folder, or go on there."""
+    from ..training import Run
+    from .training import resume, settings_of, train
+
+    own = config.model_copy(update={"run": str(folder), "overwrite": True})
+    callbacks = [lambda end: report(end.epoch)]
+    if any((folder / "checkpoint").glob("*.safetensors")):
+        begun = settings_of(Run.open(folder))
+        if digest(begun) != digest(config):
+            raise ValueError(
+                f"{folder} holds a training with other settings: choose another folder (--out), or delete this one"
+            )
+        return resume(folder, progress=False, callbacks=callbacks).test
+    return train(own, progress=False, callbacks=callbacks).test
+
+
+def _note(member: Member, test: dict[str, float], seconds: float) -> dict[str, Any]:
+    import torch
+
+    from .. import __version__
+
+    return {
+        "format": FORMAT,
+        "setting": member.setting,
+        "seed": member.seed,
+        "digest": member.digest,
+        "config": None if member.config is None else member.config.record(),
+        "test": test,
+        "seconds": round(seconds, 1),
+        "versions": {"taulearn": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": platform.platform(),
+    }
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process; file systems without locks go without."""
+    with file.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(str(file)) from None
+        except OSError:
+            pass
+        yield
+        file.unlink(missing_ok=True)

@@ -1,0 +1,192 @@
+"""What a suite is made of: members that are trained, claims that are judged, figures that are drawn.
+
+A member is one training (or one measurement) with its seed. A claim is a function from the records of the members to a
+verdict, with thresholds that were written down, with their reasons, before the training. No verdict is typed in.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .results import Results
+
+Outcome = Literal["holds", "holds in part", "does not hold", "not measured"]
+Measure = Callable[[Path], Mapping[str, Any]]
+
+_SETTING = re.compile(r"[\w.=+-]+(/[\w.=+-]+)*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One training of a suite or a sweep, with what is measured on it.
+
+    Args:
+        setting: Name of the setting, parts separated by slashes, for instance "mnist/resnet/free"; a setting's members
+            differ in their seeds alone.
+        seed: The seed, which ``config`` has, too.
+        config: What is trained. None: the member only measures.
+        measure: Called with the member's folder after the training, returns figures as JSON takes them; a function of a
+            module, so that it can be sent to another process. None: nothing is measured.
+
+    Raises:
+        ValueError: If the setting's name does not do, the seed is not that of ``config``, or there is nothing to do.
+
+    Example:
+        >>> Member("mnist/resnet/free", 3, TrainConfig(data="mnist", seed=3)).folder("results").as_posix()
+        'results/mnist/resnet/free/seed-3'
+    """
+
+    setting: str
+    seed: int
+    config: TrainConfig | None
+    measure: Measure | None = None
+
+    def __post_init__(self) -> None:
+        if not _SETTING.fullmatch(self.setting) or any(set(part) == {"."} for part in self.setting.split("/")):
+            raise ValueError(
+                f"setting must be names of letters, digits and . _ = + - separated by slashes, got {self.setting!r}"
+            )
+        if self.config is not None and self.config.seed != self.seed:
+            raise ValueError(f"seed must be that of config, {self.config.seed}, got {self.seed}")
+        if self.config is None and self.measure is None:
+            raise ValueError(f"member {self.name} must have a config to train or something to measure, got neither")
+
+    @property
+    def name(self) -> str:
+        """Setting and seed, which no other member of the suite has."""
+        return f"{self.setting}/seed-{self.seed}"
+
+    @property
+    def epochs(self) -> int:
+        """How long it takes, in epochs; a measurement counts as one."""
+        return 1 if self.config is None else self.config.epochs
+
+    def folder(self, out: str | Path) -> Path:
+        """Where the member is kept.
+
+        Args:
+            out: Folder of the suite.
+        """
+        return Path(out) / self.setting / f"seed-{self.seed}"
+
+    @property
+    def digest(self) -> str:
+        """What tells whether a finished member is this one: the settings that are not at their defaults."""
+        return digest(self.config)
+
+
+def digest(config: TrainConfig | None) -> str:
+    """A short hash of the settings that are not at their defaults, but for those that do not change the result.
+
+    Settings that later versions add leave it as it is.
+
+    Args:
+        config: The settings, None for a member that only measures.
+
+    Example:
+        >>> digest(TrainConfig(threads=1)) == digest(TrainConfig())
+        True
+    """
+    if config is None:
+        return "none"
+    values = config.model_dump(mode="json", exclude_defaults=True, exclude=_WITHOUT_EFFECT)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_WITHOUT_EFFECT = {"run", "overwrite", "threads", "checkpoint_every", "tensorboard"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the records say about a claim.
+
+    Args:
+        outcome: "holds", "holds in part", "does not hold" or "not measured".
+        sentence: One sentence that says which parts hold.
+        figures: The measured figures behind it, by name.
+
+    Example:
+        >>> Verdict.of({"MNIST": True, "Fashion-MNIST": False}, {"difference": 0.01}).sentence
+        'holds: MNIST; does not hold: Fashion-MNIST'
+    """
+
+    outcome: Outcome
+    sentence: str
+    figures: Mapping[str, float | str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, parts: Mapping[str, bool], figures: Mapping[str, float | str]) -> "Verdict":
+        """The verdict on a claim that has parts: all hold, some do, or none does.
+
+        Args:
+            parts: For each part of the claim, in words, whether it holds.
+            figures: The measured figures.
+
+        Raises:
+            ValueError: If there is no part.
+        """
+        if not parts:
+            raise ValueError("parts must hold at least one part of the claim, got none")
+        good, bad = ([part for part, holds in parts.items() if bool(holds) is wanted] for wanted in (True, False))
+        outcome: Outcome = "holds" if not bad else "holds in part" if good else "does not hold"
+        words = [f"holds: {', '.join(good)}"] * bool(good) + [f"does not hold: {', '.join(bad)}"] * bool(bad)
+        return cls(outcome, "; ".join(words), dict(figures))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of a paper and the function that judges it.
+
+    Attributes:
+        id: Short name, for instance "H1".
+        statement: What is claimed, and where.
+        judge: From records to the verdict; raises :class:`~taulearn.experiments.results.NotMeasured` where they are
+            missing.
+    """
+
+    id: str
+    statement: str
+    judge: "Callable[[Results], Verdict]"
+
+    def verdict(self, results: "Results") -> Verdict:
+        """The verdict; "not measured" where records are missing.
+
+        Args:
+            results: The records.
+        """
+        from .results import NotMeasured
+
+        try:
+            return self.judge(results)
+        except NotMeasured as missing:
+            return Verdict("not measured", str(missing))
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The reproduction of one paper.
+
+    Attributes:
+        name: As on the command line.
+        title: The paper.
+        members: From (quick, number of seeds or None for the suite's own) to the members, the most telling first.
+        claims: What is judged.
+        figures: Functions from records to matplotlib figures, by their numbers in the paper.
+        tables: Functions from records to Markdown tables, by their numbers in the paper.
+    """
+
+    name: str
+    title: str
+    members: Callable[[bool, int | None], list[Member]]
+    claims: tuple[Claim, ...]
+    figures: "Mapping[str, Callable[[Results], Figure]]" = field(default_factory=dict)
+    tables: "Mapping[str, Callable[[Results], str]]" = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""The parts of the suite herberg2023: members, judges, figures."""

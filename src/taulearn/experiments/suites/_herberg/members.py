@@ -1,0 +1,111 @@
+"""The trainings of the suite: two data sets, two networks, six ways to treat the time steps, and pruned ones.
+
+Setting of the paper (section 4 and its published code): 6 hidden layers of width 100, ReLU, T = 1, tau_l = 1/6 at the
+start, plain SGD with batches of 100 and learning rate 0.01, 200 epochs; alpha = 0.01, weight of the horizon penalty 1,
+pruning threshold 0.01; for the fractional network gamma = 1/2 and tau >= 1e-4.
+"""
+
+from typing import Any, NamedTuple
+
+from ...config import TrainConfig
+from ...measures import generalisation
+from ...suite import Member
+
+DATA = ("fashion-mnist", "mnist")
+NETWORKS = ("resnet", "fractional")
+
+TREATMENTS: dict[str, dict[str, Any]] = {
+    "free": {},
+    "fixed": {"constraint": "fixed"},
+    "l1": {"l1": 0.01},
+    "horizon": {"time_horizon": 1.0},
+    "dependent": {"constraint": "dependent"},
+    "l1-horizon": {"l1": 0.01, "time_horizon": 1.0},
+}
+"""What is done to the time steps, by the name that settings carry."""
+
+LEARNED = ("free", "l1", "horizon", "dependent")
+"""The four treatments that figures 4.2 and 4.3 compare."""
+
+PRUNED = ("l1", "l1-horizon", "free", "horizon", "dependent")
+DEPTHS = (12, 24)
+"""Depths of claim H8, besides the paper's 6."""
+
+FULL_EPOCHS, QUICK_EPOCHS = 200, 5
+FULL_SEEDS = {"resnet": 5, "fractional": 3}
+DEEP_SEEDS = 3
+QUICK_SEEDS = 2
+THRESHOLD = 0.01
+
+
+def setting(data: str, network: str, treatment: str) -> str:
+    """The name of a setting.
+
+    Example:
+        >>> setting("mnist", "resnet", "free")
+        'mnist/resnet/free'
+    """
+    return f"{data}/{network}/{treatment}"
+
+
+def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
+    """All trainings, seed by seed, so that every claim has its first seed early.
+
+    Args:
+        quick: A few epochs instead of 200.
+        seeds: Number of seeds for every setting; None: 5 for the residual network, 3 for the fractional and the deeper
+            ones, 2 where quick.
+
+    Example:
+        >>> len(members())
+        133
+        >>> members()[0].name
+        'fashion-mnist/resnet/free/seed-0'
+    """
+    fashion, mnist = DATA
+    rule = {"prune": THRESHOLD, "prune_every": 1}
+    table = [
+        *_treatments(fashion, "resnet"),
+        *(
+            _Row(setting(fashion, "resnet", f"{name}-pruned"), 5, _options(fashion, "resnet", name) | rule)
+            for name in PRUNED
+        ),
+        *_treatments(mnist, "resnet"),
+        *_treatments(fashion, "fractional"),
+        *_treatments(mnist, "fractional"),
+    ]
+    for depth in DEPTHS:
+        options = _options(fashion, "resnet", "l1") | {"hidden_layers": depth}
+        table.append(_Row(setting(fashion, f"resnet-{depth}", "l1-pruned"), DEEP_SEEDS, options | rule))
+        table.append(_Row(setting(fashion, f"resnet-{depth}", "l1"), DEEP_SEEDS, options))
+    own = seeds if seeds is not None else QUICK_SEEDS if quick else None
+    common = {
+        "epochs": QUICK_EPOCHS if quick else FULL_EPOCHS,
+        "trace": "thinned",
+        "checkpoint_every": 10,
+        "threads": 1,
+    }
+    return [
+        Member(row.setting, seed, TrainConfig(**common, **row.options, seed=seed), generalisation)
+        for seed in range(own or max(row.seeds for row in table))
+        for row in table
+        if seed < (own or row.seeds)
+    ]
+
+
+class _Row(NamedTuple):
+    """A setting with its number of seeds in the full suite."""
+
+    setting: str
+    seeds: int
+    options: dict[str, Any]
+
+
+def _options(data: str, network: str, treatment: str) -> dict[str, Any]:
+    return {"data": data, "network": network, **TREATMENTS[treatment]}
+
+
+def _treatments(data: str, network: str) -> list[_Row]:
+    return [
+        _Row(setting(data, network, name), FULL_SEEDS[network], _options(data, network, name)) for name in TREATMENTS
+    ]

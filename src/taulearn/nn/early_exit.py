@@ -1,0 +1,110 @@
+"""Early exit: each sample stops at the first intermediate output that is confident, and leaves the batch."""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .network import TimeVariableNetwork
+
+
+class Prediction(NamedTuple):
+    """What early exit answers.
+
+    Attributes:
+        outputs: The output each sample stopped at, (batch, classes).
+        depths: The number of layers that were computed for it, (batch,).
+
+    Example:
+        >>> Prediction(torch.eye(2), torch.tensor([1, 3])).classes
+        tensor([0, 1])
+    """
+
+    outputs: Tensor
+    depths: Tensor
+
+    @property
+    def classes(self) -> Tensor:
+        """The class with the largest output, (batch,)."""
+        return self.outputs.argmax(1)
+
+
+@torch.no_grad()
+def predict(
+    network: "TimeVariableNetwork", inputs: Tensor, confidence: float, *, depths: Collection[int] | None = None
+) -> Prediction:
+    """See :meth:`TimeVariableNetwork.predict`; the network's mode is put back.
+
+    Each look at the samples that are left waits for the device.
+    """
+    N, first = len(network.layers), 0 if network.skips.from_input else 1
+    if not 0.0 < confidence <= 1.0:
+        raise ValueError(f"confidence must lie in (0, 1], got {confidence!r}: it is a probability")
+    looks = range(first, N) if depths is None else depths
+    strangers = [k for k in looks if k not in range(first, N + 1)]
+    if strangers:
+        raise ValueError(f"depths must be numbers of layers in {first} .. {N}, got {sorted(strangers)}")
+    if confidence == 1.0:  # an output may round to 1 and be wrong
+        looks = ()
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        return _predict(network, inputs, confidence, frozenset(looks))
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _predict(network: "TimeVariableNetwork", inputs: Tensor, confidence: float, looks: frozenset[int]) -> Prediction:
+    N, skips = len(network.layers), network.skips
+    tails = _Tails(network)
+    step = network.scheme.stepper(skips, network.time_steps.tau)
+    states = [network.stem(inputs)]
+    left = torch.arange(len(inputs), device=inputs.device)
+    outputs: Tensor | None = None
+    found = torch.full((len(inputs),), N, device=inputs.device)
+    for k in range(N + 1):
+        if k in looks or k == N:
+            output = tails(states[-1], k)
+            if output.ndim != 2:
+                raise ValueError(
+                    f"outputs must have shape (batch, classes) for early exit, got {tuple(output.shape)}: use forward"
+                )
+            if outputs is None:
+                outputs = output.new_empty(len(inputs), output.shape[1])
+            done = _confident(output, confidence) if k < N else torch.ones_like(left, dtype=torch.bool)
+            gone = left[done]
+            outputs[gone], found[gone] = output[done], k
+            if len(gone):
+                left = left[~done]
+                states = [y[~done] for y in states]
+        if k == N or (len(left) == 0 and outputs is not None and len(inputs) > 0):
+            break
+        y = step(k, network.layers[k], states)
+        states = [*states, y] if network.scheme.remembers else [y]
+    assert outputs is not None
+    return Prediction(outputs, found)
+
+
+def _confident(output: Tensor, confidence: float) -> Tensor:
+    """Whether the largest softmax probability reaches the confidence: the probabilities themselves are not needed."""
+    output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    return torch.logsumexp(output - output.amax(1, keepdim=True), 1) <= -torch.log(output.new_tensor(confidence))
+
+
+class _Tails:
+    """From a state to its output: the remaining skips that are no identities, and the head."""
+
+    def __init__(self, network: "TimeVariableNetwork") -> None:
+        self.head = network.head
+        skips = network.skips
+        self.maps = [(l, skips.past(l)) for l in range(len(network.layers)) if not skips.unchanged(l)]
+
+    def __call__(self, y: Tensor, k: int) -> Tensor:
+        for l, past in self.maps:
+            if l >= k:
+                y = past(y)
+        output: Tensor = self.head(y)
+        return output

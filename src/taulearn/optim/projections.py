@@ -1,0 +1,86 @@
+"""The hooks that ``register_projection`` leaves on an optimiser, so that ``fit`` does not do their work twice."""
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..penalties import Penalty
+
+
+class Projection:
+    """A hook of ``register_projection``.
+
+    Args:
+        model: The model whose steps it projects.
+        penalties: Those whose proximal maps it applies.
+        act: What it does.
+
+    Example:
+        >>> Projection(nn.Linear(1, 1), (), lambda: print("projected"))()
+        projected
+    """
+
+    def __init__(self, model: nn.Module, penalties: Sequence[Penalty], act: Callable[[], None]) -> None:
+        self.model, self.penalties, self._act = model, tuple(penalties), act
+
+    def __call__(self, *_: Any) -> None:
+        self._act()
+
+
+def check_projections(optimizer: torch.optim.Optimizer, model: nn.Module, penalties: Sequence[Penalty]) -> None:
+    """Refuse a registered projection that does more than ``fit`` would with these penalties.
+
+    Args:
+        optimizer: The optimiser.
+        model: The model.
+        penalties: Those of fit.
+
+    Raises:
+        ValueError: If a proximal penalty of the hook is not among them.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(2, 3, 1, 4)
+        >>> check_projections(torch.optim.SGD(network.parameters(), lr=0.1), network, [])
+    """
+    for _, _, hook in _projections(optimizer, model):
+        for penalty in hook.penalties:
+            if not penalty.differentiated and all(penalty is not each for each in penalties):
+                raise ValueError(
+                    f"penalties must contain those given to register_projection, whose {penalty.name!r} is missing: "
+                    "fit takes the proximal step itself; hand it the same object, or remove the handle"
+                )
+
+
+@contextmanager
+def suspended_projections(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[None]:
+    """Let registered projections rest meanwhile: who trains inside takes the proximal step and projects himself.
+
+    Args:
+        optimizer: The optimiser.
+        model: The model.
+    """
+    resting = _projections(optimizer, model)
+    for hooks, key, _ in resting:
+        del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, key, hook in resting:
+            hooks[key] = hook
+
+
+def _projections(
+    optimizer: torch.optim.Optimizer, model: nn.Module
+) -> list[tuple[MutableMapping[int, Any], int, Projection]]:
+    """Where they hang, under which key, and they."""
+    places = [getattr(optimizer, name, {}) for name in ("_optimizer_step_post_hooks", "_constraints")]
+    return [
+        (hooks, key, hook)
+        for hooks in places
+        for key, hook in hooks.items()
+        if isinstance(hook, Projection) and hook.model is model
+    ]

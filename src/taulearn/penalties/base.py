@@ -1,0 +1,100 @@
+"""What a penalty is, and what penalties ask of a model."""
+
+import math
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from ..nn.time_steps import TimeSteps
+
+
+def time_steps_of(model: nn.Module) -> TimeSteps:
+    """The time steps of a model.
+
+    Args:
+        model: A TimeVariableNetwork or a wrapped model.
+
+    Returns:
+        Its ``time_steps``.
+
+    Raises:
+        TypeError: If it has none.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> time_steps_of(resnet(2, 3, 1, 4)).num_steps
+        4
+    """
+    steps = getattr(model, "time_steps", None)
+    if not isinstance(steps, TimeSteps):
+        raise TypeError(
+            f"model must have time steps, got {type(model).__name__}: build it with taulearn.nn, or wrap it with "
+            "taulearn.wrap"
+        )
+    return steps
+
+
+def non_negative(name: str, value: float) -> float:
+    """A weight, which must not be negative.
+
+    Args:
+        name: The argument's name.
+        value: What was given.
+
+    Raises:
+        ValueError: If it is negative or not finite.
+
+    Example:
+        >>> non_negative("alpha", 1)
+        1.0
+    """
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}: 0 switches the penalty off")
+    return float(value)
+
+
+class Penalty(ABC):
+    """A scalar function of the model that is added to the data loss.
+
+    Attributes:
+        name: The penalty's name in records.
+        differentiated: Whether its gradient enters the step; a proximal penalty acts after the step instead.
+        needs_states: Whether it asks for the states of the forward pass.
+    """
+
+    name: str
+    differentiated = True
+    needs_states = False
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Told by ``fit`` before each epoch, for penalties that change over training.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            epochs: Number of epochs in all.
+        """
+
+    @abstractmethod
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: Tensor | None = None,
+        targets: Tensor | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The penalty's value.
+
+        Args:
+            model: The model with time steps.
+            inputs: The batch's inputs, for penalties that depend on data.
+            targets: The batch's targets, likewise.
+            states: The states of the forward pass on ``inputs``, where known: y_1 .. y_N, with y_0 before them where
+                it counts.
+
+        Returns:
+            A scalar tensor.
+        """
+
+    def proximal(self, values: Tensor, lr: float | Tensor) -> Tensor:
+        """The proximal step on the parameter of the time steps, after an optimiser step of size ``lr``."""
+        return values

@@ -1,0 +1,231 @@
+"""Whether data fit a model and a loss, and which sample is to blame when a loss is no number."""
+
+import time
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..penalties import time_steps_of
+from .batches import IGNORED, Batch, LoaderBatches, TensorBatches, check_labels
+from .objective import Loss, as_float
+
+_CHUNK = 1 << 20
+_SEARCH_SECONDS = 30.0
+
+
+def check_loss(loss: Loss) -> None:
+    """Refuse what cannot be called.
+
+    Args:
+        loss: What the caller gave.
+
+    Raises:
+        TypeError: If it is a name, or a loss module's class.
+
+    Example:
+        >>> check_loss("mse")
+        Traceback (most recent call last):
+        ...
+        TypeError: loss must be a function of (outputs, targets), got 'mse': pass for instance torch.nn.functional.mse_loss
+    """
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        raise TypeError(f"loss must be a function of (outputs, targets), got a class: pass {loss.__name__}()")
+    if not callable(loss):
+        names = [name for name in (loss, f"{loss}_loss") if isinstance(loss, str) and hasattr(nn.functional, name)]
+        raise TypeError(
+            f"loss must be a function of (outputs, targets), got {loss!r}: pass for instance "
+            f"torch.nn.functional.{names[0] if names else 'cross_entropy'}"
+        )
+
+
+def check_data(
+    argument: str,
+    model: nn.Module,
+    loss: Loss,
+    sample: Batch,
+    batches: TensorBatches | LoaderBatches,
+    *,
+    differentiated: bool,
+) -> None:
+    """One forward pass on a few samples, so that data that do not fit are named before training starts.
+
+    Args:
+        argument: The caller's name for the data.
+        model: The model.
+        loss: The loss.
+        sample: A few samples of the data.
+        batches: The data; of tensors, everything is looked at, of a loader the sample alone.
+        differentiated: Whether the loss will be differentiated on these data.
+
+    Raises:
+        TypeError: If inputs, or what the loss returns, have the wrong type.
+        ValueError: If inputs or targets do not fit the model or the loss, or are not finite.
+    """
+    dtype = time_steps_of(model).values.dtype
+    inputs, targets = sample
+    if inputs.is_floating_point() and inputs.dtype != dtype:
+        raise TypeError(
+            f"{argument} must hold inputs of the network's type {dtype}, got {inputs.dtype}: "
+            f"convert them with inputs.to({dtype}), or build the network with that dtype"
+        )
+    if isinstance(batches, TensorBatches):
+        fault = bad_tensor_sample(batches)
+        if fault is not None:
+            raise ValueError(f"{argument} must hold finite numbers, but {fault}")
+    training, generator = model.training, torch.get_rng_state()
+    model.eval()
+    try:
+        # with a gradient, like the steps: a loss may ask for one, or forget to have one
+        with torch.set_grad_enabled(differentiated):
+            output = model(as_float(inputs, dtype))
+            known = batches.targets if isinstance(batches, TensorBatches) else targets
+            if isinstance(output, Tensor):
+                _check_targets(argument, known, output, whole=isinstance(batches, TensorBatches))
+                if isinstance(batches, LoaderBatches) and _are_labels(known, output):
+                    batches.classes = output.shape[1]
+            value = _loss_value(argument, loss, output, targets)
+        if differentiated and isinstance(output, Tensor) and output.requires_grad and not value.requires_grad:
+            raise ValueError(
+                "loss must be differentiable, got a value that does not depend on the outputs: "
+                "compute it with torch, without .item(), .detach() and argmax"
+            )
+    finally:
+        model.train(training)
+        torch.set_rng_state(generator)
+
+
+def _are_labels(targets: Tensor, output: Tensor) -> bool:
+    return targets.ndim == 1 and not targets.is_floating_point() and output.ndim == 2
+
+
+def _check_targets(argument: str, targets: Tensor, output: Tensor, *, whole: bool) -> None:
+    if targets.ndim == 1 and targets.is_floating_point() and output.shape[1:] == (1,):
+        raise ValueError(
+            f"{argument} must hold targets (n, 1) like the network's outputs, got shape {tuple(targets.shape)}: "
+            "a loss would compare every sample with every other; use targets.unsqueeze(1)"
+        )
+    if _are_labels(targets, output):
+        check_labels(argument, targets, output.shape[1])
+        if whole and bool((targets == IGNORED).all()):
+            raise ValueError(
+                f"{argument} must hold a label that counts, got {IGNORED}, which losses ignore, for every sample"
+            )
+
+
+def _loss_value(argument: str, loss: Loss, output: Any, targets: Tensor) -> Tensor:
+    """Evaluate the loss once, and say in our words what it does not like."""
+    try:
+        with warnings.catch_warnings():
+            # torch only warns of shapes that it broadcasts
+            warnings.filterwarnings("error", message="Using a target size")
+            value = loss(output, targets)
+    except (RuntimeError, ValueError, IndexError, TypeError, UserWarning) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+        shape = f", while outputs have the shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
+        raise ValueError(
+            f"{argument} must hold targets that the loss can compare with outputs, got {targets.dtype} of shape "
+            f"{tuple(targets.shape)} for {len(targets)} samples{shape} ({reason}){_remedy(output, targets)}"
+        ) from error
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"loss must return a scalar tensor, got {type(value).__name__}: compute it with torch, without .item()"
+        )
+    if value.numel() != 1 or value.ndim:
+        raise ValueError(
+            f"loss must return a scalar, the mean over the batch, got shape {tuple(value.shape)} for "
+            f"{len(targets)} samples: use reduction='mean'"
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"loss must return a floating point scalar, got {value.dtype}: it has no gradient")
+    return value
+
+
+def _remedy(output: Any, targets: Tensor) -> str:
+    """What to do, where the shapes and types tell."""
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        return ""
+    if targets.shape == output.shape:
+        if targets.is_floating_point():
+            return f": use targets.to({output.dtype})" if targets.dtype != output.dtype else ""
+        return f": use targets.to({output.dtype}), or class numbers, targets.argmax(1)"
+    if targets.ndim == 2 and targets.shape[1] == 1 and output.shape[1] > 1:
+        return ": class numbers have the shape (n,) and the type int64; use targets.squeeze(1).long()"
+    if targets.ndim == 1 and output.shape[1] > 1 and targets.dtype != torch.int64:
+        return ": class numbers are int64; use targets.long()"
+    if targets.ndim == 1 and output.shape[1] == 1:
+        return f": use targets.unsqueeze(1).to({output.dtype})"
+    return ""
+
+
+def bad_tensor_sample(batches: TensorBatches) -> str | None:
+    """The first sample of tensors that is not finite, in words, or None.
+
+    Args:
+        batches: The data.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [float("nan")]])
+        >>> bad_tensor_sample(TensorBatches(x, torch.zeros(2), 2, 0))
+        'the inputs of sample 1 hold nan: mend or drop it'
+    """
+    for name, tensor in (("inputs", batches.inputs), ("targets", batches.targets)):
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        # One pass without temporaries settles the usual case; a sum that overflows is looked at again.
+        if bool(tensor.sum(dtype=torch.complex128 if tensor.is_complex() else torch.float64).isfinite()):
+            continue
+        rows = max(1, _CHUNK // max(1, tensor[0].numel()))
+        for start in range(0, len(tensor), rows):
+            bad = ~tensor[start : start + rows].isfinite().reshape(len(tensor[start : start + rows]), -1).all(1)
+            if bool(bad.any()):
+                at = start + int(bad.nonzero()[0, 0])
+                return _fault(name, tensor[at], at)
+    return None
+
+
+def bad_sample(batches: TensorBatches | LoaderBatches) -> str | None:
+    """The first sample that is not finite, in words, or None; of a loader's data set, half a minute is searched.
+
+    Args:
+        batches: The data whose loss turned out not to be finite.
+    """
+    if isinstance(batches, TensorBatches):
+        return bad_tensor_sample(batches)
+    dataset, began = cast(Any, batches.loader.dataset), time.monotonic()
+    for at in range(len(dataset)):
+        if time.monotonic() - began > _SEARCH_SECONDS:
+            return None
+        for name, value in zip(("inputs", "targets"), dataset[at], strict=False):
+            try:
+                tensor = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                continue
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                return _fault(name, tensor, at)
+    return None
+
+
+def _fault(name: str, sample: Tensor, at: int) -> str:
+    value = sample[~sample.isfinite()].flatten()[0].item() if sample.ndim else sample.item()
+    return f"the {name} of sample {at} hold {value}: mend or drop it"
+
+
+def ignored_batch(batches: TensorBatches | LoaderBatches, iteration: int) -> str | None:
+    """That a batch's labels are all ignored, so that the mean of its losses is 0/0; or None.
+
+    Args:
+        batches: The data.
+        iteration: Number of the iteration, from 0.
+    """
+    if not isinstance(batches, TensorBatches) or batches.targets.is_floating_point():
+        return None
+    order = batches.order(iteration // len(batches)).split(batches.batch_size)
+    index = order[iteration % len(batches)]
+    if not bool((batches.targets.index_select(0, index) == IGNORED).all()):
+        return None
+    return (
+        f"all labels of its batch, sample {int(index[0])} among them, are {IGNORED}, which the loss ignores: "
+        "drop such samples, or take larger batches"
+    )

@@ -1,0 +1,54 @@
+"""Ctrl-C: the first one becomes a question that the loop asks between two steps, and an error that says what is kept."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .events import Interrupted
+from .run import Run
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Keep the first Ctrl-C for later; the second one ends at once.
+
+    Yields:
+        What tells whether there was one.
+
+    Example:
+        >>> with deferred() as interrupted:
+        ...     print(interrupted())
+        False
+    """
+    seen = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield seen.is_set
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handler(*_: object) -> None:
+        if seen.is_set():
+            raise KeyboardInterrupt
+        seen.set()
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield seen.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def announced(run: Run | None) -> Iterator[None]:
+    """Let Ctrl-C before the first iteration say so.
+
+    Args:
+        run: The run that can be gone on with, or None.
+    """
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(run, " before its first iteration") from None

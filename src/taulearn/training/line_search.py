@@ -1,0 +1,75 @@
+"""What a line search asks for, compiled: the objective alone, and the objective with its gradient.
+
+Two pure functions of the parameters, one call each; a step of ``taulearn.optim.SteepestDescent`` takes one gradient and
+a value or two. As in training/fused.py, torch.func differentiates the objective and inductor makes the code.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad
+
+from .batches import Batch
+from .compiler import compile_once
+from .fused import fingerprint, used_parameters
+from .objective import Objective
+
+_TOTAL = 1  # the column of the record that holds the objective
+
+
+class CompiledValues:
+    """The objective and its gradient on batches of one size, each as one compiled call.
+
+    Args:
+        objective: A pure function of its parameters.
+        sample: A few samples, which tell the parameters that have a gradient.
+    """
+
+    def __init__(self, objective: Objective, sample: Batch) -> None:
+        self.objective = objective
+        used = used_parameters(objective, sample)
+        tensors = dict(objective.named_parameters()) | dict(objective.named_buffers())
+        self.parameters = {name: t for name, t in tensors.items() if id(t) in used}
+        self.constants = {name: t.detach() for name, t in tensors.items() if name not in self.parameters}
+        self.fingerprint = fingerprint(objective)
+        self._value = compile_once(self._value_of, fused=True)
+        self._gradient = compile_once(self._gradient_of, fused=True)
+
+    def unchanged(self) -> bool:
+        """Whether the objective is as at compilation; to be asked whenever somebody else had control."""
+        return fingerprint(self.objective) == self.fingerprint
+
+    @torch.no_grad()
+    def value(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The objective at the parameters as they are, a scalar."""
+        total: Tensor = self._value(self._now(), self.constants, inputs, targets)
+        return total
+
+    @torch.no_grad()
+    def differentiate_(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective and its record; the gradients are put into ``.grad``, in place of what was there."""
+        gradients, record = self._gradient(self._now(), self.constants, inputs, targets)
+        for name, parameter in self.parameters.items():
+            parameter.grad = gradients[name]
+        return record[_TOTAL], record
+
+    def _now(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    def _value_of(
+        self, values: dict[str, Tensor], constants: dict[str, Tensor], inputs: Tensor, targets: Tensor
+    ) -> Tensor:
+        total: Tensor = functional_call(self.objective, (values, constants), (inputs, targets))[0]
+        return total
+
+    def _gradient_of(
+        self, values: dict[str, Tensor], constants: dict[str, Tensor], inputs: Tensor, targets: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        def total(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            result: tuple[Tensor, Tensor] = functional_call(self.objective, (parameters, constants), (inputs, targets))
+            return result
+
+        result: Any = grad(total, has_aux=True)(values)
+        gradients, record = result
+        return gradients, record

@@ -1,0 +1,260 @@
+"""Pruning inside the loop: what a policy asks for, carried out on model, optimiser and record together."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from .._calls import layer_milliseconds
+from .._choice import scores_of, shares
+from .._contribution import RunningContribution
+from .._deletion import Prunable, prunable_of
+from .._policy import Pruning
+from ..optim import group_of
+from ..pruning import PruneReport, check_prunable, prune
+from .target import SteeredL1, Target, window
+
+_MEASURE_EVERY = 20
+"""Most iterations between two measurements of contributions; one costs about a thirtieth of an iteration."""
+
+
+class Pruner:
+    """A policy at work on one model.
+
+    Args:
+        policy: The policy.
+        model: A model that can be pruned.
+        optimizer: Its optimiser.
+        epochs: Number of epochs.
+        per_epoch: Iterations per epoch.
+
+    Attributes:
+        penalty: The penalty that a target steers, or None.
+        every: Iterations between two looks; None: at the end of each epoch.
+        measure_every: Iterations between two measurements of contributions, or None.
+
+    Raises:
+        ValueError: If the model, the optimiser or the length of the training does not allow the target.
+    """
+
+    def __init__(
+        self, policy: Pruning, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, per_epoch: int
+    ) -> None:
+        self.policy, self.model, self.optimizer = policy, model, optimizer
+        check_prunable(model)
+        self.penalty: SteeredL1 | None = None
+        self.target: Target | None = None
+        self.every = policy.every if isinstance(policy.every, int) else None
+        if policy.targeted:
+            self._check_target()
+            if policy.penalised != "none":
+                self.penalty = SteeredL1(self.prunable.time_steps.values)
+            self._window = window(policy.by, policy.every, epochs, per_epoch)
+            self.every = self._window[2]
+        self.running = RunningContribution(model) if policy.measured else None
+        self.measure_every = None
+        if self.running is not None:
+            self.measure_every = max(1, min((self.every or per_epoch) // 4, _MEASURE_EVERY))
+
+    def begin(self, sample: Any) -> None:
+        """Find out what has to go; to be called once, before training.
+
+        Args:
+            sample: Inputs of one sample, on which a latency is measured unless the policy has others.
+
+        Raises:
+            ValueError: If the target is no less than what the model has, or cannot be reached.
+        """
+        if not self.policy.targeted:
+            return
+        steps, fixed = self.prunable.time_steps, self.prunable.fixed_layers()
+        number, wanted, whole = steps.num_steps, self.policy.target_blocks, 0.0
+        if wanted is not None:
+            if wanted >= number:
+                raise ValueError(
+                    f"target_blocks must be less than {number}, the number of layers of the model, got {wanted}: "
+                    "nothing would go; train without pruning"
+                )
+            if wanted < len(fixed):
+                layer, reason = next(iter(fixed.items()))
+                raise ValueError(
+                    f"target_blocks must be at least {len(fixed)}, the number of layers that must stay, got {wanted}: "
+                    f"layer {layer} stays because {reason}"
+                )
+            costs, excess = (1.0,) * number, float(number - wanted)
+        else:
+            costs, whole = self._measure(sample)
+            excess = self._excess(costs, whole, fixed)
+        by_number = dict(zip(steps.origin, costs, strict=True))
+        numbers = range(max(steps.origin) + 1)
+        self.target = Target(
+            self.policy.penalised, *self._window, [by_number.get(l, 0.0) for l in numbers], excess, whole
+        )
+
+    def _check_target(self) -> None:
+        steps = self.prunable.time_steps
+        if self.policy.penalised == "none":
+            return
+        remedy = "or cut layers off without a penalty, penalised='none'"
+        if steps.constraint == "fixed":
+            raise ValueError(
+                "constraint must not be 'fixed' where a penalty on the steps leads to the target: they do not change; "
+                f"use 'free', {remedy}"
+            )
+        if steps.constraint == "simplex" and self.policy.penalised == "all":
+            raise ValueError(
+                "constraint must not be 'simplex' with penalised='all': the sum of the steps is constant; "
+                "use penalised='next', or constraint 'free'"
+            )
+        if not steps.values.requires_grad or group_of(self.optimizer, steps.values) is None:
+            raise ValueError(
+                "optimizer must hold the time steps where a penalty on them leads to the target, got one that does "
+                f"not: make it from taulearn.parameter_groups(model, lr), {remedy}"
+            )
+
+    def _measure(self, sample: Any) -> tuple[tuple[float, ...], float]:
+        inputs = sample if self.policy.example_inputs is None else self.policy.example_inputs
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            return layer_milliseconds(self.model, cast(Any, self.prunable).layers, inputs)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _excess(self, costs: tuple[float, ...], whole: float, fixed: Mapping[int, str]) -> float:
+        limit = self.policy.target_latency_ms
+        assert limit is not None
+        free = sorted(costs[i] for i in range(len(costs)) if i not in fixed)
+        smallest = whole - sum(free[1:] if not fixed else free)
+        if limit >= whole:
+            raise ValueError(
+                f"target_latency_ms must be less than the {whole:.3g} ms that a forward pass takes now on this "
+                f"machine, got {limit:g}: nothing would go; train without pruning"
+            )
+        if limit < smallest:
+            raise ValueError(
+                f"target_latency_ms must be at least {smallest:.3g}, what a forward pass takes on this machine with "
+                f"all layers gone that can go (now {whole:.3g} ms), got {limit:g}"
+            )
+        return whole - limit
+
+    @property
+    def prunable(self) -> Prunable:
+        """What pruning asks of the model, as it is now."""
+        found: Prunable = prunable_of(self.model)
+        return found
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing can go any more, or nothing has to."""
+        single = self.prunable.time_steps.num_steps == 1
+        return single or (self.target is not None and self.target.reached)
+
+    def due(self, iteration: int, *, epoch_ends: bool) -> bool:
+        """Whether to look at the layers after this iteration, counted from 1."""
+        return not self.over and (epoch_ends if self.every is None else iteration % self.every == 0)
+
+    def measuring(self, iteration: int) -> AbstractContextManager[None] | None:
+        """In what to take the iteration of this number (from 0), where contributions are measured in it."""
+        if self.running is None or self.measure_every is None or iteration % self.measure_every or self.over:
+            return None
+        return self.running.measuring()
+
+    def prune(self, iteration: int, averaged: AveragedModel | None) -> PruneReport | None:
+        """Look at the layers: delete what has to go, and let the target steer the penalty.
+
+        Args:
+            iteration: Number of iterations taken.
+            averaged: Averaged weights, pruned alike.
+
+        Returns:
+            What was deleted, or None if nothing was.
+        """
+        if self.running is not None and self.running.number == 0:
+            return None
+        options: dict[str, Any] = {"optimizer": self.optimizer, "averaged": averaged}
+        if self.running is not None or self.target is None:
+            options["criterion"] = self.policy.criterion if self.running is None else self._measured
+        origin = self.prunable.time_steps.origin
+        if self.target is None:
+            assert self.policy.threshold is not None
+            report: PruneReport | None = prune(self.model, self.policy.threshold, **options)
+        else:
+            report = self._reach(iteration, options)
+        if report:
+            self._follow([origin.index(l) for l in self.prunable.time_steps.origin])
+        if self.target is not None:
+            self._steer(iteration)
+        return report or None
+
+    def _reach(self, iteration: int, options: Mapping[str, Any]) -> PruneReport | None:
+        """Delete what the target wants gone now."""
+        assert self.target is not None
+        steps, fixed = self.prunable.time_steps, list(self.prunable.fixed_layers())
+        gone = self.target.deletions(iteration, steps.origin, self._scores(), fixed)
+        if not gone:
+            return None
+        return prune(self.model, keep=[i for i in range(steps.num_steps) if i not in gone], **options)
+
+    def _steer(self, iteration: int) -> None:
+        """Let the target move alpha."""
+        if self.penalty is None or self.target is None:
+            return
+        steps, fixed = self.prunable.time_steps, list(self.prunable.fixed_layers())
+        group = group_of(self.optimizer, steps.values)
+        assert group is not None
+        tau = steps.tau.detach().double().tolist()
+        self.target.steer(iteration, steps.origin, tau, self._scores(), fixed, float(group["lr"]))
+        self._set_penalty()
+
+    def _set_penalty(self) -> None:
+        assert self.penalty is not None
+        assert self.target is not None
+        self.penalty.set(self.target.alpha, self.target.penalised_among(self.prunable.time_steps.origin))
+
+    def _measured(self, _tau: Tensor, _model: nn.Module) -> Tensor:
+        assert self.running is not None
+        return self.running.values
+
+    def _scores(self) -> list[float]:
+        """What shares are taken of, one figure per layer."""
+        criterion = self._measured if self.running is not None else self.policy.criterion
+        scores, power = scores_of(criterion, self.prunable, self.model)
+        found: list[float] = shares(self.prunable.time_steps, power).tolist() if scores is None else scores
+        return found
+
+    def _follow(self, kept: list[int]) -> None:
+        if self.running is not None:
+            self.running.keep_(kept)
+        if self.penalty is not None:
+            self.penalty.resize_(self.prunable.time_steps.values)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: plain data and tensors."""
+        running = self.running
+        return {
+            "target": None if self.target is None else self.target.state(),
+            "contributions": None if running is None else running.values,
+            "measurements": 0 if running is None else running.number,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`, of a run whose layers the model has now.
+
+        Raises:
+            ValueError: If the run had another kind of policy.
+        """
+        kinds = [(state["target"] is None, self.policy.targeted), (state["contributions"] is None, self.running)]
+        if any(absent == bool(wanted) for absent, wanted in kinds):
+            raise ValueError("pruning must be as at the start of the run, got another kind of target or criterion")
+        if state["target"] is not None:
+            self.target = Target(**state["target"])
+        if self.running is not None:
+            self.running.values, self.running.number = state["contributions"], state["measurements"]
+        if self.penalty is not None:
+            self.penalty.resize_(self.prunable.time_steps.values)
+            self._set_penalty()
