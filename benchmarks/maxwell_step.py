@@ -13,7 +13,6 @@ import argparse
 import os
 import platform
 import resource
-import statistics
 import time
 from collections.abc import Callable
 
@@ -84,7 +83,7 @@ def compiled_loop(network: nn.Module, inputs: torch.Tensor, targets: torch.Tenso
 
 
 def fit_loop(network: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, steps: int) -> float:
-    """Median seconds of a step of fit, all that belongs to it included, once it is compiled."""
+    """Least seconds of a step of fit, all that belongs to it included, once it is compiled."""
     import taulearn
     from taulearn.functional import half_mse_loss
     from taulearn.optim import SteepestDescent
@@ -101,14 +100,14 @@ def fit_loop(network: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, st
         progress=False,
         callbacks=[lambda _: times.append(time.perf_counter())],
     )
-    return statistics.median(np.diff(times)[TURN:].tolist())
+    return float(np.diff(times)[TURN:].min())
 
 
 def time_steps(steps: int) -> None:
     import taulearn
 
     inputs, targets = taulearn.data.load("maxwell")
-    print(f"\nfull-batch steepest descent, {len(inputs):,} samples; milliseconds per step, median of {steps}")
+    print(f"\nfull-batch steepest descent, {len(inputs):,} samples; milliseconds per step, the least of {steps}")
     print(f"{'network':18}{'eager':>9}{'compiled':>10}{'fit':>9}{'compiled / eager':>18}{'compiling, s':>14}")
     for kind, layers, width in NETWORKS:
         eager = eager_loop(build(kind, layers, width), inputs, targets)
@@ -123,7 +122,7 @@ def time_steps(steps: int) -> None:
         for _ in range(-(-steps // TURN)):
             for loop, values in seconds.items():
                 values += [loop() for _ in range(TURN)]
-        a, b = (statistics.median(values) for values in seconds.values())
+        a, b = (min(values) for values in seconds.values())
         c = fit_loop(build(kind, layers, width), inputs, targets, steps)
         print(
             f"{f'{kind} {layers}-{width}':18}{1e3 * a:9.1f}{1e3 * b:10.1f}{1e3 * c:9.1f}{b / a:18.2f}{warm_up:14.1f}",

@@ -223,8 +223,13 @@ class TestKeep:
     @pytest.mark.parametrize("position", [1.5, "1"], ids=repr)
     def test_other_things_are_no_positions(self, position: Any) -> None:
         """A position of 1.5 once deleted layer 1 without a word."""
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=r"keep must be a list of layer numbers, such as \[0, 2\], got \[0, "):
             prune(network(), keep=[0, position])
+
+    @pytest.mark.parametrize("keep", ["02", 5], ids=repr)
+    def test_a_text_or_a_number_is_no_list_of_positions(self, keep: Any) -> None:
+        with pytest.raises(TypeError, match=f"keep must be a list of layer numbers, such as .*, got {keep!r}"):
+            prune(network(), keep=keep)
 
     def test_the_dependent_last_layer(self) -> None:
         with pytest.raises(ValueError, match=r"keep must contain layer 4, got \[0, 1\]: its step is the dependent one"):

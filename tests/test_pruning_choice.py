@@ -56,11 +56,16 @@ def test_criteria_that_are_none(criterion: Any, message: str) -> None:
         prune(steps(), criterion=criterion)
 
 
-@pytest.mark.parametrize(("number", "gone"), [(5, []), (9, []), (4, [2]), (3, [2, 3]), (1, [2, 3, 1, 4])])
+@pytest.mark.parametrize(("number", "gone"), [(5, []), (4, [2]), (3, [2, 3]), (1, [2, 3, 1, 4])])
 def test_the_best_layers_stay_within_a_number(number: int, gone: list[int]) -> None:
     model = steps()
     assert deleted(prune(model, budget=number)) == gone
-    assert model.time_steps.num_steps == min(number, 5)
+    assert model.time_steps.num_steps == number
+
+
+def test_a_budget_of_more_layers_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="budget must be at most 5, the number of layers that there are, got 9"):
+        prune(steps(), budget=9)
 
 
 def test_a_number_below_the_layers_that_must_stay() -> None:

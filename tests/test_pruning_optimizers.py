@@ -345,6 +345,6 @@ class TestAveraged:
     def test_one_that_cannot_follow_stops_the_deletion(self) -> None:
         model, shallow = network(), network([0.5, 0.5, 0.5])
         before = model.state_dict()
-        with pytest.raises(ValueError, match="indices"):
+        with pytest.raises(ValueError, match="averaged must average this model"):
             prune(model, keep=KEEP, averaged=AveragedModel(shallow))
         assert_same_bits(model.state_dict(), before)

@@ -5,32 +5,36 @@ that a file names is ever imported. Networks are rebuilt on torch's meta device,
 description can be compared with the tensors that came along before any memory is spent on it.
 """
 
-import inspect
-import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import __version__
+from ._architecture_parts import (
+    NoDescription,
+    class_name,
+    describe_head,
+    describe_layer,
+    describe_named,
+    describe_skips,
+    describe_stem,
+    exactly,
+    make_head,
+    make_layer,
+    make_named,
+    make_skips,
+    make_stem,
+    schemes,
+    widths_of,
+)
 from ._deletion import prunable_of
-from ._errors import unknown_name
-from ._manifest import Host, Layer, Linear, Manifest, Named, Network, SkipMaps, Steps, Value, Wrapped, short
-from .nn.activations import activation_names, make_activation
-from .nn.builders import FlattenInput, FullyConnected
+from ._manifest import Host, Manifest, Named, Network, Steps, Wrapped, short
 from .nn.network import TimeVariableNetwork
-from .nn.schemes import SCHEMES, Scheme
-from .nn.skips import ComposedSkips, IdentitySkips, PadSkips, Skips
 from .nn.time_steps import TimeSteps
 from .wrapping.host import wrapping_of
-
-M = TypeVar("M", bound=nn.Module)
-
-
-class _NoDescription(Exception):
-    """A part that the schema has no words for."""
 
 
 def describe(model: nn.Module, weights_sha256: str) -> Manifest:
@@ -52,7 +56,7 @@ def describe(model: nn.Module, weights_sha256: str) -> Manifest:
     """
     prunable, wrapping = prunable_of(model), wrapping_of(model)
     steps = prunable.time_steps
-    host = Host(saved_from=_class_name(model), because="")
+    host = Host(saved_from=class_name(model), because="")
     manifest = Manifest(
         taulearn=__version__,
         weights_sha256=weights_sha256,
@@ -68,7 +72,7 @@ def describe(model: nn.Module, weights_sha256: str) -> Manifest:
     try:
         manifest = manifest.model_copy(update={"model": _network(model)})
         other = differences(build(manifest).state_dict(), model.state_dict())
-    except (_NoDescription, ValueError) as error:
+    except (NoDescription, ValueError) as error:
         other = [str(error)]
     return manifest.model_copy(update={"model": host.model_copy(update={"because": other[0]})}) if other else manifest
 
@@ -76,9 +80,9 @@ def describe(model: nn.Module, weights_sha256: str) -> Manifest:
 def _scheme(scheme: nn.Module) -> Named:
     """A scheme of the package with its arguments; any other by the name of its class, which :func:`build` refuses."""
     try:
-        return _named("scheme", scheme, _schemes())
-    except _NoDescription:
-        return Named(name=_class_name(scheme))
+        return describe_named("scheme", scheme, schemes())
+    except NoDescription:
+        return Named(name=class_name(scheme))
 
 
 def build(manifest: Manifest) -> TimeVariableNetwork:
@@ -105,7 +109,7 @@ def build(manifest: Manifest) -> TimeVariableNetwork:
         because = network.because if isinstance(network, Host) else "it is wrapped"
         raise ValueError(f"{network.saved_from} can be rebuilt by its own code only: {because}")
     dtype = getattr(torch, network.dtype)
-    scheme = _make("scheme", manifest.scheme, _schemes())
+    scheme = make_named("scheme", manifest.scheme, schemes())
     if _scheme(scheme) != manifest.scheme:
         raise ValueError(f"scheme must have options {sorted(_scheme(scheme).options)}, got {manifest.scheme.options}")
     if any(a >= b for a, b in pairwise(saved.origin)):
@@ -121,28 +125,14 @@ def build(manifest: Manifest) -> TimeVariableNetwork:
         device="meta",
     )
     steps.origin = saved.origin
-    known = _activations()
-    layers = []
-    for layer in network.layers:
-        sigma = _make("activation", layer.activation, known)
-        layers.append(FullyConnected(layer.in_features, layer.out_features, sigma, dtype=dtype, device="meta"))
-    widths = [network.layers[0].in_features, *(layer.out_features for layer in network.layers)]
-    skips: Skips
-    match network.skips.kind:
-        case "identity":
-            skips = IdentitySkips(number, from_input=network.skips.from_input)
-        case "pad":
-            skips = PadSkips(widths, from_input=network.skips.from_input)
-        case "composed":
-            maps = [_make_linear(each, dtype) for each in network.skips.maps]
-            skips = ComposedSkips(maps, from_input=network.skips.from_input)
+    widths = widths_of(network.layers)
     return TimeVariableNetwork(
-        layers,
-        _make_linear(network.head, dtype) or nn.Identity(),
+        [make_layer(layer, dtype) for layer in network.layers],
+        make_head(network.tail, network.head, dtype),
         scheme,
         steps,
-        skips,
-        stem=nn.Identity() if network.stem is None else FlattenInput(widths[0]),
+        make_skips(network.skips, widths, dtype),
+        stem=make_stem(network.stem, widths[0], dtype),
     )
 
 
@@ -173,106 +163,21 @@ def _look(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _class_name(module: nn.Module) -> str:
-    return type(module).__qualname__
-
-
-def _schemes() -> dict[str, Scheme]:
-    return {name: cls() for name, cls in SCHEMES.items()}
-
-
-def _activations() -> dict[str, nn.Module]:
-    return {name: make_activation(name) for name in activation_names()}
-
-
-def _arguments(module: nn.Module) -> dict[str, Value]:
-    """Arguments that a module was made with, as far as it keeps them as attributes of the same name."""
-    return {name: vars(module)[name] for name in inspect.signature(type(module)).parameters if name in vars(module)}
-
-
-def _named(part: str, module: nn.Module, known: Mapping[str, nn.Module]) -> Named:
-    name = next((name for name, usual in known.items() if type(module) is type(usual)), None)
-    if name is None:
-        raise _NoDescription(f"{part} is a {_class_name(module)}")
-    options = _arguments(module)
-    for key, value in options.items():
-        if type(value) not in (bool, int, float, str) or (isinstance(value, float) and not math.isfinite(value)):
-            raise _NoDescription(f"{part} has {key}={short(value)}")
-    return Named(name=name, options=options)
-
-
-def _make(part: str, named: Named, known: Mapping[str, M]) -> M:
-    """A module by its name in a table. Its options must be arguments of the usual one, and of their types."""
-    usual = known.get(named.name)
-    if usual is None:
-        raise unknown_name(part, named.name, known)
-    defaults = _arguments(usual)
-    for key, value in named.options.items():
-        if key not in defaults:
-            raise unknown_name(f"option of {part} {named.name!r}", key, defaults)
-        wanted = type(defaults[key])
-        if type(value) is not wanted and (wanted, type(value)) != (float, int):
-            raise ValueError(
-                f"option {key} of {part} {named.name!r} must be of type {wanted.__name__}, got {short(value)}"
-            )
-    try:
-        with torch.device("meta"):
-            return type(usual)(**named.options)
-    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{part} {named.name!r} cannot have options {short(named.options)}: {error}") from error
-
-
-def _make_linear(linear: Linear | None, dtype: torch.dtype) -> nn.Linear | None:
-    if linear is None:
-        return None
-    return nn.Linear(linear.in_features, linear.out_features, bias=linear.bias, dtype=dtype, device="meta")
-
-
-def _exactly(part: str, module: nn.Module, *types: type[nn.Module]) -> None:
-    if type(module) not in types:
-        raise _NoDescription(f"{part} is a {_class_name(module)}")
-
-
-def _linear(part: str, module: nn.Module) -> Linear | None:
-    _exactly(part, module, nn.Linear, nn.Identity)
-    if not isinstance(module, nn.Linear):
-        return None
-    return Linear(in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None)
-
-
 def _network(model: nn.Module) -> Network:
-    _exactly("the model", model, TimeVariableNetwork)
+    exactly("the model", model, TimeVariableNetwork)
     assert isinstance(model, TimeVariableNetwork)
-    _exactly("time_steps", model.time_steps, TimeSteps)
-    _exactly("stem", model.stem, FlattenInput, nn.Identity)
-    known, layers = _activations(), []
-    for l, layer in enumerate(model.layers):
-        _exactly(f"layers.{l}", layer, FullyConnected)
-        assert isinstance(layer, FullyConnected)
-        linear = _linear(f"layers.{l}.linear", layer.linear)
-        if linear is None or not linear.bias:
-            raise _NoDescription(f"layers.{l}.linear has no bias")
-        sigma = _named(f"layers.{l}.activation", layer.activation, known)
-        layers.append(Layer(in_features=linear.in_features, out_features=linear.out_features, activation=sigma))
-    widths = (layers[0].in_features, *(layer.out_features for layer in layers))
-    if isinstance(model.stem, FlattenInput) and model.stem.in_features != widths[0]:
-        raise _NoDescription("stem has another width than the first layer")
+    exactly("time_steps", model.time_steps, TimeSteps)
+    stem, in_features = describe_stem(model.stem)
+    layers = tuple(describe_layer(f"layers.{l}", layer) for l, layer in enumerate(model.layers))
+    widths = widths_of(layers)
+    if in_features not in (None, widths[0]):
+        raise NoDescription("stem has another width than the first layer")
+    tail, head = describe_head(model.head)
     return Network(
         dtype=cast(Any, str(model.time_steps.values.dtype).removeprefix("torch.")),
-        stem="flatten" if isinstance(model.stem, FlattenInput) else None,
-        layers=tuple(layers),
-        head=_linear("head", model.head),
-        skips=_skips(model.skips, widths),
+        stem=cast(Any, stem),
+        layers=layers,
+        tail=tail,
+        head=head,
+        skips=describe_skips(model.skips, widths),
     )
-
-
-def _skips(skips: Skips, widths: tuple[int, ...]) -> SkipMaps:
-    _exactly("skips", skips, IdentitySkips, PadSkips, ComposedSkips)
-    if isinstance(skips, PadSkips):
-        if skips.widths != widths:
-            raise _NoDescription(f"skips have widths {short(skips.widths)}, the layers {short(widths)}")
-        return SkipMaps(kind="pad", from_input=skips.from_input)
-    if isinstance(skips, ComposedSkips):
-        maps = tuple(_linear(f"skips.maps.{l}", each) for l, each in enumerate(skips.maps))
-        return SkipMaps(kind="composed", from_input=skips.from_input, maps=maps)
-    return SkipMaps(kind="identity", from_input=skips.from_input)

@@ -69,7 +69,7 @@ def check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         >>> check_holds(torch.optim.SGD, nn.Linear(1, 1))
         Traceback (most recent call last):
         ...
-        TypeError: optimizer must be an optimiser of the model's parameters, got the class SGD: write SGD(model.parame...
+        TypeError: optimizer must be an optimiser of the model's parameters, got the class SGD: write ...
     """
     if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
         given = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else repr(optimizer)
@@ -88,8 +88,9 @@ def check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         )
     if any(getattr(p, _REPLACED, False) for p in held):
         raise ValueError(
-            "optimizer must hold the model's time steps, got one that holds those from before layers were deleted "
-            "without it, so that tau would not train: make a new one from this model, and hand it to every call of prune"
+            "optimizer must hold the model's time steps, got one that holds those from before layers were "
+            "deleted without it, so that tau would not train: make a new one from this model, and hand it to every "
+            "call of prune"
         )
 
 

@@ -43,22 +43,66 @@ class Layer(_Part):
     activation: Named
 
 
+class Block(_Part):
+    """A :class:`~taulearn.nn.PreActivationBlock`."""
+
+    kind: Literal["pre_activation_block"] = "pre_activation_block"
+    in_channels: Count
+    out_channels: Count
+    stride: Count
+    activation: Named
+
+
+class Stem(_Part):
+    """A :class:`~taulearn.nn.ConvolutionalStem`."""
+
+    in_channels: Count
+    channels: Count
+    stride: Count
+
+
+class Pooled(_Part):
+    """A :class:`~taulearn.nn.PooledHead`."""
+
+    channels: Count
+    num_classes: Count
+    activation: Named
+
+
+class Pointwise(_Part):
+    """A :class:`~taulearn.nn.PointwiseSkip`."""
+
+    in_channels: Count
+    out_channels: Count
+    stride: Count
+
+
+class Padding(_Part):
+    """A :class:`~taulearn.nn.Pad`."""
+
+    width: Count
+
+
 class SkipMaps(_Part):
-    """Skips: padding takes its widths from the layers, composed skips a linear map or None (identity) per layer."""
+    """Skips: padding takes its widths from the layers, composed skips a map or None (identity) per layer."""
 
     kind: Literal["identity", "pad", "composed"]
     from_input: bool
-    maps: tuple[Linear | None, ...] = ()
+    maps: tuple[Linear | Pointwise | None, ...] = ()
 
 
 class Network(_Part):
-    """A network of the package's own parts, rebuilt from this alone. The stem takes its width from the first layer."""
+    """A network of the package's own parts, rebuilt from this alone; a stem "flatten" takes its width from the layers.
+
+    ``tail``: the skips past layers that were cut, which come before the head.
+    """
 
     kind: Literal["network"] = "network"
     dtype: Literal["float16", "bfloat16", "float32", "float64"]
-    stem: Literal["flatten"] | None
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
-    head: Linear | None
+    stem: Literal["flatten"] | Stem | None
+    layers: Annotated[tuple[Annotated[Layer | Block, Field(discriminator="kind")], ...], Field(min_length=1)]
+    tail: tuple[Linear | Pointwise | Padding, ...] = ()
+    head: Linear | Pooled | None
     skips: SkipMaps
 
 

@@ -33,7 +33,7 @@ def forward_with_states(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[
     if isinstance(model, TimeVariableNetwork):
         states = model.states(inputs, initial=model.skips.from_input)
         return model.head(states[-1]), states
-    _check(model)
+    check_has_stages(model)
     return record_states(model, inputs)
 
 
@@ -50,7 +50,7 @@ def stage_outputs(model: nn.Module, inputs: Tensor, states: Sequence[Tensor]) ->
     """
     if isinstance(model, TimeVariableNetwork):
         return model.intermediate_outputs(inputs, states=states, final=False)
-    _check(model)
+    check_has_stages(model)
     return intermediate_outputs(model, inputs, states=states, final=False)
 
 
@@ -77,9 +77,22 @@ def stage_numbers(model: nn.Module, depths: Iterable[int]) -> list[int]:
     return [steps.origin[k - 1] + 1 if k else 0 for k in depths]
 
 
-def _check(model: nn.Module) -> None:
-    if wrapping_of(model) is None:
+def check_has_stages(model: nn.Module, argument: str = "model") -> None:
+    """Refuse a model of which it is not known what follows a state.
+
+    Args:
+        model: Any module.
+        argument: What the caller calls it.
+
+    Raises:
+        TypeError: If it is neither a TimeVariableNetwork nor wrapped.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> check_has_stages(resnet(2, 3, 1, 4))
+    """
+    if not isinstance(model, TimeVariableNetwork) and wrapping_of(model) is None:
         raise TypeError(
-            f"model must be a TimeVariableNetwork or a wrapped model, got {type(model).__name__}: only there it is "
+            f"{argument} must be a TimeVariableNetwork or a wrapped model, got {type(model).__name__}: only there it is "
             "known what follows a state; build it with taulearn.nn, or wrap it with taulearn.wrap"
         )

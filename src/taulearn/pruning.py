@@ -22,6 +22,7 @@ from ._budget import Budget
 from ._choice import Criterion as Criterion, normalised, plan as plan, scores_of, shares as shares, within_budget
 from ._contribution import contribution as contribution
 from ._deletion import WRAPPING, Prunable as Prunable, all_or_nothing, check_averaged, check_holds, delete, prunable_of
+from ._distributed import expire_wrappers, refuse_distributed
 from ._policy import Pruning as Pruning, check_threshold
 
 
@@ -103,9 +104,9 @@ def check_prunable(model: nn.Module) -> Prunable:
         The same model, or its wrapping.
 
     Raises:
-        TypeError: If it has no time steps.
-        ValueError: If its scheme does not become the identity at tau = 0, it has a single layer, or every layer must
-            stay.
+        TypeError: If it has no time steps, or is a wrapper of data parallel training.
+        ValueError: If its scheme does not become the identity at tau = 0, it has a single layer, every layer must stay,
+            or its parameters are sharded.
 
     Example:
         >>> from taulearn.nn import densenet
@@ -114,6 +115,7 @@ def check_prunable(model: nn.Module) -> Prunable:
         ...
         ValueError: model has the dense scheme, in which tau = 0 is not the identity: no layer can be deleted; use a ...
     """
+    refuse_distributed("model", model)
     found = prunable_of(model)
     if not all(hasattr(found, name) for name in ("time_steps", "scheme", "fixed_layers", "keep_layers_")):
         raise TypeError(
@@ -168,7 +170,8 @@ def prune(
         What was done.
 
     Raises:
-        TypeError: If the model has no time steps, ``optimizer`` is no optimiser or ``averaged`` no AveragedModel.
+        TypeError: If the model has no time steps, ``keep`` is no list of integers, ``optimizer`` no optimiser, or
+            ``averaged`` no AveragedModel.
         ValueError: If the threshold lies outside (0, 1), the model cannot be pruned, ``keep`` or ``budget`` leave out a
             layer that must stay, no deletion meets the latency, or the optimiser does not hold the model's parameters.
 
@@ -223,6 +226,7 @@ def prune(
         models = [model] if averaged is None else [model, averaged.module]
         with all_or_nothing(models, optimizer):
             state = delete(models, kept, optimizer)
+        expire_wrappers(model)
         if WRAPPING in vars(model):
             _forget_compiled()
     if deleted and power != 1.0:
@@ -242,7 +246,7 @@ def _positions(keep: Iterable[int]) -> list[int]:
             raise TypeError
         return sorted({operator.index(i) for i in keep})
     except TypeError:
-        raise ValueError(f"keep must be a list of layer numbers, such as [0, 2], got {keep!r}") from None
+        raise TypeError(f"keep must be a list of layer numbers, such as [0, 2], got {keep!r}") from None
 
 
 def _forget_compiled() -> None:

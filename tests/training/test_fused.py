@@ -18,7 +18,7 @@ from taulearn.nn import Residual, TimeSteps, TimeVariableNetwork
 from taulearn.penalties import L1, TimeHorizon
 from taulearn.training import History, Run
 from taulearn.training.compiler import compile_once
-from taulearn.training.loop import COMPILE_PAYS_FROM
+from taulearn.training.compiler import COMPILE_PAYS_FROM
 from training.support import Crash, assert_same_history, assert_same_weights, crash_after, digits, network, run_fit
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -179,7 +179,7 @@ def test_a_compiled_run_resumes_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_auto_decides_from_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taulearn.training.loop._compiler_found", lambda: True)
+    monkeypatch.setattr("taulearn.training.compiler._compiler_found", lambda: True)
     train(sgd(), "auto", options=lambda optimizer: {"run": tmp_path / "run"})
     decisions = Run.open(tmp_path / "run").decisions
     assert decisions["compile"] == f"eager: 50 iterations ahead, compiling pays from {COMPILE_PAYS_FROM}"
@@ -189,7 +189,7 @@ def test_auto_decides_from_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @needs_compiler
 def test_auto_compiles_a_long_run_and_no_longer_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
-    monkeypatch.setattr("taulearn.training.loop.COMPILE_PAYS_FROM", 45)
+    monkeypatch.setattr("taulearn.training.compiler.COMPILE_PAYS_FROM", 45)
 
     def compile_nothing(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         compiled.append(function)

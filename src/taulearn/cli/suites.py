@@ -1,64 +1,140 @@
-"""The commands that train many members: ``taulearn reproduce`` and ``taulearn sweep``."""
+"""The command that trains the suites of the papers: ``taulearn reproduce``."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from .options import UsageError
 from .output import say, table
 
-Engine = Literal["serial", "processes"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..experiments.suite import Member, Suite
+
+Engine = Literal["processes", "serial", "ray", "vmap"]
 
 
-def _about(text: str, metavar: str | None = None) -> object:
+def about(text: str, metavar: str | None = None) -> object:
+    """What the help says of an option."""
     return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="")
+
+
+Workers = Annotated[int | None, about("Processes, each with one thread; one per core unless given.", "INT")]
+Address = Annotated[
+    str | None, about("Of a Ray cluster, for --engine ray; one is started on this machine unless given.", "HOST:PORT")
+]
+EngineChoice = Annotated[
+    Engine,
+    about("processes: one per core; serial: in this process; ray: on a cluster; vmap: many at once, for a GPU."),
+]
 
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Train the members of a paper's suite, and say which of its claims hold."""
+    """Train what a paper's claims need, judge them, draw its figures; what is trained already is not trained again."""
 
-    suite: Annotated[
-        tyro.conf.Positional[str], _about("herberg2023, antil2022, puettschneider2025 or beyond.", "SUITE")
-    ]
-    quick: Annotated[bool, _about("Minutes instead of hours: few epochs, two seeds.")] = False
-    seeds: Annotated[int | None, _about("Seeds of each setting; the suite's own number unless given.", "INT")] = None
+    suite: Annotated[tyro.conf.Positional[str], about("herberg2023, antil2022, puettschneider2025 or beyond.", "SUITE")]
+    quick: Annotated[bool, about("Minutes instead of hours: few epochs, few seeds.")] = False
+    seeds: Annotated[int | None, about("Seeds of each setting; the suite's own number unless given.", "INT")] = None
+    figure: Annotated[str | None, about("Only this figure, and the trainings that it needs.", "NUMBER")] = None
+    table: Annotated[str | None, about("Only this table, and the trainings that it needs.", "NUMBER")] = None
     out: Annotated[
-        str | None, _about("Folder of records and results; results/SUITE, or results/SUITE-quick, unless given.", "DIR")
+        str | None, about("Folder of records and results; results/SUITE, or results/SUITE-quick, unless given.", "DIR")
     ] = None
-    workers: Annotated[int | None, _about("Processes; one per core unless given.", "INT")] = None
-    engine: Annotated[Engine, _about("How members are run.")] = "processes"
-    train: Annotated[bool, _about("Train what is missing; --no-train judges what is there.")] = True
+    workers: Workers = None
+    engine: EngineChoice = "processes"
+    address: Address = None
+    train: Annotated[bool, about("Train what is missing; --no-train judges what is there.")] = True
+    keep: Annotated[str | None, about("Folder for what is worth keeping: verdicts, figures, small records.", "DIR")] = (
+        None
+    )
 
     def __call__(self) -> None:
         from ..experiments import suites
-        from ..experiments.reproduce import judge, write_claims
-        from ..experiments.results import Results
-        from ..experiments.runner import run_members
-        from ..experiments.watch import Watch
 
         if self.suite not in suites.NAMES:
-            raise UsageError(f"suite must be one of {', '.join(suites.NAMES)}, got {self.suite!r}")
+            raise UsageError(f"SUITE must be one of {', '.join(suites.NAMES)}, got {self.suite!r}")
         for name in ("seeds", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be >= 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"--{name} must be >= 1, got {value}")
+        if self.address is not None and self.engine != "ray":
+            raise UsageError(f"--address must be left out with --engine {self.engine}: it is that of a Ray cluster")
         suite = suites.load(self.suite)
+        for kind, known in (("figure", suite.figures), ("table", suite.tables)):
+            if (number := getattr(self, kind)) is not None and number not in known:
+                raise UsageError(f"--{kind} must be one of {', '.join(known) or 'none'}, got {number!r}")
         out = Path(self.out or f"results/{self.suite}{'-quick' * self.quick}")
+        numbers = [number for number in (self.figure, self.table) if number is not None]
         if self.train:
-            members = suite.members(self.quick, self.seeds)
-            say(f"{suite.title}\n{len(members)} members in {out}")
-            watch = Watch(members, out)
-            outcome = run_members(members, out, engine=self.engine, workers=self.workers, on_event=watch)
-            watch.close(outcome)
-        judged = judge(suite, Results(out))
-        out.mkdir(parents=True, exist_ok=True)
-        files = write_claims(judged, out)
-        table(
-            [
-                ("claim", "verdict", "what holds"),
-                *((each.id, each.verdict.outcome, each.verdict.sentence) for each in judged),
-            ]
-        )
-        say(f"written: {', '.join(map(str, files))}")
+            self._train(suite, suite.needed(suite.members(self.quick, self.seeds), numbers), out)
+        if numbers:
+            self._draw(suite, out)
+        else:
+            self._judge(suite, out)
+
+    def _train(self, suite: "Suite", members: "Sequence[Member]", out: Path) -> None:
+        say(f"{suite.title}\n{len(members)} members in {out}")
+        train_members(members, out, engine=self.engine, workers=self.workers, address=self.address)
+
+    def _draw(self, suite: "Suite", out: Path) -> None:
+        """One figure, one table, or one of each."""
+        from ..experiments.reproduce import draw, tabulate
+        from ..experiments.results import Results
+
+        results = Results(out)
+        if self.figure is not None:
+            files, missing = draw(suite, results, out / "figures", self.figure)
+            say(f"figure {self.figure}: {files[0] if files else missing[self.figure]}")
+        if self.table is not None:
+            say(tabulate(suite, results, self.table)[self.table].rstrip())
+
+    def _judge(self, suite: "Suite", out: Path) -> None:
+        """Everything: verdicts, figures, report."""
+        from ..experiments.reproduce import draw, judge, keep, tabulate, write_claims, write_report
+        from ..experiments.results import Results
+
+        results = Results(out)
+        folder = out if out.is_dir() or not out.exists() else out.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        judged = judge(suite, results)
+        write_claims(judged, folder)
+        _, missing = draw(suite, results, folder / "figures")
+        for number, text in tabulate(suite, results).items():
+            (folder / f"table-{number}.md").write_text(text, encoding="utf-8")
+        report = write_report(suite, results, judged, folder)
+        say("")
+        table([("claim", "verdict"), *((each.id, each.verdict.outcome) for each in judged)])
+        for each in judged:
+            say(f"\n{each.id}  {each.statement}\n    {each.verdict.sentence}")
+        say("")
+        for number, reason in missing.items():
+            say(f"figure {number} is missing: {reason}")
+        if self.keep is not None:
+            files = keep(suite, results, judged, self.keep)
+            say(f"kept: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e3:,.0f} kB in {self.keep}")
+        say(f"verdicts: {folder / 'claims.md'}, .csv, .json\nreport: {report}")
+
+
+def train_members(
+    members: "Sequence[Member]", out: Path, *, engine: str, workers: int | None, address: str | None
+) -> None:
+    """Train members with a line for each, and say what failed.
+
+    Raises:
+        ValueError: If their folder holds something else.
+        KeyboardInterrupt: On Ctrl-C, when those under way have their checkpoints.
+    """
+    from ..experiments.runner import run_members
+    from ..experiments.watch import Watch
+
+    watch = Watch(members, out)
+    try:
+        outcome = run_members(members, out, engine=engine, workers=workers, address=address, on_event=watch)
+    except KeyboardInterrupt:
+        say("")
+        say("interrupted: the same command goes on from here")
+        raise
+    watch.close(outcome)

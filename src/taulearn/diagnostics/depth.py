@@ -1,21 +1,29 @@
-"""How much of its depth a network uses: loss and accuracy of the network cut after each layer, and what layers add.
+"""How much of its depth a network uses: figures of the network cut after each layer, and what each layer adds.
 
 References:
     Püttschneider, Heilig, Fischer, Faulwasser (2025), Towards an optimal control perspective of ResNet training.
 """
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from .._calls import milliseconds
+from .._stages import check_has_stages, forward_with_states, stage_outputs
 from .._table import format_table
+from ..nn.early_exit import tail_of
 from ..nn.network import TimeVariableNetwork
-from ._models import check_batch, evaluation
+from ..penalties import time_steps_of
+from ..truncation import truncate
+from ..wrapping.stages import record_states, skipping
+from ._models import check_batch, evaluation, layers_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,49 +36,114 @@ class DepthProfile:
         depths: The numbers k: 1 .. N, or 0 .. N where the skips carry the input.
         loss: Loss of the cut networks, (len(depths),).
         accuracy: Share of samples with the right class, or None if the targets are no classes.
+        parameters: Numbers of variables of the cut networks.
+        milliseconds: Median times of a forward pass of the cut networks, or None without example inputs.
         layers: Numbers of the layers at the start, (N,).
         contribution: Root mean square over the samples of norm(s_l f_l(y_l)), what layer l adds, with
-            s_l = tau_l or tau_l^gamma Gamma(2-gamma), (N,).
+            s_l = tau_l or tau_l^gamma Gamma(2-gamma), (N,); for a wrapped block tau_l (B(x) - x).
         relative: The same divided by that of norm(y_{l+1}), (N,).
     """
 
     depths: tuple[int, ...]
     loss: Tensor
     accuracy: Tensor | None
+    parameters: tuple[int, ...]
+    milliseconds: tuple[float, ...] | None
     layers: tuple[int, ...]
     contribution: Tensor
     relative: Tensor
+
+    def smallest(self, tolerance: float) -> int:
+        """The smallest depth whose accuracy falls short of the whole network's by at most ``tolerance``.
+
+        Without classes: whose loss exceeds that of the whole network by at most this share of it.
+
+        Args:
+            tolerance: A number >= 0; 0.002 are 0.2 points of accuracy.
+
+        Returns:
+            A number of layers >= 1.
+
+        Raises:
+            ValueError: If the tolerance is negative or not finite.
+
+        Example:
+            >>> empty = torch.zeros(3)
+            >>> accuracy = torch.tensor([0.5, 0.898, 0.9])
+            >>> profile = DepthProfile((1, 2, 3), empty, accuracy, (9, 12, 15), None, (0, 1, 2), empty, empty)
+            >>> profile.smallest(0.01), profile.smallest(0.0)
+            (2, 3)
+        """
+        fits = within(self.loss if self.accuracy is None else self.accuracy, self.accuracy is not None, tolerance)
+        return next(k for k, fit in zip(self.depths, fits, strict=True) if fit and k > 0)
 
     def __str__(self) -> str:
         blank = [None] if self.depths[0] == 0 else []
         columns: dict[str, list[object]] = {"depth": [*self.depths], "loss": [*self.loss.tolist()]}
         if self.accuracy is not None:
             columns["accuracy"] = [*self.accuracy.tolist()]
+        columns["parameters"] = [*self.parameters]
+        if self.milliseconds is not None:
+            columns["ms"] = [*self.milliseconds]
         columns["last layer"] = [*blank, *self.layers]
         columns["contribution"] = [*blank, *self.contribution.tolist()]
         columns["relative"] = [*blank, *self.relative.tolist()]
         return format_table(columns)
 
 
-def depth_profile(
-    network: TimeVariableNetwork, inputs: Float[Tensor, "batch *features"], targets: Tensor, loss: Loss
-) -> DepthProfile:
-    """Loss and accuracy of the network cut after each layer, and the size of what each layer adds to the state.
-
-    The cut network has tau_l = 0 for all l >= k: the state y_k is carried by the remaining skips to the head
-    (``network.intermediate_outputs``). All come from one forward pass, in evaluation mode.
+def within(figures: Tensor, larger_is_better: bool, tolerance: float) -> list[bool]:
+    """Which figures are as good as the last one, up to a tolerance: absolute in an accuracy, relative in a loss.
 
     Args:
-        network: A TimeVariableNetwork of any scheme.
+        figures: (n,).
+        larger_is_better: Whether they are accuracies.
+        tolerance: A number >= 0.
+
+    Raises:
+        ValueError: If the tolerance is negative or not finite.
+
+    Example:
+        >>> within(torch.tensor([0.5, 0.89, 0.9]), True, 0.02)
+        [False, True, True]
+    """
+    if not 0.0 <= tolerance < math.inf:
+        raise ValueError(
+            f"tolerance must be a finite number >= 0, got {tolerance!r}: 0.002 allows to lose 0.2 points of accuracy"
+        )
+    figures, slack = figures.double(), 1e-9
+    if larger_is_better:
+        return (figures >= figures[-1] - tolerance - slack).tolist()
+    last = figures[-1]
+    return (figures <= last + tolerance * last.abs() * (1 + slack)).tolist()
+
+
+def depth_profile(
+    network: nn.Module,
+    inputs: Float[Tensor, "batch *features"],
+    targets: Tensor,
+    loss: Loss,
+    *,
+    example_inputs: Any = None,
+    batch_size: int = 250,
+) -> DepthProfile:
+    """Figures of the network cut after each layer, and the size of what each layer adds to the state.
+
+    The cut network has tau_l = 0 for all l >= k: the state y_k is carried by the remaining skips to the head. All come
+    from one forward pass, in evaluation mode.
+
+    Args:
+        network: A TimeVariableNetwork of any scheme, or a wrapped model.
         inputs: (batch, ...).
         targets: Class numbers (batch,), for which the accuracy is computed too, or anything ``loss`` takes.
-        loss: Maps (output, target) to a scalar.
+        loss: Maps (output, target) to a scalar, a mean over the batch.
+        example_inputs: A batch on which forward passes of every cut network are timed. None: nothing is timed.
+        batch_size: Samples at a time, which bounds memory: all states of a batch are there at once.
 
     Returns:
         The profile; its last row is the whole network.
 
     Raises:
-        TypeError: If ``network`` is no TimeVariableNetwork.
+        TypeError: If ``network`` is neither.
         ValueError: If inputs and targets have different numbers of samples, or the loss is not a scalar.
 
     References:
@@ -84,49 +157,87 @@ def depth_profile(
         >>> profile.depths, bool(profile.loss[1] == profile.loss[2]), profile.contribution[2].item()
         ((1, 2, 3), True, 0.0)
     """
-    if not isinstance(network, TimeVariableNetwork):
-        raise TypeError(
-            f"network must be a TimeVariableNetwork, got {type(network).__name__}: only there it is known what the "
-            "remaining skips and the head are"
-        )
+    check_has_stages(network, "network")
     check_batch(inputs)
     if len(targets) != len(inputs):
         raise ValueError(f"targets must have one entry per sample, got {len(targets)} for {len(inputs)} inputs")
-    values: dict[int, Tensor] = {}
-    with evaluation(network), torch.no_grad(), ExitStack() as hooks:
-        for l, layer in enumerate(network.layers):
-            hooks.callback(layer.register_forward_hook(_keep(values, l)).remove)
-        states = network.states(inputs)
-        outputs = network.intermediate_outputs(inputs, states=states)
-        losses = torch.stack([_scalar(loss(output, targets)) for output in outputs.values()])
-        factors = _factors(network)
-        added = torch.stack([factors[l] * _size(values[l]) for l in range(len(states))])
-        sizes = torch.stack([_size(y) for y in states])
-        classes = targets.ndim == 1 and not targets.is_floating_point()
-        right = [(y.argmax(1) == targets).double().mean() for y in outputs.values()] if classes else None
+    classes = targets.ndim == 1 and not targets.is_floating_point()
+    depths: tuple[int, ...] = ()
+    sums = [torch.zeros(())] * 4
+    with evaluation(network), torch.no_grad():
+        for x, z in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+            outputs, states, added = _pass(network, x)
+            depths = tuple(outputs)
+            losses = torch.stack([_scalar(loss(output, z)) for output in outputs.values()]) * len(x)
+            right = torch.stack([(y.argmax(1) == z).double().sum() for y in outputs.values()]) if classes else losses
+            squares = [torch.stack([y.double().square().sum() for y in ys]) for ys in (added, states)]
+            sums = [total.to(new) + new for total, new in zip(sums, (losses, right, *squares), strict=True)]
+        times = None if example_inputs is None else tuple(_times(network, depths, example_inputs))
+    losses, right, of_added, of_states = (total.cpu() / len(inputs) for total in sums)
     return DepthProfile(
-        depths=tuple(outputs),
-        loss=losses.cpu(),
-        accuracy=None if right is None else torch.stack(right).cpu(),
-        layers=network.time_steps.origin,
-        contribution=added.cpu(),
-        relative=(added / sizes).cpu(),
+        depths=depths,
+        loss=losses,
+        accuracy=right if classes else None,
+        parameters=tuple(_parameters(network, k) for k in depths),
+        milliseconds=times,
+        layers=time_steps_of(network).origin,
+        contribution=of_added.sqrt(),
+        relative=(of_added / of_states).sqrt(),
     )
+
+
+def _pass(network: nn.Module, x: Tensor) -> tuple[dict[int, Tensor], list[Tensor], list[Tensor]]:
+    """Outputs yhat_k, states y_1 .. y_N, and what each layer adds."""
+    number = time_steps_of(network).num_steps
+    if not isinstance(network, TimeVariableNetwork):
+        arrivals: list[Tensor] = []
+        output, states = record_states(network, x, arrivals=arrivals)
+        added = [y - a for y, a in zip(states[1:], arrivals, strict=True)]
+    else:
+        values: dict[int, Tensor] = {}
+        with ExitStack() as hooks:
+            for l, layer in enumerate(network.layers):
+                hooks.callback(layer.register_forward_hook(_keep(values, l)).remove)
+            output, states = forward_with_states(network, x)
+        power = network.scheme.step_power
+        factors = network.time_steps.tau.abs() ** power * math.gamma(2.0 - power)
+        added = [factors[l].to(values[l].dtype) * values[l] for l in range(number)]
+    outputs = {**stage_outputs(network, x, states), number: output}
+    return outputs, states[-number:], added
 
 
 def _keep(values: dict[int, Tensor], l: int) -> Callable[..., None]:
     return lambda _module, _arguments, output: values.__setitem__(l, output)
 
 
-def _factors(network: TimeVariableNetwork) -> Tensor:
-    """abs(s_l), what multiplies the layer functions, (N,)."""
-    power = network.scheme.step_power
-    return network.time_steps.tau.double().abs() ** power * math.gamma(2.0 - power)
+def _parameters(network: nn.Module, depth: int) -> int:
+    """Number of variables of the network cut after ``depth`` layers."""
+    layers, values = layers_of(network), time_steps_of(network).values
+    gone = {p for layer in layers[depth:] for p in layer.parameters()}
+    gone -= {p for layer in layers[:depth] for p in layer.parameters()}
+    left = sum(p.numel() for p in network.parameters() if p not in gone)
+    return left - (min(len(layers) - depth, values.numel()) if isinstance(values, nn.Parameter) else 0)
 
 
-def _size(y: Tensor) -> Tensor:
-    """Root mean square over the samples of the Euclidean norm."""
-    return y.double().flatten(1).square().sum(1).mean().sqrt()
+def _times(network: nn.Module, depths: tuple[int, ...], inputs: Any) -> Iterator[float]:
+    """Milliseconds of a forward pass of each cut network."""
+    if not isinstance(network, TimeVariableNetwork):
+        for k in depths:
+            with skipping(network, k):
+                yield milliseconds(network, inputs)
+        return
+    network = copy.deepcopy(network)
+    if network.time_steps.constraint == "dependent":  # a step of another size takes no other time
+        network.time_steps.constraint = "fixed"
+        network.time_steps.values = nn.Parameter(network.time_steps.values.new_ones(len(network.layers)))
+    found: list[float] = []
+    for k in reversed(depths):
+        if k == 0:
+            found.append(milliseconds(nn.Sequential(network.stem, *tail_of(network, 0)), inputs))
+            continue
+        truncate(network, k)
+        found.append(milliseconds(network, inputs))
+    yield from reversed(found)
 
 
 def _scalar(value: Tensor) -> Tensor:

@@ -69,11 +69,19 @@ class TrainConfig(BaseModel):
     lower_bound: float | None = Field(
         None, ge=0, description="Smallest time step; none unless given, for a fractional network 1e-4."
     )
-    init: float | tuple[float, ...] | None = Field(
-        None, description="Time steps at the start, one for all or one for each; horizon / layers unless given."
+    init: float | tuple[float, ...] | Literal["uniform"] | None = Field(
+        None,
+        description="Time steps at the start, one for all or one for each; horizon / layers unless given. uniform "
+        "draws them from (0, 1), by the seed.",
     )
     gamma: float = Field(0.5, gt=0, lt=1, description="Order of the fractional derivative, in (0, 1).")
     memory_from: int = Field(1, ge=0, le=1, description="First difference that a fractional network remembers.")
+    as_published: bool = Field(
+        False,
+        description="Imitate faults of the program from which Herberg et al. (2023) printed their curves: of fixed "
+        "steps the first alone is fixed, no gradient flows through a dependent step and the fractional weights, and "
+        "pruning deletes the layer with the most negative step.",
+    )
 
     loss: Literal["auto", "cross_entropy", "mse", "half_mse"] = Field(
         "auto",
@@ -101,11 +109,13 @@ class TrainConfig(BaseModel):
     )
 
     epochs: int = Field(20, ge=1, description="Passes through the training data.")
-    batch_size: int | Literal["auto"] = Field(
-        "auto", description="Samples per iteration; auto is 100, or 10 where there are fewer than 5,000 samples."
+    batch_size: int | Literal["auto", "full"] = Field(
+        "auto", description="Samples per iteration; auto is 100, or 10 where there are fewer than 5,000; full is all."
     )
-    optimizer: str = Field("sgd", description="Any optimiser of torch.optim, by name.")
-    lr: float = Field(0.01, gt=0, description="Learning rate.")
+    optimizer: str = Field(
+        "sgd", description="Any optimiser of torch.optim, by name, or steepest_descent, which searches its step size."
+    )
+    lr: float = Field(0.01, gt=0, description="Learning rate; the first one tried where it is searched.")
     tau_lr: float | None = Field(None, gt=0, description="Learning rate of the time steps; lr unless given.")
     momentum: float = Field(0.0, ge=0, lt=1, description="Momentum, for optimisers that have it.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay; time steps have none.")
@@ -146,17 +156,19 @@ class TrainConfig(BaseModel):
     @field_validator("init", mode="before")
     @classmethod
     def _init(cls, value: object) -> object:
-        return None if value is None else _one_or_several("init", value, float, "a finite number", math.isfinite)
+        if value is None or value == "uniform":
+            return value
+        return _one_or_several("init", value, float, "'uniform', a finite number", math.isfinite)
 
     @field_validator("prune_every", mode="before")
     @classmethod
     def _prune_every(cls, value: object) -> object:
-        return _count_or_word("prune_every", value, "epoch", "a number of iterations >= 1")
+        return _count_or_word("prune_every", value, ("epoch",), "a number of iterations >= 1")
 
     @field_validator("batch_size", mode="before")
     @classmethod
     def _batch_size(cls, value: object) -> object:
-        return _count_or_word("batch_size", value, "auto", "an integer >= 1")
+        return _count_or_word("batch_size", value, ("auto", "full"), "an integer >= 1")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -303,8 +315,8 @@ def _one_or_several(
     return tuple(kind(n) for n in numbers) if several else kind(value)
 
 
-def _count_or_word(name: str, value: Any, word: str, what: str) -> object:
-    """A number >= 1, or the word that stands for a choice."""
-    if value != word and not (_is_number(value, int) and value >= 1):
-        raise ValueError(f"{name} must be {word!r} or {what}, got {value!r}")
+def _count_or_word(name: str, value: Any, words: tuple[str, ...], what: str) -> object:
+    """A number >= 1, or a word that stands for a choice."""
+    if value not in words and not (_is_number(value, int) and value >= 1):
+        raise ValueError(f"{name} must be {', '.join(map(repr, words))} or {what}, got {value!r}")
     return value

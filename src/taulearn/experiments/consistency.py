@@ -22,7 +22,11 @@ def contradictions(config: "TrainConfig") -> Iterator[str]:
         'none'
     """
     yield from _impossible(config)
+    yield from _bad_starts(config)
+    yield from _line_searches(config)
     yield from _without_effect(config)
+    if config.as_published:
+        yield from _never_published(config)
     if config.prune is not None:
         yield from _not_prunable(config)
 
@@ -52,11 +56,30 @@ def _impossible(config: "TrainConfig") -> Iterator[str]:
             "lower_bound must be positive with network 'fractional', got 0.0: tau enters as tau^gamma and 1/tau; "
             "leave it out for 1e-4"
         )
-    if config.batch_size != "auto" and config.accumulate > config.batch_size:
+    if isinstance(config.batch_size, int) and config.accumulate > config.batch_size:
         yield (
             f"accumulate must not exceed batch_size = {config.batch_size}, got {config.accumulate}: "
             "a batch has no more parts than samples"
         )
+
+
+def _bad_starts(config: "TrainConfig") -> Iterator[str]:
+    if config.init == "uniform" and config.constraint in ("dependent", "simplex"):
+        yield (
+            f"init must not be 'uniform' with constraint {config.constraint!r}, in which the steps add up to the "
+            "horizon: give numbers that do, or use constraint 'free'"
+        )
+    if config.init == "uniform" and config.lower_bound is not None and config.lower_bound >= 1:
+        yield f"init must not be 'uniform', in (0, 1), with lower_bound = {config.lower_bound}: lower the bound"
+
+
+def _line_searches(config: "TrainConfig") -> Iterator[str]:
+    if config.optimizer.lower() not in ("steepest_descent", "lbfgs"):
+        return
+    if config.clip_norm is not None:
+        yield f"clip_norm must be left out with optimizer {config.optimizer!r}, which needs the true gradient"
+    if config.optimizer.lower() == "steepest_descent" and config.scheduler != "none":
+        yield "scheduler must be left out with optimizer 'steepest_descent', which searches its step size"
 
 
 def _without_effect(config: "TrainConfig") -> Iterator[str]:
@@ -89,6 +112,23 @@ def _without_effect(config: "TrainConfig") -> Iterator[str]:
             "time_horizon must be left out with constraint 'dependent', in which the steps add up to the horizon, "
             f"so that this penalty is zero; {free}"
         )
+
+
+def _never_published(config: "TrainConfig") -> Iterator[str]:
+    faulty = config.network == "fractional" or config.constraint in ("fixed", "dependent") or config.prune is not None
+    if config.network not in ("resnet", "fractional") or config.constraint == "simplex" or not faulty:
+        yield (
+            "as_published must be left out with these settings, which its faults do not touch: they are about fixed "
+            "and dependent steps and pruning in network 'resnet', and about network 'fractional'"
+        )
+    if config.network == "fractional" and config.memory_from != 0:
+        yield "memory_from must be 0 with as_published, as in that program"
+    if config.network == "fractional" and config.prune is not None:
+        yield "prune must be left out with as_published and network 'fractional', which that program does not prune"
+    if config.prune_every != "epoch":
+        yield "prune_every must be left out with as_published: that program looks once an epoch"
+    if config.proximal:
+        yield "proximal must be left out with as_published: that program takes subgradients"
 
 
 def _not_prunable(config: "TrainConfig") -> Iterator[str]:

@@ -17,13 +17,16 @@ from ..functional import half_mse_loss
 from ..nn.activations import make_activation
 from ..nn.builders import BUILDERS
 from ..nn.network import TimeVariableNetwork
-from ..optim import parameter_groups
+from ..optim import SteepestDescent, parameter_groups
+from ..pruning import Pruning
 from ..training.objective import Loss
 from .config import TrainConfig
+from .published import imitate_, pruning as published_pruning
 
 # SparseAdam wants sparse gradients, Muon nothing but matrices; no network here has either.
 _UNFIT = {"Optimizer", "SparseAdam", "Muon"}
 _FEW_SAMPLES = 5000
+_SMALLEST_DRAW = 1e-4
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
 
 
@@ -92,19 +95,44 @@ def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
         options = {"gamma": config.gamma, "memory_from": config.memory_from}
     if config.network != "fractional" or config.lower_bound is not None:
         options["lower_bound"] = config.lower_bound
-    return BUILDERS[config.network](
+    published = config.as_published and config.network == "resnet" and config.constraint == "fixed"
+    network = BUILDERS[config.network](
         splits.train.inputs[0].numel(),
         config.width if isinstance(config.width, int) else list(config.width),
         splits.train.targets[0].numel() if splits.classes is None else splits.classes,
         config.hidden_layers,
         activation=config.activation,
         horizon=config.horizon,
-        constraint=config.constraint,
-        init=config.init if not isinstance(config.init, tuple) else list(config.init),
+        constraint="free" if published else config.constraint,
+        init=_initial_steps(config),
         skips=config.skips,
         dtype=_DTYPES[config.precision],
         **options,
     )
+    if config.as_published:
+        imitate_(network, config)
+    return network
+
+
+def make_pruning(config: TrainConfig) -> Pruning | None:
+    """The policy of pruning, or None for none.
+
+    Example:
+        >>> make_pruning(TrainConfig()) is None
+        True
+    """
+    if config.prune is None:
+        return None
+    return published_pruning(config.prune) if config.as_published else Pruning(config.prune, config.prune_every)
+
+
+def _initial_steps(config: TrainConfig) -> float | list[float] | None:
+    """The time steps at the start; random ones leave the random weights as they are."""
+    if config.init == "uniform":
+        bound = config.lower_bound or 0.0
+        draws = torch.rand(config.hidden_layers, generator=torch.Generator().manual_seed(config.seed)).tolist()
+        return [bound + (1.0 - bound) * max(draw, _SMALLEST_DRAW) for draw in draws]
+    return list(config.init) if isinstance(config.init, tuple) else config.init
 
 
 def batch_size(config: TrainConfig, samples: int) -> int:
@@ -118,11 +146,13 @@ def batch_size(config: TrainConfig, samples: int) -> int:
         ValueError: If ``config.accumulate`` asks for more parts than that.
 
     Example:
-        >>> batch_size(TrainConfig(), 1442), batch_size(TrainConfig(), 60000)
-        (10, 100)
+        >>> [batch_size(TrainConfig(batch_size=size), 60000) for size in ("auto", "full", 500)]
+        [100, 60000, 500]
     """
     size = config.batch_size
-    if size == "auto":
+    if size == "full":
+        size = samples
+    elif size == "auto":
         size = 10 if samples < _FEW_SAMPLES else 100
     if config.accumulate > size:
         raise ValueError(f"accumulate must not exceed the batch size {size}, got {config.accumulate}: set batch_size")
@@ -171,7 +201,9 @@ def make_penalties(config: TrainConfig) -> list[penalties.Penalty]:
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimiser of torch.optim with the time steps in a group of their own.
+    """An optimiser of torch.optim, or steepest descent, with the time steps in a group of their own.
+
+    L-BFGS has one group. On full batches it takes one iteration per step, its size by the strong Wolfe conditions.
 
     Raises:
         ValueError: If the name is unknown, or a setting means nothing to this optimiser.
@@ -186,6 +218,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
         for name, kind in vars(torch.optim).items()
         if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and name not in _UNFIT
     }
+    known["steepest_descent"] = SteepestDescent
     kind = known.get(config.optimizer.lower())
     if kind is None:
         raise unknown_name("optimizer", config.optimizer, known)
@@ -196,9 +229,10 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     if kind is torch.optim.LBFGS:
         if config.tau_lr is not None:
             raise ValueError("tau_lr must be left out with optimizer 'lbfgs', which has one learning rate for all")
-        if config.clip_norm is not None:
-            raise ValueError("clip_norm must be left out with optimizer 'lbfgs', which needs the true gradient")
-        return kind(model.parameters(), lr=config.lr)
+        search: dict[str, Any] = (
+            {"max_iter": 1, "line_search_fn": "strong_wolfe"} if config.batch_size == "full" else {}
+        )
+        return kind(model.parameters(), lr=config.lr, **search)
     groups = parameter_groups(model, config.lr, config.tau_lr, config.weight_decay)
     options: dict[str, Any] = {"momentum": config.momentum} if "momentum" in takes else {}
     return kind(groups, lr=config.lr, **options)

@@ -1,15 +1,25 @@
-"""A suite from its members to its verdicts: train what is missing, judge, draw, write."""
+"""A suite from its records to its results: verdicts, figures, tables, the report, and what is kept of them."""
 
 import csv
 import io
 import json
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from .._errors import unknown_name
 from ..files import write_bytes
-from .results import Results
+from .results import NotMeasured, Results
 from .suite import Suite, Verdict
+
+if TYPE_CHECKING:
+    from ..report.catalogue import RunRow
+
+PACK = "records.npz"
+_SMALL_DPI = 80
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,147 @@ def write_claims(judged: Sequence[Judged], out: str | Path) -> list[Path]:
     return [Path(out) / name for name in texts]
 
 
+def draw(
+    suite: Suite,
+    results: Results,
+    out: str | Path,
+    only: str | None = None,
+    *,
+    kinds: Sequence[str] = ("svg", "png"),
+    dpi: int = 130,
+) -> tuple[list[Path], dict[str, str]]:
+    """Draw the figures of a suite, each as PNG and as SVG.
+
+    Args:
+        suite: The suite.
+        results: The records.
+        out: Folder, made if missing.
+        only: The number of one figure; None: all of them.
+        kinds: Formats; the last one is that of the files that are returned.
+        dpi: Points per inch of the PNG.
+
+    Returns:
+        The files, and by number why a figure could not be drawn.
+
+    Raises:
+        ValueError: If the suite has no such figure.
+    """
+    if only is not None and only not in suite.figures:
+        raise unknown_name("figure", only, suite.figures)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    from matplotlib import rc_context
+
+    files, missing = [], {}
+    for name, function in suite.figures.items():
+        if only not in (None, name):
+            continue
+        try:
+            figure = function(results)
+        except NotMeasured as error:
+            missing[name] = str(error)
+            continue
+        for kind in kinds:
+            content = io.BytesIO()
+            # without a date and with fixed ids the same records give the same bytes
+            with rc_context({"svg.hashsalt": "taulearn", "svg.fonttype": "none"}):
+                figure.savefig(content, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
+            write_bytes(folder / f"figure-{name}.{kind}", content.getvalue())
+        files.append(folder / f"figure-{name}.{kinds[-1]}")
+    return files, missing
+
+
+def tabulate(suite: Suite, results: Results, only: str | None = None) -> dict[str, str]:
+    """The tables of a suite as Markdown, by number; those whose records are missing say so.
+
+    Args:
+        suite: The suite.
+        results: The records.
+        only: The number of one table; None: all of them.
+
+    Raises:
+        ValueError: If the suite has no such table.
+    """
+    if only is not None and only not in suite.tables:
+        raise unknown_name("table", only, suite.tables)
+    texts = {}
+    for name, function in suite.tables.items():
+        if only in (None, name):
+            try:
+                texts[name] = function(results)
+            except NotMeasured as error:
+                texts[name] = f"not measured: {error}\n"
+    return texts
+
+
+def write_report(suite: Suite, results: Results, judged: Sequence[Judged], out: str | Path) -> Path:
+    """Write the suite's report.html: claims, figures, tables, and every run with a link.
+
+    Args:
+        suite: The suite.
+        results: The records.
+        judged: The claims with their verdicts.
+        out: Folder that holds the figures, drawn before.
+    """
+    from ..report.catalogue import ClaimRow, Picture, write_catalogue
+
+    verdicts = [ClaimRow(j.id, j.statement, j.verdict.outcome, j.verdict.sentence, j.verdict.figures) for j in judged]
+    pictures = [
+        Picture(f"Figure {name}", (function.__doc__ or "").strip().partition("\n")[0], file.read_bytes())
+        for name, function in suite.figures.items()
+        if (file := Path(out) / "figures" / f"figure-{name}.png").exists()
+    ]
+    runs = [_run_row(results, setting, seed) for setting in results.settings for seed in results.seeds(setting)]
+    subtitle = f"{suite.title}: {len(runs)} members with {len(results.settings)} settings"
+    tables = {f"Table {name}": text for name, text in tabulate(suite, results).items()}
+    file = Path(out) / "report.html"
+    return write_catalogue(file, suite.name, subtitle, claims=verdicts, pictures=pictures, tables=tables, runs=runs)
+
+
+def keep(suite: Suite, results: Results, judged: Sequence[Judged], folder: str | Path) -> list[Path]:
+    """Write what stays of a suite's results: verdicts, small figures, tables, and the records they are made from.
+
+    Args:
+        suite: The suite.
+        results: The records.
+        judged: The claims with their verdicts.
+        folder: Where; made if missing. ``Results(folder / "records.npz")`` reads the records again.
+
+    Returns:
+        The files.
+    """
+    kept = Path(folder)
+    kept.mkdir(parents=True, exist_ok=True)
+    files = write_claims(judged, kept)
+    files += draw(suite, results, kept, kinds=("png",), dpi=_SMALL_DPI)[0]
+    for name, text in tabulate(suite, results).items():
+        write_bytes(kept / f"table-{name}.md", text.encode())
+        files.append(kept / f"table-{name}.md")
+    results.pack(kept / PACK)
+    write_bytes(kept / "provenance.json", (json.dumps(provenance(suite, results), indent=1) + "\n").encode())
+    return [*files, kept / PACK, kept / "provenance.json"]
+
+
+def provenance(suite: Suite, results: Results) -> dict[str, Any]:
+    """Under what a suite's members were trained: versions, machines, time.
+
+    Args:
+        suite: The suite.
+        results: The records.
+    """
+    notes = [results.done(setting, seed) for setting in results.settings for seed in results.seeds(setting)]
+    versions = sorted({json.dumps(note.get("versions", {}), sort_keys=True) for note in notes})
+    return {
+        "suite": suite.name,
+        "members": len(notes),
+        "settings": {setting: len(results.seeds(setting)) for setting in results.settings},
+        "versions": [json.loads(each) for each in versions],
+        "machines": sorted({str(note.get("machine", "unknown")) for note in notes}),
+        "hours of training": round(sum(float(note.get("seconds", 0.0)) for note in notes) / 3600, 2),
+        "written on": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
 def as_markdown(judged: Sequence[Judged]) -> str:
     """The table of verdicts, and below it the figures behind each.
 
@@ -88,3 +239,21 @@ def _as_csv(judged: Sequence[Judged]) -> str:
 
 def _number(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _run_row(results: Results, setting: str, seed: int) -> "RunRow":
+    from ..report.catalogue import RunRow
+
+    note = results.done(setting, seed)
+    config = note.get("config") or {}
+    facets = {"data": str(config.get("data", "")), "network": str(config.get("network", ""))}
+    facets["penalty"] = setting.rpartition("/")[2]
+    values: dict[str, float | int | str | None] = {"seed": seed}
+    values |= {f"test {name}": value for name, value in note.get("test", {}).items()}
+    if config:
+        layers = results.history(setting, seed).epochs["layers"]
+        values |= {"layers": f"{layers[0]} → {layers[-1]}"}
+    values["seconds"] = note.get("seconds")
+    name = f"{setting}/seed-{seed}"
+    link = f"{name}/report.html" if (results.out / name / "report.html").exists() else None
+    return RunRow(name, facets, values, link)

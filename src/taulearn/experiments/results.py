@@ -1,33 +1,37 @@
-"""The records of a suite's finished members, which claims, figures and tables are made from."""
+"""The records of a suite's finished members, which claims, figures and tables are made from.
 
-import json
+Records are looked at in one form, whether they come from the members' folders or from the one small file in which a
+suite's results are kept: rows per iteration coarsely thinned, time steps as 16 bit numbers, all else as 32 bit numbers.
+What is computed from a folder is therefore what is computed from the file.
+"""
+
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
-from ..training.history import History
+from ..training.history import Array, History
 from ..training.thinning import thinned
 from .config import TrainConfig, explain
+from .sources import DONE, FORMAT, MEASUREMENTS, FolderSource, NotMeasured, PackSource, Source, write_pack
 
-FORMAT = 1
-DONE = "done.json"
-MEASUREMENTS = "measurements.json"
+__all__ = ["DONE", "FORMAT", "MEASUREMENTS", "NotMeasured", "Results"]
 
-
-class NotMeasured(LookupError):
-    """Records that a claim or a figure needs are missing."""
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else "records are missing"
+_KEPT = ("validation.accuracy", "validation.loss", "train.loss", "train.total")
+_WHOLE = ("iteration", "layers", "parameters")
 
 
 class Results:
-    """The finished members in a suite's folder.
+    """The finished members of a suite.
 
     Args:
-        out: The folder.
+        out: The suite's folder, or a file that :meth:`pack` wrote.
+
+    Raises:
+        ValueError: If it is a file that is damaged or something else.
 
     Example:
         >>> Results("nowhere").settings
@@ -36,17 +40,12 @@ class Results:
 
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
-        self._histories: dict[Path, History] = {}
+        self._source: Source = PackSource(self.out) if self.out.is_file() else FolderSource(self.out)
+        self._histories: dict[tuple[str, int], History] = {}
 
     @cached_property
-    def _members(self) -> dict[str, dict[int, Path]]:
-        found: dict[str, dict[int, Path]] = {}
-        for file in sorted(self.out.glob(f"**/seed-*/{DONE}")):
-            folder = file.parent
-            seed = folder.name.removeprefix("seed-")
-            if seed.isdigit():
-                found.setdefault(folder.parent.relative_to(self.out).as_posix(), {})[int(seed)] = folder
-        return found
+    def _members(self) -> Mapping[str, Mapping[int, str]]:
+        return self._source.members()
 
     @property
     def settings(self) -> list[str]:
@@ -74,26 +73,22 @@ class Results:
         """The folder of a finished member.
 
         Raises:
-            NotMeasured: If it is not finished.
+            NotMeasured: If it is not finished, or only its results were kept.
         """
-        try:
-            return self._members[setting][seed]
-        except KeyError:
-            raise NotMeasured(f"{setting}/seed-{seed} is not finished") from None
+        folder = self.out / self._name(setting, seed)
+        if not folder.is_dir():
+            raise NotMeasured(f"{setting}/seed-{seed} has no folder: only its results were kept")
+        return folder
 
     def history(self, setting: str, seed: int) -> History:
-        """The record of a member, thinned as all records are that claims are judged by.
+        """The record of a member, in the form in which all records are looked at.
 
         Raises:
             NotMeasured: If it is not finished, or its record is missing, damaged or of another version.
         """
-        folder = self.folder(setting, seed)
-        if folder not in self._histories:
-            try:
-                self._histories[folder] = thinned(History.load(folder / "history.safetensors"), coarse=True)
-            except (FileNotFoundError, ValueError) as error:
-                raise NotMeasured(str(error)) from error
-        return self._histories[folder]
+        if (setting, seed) not in self._histories:
+            self._histories[setting, seed] = _in_one_form(self._source.history(self._name(setting, seed)))
+        return self._histories[setting, seed]
 
     def measurements(self, setting: str, seed: int) -> dict[str, Any]:
         """What was measured on a member after its training.
@@ -101,18 +96,18 @@ class Results:
         Raises:
             NotMeasured: If it is not finished, or nothing was measured.
         """
-        return _read_json(self.folder(setting, seed) / MEASUREMENTS)
+        return self._source.content(self._name(setting, seed), MEASUREMENTS)
 
     def done(self, setting: str, seed: int) -> dict[str, Any]:
-        """What was noted when the member was finished: settings, versions, seconds.
+        """What was noted when the member was finished: settings, figures on the test data, versions, seconds.
 
         Raises:
             NotMeasured: If it is not finished, or by another version.
         """
-        file = self.folder(setting, seed) / DONE
-        content = _read_json(file)
+        content = self._source.content(self._name(setting, seed), DONE)
         if content.get("format") != FORMAT:
-            raise NotMeasured(f"{file} must have format {FORMAT}, got {content.get('format')!r}: train the member anew")
+            found = content.get("format")
+            raise NotMeasured(f"{setting}/seed-{seed} must have format {FORMAT}, got {found!r}: train the member anew")
         return content
 
     def config(self, setting: str, seed: int) -> TrainConfig:
@@ -129,14 +124,43 @@ class Results:
         except ValidationError as error:
             raise NotMeasured(f"{setting}/seed-{seed}: {explain(error)}") from error
 
+    def pack(self, path: str | Path) -> None:
+        """Write all that is needed to judge and to draw into one file, some kilobytes for each member.
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotMeasured(f"{file} is missing") from None
-    except ValueError as error:
-        raise NotMeasured(f"{file} must be a JSON file, got a damaged one ({error})") from error
-    if not isinstance(content, dict):
-        raise NotMeasured(f"{file} must hold an object, got {type(content).__name__}")
-    return content
+        Args:
+            path: The file; ``Results(path)`` reads it.
+        """
+        records: dict[str, tuple[History | None, dict[str, Any], dict[str, Any] | None]] = {}
+        for setting in self.settings:
+            for seed in self.seeds(setting):
+                note = dict(self.done(setting, seed))
+                history = None
+                if note.get("config") is not None:
+                    config = self.config(setting, seed)
+                    note["config"] = config.model_dump(mode="json", exclude_defaults=True, exclude={"run", "overwrite"})
+                    history = self.history(setting, seed)
+                try:
+                    measured: dict[str, Any] | None = self.measurements(setting, seed)
+                except NotMeasured:
+                    measured = None
+                records[f"{setting}/seed-{seed}"] = (history, note, measured)
+        write_pack(Path(path), records)
+
+    def _name(self, setting: str, seed: int) -> str:
+        try:
+            return self._members[setting][seed]
+        except KeyError:
+            raise NotMeasured(f"{setting}/seed-{seed} is not finished") from None
+
+
+def _in_one_form(history: History) -> History:
+    """Thinned, with the columns that are kept, rounded as they are kept."""
+    small = thinned(history, coarse=True)
+    iterations: dict[str, Array] = {
+        name: column.astype(np.float16) for name, column in small.iterations.items() if name in ("tau", "raw_tau")
+    }
+    if "iteration" in small.iterations:
+        iterations["iteration"] = small.iterations["iteration"].astype(np.int32)
+    epochs: dict[str, Array] = {name: small.epochs[name].astype(np.float32) for name in _KEPT if name in small.epochs}
+    epochs |= {name: small.epochs[name].astype(np.int32) for name in _WHOLE if name in small.epochs}
+    return History(iterations, epochs, list(small.deletions))

@@ -7,8 +7,9 @@ verdict, with thresholds that were written down, with their reasons, before the 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -182,6 +183,7 @@ class Suite:
         claims: What is judged.
         figures: Functions from records to matplotlib figures, by their numbers in the paper.
         tables: Functions from records to Markdown tables, by their numbers in the paper.
+        needs: Patterns of the settings that a figure or a table needs, by its number; without any, all of them.
     """
 
     name: str
@@ -190,3 +192,16 @@ class Suite:
     claims: tuple[Claim, ...]
     figures: "Mapping[str, Callable[[Results], Figure]]" = field(default_factory=dict)
     tables: "Mapping[str, Callable[[Results], str]]" = field(default_factory=dict)
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def needed(self, members: Sequence[Member], numbers: Collection[str]) -> list[Member]:
+        """The members that figures and tables need.
+
+        Args:
+            members: Of this suite.
+            numbers: Of the figures and tables; none means everything.
+        """
+        if not numbers or not all(number in self.needs for number in numbers):
+            return list(members)
+        patterns = [pattern for number in numbers for pattern in self.needs[number]]
+        return [member for member in members if any(fnmatchcase(member.setting, pattern) for pattern in patterns)]

@@ -8,19 +8,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..pruning import Pruning
+from ..nn.network import TimeVariableNetwork
 from ..report import write_html
 from ..saving import save_model
 from ..training import EpochEnd, History, Run, evaluate, fit
 from ..training.thinning import thinned
 from . import parts
 from .config import TrainConfig, explain
+from .published import make_ordinary_
 
 _SLOWEST_AVERAGE = 1e-3
 
@@ -198,7 +200,7 @@ def _train(
             epochs=config.epochs,
             batch_size=batch_size,
             penalties=parts.make_penalties(config),
-            pruning=None if config.prune is None else Pruning(config.prune, config.prune_every),
+            pruning=parts.make_pruning(config),
             validation=tuple(splits.validation),
             run=run,
             resume=resume,
@@ -222,6 +224,9 @@ def _train(
         result: nn.Module = model
         if averaged is not None:
             result = averaged.module
+        if config.as_published:
+            make_ordinary_(cast(TimeVariableNetwork, result))
+        if averaged is not None or config.as_published:
             save_model(result, run.path)
         test = evaluate(result, tuple(splits.test), loss=loss)
     write_html(run, run.report_path)

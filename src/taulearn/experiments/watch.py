@@ -49,9 +49,8 @@ class Watch:
             self.left.pop(name, None)
             self.ended += 1
             what = event.text if event.kind == "finished" else f"{event.kind}: {event.text}"
-            self._say(
-                f"[{self.ended:>{len(str(self.total))}}/{self.total}] {name}: {what}, {event.seconds:.0f} s{self.remaining()}"
-            )
+            count = f"[{self.ended:>{len(str(self.total))}}/{self.total}]"
+            self._say(f"{count} {name}: {what}, {event.seconds:.0f} s{self.remaining()}")
 
     def close(self, outcome: Outcome) -> None:
         """Say how it ended."""

@@ -2,11 +2,12 @@
 
     y_0     = conv(x)                                               the stem, 3x3
     y_{l+1} = S_l y_l + tau_l F_l(y_l)                              a block
-    F_l(y)  = conv(sigma(norm(conv(sigma(norm(y))))))               two 3x3 convolutions, each after normalisation and sigma
+    F_l(y)  = conv(sigma(norm(conv(sigma(norm(y))))))               3x3 convolutions, each after normalisation and sigma
     output  = W mean(sigma(norm(y_N))) + b                          the mean is taken over the pixels
 
-Blocks form stages. The first block of each stage but the first halves the resolution and changes the number of channels,
-and its skip S_l is a 1x1 convolution with stride 2; all other skips are identities. tau = 1 is the network of He et al.
+Blocks form stages. The first block of each stage but the first halves the resolution and changes the number of
+channels, and its skip S_l is a 1x1 convolution with stride 2; all other skips are identities. tau = 1 is the network of
+He et al.
 
 How block counts map to the depths of the papers, which count layers with weights: 2 per block, stem and output.
 
@@ -221,7 +222,7 @@ class PooledHead(nn.Module):
         return output
 
     def each(self, states: Sequence[Float[Tensor, "batch channels height width"]]) -> list[Tensor]:
-        """The outputs for several states; in training mode each is normalised by its own statistics, which are not kept.
+        """The outputs for several states; in training mode each is normalised by its own statistics, and none is kept.
 
         Args:
             states: States of one shape.

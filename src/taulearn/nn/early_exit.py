@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .network import TimeVariableNetwork
@@ -59,7 +59,7 @@ def predict(
 
 def _predict(network: "TimeVariableNetwork", inputs: Tensor, confidence: float, looks: frozenset[int]) -> Prediction:
     N, skips = len(network.layers), network.skips
-    tails = _Tails(network)
+    tails = [tail_of(network, k) for k in range(N + 1)]
     step = network.scheme.stepper(skips, network.time_steps.tau)
     states = [network.stem(inputs)]
     left = torch.arange(len(inputs), device=inputs.device)
@@ -67,7 +67,9 @@ def _predict(network: "TimeVariableNetwork", inputs: Tensor, confidence: float, 
     found = torch.full((len(inputs),), N, device=inputs.device)
     for k in range(N + 1):
         if k in looks or k == N:
-            output = tails(states[-1], k)
+            output = states[-1]
+            for module in tails[k]:
+                output = module(output)
             if output.ndim != 2:
                 raise ValueError(
                     f"outputs must have shape (batch, classes) for early exit, got {tuple(output.shape)}: use forward"
@@ -94,17 +96,18 @@ def _confident(output: Tensor, confidence: float) -> Tensor:
     return torch.logsumexp(output - output.amax(1, keepdim=True), 1) <= -torch.log(output.new_tensor(confidence))
 
 
-class _Tails:
-    """From a state to its output: the remaining skips that are no identities, and the head."""
+def tail_of(network: "TimeVariableNetwork", depth: int) -> list[nn.Module]:
+    """What lies between a state and its output: the remaining skips that are no identities, and the head.
 
-    def __init__(self, network: "TimeVariableNetwork") -> None:
-        self.head = network.head
-        skips = network.skips
-        self.maps = [(l, skips.past(l)) for l in range(len(network.layers)) if not skips.unchanged(l)]
+    Args:
+        network: The network.
+        depth: Number k of layers before the state.
 
-    def __call__(self, y: Tensor, k: int) -> Tensor:
-        for l, past in self.maps:
-            if l >= k:
-                y = past(y)
-        output: Tensor = self.head(y)
-        return output
+    Example:
+        >>> from taulearn.nn import resnet_v2
+        >>> [type(module).__name__ for module in tail_of(resnet_v2((1, 1), 10, widths=(4, 8)), 1)]
+        ['PointwiseSkip', 'PooledHead']
+    """
+    skips = network.skips
+    maps = [skips.past(l) for l in range(depth, len(network.layers)) if not skips.unchanged(l)]
+    return [*maps, network.head]

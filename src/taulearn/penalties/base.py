@@ -66,7 +66,7 @@ class Penalty(ABC):
     differentiated = True
     needs_states = False
 
-    def start_epoch(self, epoch: int, epochs: int) -> None:
+    def start_epoch(self, epoch: int, epochs: int) -> None:  # noqa: B027  most have nothing to do
         """Told by ``fit`` before each epoch, for penalties that change over training.
 
         Args:

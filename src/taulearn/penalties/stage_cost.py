@@ -22,7 +22,7 @@ from .base import Penalty, non_negative
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
+    "constant": lambda _: 1.0,
     "rising": lambda progress: progress,
     "falling": lambda progress: 1.0 - progress,
 }

@@ -17,6 +17,7 @@ from taulearn.report.records import (
     HistoryRecord,
     Runs,
     finite_line,
+    iteration_numbers,
     named_histories,
     penalty_names,
     running_mean,
@@ -144,9 +145,9 @@ def losses(
             curves.append((columns.get(f"{prefix}total"), "--", "total with penalties"))
         for column, style, meaning in curves:
             if column is not None:
-                first = 0 if by == "epoch" else 1
                 rows = thin(len(column), POINTS)
-                line = finite_line(rows + first, running_mean(column, smooth)[rows])
+                x = rows if by == "epoch" else iteration_numbers(history)[rows]
+                line = finite_line(x, running_mean(column, smooth)[rows])
                 label = _plain(name if style == "-" else f"{name}, {meaning}")
                 curve = ax.plot(line.x, line.y, style, color=colour, linewidth=1.4, label=label)
                 handles += curve if style == "-" else []

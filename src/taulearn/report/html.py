@@ -93,7 +93,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         title=escape(f"{heading} · taulearn"),
         heading=escape(heading),
         subtitle=escape(subtitle),
-        policy=f"{_hash_source(plotly)} {_hash_source(script)}",
+        policy=f"{hash_source(plotly)} {hash_source(script)}",
         style=(assets / "report.css").read_text(encoding="utf-8"),
         body="\n".join(sections),
         figures=_json(figures),
@@ -102,7 +102,8 @@ def page(runs: Sequence[RunRecord]) -> str:
     )
 
 
-def _hash_source(script: str) -> str:
+def hash_source(script: str) -> str:
+    """What the content security policy knows a script by."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 

@@ -214,7 +214,7 @@ def tau_lines(history: HistoryRecord, *, raw: bool = False, limit: int = 2000) -
     present = np.isfinite(tau)
     ends = [rows[-1] for rows in map(np.flatnonzero, present.T) if len(rows)]
     rows = thin(len(tau), limit, keep=(int(row) for end in ends for row in (end, end + 1)))
-    iteration = rows + 1
+    iteration = iteration_numbers(history)[rows]
     total = np.where(present[rows].any(axis=1), np.where(present[rows], tau[rows], 0.0).sum(axis=1), np.nan)
     return [finite_line(iteration, tau[rows, layer]) for layer in range(tau.shape[1])], finite_line(iteration, total)
 
@@ -230,15 +230,30 @@ def last_finite(column: Column | None) -> float | None:
     return float(finite[-1]) if len(finite) else None
 
 
+def iteration_numbers(history: HistoryRecord) -> Int[np.ndarray, "rows"]:
+    """The iteration, from 1, of each row; a thinned record has a column that tells.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> iteration_numbers(SimpleNamespace(iterations={"loss": np.zeros(3)})).tolist()
+        [1, 2, 3]
+    """
+    column = history.iterations.get("iteration")
+    if column is not None:
+        return np.asarray(column, dtype=np.int64)
+    return np.arange(1, max((len(column) for column in history.iterations.values()), default=0) + 1)
+
+
 def count_iterations(history: HistoryRecord) -> int:
-    """Number of recorded iterations; 0 for the record of a run that was stopped before its first.
+    """Number of iterations of the run; 0 for the record of a run that was stopped before its first.
 
     Example:
         >>> from types import SimpleNamespace
         >>> count_iterations(SimpleNamespace(iterations={}))
         0
     """
-    return len(history.iterations.get("loss", ()))
+    numbers = iteration_numbers(history)
+    return int(numbers[-1]) if len(numbers) else 0
 
 
 def penalty_names(history: HistoryRecord) -> list[str]:

@@ -108,7 +108,7 @@ def description(config: Mapping[str, Any]) -> str:
 
 
 def _time_steps(history: HistoryRecord, figures: dict[str, Figure], key: str) -> str:
-    count, layers = history.iterations["tau"].shape
+    count, layers = count_iterations(history), history.iterations["tau"].shape[1]
     gone = ", ".join(f"{deletion.layer} (iteration {deletion.iteration:,})" for deletion in history.deletions[:12])
     more = f" and {len(history.deletions) - 12} more" if len(history.deletions) > 12 else ""
     caption = (

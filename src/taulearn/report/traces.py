@@ -15,8 +15,8 @@ from taulearn.report.records import (
     Column,
     HistoryRecord,
     Line,
-    count_iterations,
     finite_line,
+    iteration_numbers,
     penalty_names,
     running_mean,
     tau_lines,
@@ -60,7 +60,7 @@ def loss_curves(history: HistoryRecord) -> Figure:
         for (column, label), colour in zip(columns.items(), colours, strict=True):
             values = history.iterations[column]
             rows = thin(len(values), POINTS)
-            line = finite_line(rows + 1, running_mean(values, width)[rows])
+            line = finite_line(iteration_numbers(history)[rows], running_mean(values, width)[rows])
             trace = _trace(
                 line, label, colour, "iteration", ink=column == "total", dash="dash" if column == "total" else "solid"
             )
@@ -73,14 +73,14 @@ def loss_curves(history: HistoryRecord) -> Figure:
 
 
 def smoothing_window(history: HistoryRecord) -> int:
-    """Batches over which the smoothed losses are averaged: one in 200, at least one.
+    """Recorded batches over which the smoothed losses are averaged: one in 200, at least one.
 
     Example:
         >>> from types import SimpleNamespace
         >>> smoothing_window(SimpleNamespace(iterations={"loss": np.zeros(12000)}))
         60
     """
-    return max(1, count_iterations(history) // 200)
+    return max(1, len(iteration_numbers(history)) // 200)
 
 
 def epoch_curves(

@@ -30,7 +30,7 @@ from .pruner import Pruner
 FORMAT = 1
 KEPT = 2
 
-_SHAPE = ("T_0", "T_max", "T_mult", "eta_min", "gamma", "milestones", "power", "step_size", "total_iters", "total_steps")
+_SHAPE = ("T_0", "T_max", "T_mult", "eta_min", "gamma", "power", "step_size", "total_iters", "total_steps")
 """What schedulers of torch keep of their shape, and do not change as they step."""
 
 
@@ -315,5 +315,7 @@ def _optimizer(parts: Parts, tensors: dict[str, Tensor]) -> tuple[list[dict[str,
         groups.append(
             {"options": to_plain(options, f"group/{i}", tensors), "params": [names[id(p)] for p in group["params"]]}
         )
-    state = {names[id(p)]: to_plain(dict(s), f"state/{names[id(p)]}", tensors) for p, s in parts.optimizer.state.items()}
+    state = {
+        names[id(p)]: to_plain(dict(s), f"state/{names[id(p)]}", tensors) for p, s in parts.optimizer.state.items()
+    }
     return groups, state

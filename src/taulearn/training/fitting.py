@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from .._devices import usable_device
+from .._distributed import refuse_distributed
 from ..optim.projections import check_projections
 from ..penalties import Penalty, time_steps_of
 from ..pruning import Pruning
@@ -24,6 +25,7 @@ from .interruption import announced
 from .loop import Loop, Settings
 from .metrics import Metric, choose_metrics
 from .objective import Loss, Objective, StepOptions, as_float, as_penalties
+from .parallel import begin_pruning, check_shares, joined, open_alike
 from .pruner import Pruner
 from .run import Run, tidy
 from .tensorboard import TensorBoard
@@ -59,6 +61,9 @@ def fit(
 ) -> History:
     """Train a model, its time steps among the parameters, and prune it on the way.
 
+    Started by torchrun, or where torch.distributed is initialised, all processes train one model together: each takes
+    its share of every batch, and gradients are averaged. Rank 0 decides, evaluates and writes; callbacks run in each.
+
     Args:
         model: A network with time steps; trained in place.
         train: A pair of tensors (inputs, targets), a torch Dataset, or a DataLoader. uint8 inputs are images, scaled to
@@ -66,7 +71,7 @@ def fit(
         loss: Maps (output, target) to a scalar, the mean over the batch.
         optimizer: Any torch optimiser of the model's parameters (see ``taulearn.parameter_groups``).
         epochs: Number of epochs in all.
-        batch_size: Samples per iteration, reshuffled each epoch; a DataLoader has its own.
+        batch_size: Samples per iteration, of all processes together, reshuffled each epoch; a DataLoader has its own.
         penalties: One or several, added to the loss; each is recorded.
         pruning: When and at which threshold layers are deleted. None: never.
         validation: Data like ``train``, evaluated before training and after each epoch.
@@ -114,7 +119,8 @@ def fit(
         >>> history.num_iterations, history.iterations["tau"].shape
         (20, (20, 3))
     """
-    with announced(run if isinstance(run, Run) else None):
+    with announced(run if isinstance(run, Run) else None), joined() as ranks:
+        refuse_distributed("model", model)
         _put_on(device, model)
         where = time_steps_of(model).values.device
         penalties = as_penalties(penalties)
@@ -129,6 +135,7 @@ def fit(
         check_optimizer(optimizer, model, clip_norm)
         check_pruning(pruning, model)
         batches = make_batches(train, batch_size, seed, where)
+        check_shares(ranks, batches, batch_size)
         check_parts(model, optimizer, scheduler, averaged, epochs * len(batches))
         pruner = None if pruning is None else Pruner(pruning, model, optimizer, epochs, len(batches))
         if pruner is not None and pruner.penalty is not None:
@@ -142,10 +149,10 @@ def fit(
             if isinstance(held_out, TensorBatches):
                 validation = held_out.inputs, held_out.targets
         choose_metrics(metrics, sample[1])
-        if tensorboard:
+        if tensorboard and ranks.first:
             callbacks = (*callbacks, TensorBoard(run))
         if pruner is not None and not (resume and _has_checkpoints(run)):
-            pruner.begin(as_float(batches.sample()[0][:1], time_steps_of(model).values.dtype))
+            begin_pruning(ranks, pruner, as_float(batches.sample()[0][:1], time_steps_of(model).values.dtype))
         settings = Settings(
             epochs=epochs,
             validation=validation,
@@ -171,10 +178,10 @@ def fit(
             ),
         )
         config = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
-        folder = _open_run(run, config, resume=resume, overwrite=overwrite)
+        folder = open_alike(ranks, run, lambda: _open_run(run, config, resume=resume, overwrite=overwrite))
         parts = Parts(model, optimizer, scheduler, averaged, pruner=pruner)
         options = StepOptions(clip_norm, accumulate, precision, averaged)
-    return Loop(Objective(model, loss, penalties), batches, parts, options, settings, folder).run(resume=resume)
+    return Loop(Objective(model, loss, penalties), batches, parts, options, settings, folder, ranks).run(resume=resume)
 
 
 def _put_on(device: torch.device | str | None, model: nn.Module) -> None:

@@ -105,6 +105,7 @@ class FusedSGD:
         steps: Number of iterations per call.
         sample: A few samples, which tell the parameters that have a gradient.
         plain: One step on one batch, which is taken where compilation fails.
+        failed: Told the reason when it does.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class FusedSGD:
         steps: int,
         sample: Batch,
         plain: Callable[[Tensor, Tensor], Tensor],
+        failed: Callable[[str], None] | None = None,
     ) -> None:
         self.objective, self.optimizer, self.steps = objective, optimizer, steps
         self.time_steps = time_steps_of(objective.model)
@@ -125,7 +127,7 @@ class FusedSGD:
         self.constants = {name: t.detach() for name, t in tensors.items() if name not in self.parameters}
         self.forms, self.fingerprint = self._forms(), fingerprint(objective)
         self.plain = plain
-        self._call = compile_once(self._steps, fused=True, fallback=self._plain_steps)
+        self._call = compile_once(self._steps, fused=True, fallback=self._plain_steps, failed=failed)
 
     def _forms(self) -> list[tuple[bool, ...]]:
         """What decides the form of the update, group by group; the numbers are inputs of the compiled function."""

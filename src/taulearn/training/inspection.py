@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..penalties import time_steps_of
-from .batches import IGNORED, Batch, LoaderBatches, TensorBatches, check_labels
+from .batches import IGNORED, Batch, LoaderBatches, TensorBatches, check_labels, make_batches
 from .objective import Loss, as_float
 
 _CHUNK = 1 << 20
@@ -28,7 +28,7 @@ def check_loss(loss: Loss) -> None:
         >>> check_loss("mse")
         Traceback (most recent call last):
         ...
-        TypeError: loss must be a function of (outputs, targets), got 'mse': pass for instance torch.nn.functional.mse_loss
+        TypeError: loss must be a function of (outputs, targets), got 'mse': pass for instance ...
     """
     if isinstance(loss, type) and issubclass(loss, nn.Module):
         raise TypeError(f"loss must be a function of (outputs, targets), got a class: pass {loss.__name__}()")
@@ -210,6 +210,20 @@ def bad_sample(batches: TensorBatches | LoaderBatches) -> str | None:
 def _fault(name: str, sample: Tensor, at: int) -> str:
     value = sample[~sample.isfinite()].flatten()[0].item() if sample.ndim else sample.item()
     return f"the {name} of sample {at} hold {value}: mend or drop it"
+
+
+def check_validation(data: Any) -> None:
+    """Say which sample of validation data is not finite, where their loss is no number before training.
+
+    Args:
+        data: The validation data.
+
+    Raises:
+        ValueError: If one is found.
+    """
+    fault = bad_sample(make_batches(data, 1, 0, torch.device("cpu"), shuffle=False, argument="validation"))
+    if fault is not None:
+        raise ValueError(f"validation must hold finite numbers, but {fault}")
 
 
 def ignored_batch(batches: TensorBatches | LoaderBatches, iteration: int) -> str | None:

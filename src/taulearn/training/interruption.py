@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one becomes a question that the loop asks between two steps, and an error that says what is kept."""
+"""Ctrl-C: the first one becomes a question that the loop asks between two steps, the second one ends at once."""
 
 import signal
 import threading

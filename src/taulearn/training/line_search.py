@@ -4,6 +4,7 @@ Two pure functions of the parameters, one call each; a step of ``taulearn.optim.
 a value or two. As in training/fused.py, torch.func differentiates the objective and inductor makes the code.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,17 +25,18 @@ class CompiledValues:
     Args:
         objective: A pure function of its parameters.
         sample: A few samples, which tell the parameters that have a gradient.
+        failed: Told the reason when compilation fails; the functions run uncompiled from then on.
     """
 
-    def __init__(self, objective: Objective, sample: Batch) -> None:
+    def __init__(self, objective: Objective, sample: Batch, failed: Callable[[str], None] | None = None) -> None:
         self.objective = objective
         used = used_parameters(objective, sample)
         tensors = dict(objective.named_parameters()) | dict(objective.named_buffers())
         self.parameters = {name: t for name, t in tensors.items() if id(t) in used}
         self.constants = {name: t.detach() for name, t in tensors.items() if name not in self.parameters}
         self.fingerprint = fingerprint(objective)
-        self._value = compile_once(self._value_of, fused=True)
-        self._gradient = compile_once(self._gradient_of, fused=True)
+        self._value = compile_once(self._value_of, fused=True, failed=failed)
+        self._gradient = compile_once(self._gradient_of, fused=True, failed=failed)
 
     def unchanged(self) -> bool:
         """Whether the objective is as at compilation; to be asked whenever somebody else had control."""

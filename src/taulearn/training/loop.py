@@ -1,36 +1,36 @@
 """The training loop: epochs, iterations, pruning, evaluation, checkpoints, in the order in which they happen."""
 
-import os
-import shutil
-import signal
-import threading
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..optim import register_projection
+from ..optim.projections import suspended_projections
 from ..penalties import time_steps_of
 from .batches import LoaderBatches, TensorBatches
-from .checkpoint import Parts, Position, load_checkpoint, save_checkpoint
+from .checkpoint import Parts, Position, Start, load_checkpoint, save_checkpoint
+from .checks import steps_each_iteration
+from .compiler import worth_compiling
+from .divergence import cause_in, diverged
 from .events import Diverged, EpochEnd, Interrupted, StopTraining
 from .history import Deletion, History, Recorder
+from .inspection import check_validation
+from .interruption import deferred
 from .metrics import Metric, evaluate
 from .objective import Objective, StepOptions
-from .progress import Progress
+from .parallel import prune_alike
+from .progress import Progress, epoch_line, layers_left
 from .pruner import Pruner
+from .ranks import Ranks
 from .run import Run
 from .step import Engine
-
-COMPILE_PAYS_FROM = 40_000
-"""Iterations ahead from which "auto" compiles: compiling takes some 20 s and saves about a millisecond an iteration."""
 
 _FLUSH_EVERY = 1000
 
@@ -46,6 +46,7 @@ class Settings:
     compile: str
     checkpoint_every: int
     progress: bool
+    terms: Mapping[str, Any]
 
 
 class Loop:
@@ -58,6 +59,7 @@ class Loop:
         options: What a step does besides.
         settings: The rest.
         folder: Where the run is written, or None.
+        ranks: The processes that train together; rank 0 writes.
     """
 
     def __init__(
@@ -68,34 +70,67 @@ class Loop:
         options: StepOptions,
         settings: Settings,
         folder: Run | None,
+        ranks: Ranks,
     ) -> None:
         self.objective, self.batches, self.parts, self.options = objective, batches, parts, options
-        self.settings, self.folder = settings, folder
+        self.settings, self.ranks = settings, ranks
+        self.source, self.folder = folder, folder if ranks.first else None
+        self.models = [parts.model] if parts.averaged is None else [parts.model, parts.averaged]
         self.model, self.steps = parts.model, time_steps_of(parts.model)
-        self.per_iteration = isinstance(parts.scheduler, OneCycleLR | CyclicLR)
+        self.per_iteration = steps_each_iteration(parts.scheduler)
+        self.saved = 0
         self.total = settings.epochs * len(batches)
         if isinstance(batches, LoaderBatches):
             parts.generator = batches.loader.generator
 
     def run(self, *, resume: bool) -> History:
         """Train to the end, from the start or from the newest checkpoint."""
+        with self.ranks, deferred() as asked, suspended_projections(self.parts.optimizer, self.model):
+            interrupted, epochs = self.ranks.agreed(asked), self._begin(resume)
+            hook = register_projection(self.parts.optimizer, self.model, self.objective.penalties)
+            try:
+                if self.fresh:
+                    self._record_epoch(seconds=0.0, first=0)
+                    self._checkpoint()
+                for epoch in epochs:
+                    if interrupted():
+                        raise self._interrupted()
+                    self._epoch(epoch, interrupted)
+                    if self._end_of_epoch(epoch, interrupted):
+                        break
+            finally:
+                hook.remove()
+                self.progress.close(self.position.iteration)
+            self.ranks.told(self._save)
+        return self.recorder.history()
+
+    def _save(self) -> None:
+        if self.folder is not None:
+            from ..saving import save_model
+
+            save_model(self.model, self.folder.path)
+
+    def _begin(self, resume: bool) -> range:
+        """Restore what is to be gone on with and make the engine; returns the epochs to come."""
         layers, past = max(self.steps.origin) + 1, None
-        self.position = Position()
-        if resume and self.folder is not None and any(self.folder.checkpoints.glob("*.safetensors")):
-            self.position, past, complaints = load_checkpoint(self.folder.checkpoints, self.parts)
-            for line in complaints:
-                warnings.warn(line, stacklevel=3)
+        self.position, epochs = Position(), self.settings.epochs
+        if resume and self.source is not None and any(self.source.checkpoints.glob("*.safetensors")):
+            self.position, past, began, complaints = load_checkpoint(
+                self.source.checkpoints, self.parts, self.settings.terms
+            )
+            self.saved = self.position.iteration
+            for line in complaints if self.ranks.first else ():
+                warnings.warn(line, stacklevel=4)
+            if self.folder is not None:
+                self.folder.change(epochs=epochs)
+            self.position.stopped = self.position.stopped and epochs <= began["epochs"]
         if past is not None and "tau" in past.iterations:
             layers = past.iterations["tau"].shape[1]
-        self.recorder = Recorder(
-            self.objective.columns,
-            layers,
-            raw=self.steps.bounded,
-            depths=self.objective.at_each_depth,
-            history=past,
-        )
-        if past is None:
+        self.recorder = Recorder(self.objective.columns, layers, raw=self.steps.bounded, history=past)
+        self.fresh = past is None
+        if self.fresh:
             self.position.compiled = self._decide_compile()
+        self.ranks.begin(self.models, (self.settings.terms, self.position.iteration, self.steps.origin))
         pruner = self.parts.pruner
         self.engine = Engine(
             self.objective,
@@ -105,34 +140,21 @@ class Loop:
             compiled=self.position.compiled,
             pruner=pruner,
             single=self.per_iteration,
+            failed=self._compilation_failed,
+            ranks=self.ranks,
         )
         if self.folder is not None:
             self.folder.decide("step", self.engine.kind)
             if pruner is not None and pruner.target is not None:
                 self.folder.decide("target", str(pruner.target))
-        self.progress = Progress(self.total, self.position.iteration, enabled=self.settings.progress)
-        hook = register_projection(self.parts.optimizer, self.model, self.objective.penalties)
-        try:
-            if past is None:
-                self._record_epoch(seconds=0.0, first=0)
-                self._checkpoint()
-            with _interruptible() as interrupted:
-                for epoch in range(self.position.epoch, self.settings.epochs):
-                    self._epoch(epoch, interrupted)
-                    if self._end_of_epoch(epoch, interrupted):
-                        break
-        finally:
-            hook.remove()
-            self.progress.close(self.position.iteration)
-        if self.folder is not None:
-            from ..saving import save_model
-
-            save_model(self.model, self.folder.path)
-        return self.recorder.history()
+        progress = self.settings.progress and self.ranks.first
+        self.progress = Progress(self.total, self.position.iteration, enabled=progress)
+        return range(epochs if self.position.stopped else self.position.epoch, epochs)
 
     def _epoch(self, epoch: int, interrupted: Callable[[], bool]) -> None:
         """All iterations of one epoch, from the position on."""
         self.model.train()
+        self.ranks.reseed(self.settings.terms["seed"], epoch)
         for penalty in self.objective.penalties:
             penalty.start_epoch(epoch, self.settings.epochs)
         position, pruner = self.position, self.parts.pruner
@@ -151,14 +173,16 @@ class Loop:
                 self._flush()
                 pending = 0
             self.progress.advance(
-                position.iteration, rows, f"epoch {epoch + 1}/{self.settings.epochs}, {_layers(self.steps.num_steps)}"
+                position.iteration,
+                rows,
+                f"epoch {epoch + 1}/{self.settings.epochs}, {layers_left(self.steps.num_steps)}",
             )
             if interrupted() and not ends:
                 position.seconds = before + time.perf_counter() - began
                 if not isinstance(self.batches, LoaderBatches):
                     self._check(self.model.parameters())
                     self._checkpoint()
-                raise Interrupted(self.folder)
+                raise self._interrupted()
         self._flush()
         self._check(self.model.parameters())
         position.seconds = before + time.perf_counter() - began
@@ -167,7 +191,7 @@ class Loop:
         """Delete what the policy deletes; the record, the compiled step and the optimiser follow."""
         self._flush()
         self._check([self.steps.values])
-        report = pruner.prune(self.position.iteration, self.parts.averaged)
+        report = prune_alike(self.ranks, pruner, self.position.iteration, self.parts.averaged)
         if report is None:
             return
         for d in report.deleted:
@@ -181,25 +205,27 @@ class Loop:
         position, scheduler = self.position, self.parts.scheduler
         first, seconds = position.iteration - position.batch, position.seconds
         position.epoch, position.batch, position.seconds = epoch + 1, 0, 0.0
+        self.ranks.share_buffers(self.models)
         row = self._record_epoch(seconds=seconds, first=first)
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(row.get("validation.loss", row["train.loss"]))
         elif scheduler is not None and not self.per_iteration:
             _step(scheduler)
-        self.progress.say(_line(epoch + 1, self.settings.epochs, row))
+        self.progress.say(epoch_line(epoch + 1, self.settings.epochs, row))
         end = EpochEnd(
             epoch + 1, position.iteration, row, self.model, self.parts.optimizer, tuple(self.recorder.deletions)
         )
-        stop = last = epoch + 1 == self.settings.epochs
+        stop = epoch + 1 == self.settings.epochs
         for callback in self.settings.callbacks:
             try:
                 callback(end)
             except StopTraining:
-                stop = True
+                stop = position.stopped = True
+        stop, position.stopped = self.ranks.any(stop), self.ranks.any(position.stopped)
         if stop or interrupted() or (epoch + 1) % self.settings.checkpoint_every == 0:
             self._checkpoint()
-        if interrupted() and not last:
-            raise Interrupted(self.folder)
+        if interrupted() and not stop:
+            raise self._interrupted()
         return stop
 
     def _record_epoch(self, *, seconds: float, first: int) -> dict[str, float]:
@@ -213,12 +239,17 @@ class Loop:
             "train.total": self.recorder.mean_since("total", first),
         }
         if self.settings.validation is not None:
-            figures = evaluate(
-                self.model, self.settings.validation, loss=self.objective.loss, metrics=self.settings.metrics
-            )
-            row |= {f"validation.{name}": value for name, value in figures.items()}
+            row |= self.ranks.told(self._evaluate)
         self.recorder.add_epoch(row)
         return row
+
+    def _evaluate(self) -> dict[str, float]:
+        figures = evaluate(
+            self.model, self.settings.validation, loss=self.objective.loss, metrics=self.settings.metrics
+        )
+        if self.position.iteration == 0 and not math.isfinite(figures["loss"]):
+            check_validation(self.settings.validation)
+        return {f"validation.{name}": value for name, value in figures.items()}
 
     def _flush(self) -> None:
         """Bring the record to the host and end the run if the objective is no longer finite."""
@@ -226,7 +257,7 @@ class Loop:
         bad = np.flatnonzero(~np.isfinite(total))
         if len(bad):
             at = self.recorder.history().num_iterations - len(total) + int(bad[0])
-            raise self._diverged(f"the loss is not finite from iteration {at + 1} on", at)
+            raise self._diverged(f"the loss is not finite from iteration {at + 1} on", at, cause_in(self.batches, at))
 
     def _check(self, tensors: Iterable[Tensor]) -> None:
         """End the run if the last step, whose loss was finite, left weights that are not: they must not be saved."""
@@ -234,56 +265,47 @@ class Loop:
             at = self.position.iteration
             raise self._diverged(f"the weights are not finite after iteration {at}", at)
 
-    def _diverged(self, what: str, at: int) -> Diverged:
-        """The error that says what happened after ``at`` good iterations, and what may help."""
-        columns = self.recorder.history().iterations
-        last = "there was no finite value before"
-        if at > 0:
-            values = ", ".join(f"{name} = {columns[name][at - 1]:.6g}" for name in self.objective.columns)
-            tau = np.round(columns["tau"][at - 1], 4).tolist()
-            last = f"last finite values, at iteration {at}: {values}, tau = {tau}"
-        kept = f"; the last good checkpoint in {self.folder.checkpoints} is kept" if self.folder is not None else ""
-        return Diverged(
-            f"{what}; {last}{kept}. Lower the learning rate (lr, tau_lr), clip gradients (clip_norm), "
-            "or bound the steps (constraint, lower_bound, penalties.TimeHorizon)"
-        )
+    def _diverged(self, what: str, at: int, cause: str | None = None) -> Diverged:
+        checkpoints = None if self.source is None else self.source.checkpoints
+        return diverged(what, at, self.recorder.history(), self.objective.columns, checkpoints, cause)
+
+    def _interrupted(self) -> Interrupted:
+        """What Ctrl-C ends the run with; iterations that no checkpoint holds are named."""
+        at, every = self.position.iteration, self.settings.checkpoint_every
+        detail, lost = f" after iteration {at}" if at else " before its first iteration", at - self.saved
+        if lost and self.source is not None:
+            detail += (
+                f"; the last checkpoint is that of iteration {self.saved}, and what came since is lost: a Dataset or a "
+                f"DataLoader cannot start in the middle of an epoch (checkpoint_every={every})"
+            )
+        return Interrupted(self.source, detail)
 
     def _checkpoint(self) -> None:
-        if self.folder is not None:
+        if self.source is not None:
             self._flush()
+            self.ranks.told(self._write_checkpoint)
+            self.saved = self.position.iteration
+
+    def _write_checkpoint(self) -> None:
+        if self.folder is not None:
             history = self.recorder.history()
-            save_checkpoint(self.folder.checkpoints, self.parts, self.position, history)
+            start = Start(self.settings.terms, self.folder.config)
+            save_checkpoint(self.folder.checkpoints, self.parts, self.position, history, start)
             history.save(self.folder.history_path)
+
+    def _compilation_failed(self, reason: str) -> None:
+        """Record that steps are eager from now on; a resumed run does not try again."""
+        self.position.compiled = False
+        if self.folder is not None:
+            self.folder.decide("step", f"eager: compilation failed ({reason})")
 
     def _decide_compile(self) -> bool:
         """Whether to compile for the iterations ahead: from counts, never from timings."""
-        mode, ahead = self.settings.compile, self.total - self.position.iteration
-        if mode == "never":
-            answer, why = False, "never (as asked)"
-        elif not _compiler_found():
-            answer, why = False, "eager: no C++ compiler was found (install g++, or set CXX)"
-            if mode == "always" or ahead >= COMPILE_PAYS_FROM:
-                warnings.warn(f"training runs {why}", stacklevel=4)
-        elif mode == "always":
-            answer, why = True, "always (as asked)"
-        else:
-            answer = ahead >= COMPILE_PAYS_FROM
-            kind = "compiled" if answer else "eager"
-            why = f"{kind}: {ahead} iterations ahead, compiling pays from {COMPILE_PAYS_FROM}"
+        answer, why = worth_compiling(self.settings.compile, self.total - self.position.iteration)
         if self.folder is not None:
             after = f" after iteration {self.position.iteration}" if self.position.iteration else ""
             self.folder.decide(f"compile{after}", why)
         return answer
-
-
-def _compiler_found() -> bool:
-    if torch.cuda.is_available():
-        return True
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))
-
-
-def _layers(number: int) -> str:
-    return f"{number} layer" if number == 1 else f"{number} layers"
 
 
 def _step(scheduler: LRScheduler) -> None:
@@ -293,37 +315,3 @@ def _step(scheduler: LRScheduler) -> None:
             "ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before", category=UserWarning
         )
         scheduler.step()
-
-
-def _line(epoch: int, epochs: int, row: Mapping[str, float]) -> str:
-    """An epoch in one line."""
-    parts = [f"epoch {epoch:>{len(str(epochs))}}/{epochs}", f"loss {row['train.loss']:.4f}"]
-    parts += [
-        f"{name.removeprefix('validation.')} {value:.4f}"
-        for name, value in row.items()
-        if name.startswith("validation.") and name != "validation.loss"
-    ]
-    if "validation.accuracy" not in row and "validation.loss" in row:
-        parts.append(f"validation loss {row['validation.loss']:.4f}")
-    return "  ".join([*parts, _layers(int(row["layers"])), f"{row['seconds']:.1f} s"])
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a question the loop can ask between two steps; the second one ends at once."""
-    seen = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield seen.is_set
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def handler(*_: object) -> None:
-        if seen.is_set():
-            raise KeyboardInterrupt
-        seen.set()
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield seen.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -40,8 +42,8 @@ def as_penalties(penalties: Penalty | Iterable[Penalty]) -> tuple[Penalty, ...]:
     """
     if isinstance(penalties, Penalty):
         return (penalties,)
-    several = not isinstance(penalties, str | bytes) and isinstance(penalties, Iterable)
-    found = tuple(penalties) if several else (penalties,)
+    several = isinstance(penalties, Iterable) and not isinstance(penalties, str | bytes)
+    found: tuple[Any, ...] = tuple(penalties) if several else (penalties,)
     for penalty in found:
         if not isinstance(penalty, Penalty):
             given = f"the class {penalty.__name__}" if isinstance(penalty, type) else repr(penalty)

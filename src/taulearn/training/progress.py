@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -59,3 +60,36 @@ class Progress:
             self._bar.update(self._task, completed=iteration, refresh=True)
             self._bar.stop()
             self._bar = None
+
+
+def layers_left(number: int) -> str:
+    """A number of layers.
+
+    Example:
+        >>> layers_left(1)
+        '1 layer'
+    """
+    return f"{number} layer" if number == 1 else f"{number} layers"
+
+
+def epoch_line(epoch: int, epochs: int, row: Mapping[str, float]) -> str:
+    """An epoch in one line.
+
+    Args:
+        epoch: Its number, from 1.
+        epochs: Number of epochs in all.
+        row: Its row of the record.
+
+    Example:
+        >>> epoch_line(2, 10, {"train.loss": 0.5, "layers": 3, "seconds": 1.0})
+        'epoch  2/10  loss 0.5000  3 layers  1.0 s'
+    """
+    parts = [f"epoch {epoch:>{len(str(epochs))}}/{epochs}", f"loss {row['train.loss']:.4f}"]
+    parts += [
+        f"{name.removeprefix('validation.')} {value:.4f}"
+        for name, value in row.items()
+        if name.startswith("validation.") and name != "validation.loss"
+    ]
+    if "validation.accuracy" not in row and "validation.loss" in row:
+        parts.append(f"validation loss {row['validation.loss']:.4f}")
+    return "  ".join([*parts, layers_left(int(row["layers"])), f"{row['seconds']:.1f} s"])

@@ -1,6 +1,6 @@
 """Pruning inside the loop: what a policy asks for, carried out on model, optimiser and record together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -190,6 +190,37 @@ class Pruner:
         if self.target is not None:
             self._steer(iteration)
         return report or None
+
+    def follow(
+        self, kept: Sequence[int] | None, target: Mapping[str, Any] | None, averaged: AveragedModel | None
+    ) -> PruneReport | None:
+        """Do what another process's :meth:`prune` did.
+
+        Args:
+            kept: Positions of the layers that it kept; None: all of them.
+            target: The state of its target.
+            averaged: Averaged weights, pruned alike.
+
+        Returns:
+            What was deleted, or None if nothing was.
+        """
+        report = None
+        if kept is not None:
+            report = prune(self.model, keep=kept, optimizer=self.optimizer, averaged=averaged)
+            self._follow(list(kept))
+        self.aim(target)
+        return report
+
+    def aim(self, target: Mapping[str, Any] | None) -> None:
+        """Take over the target of another process.
+
+        Args:
+            target: Its state; None: there is none.
+        """
+        if target is not None:
+            self.target = Target(**target)
+            if self.penalty is not None:
+                self._set_penalty()
 
     def _reach(self, iteration: int, options: Mapping[str, Any]) -> PruneReport | None:
         """Delete what the target wants gone now."""

@@ -21,7 +21,9 @@ from .compiler import compile_once
 from .fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fused, why_not_pure
 from .line_search import CompiledValues
 from .objective import Objective, StepOptions
+from .parallel import has_whole_batches, start_epoch
 from .pruner import Pruner
+from .ranks import Ranks
 
 SEARCHING = (torch.optim.LBFGS, SteepestDescent)
 """Optimisers that evaluate the objective several times per step, and get a closure for it."""
@@ -34,13 +36,21 @@ class PlainStep:
         objective: What is minimised.
         optimizer: Any torch optimiser; those that ask for a closure get one.
         options: Clipping, accumulation, precision, averaging.
+        ranks: The processes that share each batch.
     """
 
-    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, options: StepOptions) -> None:
+    def __init__(
+        self, objective: Objective, optimizer: torch.optim.Optimizer, options: StepOptions, ranks: Ranks | None = None
+    ) -> None:
         self.objective, self.optimizer, self.options = objective, optimizer, options
+        self.ranks = Ranks() if ranks is None else ranks
 
     def __call__(
-        self, inputs: Tensor, targets: Tensor, evaluate: Callable[..., Any] | CompiledValues | None = None
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        evaluate: Callable[..., Any] | CompiledValues | None = None,
+        samples: int = 1,
     ) -> Tensor:
         """Take one step.
 
@@ -48,6 +58,7 @@ class PlainStep:
             inputs: (batch, ...).
             targets: (batch, ...).
             evaluate: A compiled twin of the objective for full batches, or None.
+            samples: Number of samples that count, where several processes share the batch.
 
         Returns:
             The record before the step, (1, columns).
@@ -60,13 +71,14 @@ class PlainStep:
             else:
                 self.optimizer.zero_grad()
                 total, record = self._backward(evaluate or self.objective, inputs, targets)
+            total, record = self.ranks.average_(self.objective, total, record, samples)
             records.append(record)
             return total
 
         def value() -> Tensor:
             if isinstance(evaluate, CompiledValues):
-                return evaluate.value(inputs, targets)
-            return self._value(evaluate or self.objective, inputs, targets)
+                return self.ranks.average(evaluate.value(inputs, targets), samples)
+            return self.ranks.average(self._value(evaluate or self.objective, inputs, targets), samples)
 
         if isinstance(self.optimizer, SteepestDescent):
             self.optimizer.step(closure, value)
@@ -123,6 +135,8 @@ class Engine:
         compiled: Whether to compile at all.
         pruner: Asks for control after some iterations, and for plain steps where it measures; or None.
         single: Whether the caller must get control after each iteration (schedulers that change per iteration).
+        failed: Told the reason when compilation fails; steps are eager from then on.
+        ranks: The processes that share each batch; None: this one has all of it.
     """
 
     def __init__(
@@ -135,10 +149,13 @@ class Engine:
         compiled: bool,
         pruner: Pruner | None = None,
         single: bool = False,
+        failed: Callable[[str], None] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.objective, self.optimizer, self.batches, self.options = objective, optimizer, batches, options
-        self.plain = PlainStep(objective, optimizer, options)
-        self.pruner = pruner
+        self.ranks, self.whole = Ranks() if ranks is None else ranks, has_whole_batches(batches)
+        self.plain = PlainStep(objective, optimizer, options, self.ranks)
+        self.pruner, self.failed = pruner, failed
         intervals = () if pruner is None else (pruner.every, pruner.measure_every)
         self.intervals = [every for every in intervals if every is not None]
         self.most = 1 if single else min(UNROLL, *self.intervals, UNROLL)
@@ -158,18 +175,21 @@ class Engine:
         if isinstance(self.optimizer, SEARCHING):
             reason = why_not_pure(self.objective, self.options, self.batches)
             if reason is None:
-                self.evaluate = CompiledValues(self.objective, self.batches.sample())
+                self.evaluate = CompiledValues(self.objective, self.batches.sample(), self.failed)
                 self.kind = "compiled objective and gradient"
                 return
         reason = why_not_fused(self.objective, self.optimizer, self.options, self.batches)
         if reason is None and self.hooked:
             reason = "the optimiser has hooks"
+        if reason is None and self.ranks.size > 1:
+            reason = "several processes average their gradients"
         if reason is None:
             self.unroll = steps_per_call(self.objective, self.most)
-            self.fused = FusedSGD(self.objective, self.optimizer, self.unroll, self.batches.sample(), self.plain)
+            sample = self.batches.sample()
+            self.fused = FusedSGD(self.objective, self.optimizer, self.unroll, sample, self.plain, self.failed)
             self.kind = f"compiled, {self.unroll} SGD steps fused"
         else:
-            self.evaluate = compile_once(self.objective.forward)
+            self.evaluate = compile_once(self.objective.forward, failed=self.failed)
             self.kind = f"compiled objective ({reason})"
 
     def epoch(self, epoch: int, start: int, iteration: int) -> Iterator[Tensor]:
@@ -184,8 +204,10 @@ class Engine:
             Records (k, columns) of the k iterations just taken.
         """
         if isinstance(self.batches, LoaderBatches):
-            for inputs, targets in self.batches.epoch(epoch):
-                yield self._plain(self._measured(iteration), inputs, targets, self.evaluate)
+            start_epoch(self.batches, epoch)
+            for whole in self.batches.epoch(epoch):
+                (inputs, targets), samples = self.ranks.share(whole, whole=self.whole)
+                yield self._plain(self._measured(iteration), inputs, targets, self.evaluate, samples)
                 iteration += 1
             return
         size, order = self.batches.batch_size, self.batches.order(epoch)
@@ -203,8 +225,11 @@ class Engine:
                 inputs, targets = self.batches.gather(order[batch * size : (batch + self.unroll) * size])
                 rows = self.fused(inputs, targets)
             else:
-                inputs, targets = self.batches.gather(order[batch * size : (batch + 1) * size])
-                rows = self._plain(measured, inputs, targets, evaluate if len(inputs) == size else None)
+                (index,), samples = self.ranks.share((order[batch * size : (batch + 1) * size],))
+                inputs, targets = self.batches.gather(index)
+                rows = self._plain(
+                    measured, inputs, targets, evaluate if batch < self.batches.full else None, samples
+                )
             batch += len(rows)
             iteration += len(rows)
             yield rows
@@ -218,9 +243,10 @@ class Engine:
         inputs: Tensor,
         targets: Tensor,
         evaluate: Callable[..., Any] | CompiledValues | None,
+        samples: int,
     ) -> Tensor:
         """One plain step, uncompiled where it is measured."""
         if measured is None:
-            return self.plain(inputs, targets, evaluate)
+            return self.plain(inputs, targets, evaluate, samples)
         with measured:
-            return self.plain(inputs, targets, None)
+            return self.plain(inputs, targets, None, samples)

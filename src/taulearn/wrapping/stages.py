@@ -42,12 +42,15 @@ class Seen:
     batches: bool | None = None
 
 
-def record_states(model: nn.Module, inputs: Tensor) -> tuple[Any, list[Tensor]]:
+def record_states(
+    model: nn.Module, inputs: Tensor, *, arrivals: list[Tensor] | None = None
+) -> tuple[Any, list[Tensor]]:
     """A forward pass with the states between the blocks.
 
     Args:
         model: A wrapped model.
         inputs: Its inputs, (batch, ...).
+        arrivals: A list that gets the blocks' inputs, which are not the states where something lies between the blocks.
 
     Returns:
         The output; and the states: y_0, the first block's input, and y_1 .. y_N, what the blocks return.
@@ -75,6 +78,8 @@ def record_states(model: nn.Module, inputs: Tensor) -> tuple[Any, list[Tensor]]:
             y = state_out(output)
             assert x is not None
             assert y is not None
+            if arrivals is not None:
+                arrivals.append(x)
             if not states:
                 states.append(x)
             else:
@@ -141,6 +146,35 @@ def intermediate_outputs(
     depths = range(number + (final and not last))
     outputs = _tails(model, wrapping, inputs, states, depths)
     return {**outputs, **(last if final else {})}
+
+
+@contextmanager
+def skipping(model: nn.Module, depth: int) -> Iterator[None]:
+    """The blocks from the ``depth``-th on pass their input on, as with tau = 0, and are not computed.
+
+    Args:
+        model: A wrapped model.
+        depth: Number of blocks that are computed.
+
+    Example:
+        >>> from taulearn import wrap
+        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        >>> model = wrap(nn.Sequential(block(), block()), ["0", "1"])
+        >>> with skipping(model, 0):
+        ...     model(torch.ones(1, 4)).tolist()
+        [[1.0, 1.0, 1.0, 1.0]]
+    """
+    wrapping = _wrapping(model)
+    seen = _seen(model, wrapping)
+
+    def passing(block: nn.Module) -> Callable[..., Any]:
+        l = wrapping.layers.index(block)
+        if l < depth:
+            return block.forward
+        return lambda *args, **kwargs: seen.forms[l].around(state_in(args, kwargs))
+
+    with _forwards(wrapping, passing):
+        yield
 
 
 def _tails(

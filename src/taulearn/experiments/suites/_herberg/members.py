@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ...config import TrainConfig
 from ...measures import generalisation
 from ...suite import Member
+from . import timing
 
 DATA = ("fashion-mnist", "mnist")
 NETWORKS = ("resnet", "fractional")
@@ -58,12 +59,12 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
 
     Example:
         >>> len(members())
-        133
+        136
         >>> members()[0].name
         'fashion-mnist/resnet/free/seed-0'
     """
     fashion, mnist = DATA
-    rule = {"prune": THRESHOLD, "prune_every": 1}
+    rule: dict[str, Any] = {"prune": THRESHOLD, "prune_every": 1}
     table = [
         *_treatments(fashion, "resnet"),
         *(
@@ -79,18 +80,19 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
         table.append(_Row(setting(fashion, f"resnet-{depth}", "l1-pruned"), DEEP_SEEDS, options | rule))
         table.append(_Row(setting(fashion, f"resnet-{depth}", "l1"), DEEP_SEEDS, options))
     own = seeds if seeds is not None else QUICK_SEEDS if quick else None
-    common = {
+    common: dict[str, Any] = {
         "epochs": QUICK_EPOCHS if quick else FULL_EPOCHS,
         "trace": "thinned",
         "checkpoint_every": 10,
         "threads": 1,
     }
-    return [
+    trained = [
         Member(row.setting, seed, TrainConfig(**common, **row.options, seed=seed), generalisation)
         for seed in range(own or max(row.seeds for row in table))
         for row in table
         if seed < (own or row.seeds)
     ]
+    return [*trained, *timing.members(quick)]
 
 
 class _Row(NamedTuple):

@@ -1,0 +1,148 @@
+"""The faults of the published code of Herberg et al., imitated, so that a reader sees what they changed.
+
+Herberg, Herzog, Koehne (2023) printed their curves from a program that differs from their formulas. A training with
+``as_published`` differs from one without in these points, and in no other:
+
+    fixed        in the residual network the first step alone is fixed, the others train
+    dependent    the last step is copied after each update: no gradient flows through T - sum of the others
+    fractional   the weights a_{l,j} are computed without gradient, so that tau's gradient lacks their part; the memory
+                 starts at the first difference (``memory_from = 0``)
+    pruning      once an epoch; the smallest magnitude decides whether a layer goes, but the layer with the most
+                 negative step is the one that does
+
+The test loss of that program contains the penalties; here it never does, and a figure that compares can add them.
+The outputs of a network do not depend on any of this: what is saved is an ordinary network.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .. import caputo, functional
+from ..nn.network import TimeVariableNetwork
+from ..nn.schemes import Fractional
+from ..nn.skips import Skips
+from ..nn.time_steps import TimeSteps
+from ..pruning import Pruning
+from .config import TrainConfig
+
+
+class PublishedSteps(TimeSteps):
+    """Time steps whose first or whose dependent last one lets no gradient through.
+
+    Args:
+        steps: What they take the place of, "free" or "dependent".
+        first_fixed: Whether the first one does not train.
+
+    Example:
+        >>> steps = PublishedSteps(TimeSteps(3, constraint="dependent"))
+        >>> torch.autograd.grad(steps.tau[2], steps.values, allow_unused=True, materialize_grads=True)
+        (tensor([0., 0.]),)
+    """
+
+    def __init__(self, steps: TimeSteps, *, first_fixed: bool = False) -> None:
+        super().__init__(
+            steps.num_steps,
+            horizon=steps.horizon,
+            constraint=steps.constraint,
+            lower_bound=steps.lower_bound,
+            init=steps.tau.detach(),
+            dtype=steps.values.dtype,
+            device=steps.values.device,
+        )
+        self.first_fixed = first_fixed
+
+    @property
+    def raw_tau(self) -> Float[Tensor, " num_steps"]:
+        """The steps before a dependent last one is bounded."""
+        if self.first_fixed:
+            return torch.cat([self.values[:1].detach(), self.values[1:]])
+        if self.constraint == "dependent":
+            return torch.cat([self.values, (self.horizon - self.values.detach().sum()).unsqueeze(0)])
+        return self.values
+
+    @property
+    def tau(self) -> Float[Tensor, " num_steps"]:
+        """The steps that the network uses."""
+        raw = self.raw_tau
+        if self.constraint != "dependent" or self.lower_bound is None:
+            return raw
+        return torch.cat([raw[:-1], raw[-1:].clamp(min=self.lower_bound)])
+
+
+class PublishedFractional(Fractional):
+    """The fractional scheme with weights that do not depend on tau for autograd.
+
+    Example:
+        >>> PublishedFractional(gamma=0.5, memory_from=0).memory_from
+        0
+    """
+
+    def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
+        weights = caputo.l1_weights(tau.detach(), self.gamma, validate=False)
+        states = [x]
+        for l, layer in enumerate(layers):
+            memory = self._memory(weights[l], states, skips) if l else None
+            y = skips(states[-1], l, l + 1)
+            states.append(functional.fractional_step(y, memory, layer(states[-1]), tau[l], self.gamma))
+        return states[1:]
+
+
+def imitate_(network: TimeVariableNetwork, config: TrainConfig) -> None:
+    """Put the published steps and weights into a freshly made network.
+
+    Args:
+        network: Freshly made; a residual one with constraint "free" where ``config`` says "fixed".
+        config: The settings, with ``as_published``.
+    """
+    network.time_steps = PublishedSteps(
+        network.time_steps, first_fixed=config.constraint == "fixed" and config.network == "resnet"
+    )
+    scheme = network.scheme
+    if isinstance(scheme, Fractional):
+        network.scheme = PublishedFractional(scheme.gamma, scheme.memory_from)
+
+
+def make_ordinary_(network: TimeVariableNetwork) -> None:
+    """Put ordinary steps and weights into a trained network; its outputs stay what they are."""
+    published, scheme = network.time_steps, network.scheme
+    ordinary = TimeSteps(
+        published.num_steps,
+        horizon=published.horizon,
+        constraint=published.constraint,
+        lower_bound=published.lower_bound,
+        dtype=published.values.dtype,
+        device=published.values.device,
+    )
+    ordinary.origin = published.origin
+    with torch.no_grad():
+        ordinary.values.copy_(published.values)
+    network.time_steps = ordinary
+    if isinstance(scheme, Fractional):
+        network.scheme = Fractional(scheme.gamma, scheme.memory_from)
+
+
+def pruning(threshold: float) -> Pruning:
+    """The published rule, once an epoch.
+
+    Args:
+        threshold: Share of the sum of the magnitudes.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(2, 3, 1, 4, init=[1.0, 0.001, -0.5, 0.3])
+        >>> pruning(0.01).criterion(network.time_steps.tau.detach(), network).tolist()
+        [1.0, 1.0, 0.0, 1.0]
+    """
+
+    def scores(tau: Tensor, _: nn.Module) -> Tensor:
+        # one layer has the share 0 and goes; the others then have equal shares, which are above any threshold
+        kept = torch.ones_like(tau)
+        magnitude = tau.abs()
+        if bool((magnitude < threshold * magnitude.sum()).any()):
+            kept[tau.argmin()] = 0.0
+        return kept
+
+    return Pruning(threshold, criterion=scores)

@@ -1,0 +1,70 @@
+"""Figures of finished members, and how settings are compared by them.
+
+Errors are compared by their logarithms, pair by pair over the seeds: "smaller" means that the mean of the paired
+differences is negative and, with three pairs or more, that their 95 % interval does not reach zero.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from ...intervals import Interval, paired_interval
+from ...results import NotMeasured, Results
+from .members import MESHES, QUICK_MESHES, mesh
+
+ABOUT = 2.0
+"""A printed error is met "about" within this factor: the article prints one digit and no seed."""
+
+
+Parts = dict[str, bool]
+Figures = dict[str, float | str]
+Figure = Callable[[Results, str, int], float]
+
+
+def smaller(interval: Interval) -> bool:
+    """Whether a difference of logarithms counts as negative."""
+    return interval.mean < 0 and (interval.n < 3 or interval.high < 0)
+
+
+def log_ratio(results: Results, a: str, b: str, figure: Figure) -> Interval:
+    """The paired difference log(a) - log(b) of a positive figure over the seeds that two settings share."""
+    seeds = results.seeds(a, b)
+    return paired_interval(*([math.log(figure(results, name, seed)) for seed in seeds] for name in (a, b)))
+
+
+def mean(results: Results, name: str, figure: Figure) -> float:
+    """The mean of a figure over all seeds of a setting."""
+    return float(np.mean([figure(results, name, seed) for seed in results.seeds(name)]))
+
+
+def mse(step: str) -> Figure:
+    """The mean squared error after a number of steps, or at the "end"."""
+    return lambda results, name, seed: float(results.measurements(name, seed)["mse"][step])
+
+
+def measured(*path: str) -> Figure:
+    """A number in a member's measurements."""
+
+    def figure(results: Results, name: str, seed: int) -> float:
+        value = results.measurements(name, seed)
+        for key in path:
+            value = value[key]
+        return float(value)  # type: ignore[arg-type]
+
+    return figure
+
+
+def meshes_of(results: Results) -> list[int]:
+    """The meshes on which the finite elements are measured, coarse ones first.
+
+    Args:
+        results: The records.
+
+    Raises:
+        NotMeasured: If there are less than two.
+    """
+    found = [n for n in sorted({*MESHES, *QUICK_MESHES}) if mesh(n) in results.settings]
+    if len(found) < 2:
+        raise NotMeasured("the finite elements are measured on less than two meshes")
+    return found

@@ -1,0 +1,124 @@
+"""Figures 4.1 to 4.6 in the paper's form, with means and ranges over the seeds."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ....report.bands import epoch_bands, tau_bands
+from ....report.figures import PALETTE
+from ....training import History
+from ...results import NotMeasured, Results
+from .members import DATA, LEARNED, NETWORKS, setting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "resnet": "ResNet", "fractional": "Fractional DNN"}
+WORDS = {
+    "free": "no regularization",
+    "fixed": "fixed",
+    "l1": r"$\ell_1$",
+    "horizon": "time horizon",
+    "dependent": r"final $\tau$ dependent",
+    "l1-horizon": r"$\ell_1$ and time horizon",
+}
+TRAJECTORIES = ("free", "l1", "horizon", "dependent", "l1-horizon")
+
+
+def figure_4_1(results: Results) -> "Figure":
+    """Accuracies with learned and with fixed time steps."""
+    figure, axes = _grid(1, 2, 4.0)
+    for ax, data in zip(axes[0], reversed(DATA), strict=True):
+        groups, colours, styles = {}, {}, {}
+        for k, network in enumerate(NETWORKS):
+            for treatment, style in (("free", "-"), ("fixed", "--")):
+                label = f"{TITLES[network]}, {'trainable' if treatment == 'free' else 'fixed'} $\\tau$"
+                groups[label] = _records(results, setting(data, network, treatment))
+                colours[label], styles[label] = PALETTE[k], style
+        epoch_bands(groups, "validation.accuracy", ax, colours=colours, styles=styles)
+        _accuracy_axis(ax, TITLES[data])
+        ax.legend(fontsize="small", loc="lower right")
+    return figure
+
+
+def figure_4_2(results: Results) -> "Figure":
+    """Accuracies and losses of the residual network with four treatments of the time steps."""
+    return _accuracies_and_losses(results, "resnet")
+
+
+def figure_4_3(results: Results) -> "Figure":
+    """The same for the fractional network."""
+    return _accuracies_and_losses(results, "fractional")
+
+
+def figure_4_4(results: Results) -> "Figure":
+    """The time steps of the residual network on Fashion-MNIST."""
+    return _trajectories(results, "resnet", "")
+
+
+def figure_4_5(results: Results) -> "Figure":
+    """The time steps of the fractional network on Fashion-MNIST; the dependent one before its lower bound."""
+    return _trajectories(results, "fractional", "", raw=True)
+
+
+def figure_4_6(results: Results) -> "Figure":
+    """The time steps of the residual network on Fashion-MNIST, with pruning."""
+    return _trajectories(results, "resnet", "-pruned")
+
+
+def _accuracies_and_losses(results: Results, network: str) -> "Figure":
+    columns = {
+        "validation.accuracy": "Accuracy, test",
+        "train.total": "Loss with penalties, training",
+        "train.loss": "Cross entropy, training",
+        "validation.loss": "Cross entropy, test",
+    }
+    figure, axes = _grid(2, 4, 3.0)
+    for row, data in zip(axes, reversed(DATA), strict=True):
+        groups = {WORDS[name]: _records(results, setting(data, network, name)) for name in LEARNED}
+        for ax, (column, label) in zip(row, columns.items(), strict=True):
+            epoch_bands(groups, column, ax, first=0 if column.startswith("validation") else 1)
+            ax.set_ylabel(label)
+            ax.set_title(TITLES[data], fontsize="medium")
+            if column != "validation.accuracy":
+                ax.set_yscale("log")
+            else:
+                _accuracy_axis(ax, TITLES[data])
+        row[0].legend(fontsize="small", loc="lower right")
+    return figure
+
+
+def _trajectories(results: Results, network: str, suffix: str, *, raw: bool = False) -> "Figure":
+    figure, axes = _grid(2, 3, 3.4)
+    panels = list(axes.flat)
+    for letter, ax, treatment in zip("abcde", panels, TRAJECTORIES, strict=False):
+        name = setting(DATA[0], network, f"{treatment}{suffix}")
+        ax.set_title(f"({letter}) {WORDS[treatment]}", fontsize="medium")
+        try:
+            tau_bands(_records(results, name), ax, raw=raw and treatment == "dependent")
+        except NotMeasured as missing:
+            ax.text(0.5, 0.5, str(missing), ha="center", va="center", transform=ax.transAxes, fontsize="small")
+    handles, labels = panels[0].get_legend_handles_labels()
+    panels[-1].axis("off")
+    panels[-1].legend(handles, labels, loc="center", frameon=False)
+    return figure
+
+
+def _records(results: Results, name: str) -> Sequence[History]:
+    return [results.history(name, seed) for seed in results.seeds(name)]
+
+
+def _accuracy_axis(ax: "Axes", title: str) -> None:
+    ax.set_ylim(0, 1)
+    ax.set_ylabel("Accuracy, test")
+    ax.set_title(title, fontsize="medium")
+
+
+def _grid(rows: int, columns: int, size: float) -> "tuple[Figure, Any]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.25 * size * columns, size * rows), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,146 @@
+"""Figures of settings that were trained with several seeds: means as lines, the range over the seeds as bands.
+
+Each function takes ``ax`` and returns it, like those of :mod:`taulearn.report.figures`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from taulearn.report.figures import palette
+from taulearn.report.records import HistoryRecord, iteration_numbers, last_finite
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+POINTS = 400
+BAND = 0.18
+
+
+def epoch_bands(
+    groups: Mapping[str, Sequence[HistoryRecord]],
+    column: str,
+    ax: "Axes",
+    *,
+    colours: Mapping[str, str] | None = None,
+    styles: Mapping[str, Any] | None = None,
+    first: int = 0,
+) -> "Axes":
+    """A column per epoch for several settings.
+
+    Args:
+        groups: The records of each setting's seeds, by the label of its line.
+        column: Name of the column.
+        ax: Where to draw.
+        colours: By label; None: the palette, in order.
+        styles: Styles of lines, by label; None: solid.
+        first: The first epoch drawn; 0 is before training, 1 the first that has a training loss.
+
+    Returns:
+        The Axes.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from matplotlib.figure import Figure
+        >>> record = SimpleNamespace(iterations={}, epochs={"validation.accuracy": np.array([0.1, 0.8])}, deletions=[])
+        >>> len(epoch_bands({"free": [record, record]}, "validation.accuracy", Figure().subplots()).lines)
+        1
+    """
+    own = dict(zip(groups, palette(len(groups)), strict=True))
+    for label, histories in groups.items():
+        length = min(len(history.epochs[column]) for history in histories)
+        values = np.stack([np.asarray(history.epochs[column], dtype=np.float64)[:length] for history in histories])
+        colour = (colours or own)[label]
+        x = np.arange(first, length)
+        ax.plot(
+            x,
+            values.mean(0)[first:],
+            color=colour,
+            linewidth=1.3,
+            linestyle=(styles or {}).get(label, "-"),
+            label=label,
+        )
+        ax.fill_between(x, values.min(0)[first:], values.max(0)[first:], color=colour, alpha=BAND, linewidth=0)
+    ax.set_xlabel("Epoch")
+    ax.grid(True, color="0.9", linewidth=0.6)
+    return ax
+
+
+def tau_bands(histories: Sequence[HistoryRecord], ax: "Axes", *, raw: bool = False) -> "Axes":
+    """The time steps over the iterations, one line per layer, and their sum.
+
+    A layer's line is the mean over the seeds that still have it and ends where fewer than half of them do; a cross
+    marks each deletion.
+
+    Args:
+        histories: The records of a setting's seeds.
+        ax: Where to draw.
+        raw: The steps before the lower bound was applied, where the record tells them apart.
+
+    Returns:
+        The Axes, with logarithmic iterations.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from matplotlib.figure import Figure
+        >>> record = SimpleNamespace(iterations={"tau": np.ones((9, 2))}, epochs={}, deletions=[])
+        >>> len(tau_bands([record], Figure().subplots()).lines)
+        3
+    """
+    last = min(int(iteration_numbers(history)[-1]) for history in histories)
+    x = np.unique(np.geomspace(1, last, POINTS).round().astype(np.int64))
+    steps = np.stack([_on_grid(history, x, raw) for history in histories])
+    layers = steps.shape[2]
+    colours = palette(layers)
+    for layer, colour in enumerate(colours):
+        _band(ax, x, steps[:, :, layer], colour, rf"$\tau^{{[{layer}]}}$", "-")
+    _band(ax, x, np.nansum(steps, axis=2), "black", r"$\sum_\ell \tau^{[\ell]}$", "--")
+    for history in histories:
+        for gone in history.deletions:
+            column = np.asarray(history.iterations["tau"])[:, gone.layer]
+            value = last_finite(column)
+            if value is not None:
+                ax.plot(
+                    [gone.iteration],
+                    [value],
+                    "X",
+                    color=colours[gone.layer],
+                    markersize=6,
+                    markeredgecolor="white",
+                    markeredgewidth=0.6,
+                    linestyle="none",
+                )
+    ax.set_xscale("log")
+    ax.set_xlim(1, last)
+    ax.set_xlabel("Iteration")
+    ax.set_ylabel(r"Value of $\tau$" + (" (raw)" if raw else ""))
+    ax.grid(True, color="0.9", linewidth=0.6)
+    return ax
+
+
+def _on_grid(history: HistoryRecord, x: np.ndarray[Any, Any], raw: bool) -> Float[np.ndarray, "points layers"]:
+    """The steps at given iterations, between recorded ones along straight lines, NaN from their deletion on."""
+    name = "raw_tau" if raw and "raw_tau" in history.iterations else "tau"
+    tau, there = np.asarray(history.iterations[name], dtype=np.float64), iteration_numbers(history)
+    result = np.full((len(x), tau.shape[1]), np.nan)
+    for layer, column in enumerate(tau.T):
+        known = np.isfinite(column)
+        if known.any():
+            inside = x <= there[known][-1]
+            result[inside, layer] = np.interp(x[inside], there[known], column[known])
+    return result
+
+
+def _band(
+    ax: "Axes", x: np.ndarray[Any, Any], values: Float[np.ndarray, "seeds points"], colour: str, label: str, style: str
+) -> None:
+    known = np.isfinite(values)
+    shown = known.sum(0) >= max(1, (len(values) + 1) // 2)
+    if not shown.any():
+        ax.plot([], [], style, color=colour, label=label)
+        return
+    kept = values[:, shown]
+    ax.plot(x[shown], np.nanmean(kept, axis=0), style, color=colour, linewidth=1.3, label=label)
+    ax.fill_between(x[shown], np.nanmin(kept, axis=0), np.nanmax(kept, axis=0), color=colour, alpha=BAND, linewidth=0)

@@ -1,0 +1,55 @@
+"""A loss that is no number: since when, what the last values were, whose fault it may be, and what may help."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .batches import LoaderBatches, TensorBatches
+from .events import Diverged
+from .history import History
+from .inspection import bad_sample, ignored_batch
+
+_REMEDY = (
+    "Lower the learning rate (lr, tau_lr), clip gradients (clip_norm), "
+    "or bound the steps (constraint, lower_bound, penalties.TimeHorizon)"
+)
+
+
+def cause_in(batches: TensorBatches | LoaderBatches, iteration: int) -> str | None:
+    """What in the data made the loss of an iteration no number, or None if nothing is found.
+
+    Args:
+        batches: The training data.
+        iteration: Number of the iteration, from 0.
+    """
+    fault = bad_sample(batches) or ignored_batch(batches, iteration)
+    return None if fault is None else f"the training data are the cause: {fault}"
+
+
+def diverged(
+    what: str, at: int, history: History, columns: Sequence[str], checkpoints: Path | None, cause: str | None = None
+) -> Diverged:
+    """The error that says what happened after ``at`` good iterations, and what may help.
+
+    Args:
+        what: What is not finite, and when.
+        at: Number of iterations before.
+        history: The record so far.
+        columns: Names of the objective's entries in it.
+        checkpoints: Where the last good one is kept, or None.
+        cause: What is to blame, where it is known; else the learning rate is suspected.
+
+    Example:
+        >>> print(diverged("the loss is not finite", 0, History(), [], None))
+        the loss is not finite; there was no finite value before. Lower the learning rate (lr, tau_lr), clip ...
+    """
+    last = "there was no finite value before"
+    if at > 0:
+        values = ", ".join(f"{name} = {history.iterations[name][at - 1]:.6g}" for name in columns)
+        tau = np.round(history.iterations["tau"][at - 1], 4).tolist()
+        last = f"last finite values, at iteration {at}: {values}, tau = {tau}"
+    kept = f"; the last good checkpoint in {checkpoints} is kept" if checkpoints is not None else ""
+    if cause is not None:
+        return Diverged(f"{what}; {cause}; {last}{kept}")
+    return Diverged(f"{what}; {last}{kept}. {_REMEDY}")

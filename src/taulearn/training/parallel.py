@@ -1,0 +1,213 @@
+"""Data parallel training: how the processes meet, and what they do alike (batches, pruning, the run's folder)."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DistributedSampler, RandomSampler
+
+from ..pruning import DeletedLayer, PruneReport
+from .batches import LoaderBatches, TensorBatches
+from .pruner import Pruner
+from .ranks import TIMEOUT, Ranks
+from .run import Run
+
+_PATIENCE = timedelta(hours=24)
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The processes that torchrun started, or that torch.distributed was initialised for; else this one alone.
+
+    Yields:
+        The processes, whose groups are closed if the body fails; else who got them closes them (``with ranks``).
+
+    Raises:
+        ConnectionError: If the processes do not find each other.
+    """
+    ranks = _join()
+    try:
+        yield ranks
+    except BaseException as error:
+        ranks.__exit__(error)
+        raise
+
+
+def _join() -> Ranks:
+    if not dist.is_available():
+        return Ranks()
+    if not dist.is_initialized():
+        environment = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+        if not environment <= os.environ.keys() or int(os.environ["WORLD_SIZE"]) < 2:
+            return Ranks()
+        _initialise()
+    if dist.get_world_size() == 1:
+        return Ranks()
+    try:
+        gradients = dist.new_group(timeout=TIMEOUT)
+        return Ranks(gradients, dist.new_group(backend="gloo", timeout=_PATIENCE))
+    except RuntimeError as error:
+        raise ConnectionError(f"the processes of this training do not find each other: {_line(error)}") from error
+
+
+def _initialise() -> None:
+    """Join the processes named in the environment, as torchrun sets it."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        dist.init_process_group()
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise ConnectionError(
+                f"{where}, where the processes of this training are to meet, is in use by another program: choose "
+                "another port (torchrun --master-port, or MASTER_PORT), or let torchrun find one (--standalone)"
+            ) from error
+        raise ConnectionError(
+            f"the processes of this training do not find each other at {where}: {_line(error)}"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def has_whole_batches(batches: TensorBatches | LoaderBatches) -> bool:
+    """Whether each process has whole batches, to be divided: all but a loader with a DistributedSampler."""
+    return isinstance(batches, TensorBatches) or not isinstance(batches.loader.sampler, DistributedSampler)
+
+
+def check_shares(ranks: Ranks, batches: TensorBatches | LoaderBatches, batch_size: int) -> None:
+    """Refuse batches that cannot be divided between the processes, or that would not be the same in all of them.
+
+    Args:
+        ranks: The processes.
+        batches: Where batches come from.
+        batch_size: Samples per batch, of all processes together.
+
+    Raises:
+        ValueError: If the size is no multiple of the number of processes, or a loader has an order of its own in each.
+
+    Example:
+        >>> import torch
+        >>> check_shares(Ranks(), TensorBatches(torch.zeros(9, 1), torch.zeros(9), 3, 0), 3)
+    """
+    if ranks.size == 1 or not has_whole_batches(batches):
+        return
+    size: int | None = batch_size
+    if isinstance(batches, LoaderBatches):
+        size, sampler = batches.loader.batch_size, batches.loader.sampler
+        if isinstance(sampler, RandomSampler) and sampler.generator is None:
+            raise ValueError(
+                f"train must yield the same batches in all {ranks.size} processes, got a DataLoader whose order each "
+                "of them draws for itself: pass it generator=torch.Generator().manual_seed(0), or a DistributedSampler"
+            )
+    elif batches.full == 1 and len(batches) == 1:
+        size = None  # all samples at once, which need not divide evenly
+    if size is not None and size % ranks.size:
+        nearest = max(1, round(size / ranks.size)) * ranks.size
+        raise ValueError(
+            f"batch_size must be a multiple of the number of processes, {ranks.size}, got {size}: the batch is that of "
+            f"all processes together; use {nearest}, or another number of processes"
+        )
+
+
+def start_epoch(batches: LoaderBatches, epoch: int) -> None:
+    """Tell a DistributedSampler the epoch, on which its order depends.
+
+    Args:
+        batches: A loader's batches.
+        epoch: Number of the epoch.
+    """
+    if isinstance(batches.loader.sampler, DistributedSampler):
+        batches.loader.sampler.set_epoch(epoch)
+
+
+def begin_pruning(ranks: Ranks, pruner: Pruner, sample: Tensor) -> None:
+    """Let rank 0 find out what has to go, which may depend on times that it measures.
+
+    Args:
+        ranks: The processes.
+        pruner: The policy at work.
+        sample: Inputs of one sample.
+    """
+
+    def begin() -> dict[str, Any] | None:
+        pruner.begin(sample)
+        return None if pruner.target is None else pruner.target.state()
+
+    state = ranks.told(begin)
+    if not ranks.first:
+        pruner.aim(state)
+
+
+def prune_alike(ranks: Ranks, pruner: Pruner, iteration: int, averaged: AveragedModel | None) -> PruneReport | None:
+    """Let rank 0 decide which layers go, and delete them in all processes.
+
+    Args:
+        ranks: The processes.
+        pruner: The policy at work.
+        iteration: Number of iterations taken.
+        averaged: Averaged weights, pruned alike.
+
+    Returns:
+        What was deleted, or None if nothing was.
+
+    Raises:
+        RanksDisagree: If the steps that are left are not the same, to the bit, in all processes.
+    """
+    if ranks.size == 1:
+        return pruner.prune(iteration, averaged)
+    if pruner.running is not None and pruner.running.number:
+        pruner.running.values = ranks.average(pruner.running.values, 1)
+    reports: list[PruneReport | None] = []
+
+    def decide() -> dict[str, Any]:
+        report = pruner.prune(iteration, averaged)
+        reports.append(report)
+        return {
+            "target": None if pruner.target is None else pruner.target.state(),
+            "kept": None if report is None else report.kept,
+            "deleted": () if report is None else [astuple(each) for each in report.deleted],
+        }
+
+    told = ranks.told(decide)
+    if not ranks.first:
+        report = pruner.follow(told["kept"], told["target"], averaged)
+        deleted = tuple(DeletedLayer(*each) for each in told["deleted"])
+        reports.append(None if report is None else replace(report, deleted=deleted))
+    if told["kept"] is not None:
+        steps = pruner.prunable.time_steps
+        ranks.same(
+            f"the time steps after iteration {iteration}",
+            (steps.origin, steps.tau.tolist()),
+            "something changed weights in one process alone, a callback perhaps; change them alike in all of them",
+        )
+    return reports[0]
+
+
+def open_alike(
+    ranks: Ranks, run: Run | str | os.PathLike[str] | None, open_run: Callable[[], Run | None]
+) -> Run | None:
+    """Let rank 0 make or find the run's folder; the others read it.
+
+    Args:
+        ranks: The processes.
+        run: What the caller named.
+        open_run: Makes or finds the folder.
+
+    Returns:
+        The run; None if nothing is to be written.
+    """
+    if ranks.size == 1 or run is None:
+        return open_run()
+    found: list[Run | None] = []
+    ranks.told(lambda: found.append(open_run()))
+    return found[0] if found else run if isinstance(run, Run) else Run.open(run)
