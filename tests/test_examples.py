@@ -46,6 +46,16 @@ def test_gradient_propagation(tmp_path: Path) -> None:
     assert first(before, "dense", "fixed 1") > 2**4
 
 
+def test_maxwell_surrogate() -> None:
+    output = run("maxwell_surrogate.py", "--steps", "15", "--width", "10", "--meshes", "2", "4")
+    first, last = map(float, re.findall(r"mean squared error (\S+) -> (\S+) in 15 steps", output)[0])
+    assert last < 0.5 * first
+    coarse, fine = (line.split() for line in output.splitlines()[-2:])
+    assert fine[:2] == ["4", "604"]
+    assert float(fine[2]) == pytest.approx(5.843e-3, rel=1e-3)
+    assert float(coarse[3]) == pytest.approx(float(fine[3]), rel=0.05)
+
+
 def test_every_example_is_run() -> None:
     tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
     assert tested == {path.name for path in EXAMPLES.glob("*.py")}

@@ -93,6 +93,6 @@ def check_has_stages(model: nn.Module, argument: str = "model") -> None:
     """
     if not isinstance(model, TimeVariableNetwork) and wrapping_of(model) is None:
         raise TypeError(
-            f"{argument} must be a TimeVariableNetwork or a wrapped model, got {type(model).__name__}: only there it is "
-            "known what follows a state; build it with taulearn.nn, or wrap it with taulearn.wrap"
+            f"{argument} must be a TimeVariableNetwork or a wrapped model, got {type(model).__name__}: only there it "
+            "is known what follows a state; build it with taulearn.nn, or wrap it with taulearn.wrap"
         )

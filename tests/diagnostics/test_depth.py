@@ -122,8 +122,8 @@ class TestDepthProfile:
         network = TimeVariableNetwork(layers, nn.Identity(), Residual(), TimeSteps(2, dtype=DOUBLE), stem=nn.Identity())
         found = depth_profile(network, batch(), torch.zeros(6, dtype=torch.long), cross_entropy)
         lines = [line.split() for line in str(found).splitlines()]
-        assert lines[0] == ["depth", "loss", "accuracy", "last", "layer", "contribution", "relative"]
-        assert [len(line) for line in lines[2:]] == [3, 6, 6]
+        assert lines[0] == ["depth", "loss", "accuracy", "parameters", "last", "layer", "contribution", "relative"]
+        assert [len(line) for line in lines[2:]] == [4, 7, 7]
 
     def test_modes_come_back_and_dropout_is_off(self) -> None:
         layers = [nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)) for _ in range(2)]
@@ -136,7 +136,7 @@ class TestDepthProfile:
 
     def test_bad_input(self) -> None:
         network = resnet(3, 4, 2, 2, dtype=DOUBLE)
-        with pytest.raises(TypeError, match="network must be a TimeVariableNetwork, got Linear"):
+        with pytest.raises(TypeError, match="network must be a TimeVariableNetwork or a wrapped model, got Linear"):
             depth_profile(nn.Linear(3, 2), batch(), batch(), mse_loss)
         with pytest.raises(ValueError, match="targets must have one entry per sample, got 5 for 6 inputs"):
             depth_profile(network, batch(), torch.zeros(5, dtype=torch.long), cross_entropy)

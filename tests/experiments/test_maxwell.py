@@ -97,11 +97,19 @@ def test_resumed_run_takes_the_same_steps(tmp_path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("network", ["resnet", "fractional"])
-def test_compiled_steps_are_the_eager_ones(tmp_path, network: str) -> None:
+@pytest.mark.parametrize(
+    ("network", "optimizer"), [("resnet", "steepest_descent"), ("fractional", "steepest_descent"), ("resnet", "lbfgs")]
+)
+def test_compiled_steps_are_the_eager_ones(tmp_path, network: str, optimizer: str) -> None:
     runs = {}
     for mode in ("never", "always"):
-        settings = SMALL | {"network": network, "compile": mode, "bias_ordering": 10.0, "epochs": 8}
+        settings = SMALL | {
+            "network": network,
+            "optimizer": optimizer,
+            "compile": mode,
+            "bias_ordering": 10.0,
+            "epochs": 8,
+        }
         runs[mode] = train(TrainConfig(**settings, precision="float64", run=str(tmp_path / mode)), progress=False)
     eager, compiled = (runs[mode].history.iterations for mode in ("never", "always"))
     np.testing.assert_allclose(compiled["total"], eager["total"], rtol=1e-10)

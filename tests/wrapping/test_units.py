@@ -94,10 +94,10 @@ def test_the_running_mean_follows_training_only() -> None:
         expected = 1.0 if now is None else (squares[0] / now) ** 0.5
         assert float(units.factor(1, torch.full((5,), square**0.5, dtype=torch.float64))) == pytest.approx(expected)
         now = square if now is None else 0.98 * now + 0.02 * square
-    before = units.now.clone()
+    before = units.squares[1].clone()
     units.eval()
     assert float(units.factor(1, torch.ones(3, dtype=torch.float64))) == pytest.approx((4.0 / now) ** 0.5)  # type: ignore[operator]
-    assert torch.equal(units.now, before)
+    assert torch.equal(units.squares[1], before)
     assert units.gains().tolist() == pytest.approx([1.0, (4.0 / now) ** 0.5])  # type: ignore[operator]
     assert before.tolist()[0] == 0.0
 
@@ -197,7 +197,7 @@ def test_compiled_is_eager() -> None:
                 model[1].inner[0].weight.mul_(1.5)
             output = called(host.inputs())
         output.square().sum().backward()
-        outputs.append([output.detach(), model.time_steps.units.now, model[1].inner[0].weight.grad])
+        outputs.append([output.detach(), model.time_steps.units.squares, model[1].inner[0].weight.grad])
     for found, expected in zip(*outputs, strict=True):
         torch.testing.assert_close(found, expected)
 

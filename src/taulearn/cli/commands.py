@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, Protocol
 import tyro
 
 from .exporting import Export
+from .lines import check_names, in_one_line
 from .options import UsageError, numbers_option, option_groups, settings_from, settings_in, spelled
 from .output import figure, say, table, watched
-from .suites import Reproduce
+from .suites import Reproduce, Sweep
 
 RunFolder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
 
@@ -30,16 +31,28 @@ class Resume:
     """Go on with an interrupted training from its last checkpoint."""
 
     run: RunFolder
+    epochs: Annotated[
+        Any,
+        tyro.conf.arg(
+            help="Number of epochs in all, to train longer than was planned; as it was unless given.",
+            help_behavior_hint="",
+        ),
+        numbers_option("INT", int, spaces=False),
+    ] = None
 
     def __call__(self) -> None:
+        if self.epochs is not None and not (isinstance(self.epochs, int) and self.epochs >= 1):
+            raise UsageError(f"--epochs must be an integer >= 1, got {self.epochs!r}")
         from .. import experiments
         from ..training import Run
 
         run = Run.open(self.run)
         # A record that is missing or damaged is no obstacle: the checkpoints hold it, too.
         with contextlib.suppress(FileNotFoundError, ValueError):
-            say(f"{len(run.history.epochs['iteration']) - 1} of {run.config.get('epochs')} epochs are done")
-        watched(lambda on_start: experiments.resume(self.run, on_start=on_start))
+            say(
+                f"{len(run.history.epochs['iteration']) - 1} of {self.epochs or run.config.get('epochs')} epochs are done"
+            )
+        watched(lambda on_start: experiments.resume(self.run, epochs=self.epochs, on_start=on_start))
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,9 @@ class Report:
         from ..report import write_html
         from ..training import Run
 
+        if self.out is not None and Path(self.out).is_dir():
+            file = Path(self.out) / "report.html"
+            raise UsageError(f"--out must be a file, got the folder {self.out!r}: write for instance --out {file}")
         runs = [Run.open(folder) for folder in self.runs]
         default = runs[0].report_path if len(runs) == 1 else Path("comparison.html")
         say(f"report: {write_html(runs, default if self.out is None else self.out)}")
@@ -157,8 +173,8 @@ class Data:
             say(f"{name}: {where}")
 
 
-def commands(defaults: Mapping[str, Any]) -> Any:
-    """All commands as the union that tyro takes.
+def commands(defaults: Mapping[str, Any]) -> dict[str, type]:
+    """All commands, by name.
 
     Args:
         defaults: Settings that replace the defaults of ``train``.
@@ -174,34 +190,38 @@ def commands(defaults: Mapping[str, Any]) -> Any:
         frozen=True,
         namespace={"__call__": _train, "__doc__": "Train a network with learned time steps, and prune it on the way."},
     )
-    kinds = {
+    return {
         "train": train,
         "resume": Resume,
         "prune": Prune,
         "report": Report,
         "export": Export,
         "reproduce": Reproduce,
+        "sweep": Sweep,
         "data": Data,
     }
-    return reduce(or_, (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()))
 
 
 def parse(argv: list[str]) -> Command:
     """The command that a line stands for; options come before the settings of a file that it names.
 
     Raises:
-        SystemExit: After help (0), or if the line is not understood (2).
-        UsageError: If the file does not do.
+        SystemExit: After help.
+        UsageError: If the line is not understood, or the file does not do.
     """
 
     def parsed(defaults: Mapping[str, Any]) -> Any:
-        return tyro.cli(
-            commands(defaults),
-            prog="taulearn",
-            description="Neural networks that learn their time steps and prune their own layers while they train.",
-            args=argv,
-            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-        )
+        kinds = commands(defaults)
+        check_names(argv, kinds)
+        union: Any = reduce(or_, (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()))
+        with in_one_line():
+            return tyro.cli(
+                union,
+                prog="taulearn",
+                description="Neural networks that learn their time steps and prune their own layers while they train.",
+                args=argv,
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+            )
 
     command = parsed({})
     file = getattr(command, "config", None)

@@ -14,7 +14,7 @@ import tyro
 from pydantic import ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ..experiments.config import TrainConfig, explain, read_toml
+from ..experiments.config import TrainConfig, check_fields, explain, read_toml
 
 GROUPS = {
     "network": "data",
@@ -96,9 +96,14 @@ def settings_in(path: str) -> dict[str, Any]:
         UsageError: If it is not there, or no file of settings.
     """
     try:
-        return read_toml(path)
+        values = read_toml(path)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
+    try:
+        check_fields(values)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return values
 
 
 def spelled(message: str) -> str:

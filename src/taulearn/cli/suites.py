@@ -1,4 +1,4 @@
-"""The command that trains the suites of the papers: ``taulearn reproduce``."""
+"""The commands that train many members: ``taulearn reproduce`` and ``taulearn sweep``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +57,9 @@ class Reproduce:
 
         if self.suite not in suites.NAMES:
             raise UsageError(f"SUITE must be one of {', '.join(suites.NAMES)}, got {self.suite!r}")
-        for name in ("seeds", "workers"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"--{name} must be >= 1, got {value}")
-        if self.address is not None and self.engine != "ray":
-            raise UsageError(f"--address must be left out with --engine {self.engine}: it is that of a Ray cluster")
+        if self.seeds is not None and self.seeds < 1:
+            raise UsageError(f"--seeds must be >= 1, got {self.seeds}")
+        check_engine(self.engine, self.workers, self.address)
         suite = suites.load(self.suite)
         for kind, known in (("figure", suite.figures), ("table", suite.tables)):
             if (number := getattr(self, kind)) is not None and number not in known:
@@ -120,8 +118,11 @@ class Reproduce:
 
 def train_members(
     members: "Sequence[Member]", out: Path, *, engine: str, workers: int | None, address: str | None
-) -> None:
+) -> dict[str, str]:
     """Train members with a line for each, and say what failed.
+
+    Returns:
+        What went wrong, by the members' names.
 
     Raises:
         ValueError: If their folder holds something else.
@@ -138,3 +139,49 @@ def train_members(
         say("interrupted: the same command goes on from here")
         raise
     watch.close(outcome)
+    return outcome.failed
+
+
+def check_engine(engine: str, workers: int | None, address: str | None) -> None:
+    """Refuse options that do not fit the engine.
+
+    Raises:
+        UsageError: If they do not.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers must be >= 1, got {workers}")
+    if workers is not None and engine in ("serial", "vmap"):
+        raise UsageError(f"--workers must be left out with --engine {engine}, which uses this process alone")
+    if address is not None and engine != "ray":
+        raise UsageError(f"--address must be left out with --engine {engine}: it is that of a Ray cluster")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Train every combination of settings that a file describes, and tabulate what comes of it."""
+
+    spec: Annotated[tyro.conf.Positional[str], about("TOML file with [base], [grid], [[list]] and seeds.", "SPEC")]
+    out: Annotated[str | None, about("Folder; sweeps/ and the file's name unless given.", "DIR")] = None
+    workers: Workers = None
+    engine: EngineChoice = "processes"
+    address: Address = None
+    train: Annotated[bool, about("Train what is missing; --no-train tabulates what is there.")] = True
+
+    def __call__(self) -> None:
+        from ..experiments.results import Results
+        from ..experiments.sweep import load_sweep
+        from ..experiments.sweep_results import rows, write_report, write_table
+
+        try:
+            sweep = load_sweep(self.spec)
+        except (OSError, ValueError) as error:
+            raise UsageError(str(error)) from error
+        check_engine(self.engine, self.workers, self.address)
+        out = Path(self.out or f"sweeps/{sweep.name}")
+        failed: dict[str, str] = {}
+        if self.train:
+            say(f"{len(sweep.points)} settings, {len(sweep.members)} trainings in {out}")
+            failed = train_members(sweep.members, out, engine=self.engine, workers=self.workers, address=self.address)
+        results = Results(out)
+        rows_ = rows(sweep, results, failed)
+        say(f"table: {write_table(rows_, out)}\nreport: {write_report(sweep, results, rows_, out)}")

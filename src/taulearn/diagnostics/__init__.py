@@ -3,7 +3,9 @@
 Results are dataclasses that print as tables; figures are drawn from them alone.
 """
 
+from .decision import DepthDecision as DepthDecision, choose_layers as choose_layers
 from .depth import DepthProfile as DepthProfile, depth_profile as depth_profile
+from .exits import EarlyExit as EarlyExit, early_exit as early_exit
 from .figure import plot_propagation as plot_propagation, propagation_figure as propagation_figure
 from .gradients import GradientPropagation as GradientPropagation, gradient_propagation as gradient_propagation
 from .overview import Summary as Summary, summary as summary
@@ -16,11 +18,15 @@ from .recursions import (
 )
 
 __all__ = [
+    "DepthDecision",
     "DepthProfile",
+    "EarlyExit",
     "GradientPropagation",
     "Summary",
+    "choose_layers",
     "dense_gradients",
     "depth_profile",
+    "early_exit",
     "feedforward_gradients",
     "fractional_gradients",
     "gradient_propagation",

@@ -3,19 +3,19 @@
 Nothing here imports torch. Names of activations, optimisers and data sets are checked when training starts.
 """
 
-import difflib
 import math
 import os
 import tomllib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .._errors import unknown_name
 from .consistency import contradictions
+from .values import count_or_word, number_of_blocks, one_or_several, shown, unknown_key
 
 FORMAT = 1
 
@@ -51,10 +51,15 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     data: str = Field("digits", description="Data set; `taulearn data` lists them.")
-    network: Literal["resnet", "feedforward", "densenet", "fractional"] = Field(
-        "resnet", description="Scheme of the network."
+    network: Literal["resnet", "feedforward", "densenet", "fractional", "resnet-v2"] = Field(
+        "resnet", description="Scheme of the network; resnet-v2 is the convolutional one, for images."
     )
-    hidden_layers: int = Field(6, ge=1, description="Number of hidden layers; each has a time step.")
+    hidden_layers: int = Field(
+        6,
+        ge=1,
+        le=1_000_000,
+        description="Number of hidden layers; each has a time step. A resnet-v2 has its blocks instead.",
+    )
     width: int | tuple[int, ...] = Field(100, description="Width of the hidden layers, one for all or one for each.")
     activation: str = Field("relu", description="Activation, as torch.nn.functional calls it, or smooth_relu.")
     skips: Literal["pad", "learned"] = Field(
@@ -65,7 +70,9 @@ class TrainConfig(BaseModel):
         description="On the time steps. free: none; fixed: not trained; dependent: the last one is the horizon minus "
         "the others; simplex: positive, adding up to the horizon.",
     )
-    horizon: float = Field(1.0, gt=0, description="Time horizon T.")
+    horizon: float | None = Field(
+        None, gt=0, description="Time horizon T; 1 unless given, for a resnet-v2 the number of blocks."
+    )
     lower_bound: float | None = Field(
         None, ge=0, description="Smallest time step; none unless given, for a fractional network 1e-4."
     )
@@ -76,6 +83,23 @@ class TrainConfig(BaseModel):
     )
     gamma: float = Field(0.5, gt=0, lt=1, description="Order of the fractional derivative, in (0, 1).")
     memory_from: int = Field(1, ge=0, le=1, description="First difference that a fractional network remembers.")
+    memory: Literal["auto", "exact", "fast"] = Field(
+        "auto",
+        description="How a fractional network remembers. exact: all states; fast: sums of exponentials, for deep "
+        "networks; auto: fast from 256 layers on.",
+    )
+    tolerance: float = Field(
+        1e-6, gt=0, lt=1, description="Largest relative error of the weights of a fractional network with fast memory."
+    )
+    blocks_per_stage: int | tuple[int, ...] | None = Field(
+        None, description="Blocks of each stage of a resnet-v2, one for all or one for each; 3 unless given."
+    )
+    channels: int | tuple[int, ...] | None = Field(
+        None,
+        description="Channels of each stage of a resnet-v2; 16 32 64 unless given. A single one: constant width and "
+        "resolution.",
+    )
+    stem_stride: int = Field(1, ge=1, description="Stride of the first convolution of a resnet-v2.")
     as_published: bool = Field(
         False,
         description="Imitate faults of the program from which Herberg et al. (2023) printed their curves: of fixed "
@@ -100,6 +124,18 @@ class TrainConfig(BaseModel):
     bias_ordering: float = Field(
         0.0, ge=0, description="Weight of the penalty that orders the biases of a layer; 10 in the paper."
     )
+    stage_cost: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the loss at each intermediate output, which makes the deep layers unnecessary.",
+    )
+    stage_cost_schedule: Literal["constant", "rising", "falling"] = Field(
+        "constant", description="Of that weight over training: from 0 to it, or from it to 0."
+    )
+    stage_factors: tuple[float, ...] | None = Field(
+        None, description="Factors of that weight, one for each intermediate output; 1 unless given."
+    )
+    depth_losses: bool = Field(False, description="Record the loss at each depth without a stage cost, too.")
 
     prune: float | None = Field(
         None, gt=0, lt=1, description="While training, delete layers whose share of sum |tau| is smaller; e.g. 0.01."
@@ -151,24 +187,52 @@ class TrainConfig(BaseModel):
     @field_validator("width", mode="before")
     @classmethod
     def _width(cls, value: object) -> object:
-        return _one_or_several("width", value, int, "an integer >= 1", lambda n: n >= 1)
+        return one_or_several("width", value, int, "an integer >= 1", lambda n: n >= 1)
+
+    @field_validator("blocks_per_stage", "channels", mode="before")
+    @classmethod
+    def _stages(cls, value: object, info: ValidationInfo) -> object:
+        if value is None:
+            return None
+        return one_or_several(str(info.field_name), value, int, "an integer >= 1", lambda n: n >= 1, each="stage")
+
+    @field_validator("stage_factors", mode="before")
+    @classmethod
+    def _stage_factors(cls, value: object) -> object:
+        if value is None:
+            return None
+        several = value if isinstance(value, list | tuple) else (value,)
+        return one_or_several(
+            "stage_factors", several, float, "a finite number >= 0", lambda c: 0 <= c < math.inf, each="output"
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blocks_are_layers(cls, values: Any) -> Any:
+        """A resnet-v2 has as many layers as blocks; whether the blocks are numbers is seen later."""
+        if not isinstance(values, dict) or values.get("network") != "resnet-v2":
+            return values
+        number = number_of_blocks(values.get("blocks_per_stage"), values.get("channels"))
+        default = cls.model_fields["hidden_layers"].default
+        given = values.get("hidden_layers", default)
+        return values if number is None or given != default else {**values, "hidden_layers": number}
 
     @field_validator("init", mode="before")
     @classmethod
     def _init(cls, value: object) -> object:
         if value is None or value == "uniform":
             return value
-        return _one_or_several("init", value, float, "'uniform', a finite number", math.isfinite)
+        return one_or_several("init", value, float, "'uniform', a finite number", math.isfinite)
 
     @field_validator("prune_every", mode="before")
     @classmethod
     def _prune_every(cls, value: object) -> object:
-        return _count_or_word("prune_every", value, ("epoch",), "a number of iterations >= 1")
+        return count_or_word("prune_every", value, ("epoch",), "a number of iterations >= 1")
 
     @field_validator("batch_size", mode="before")
     @classmethod
     def _batch_size(cls, value: object) -> object:
-        return _count_or_word("batch_size", value, ("auto", "full"), "an integer >= 1")
+        return count_or_word("batch_size", value, ("auto", "full"), "an integer >= 1")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -185,6 +249,18 @@ class TrainConfig(BaseModel):
             (50, 50, 50)
         """
         return (self.width,) * self.hidden_layers if isinstance(self.width, int) else self.width
+
+    @property
+    def total_time(self) -> float:
+        """The time horizon T.
+
+        Example:
+            >>> TrainConfig().total_time, TrainConfig(network="resnet-v2").total_time
+            (1.0, 9.0)
+        """
+        if self.horizon is not None:
+            return self.horizon
+        return float(self.hidden_layers) if self.network == "resnet-v2" else 1.0
 
     def record(self) -> dict[str, Any]:
         """The settings that make the run what it is, as plain data: all that are not None, but for where the run lies.
@@ -245,11 +321,16 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"config must be a TOML file, got {str(path)!r}: there is no such file")
+        inside = file / "run.toml"
+        reason = "there is no such file"
+        if file.is_dir():
+            reason = f"it is a folder{f'; did you mean {str(inside)!r}?' if inside.is_file() else ''}"
+        raise FileNotFoundError(f"config must be a TOML file, got {str(path)!r}: {reason}")
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be a TOML file: {error}") from error
+    except ValueError as error:  # a number of thousands of digits is one, too
+        reason = str(error).partition(";")[0]
+        raise ValueError(f"{path} must be a TOML file: {reason}") from error
     if "format" in content and content["format"] != FORMAT:
         found = content["format"]
         raise ValueError(
@@ -260,8 +341,32 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} must have config as a table of settings, got {values!r}")
     for key in values:
         if key not in TrainConfig.model_fields:
-            raise ValueError(f"{path}: {_unknown_key(key)}")
+            raise ValueError(f"{path}: {unknown_key(key, TrainConfig.model_fields)}")
     return values
+
+
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Refuse values that no other setting could make right, each by itself.
+
+    Args:
+        values: Settings by name; whether they go together is not looked at.
+
+    Raises:
+        ValueError: Naming the settings.
+
+    Example:
+        >>> check_fields({"hidden_layers": 1, "prune": 0.01})
+        >>> check_fields({"tensorboard": "yes"})
+        Traceback (most recent call last):
+        ...
+        ValueError: tensorboard must be a boolean, got 'yes'
+    """
+    try:
+        TrainConfig.model_validate(dict(values))
+    except ValidationError as error:
+        reasons = [_sentence(each) for each in error.errors(include_url=False) if each["loc"]]
+        if reasons:
+            raise ValueError("; ".join(reasons)) from error
 
 
 def explain(error: ValidationError) -> str:
@@ -285,38 +390,11 @@ def _sentence(error: Mapping[str, Any]) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] == "extra_forbidden":
-        return _unknown_key(name)
+        return unknown_key(name, TrainConfig.model_fields)
     if error["type"] == "literal_error":
-        return str(unknown_name(name, error["input"], typing.get_args(TrainConfig.model_fields[name].annotation)))
+        given = error["input"] if isinstance(error["input"], str) else shown(error["input"])
+        return str(unknown_name(name, given, typing.get_args(TrainConfig.model_fields[name].annotation)))
     must = error["msg"]
     for words, instead in _WORDING.items():
         must = must.replace(words, instead)
-    return f"{name} {must}, got {error['input']!r}"
-
-
-def _unknown_key(key: str) -> str:
-    nearest = difflib.get_close_matches(key.replace("-", "_"), TrainConfig.model_fields, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else "`taulearn train --help` lists them"
-    return f"unknown setting {key!r}: {hint}"
-
-
-def _is_number(value: object, kind: type[int] | type[float]) -> bool:
-    return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-
-
-def _one_or_several(
-    name: str, value: Any, kind: type[int] | type[float], what: str, fits: Callable[[Any], bool]
-) -> object:
-    """A number, or a tuple of numbers made from any sequence."""
-    several = isinstance(value, list | tuple)
-    numbers = value if several else [value]
-    if not numbers or not all(_is_number(n, kind) and fits(n) for n in numbers):
-        raise ValueError(f"{name} must be {what}, or one for each hidden layer, got {value!r}")
-    return tuple(kind(n) for n in numbers) if several else kind(value)
-
-
-def _count_or_word(name: str, value: Any, words: tuple[str, ...], what: str) -> object:
-    """A number >= 1, or a word that stands for a choice."""
-    if value not in words and not (_is_number(value, int) and value >= 1):
-        raise ValueError(f"{name} must be {', '.join(map(repr, words))} or {what}, got {value!r}")
-    return value
+    return f"{name} {must}, got {shown(error['input'])}"

@@ -3,8 +3,17 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from .values import number_of_blocks
+
 if TYPE_CHECKING:
     from .config import TrainConfig
+
+
+FAST_FROM = 256
+"""Layers from which a fractional network takes fast memory by itself, as taulearn.nn.schemes says."""
+
+
+_BLOCKED_FROM = 8
 
 
 def contradictions(config: "TrainConfig") -> Iterator[str]:
@@ -25,6 +34,8 @@ def contradictions(config: "TrainConfig") -> Iterator[str]:
     yield from _bad_starts(config)
     yield from _line_searches(config)
     yield from _without_effect(config)
+    yield from _wrong_shape(config)
+    yield from _wrong_stages(config)
     if config.as_published:
         yield from _never_published(config)
     if config.prune is not None:
@@ -41,14 +52,14 @@ def _impossible(config: "TrainConfig") -> Iterator[str]:
             "constraint must not be 'dependent' with one hidden layer, whose step would always be the horizon: "
             "use 'fixed', or more layers"
         )
-    if config.constraint in ("simplex", "dependent") and bound * layers > config.horizon:
+    if config.constraint in ("simplex", "dependent") and bound * layers > config.total_time:
         yield (
             f"lower_bound * hidden_layers must not exceed horizon with constraint {config.constraint!r}, "
-            f"got {bound} * {layers} > {config.horizon}: lower the bound or raise the horizon"
+            f"got {bound} * {layers} > {config.total_time}: lower the bound or raise the horizon"
         )
-    elif config.init is None and bound * layers > config.horizon:
+    elif config.init is None and bound * layers > config.total_time:
         yield (
-            f"lower_bound must not exceed horizon / hidden_layers = {config.horizon / layers:.4g}, where the steps "
+            f"lower_bound must not exceed horizon / hidden_layers = {config.total_time / layers:.4g}, where the steps "
             f"start, got {bound}: lower it, or give init"
         )
     if config.network == "fractional" and config.lower_bound == 0:
@@ -89,9 +100,23 @@ def _without_effect(config: "TrainConfig") -> Iterator[str]:
     if config.prune is None and config.prune_every != "epoch":
         yield "prune_every must be left out without prune; or give prune a threshold, for instance 0.01"
     if config.network != "fractional":
-        for name in ("gamma", "memory_from"):
+        for name in ("gamma", "memory_from", "memory", "tolerance"):
             if getattr(config, name) != type(config).model_fields[name].default:
                 yield f"{name} must be left out with network {config.network!r}; it belongs to 'fractional'"
+    elif config.memory != "auto" and (len(set(config.widths)) > 1 or config.hidden_layers < _BLOCKED_FROM):
+        yield (
+            f"memory must be left out where the width changes or there are fewer than {_BLOCKED_FROM} hidden_layers, "
+            f"got {config.memory!r}: the exact memory is the only one there"
+        )
+    elif config.memory == "fast" and config.compile == "always":
+        yield "compile must not be 'always' with memory 'fast', which compiled steps do not have; leave it out"
+    if config.network == "fractional" and config.tolerance != type(config).model_fields["tolerance"].default:
+        fast = config.memory == "fast" or (config.memory == "auto" and config.hidden_layers >= FAST_FROM)
+        if not fast or len(set(config.widths)) > 1:
+            yield (
+                f"tolerance must be left out where the memory is exact (memory = {config.memory!r}, "
+                f"{config.hidden_layers} hidden_layers); or use memory 'fast' and one width"
+            )
     if config.skips == "learned" and config.network == "feedforward":
         yield "skips must be left out with network 'feedforward', which has none"
     if config.skips == "learned" and len(set(config.widths)) == 1:
@@ -111,6 +136,45 @@ def _without_effect(config: "TrainConfig") -> Iterator[str]:
         yield (
             "time_horizon must be left out with constraint 'dependent', in which the steps add up to the horizon, "
             f"so that this penalty is zero; {free}"
+        )
+
+
+def _wrong_shape(config: "TrainConfig") -> Iterator[str]:
+    default = {name: info.default for name, info in type(config).model_fields.items()}
+    if config.network != "resnet-v2":
+        for name in ("blocks_per_stage", "channels", "stem_stride"):
+            if getattr(config, name) != default[name]:
+                yield f"{name} must be left out with network {config.network!r}; it belongs to 'resnet-v2'"
+        return
+    if config.bias_ordering:
+        yield "bias_ordering must be left out with network 'resnet-v2', whose layers are convolutions without biases"
+    for name in ("width", "skips"):
+        if getattr(config, name) != default[name]:
+            yield f"{name} must be left out with network 'resnet-v2', whose shape is blocks_per_stage and channels"
+    blocks, channels = config.blocks_per_stage, config.channels
+    stages = 3 if channels is None else len(channels) if isinstance(channels, tuple) else 1
+    if isinstance(blocks, tuple) and stages > 1 and len(blocks) != stages:
+        yield f"blocks_per_stage must be one number or {stages} (channels), got {len(blocks)}: change one of the two"
+    number = number_of_blocks(blocks, channels)
+    if config.hidden_layers != number:
+        yield f"hidden_layers must be left out with network 'resnet-v2', which has {number} blocks (blocks_per_stage)"
+
+
+def _wrong_stages(config: "TrainConfig") -> Iterator[str]:
+    outputs = config.hidden_layers - (config.network != "resnet-v2")
+    if not config.stage_cost:
+        for name in ("stage_cost_schedule", "stage_factors"):
+            if getattr(config, name) != type(config).model_fields[name].default:
+                yield f"{name} must be left out without stage_cost; or give that a weight, for instance 0.1"
+    elif config.depth_losses:
+        yield "depth_losses must be left out with stage_cost, which records the loss at each depth by itself"
+    if (config.stage_cost or config.depth_losses) and outputs == 0:
+        name = "stage_cost" if config.stage_cost else "depth_losses"
+        yield f"{name} must be left out with one hidden layer, after which comes the output; or raise hidden_layers"
+    if config.stage_factors is not None and len(config.stage_factors) != outputs:
+        yield (
+            f"stage_factors must be {outputs} numbers, one for each intermediate output, got "
+            f"{len(config.stage_factors)}: change that"
         )
 
 
@@ -137,8 +201,10 @@ def _not_prunable(config: "TrainConfig") -> Iterator[str]:
             f"prune must be left out with network {config.network!r}, in which a layer with step 0 is not the "
             "identity and cannot be deleted; or use network 'resnet' or 'fractional'"
         )
-    if config.hidden_layers == 1:
+    if config.hidden_layers == 1 and config.network != "resnet-v2":
         yield "prune must be left out with one hidden layer, which must stay; or raise hidden_layers"
+    if config.network == "resnet-v2":
+        return
     widths = config.widths
     last = config.hidden_layers - (config.constraint == "dependent")
     if not any(widths[l - 1] == widths[l] for l in range(1, last)):

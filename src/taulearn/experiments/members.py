@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +93,7 @@ def run_member(member: Member, out: str | Path, report: Report = lambda _: None)
     """
     folder = member.folder(out)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f".{folder.name}.lock"):
+    with locked(member, out):
         if is_finished(member, out):
             return
         report(Event("started", member.name))
@@ -103,15 +103,30 @@ def run_member(member: Member, out: str | Path, report: Report = lambda _: None)
             test = _train(
                 member.config, folder, lambda n: report(Event("epoch", member.name, n, time.perf_counter() - began))
             )
-        folder.mkdir(exist_ok=True)
-        if member.measure is not None:
-            figures = dict(member.measure(folder))
-            write_bytes(folder / MEASUREMENTS, json.dumps(figures, indent=1).encode())
-        seconds = time.perf_counter() - began
-        write_bytes(folder / DONE, json.dumps(_note(member, test, seconds), indent=1).encode())
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    words = ", ".join(f"test {name} {value:.4g}" for name, value in reversed(test.items()))
-    report(Event("finished", member.name, member.epochs, seconds, words))
+        report(conclude(member, folder, test, time.perf_counter() - began))
+
+
+def conclude(member: Member, folder: Path, test: Mapping[str, float], seconds: float) -> Event:
+    """Measure a trained member, note that it is finished, and delete what only an unfinished one needs.
+
+    Args:
+        member: The member.
+        folder: Its folder.
+        test: Its figures on the test data.
+        seconds: How long the training took, in this sitting.
+
+    Returns:
+        What to report.
+    """
+    began = time.perf_counter()
+    folder.mkdir(exist_ok=True)
+    if member.measure is not None:
+        write_bytes(folder / MEASUREMENTS, json.dumps(dict(member.measure(folder)), indent=1).encode())
+    seconds += time.perf_counter() - began
+    write_bytes(folder / DONE, json.dumps(_note(member, dict(test), seconds), indent=1).encode())
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    words = ", ".join(f"test {name} {value:.4g}" for name, value in reversed(list(test.items())))
+    return Event("finished", member.name, member.epochs, seconds, words)
 
 
 def _train(config: TrainConfig, folder: Path, report: Callable[[int], None]) -> dict[str, float]:
@@ -150,8 +165,18 @@ def _note(member: Member, test: dict[str, float], seconds: float) -> dict[str, A
 
 
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process; file systems without locks go without."""
+def locked(member: Member, out: str | Path) -> Iterator[None]:
+    """Hold a member's lock, which ends with the process; file systems without locks go without.
+
+    Args:
+        member: The member.
+        out: Folder of the suite, in which the member's parent folder exists.
+
+    Raises:
+        Busy: If another process holds it.
+    """
+    folder = member.folder(out)
+    file = folder.parent / f".{folder.name}.lock"
     with file.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

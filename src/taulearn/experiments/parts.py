@@ -16,11 +16,13 @@ from ..data.catalog import CATALOGUE
 from ..functional import half_mse_loss
 from ..nn.activations import make_activation
 from ..nn.builders import BUILDERS
+from ..nn.convolutional import resnet_v2
 from ..nn.network import TimeVariableNetwork
 from ..optim import SteepestDescent, parameter_groups
 from ..pruning import Pruning
 from ..training.objective import Loss
 from .config import TrainConfig
+from .consistency import FAST_FROM
 from .published import imitate_, pruning as published_pruning
 
 # SparseAdam wants sparse gradients, Muon nothing but matrices; no network here has either.
@@ -83,6 +85,24 @@ def load_splits(config: TrainConfig) -> Splits:
     return Splits(train, load("validation") if "validation" in entry.samples else test, test, entry.classes)
 
 
+def features(splits: Splits) -> tuple[int, int]:
+    """Values per sample, and the outputs that the targets ask for."""
+    targets = splits.train.targets[0].numel() if splits.classes is None else splits.classes
+    return splits.train.inputs[0].numel(), targets
+
+
+def compile_mode(config: TrainConfig) -> str:
+    """When to compile: "auto" is never where a fractional network has fast memory, which compiled steps do not.
+
+    Example:
+        >>> compile_mode(TrainConfig(network="fractional", hidden_layers=300))
+        'never'
+    """
+    deep = config.hidden_layers >= FAST_FROM and config.memory == "auto" and len(set(config.widths)) == 1
+    fast = config.network == "fractional" and (deep or config.memory == "fast")
+    return "never" if fast and config.compile == "auto" else config.compile
+
+
 def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
     """The network, with as many inputs and outputs as the data ask for; its weights follow torch's global generator.
 
@@ -90,19 +110,22 @@ def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
         ValueError: If a setting does not do; the message names it.
     """
     make_activation(config.activation)
-    options: dict[str, float | None] = {}
+    if config.network == "resnet-v2":
+        return _convolutional(config, splits)
+    options: dict[str, Any] = {}
     if config.network == "fractional":
-        options = {"gamma": config.gamma, "memory_from": config.memory_from}
+        options = {name: getattr(config, name) for name in ("gamma", "memory_from", "memory", "tolerance")}
     if config.network != "fractional" or config.lower_bound is not None:
         options["lower_bound"] = config.lower_bound
+    in_features, out_features = features(splits)
     published = config.as_published and config.network == "resnet" and config.constraint == "fixed"
     network = BUILDERS[config.network](
-        splits.train.inputs[0].numel(),
+        in_features,
         config.width if isinstance(config.width, int) else list(config.width),
-        splits.train.targets[0].numel() if splits.classes is None else splits.classes,
+        out_features,
         config.hidden_layers,
         activation=config.activation,
-        horizon=config.horizon,
+        horizon=config.total_time,
         constraint="free" if published else config.constraint,
         init=_initial_steps(config),
         skips=config.skips,
@@ -112,6 +135,28 @@ def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
     if config.as_published:
         imitate_(network, config)
     return network
+
+
+def _convolutional(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
+    shape = tuple(splits.train.inputs.shape[1:])
+    if len(shape) != 3 or splits.classes is None:
+        raise ValueError(
+            f"network must not be 'resnet-v2' with data {config.data!r}, whose inputs have shape {shape}: it is for "
+            "images (channels, height, width) with classes"
+        )
+    return resnet_v2(
+        3 if config.blocks_per_stage is None else config.blocks_per_stage,
+        splits.classes,
+        shape[0],
+        (16, 32, 64) if config.channels is None else config.channels,
+        activation=config.activation,
+        stem_stride=config.stem_stride,
+        horizon=config.total_time,
+        constraint=config.constraint,
+        lower_bound=config.lower_bound,
+        init=_initial_steps(config),
+        dtype=_DTYPES[config.precision],
+    )
 
 
 def make_pruning(config: TrainConfig) -> Pruning | None:
@@ -183,8 +228,12 @@ def make_loss(config: TrainConfig, *, classes: bool) -> tuple[str, Loss]:
     return name, _LOSSES[name]
 
 
-def make_penalties(config: TrainConfig) -> list[penalties.Penalty]:
+def make_penalties(config: TrainConfig, loss: Loss | None = None) -> list[penalties.Penalty]:
     """The penalties with a weight.
+
+    Args:
+        config: The settings.
+        loss: The data loss, which a stage cost takes at each depth. None: the one that the settings name.
 
     Example:
         >>> [penalty.name for penalty in make_penalties(TrainConfig(l1=0.01, bias_ordering=10.0))]
@@ -197,7 +246,22 @@ def make_penalties(config: TrainConfig) -> list[penalties.Penalty]:
         (config.weight_elastic_net, penalties.WeightElasticNet),
         (config.bias_ordering, penalties.BiasOrdering),
     ]
-    return [make(weight) for weight, make in weighted if weight]
+    found = [make(weight) for weight, make in weighted if weight]
+    if config.stage_cost or config.depth_losses:
+        found.append(_stage_cost(config, _LOSSES[config.loss] if loss is None else loss))
+    return found
+
+
+def _stage_cost(config: TrainConfig, loss: Loss) -> penalties.StageCost:
+    first = 0 if config.network == "resnet-v2" else 1
+    factors = config.stage_factors
+    return penalties.StageCost(
+        config.stage_cost,
+        loss,
+        schedule=config.stage_cost_schedule,
+        factors=None if factors is None else dict(enumerate(factors, start=first)),
+        terminal_only=config.depth_losses,
+    )
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

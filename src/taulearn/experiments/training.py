@@ -22,7 +22,9 @@ from ..training import EpochEnd, History, Run, evaluate, fit
 from ..training.thinning import thinned
 from . import parts
 from .config import TrainConfig, explain
+from .memory import check_memory
 from .published import make_ordinary_
+from .resuming import check_resumed
 
 _SLOWEST_AVERAGE = 1e-3
 
@@ -99,8 +101,6 @@ def train(
 
     def make_run() -> Run:
         folder = _new_folder(config) if config.run is None else Path(config.run)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"run must be a folder, got the file {str(folder)!r}: choose another name")
         run = Run.create(folder, config.record(), overwrite=config.overwrite)
         if on_start is not None:
             on_start(run)
@@ -112,6 +112,7 @@ def train(
 def resume(
     run: str | os.PathLike[str],
     *,
+    epochs: int | None = None,
     on_start: Callable[[Run], None] | None = None,
     progress: bool = True,
     callbacks: Sequence[Callable[[EpochEnd], None]] = (),
@@ -119,7 +120,9 @@ def resume(
     """Go on with a training from its newest checkpoint, to the result that it would have had without the interruption.
 
     Args:
-        run: The run's folder.
+        run: The run's folder. Of the settings in its run.toml those may have been changed that do not decide the
+            iterates; others are refused.
+        epochs: Number of epochs in all, which is recorded then. None: that of run.toml.
         on_start: As for :func:`train`.
         progress: As for :func:`train`.
         callbacks: As for :func:`train`.
@@ -128,11 +131,14 @@ def resume(
         As :func:`train`; of a run that is complete, what it left.
 
     Raises:
-        FileNotFoundError: If it is not a run's folder.
-        ValueError: If it belongs to another format version, was not made by :func:`train`, or is damaged.
+        FileNotFoundError: If it is not a run's folder, or a run with results whose checkpoints are gone.
+        ValueError: If it belongs to another format version, was not made by :func:`train`, or is damaged; if settings
+            were changed on which the result depends, or ``epochs`` is less than what is done, or a schedule depends on
+            it.
     """
     opened = Run.open(run)
-    config = settings_of(opened)
+    config = settings_of(opened) if epochs is None else settings_of(opened, epochs=epochs)
+    check_resumed(config, opened)
 
     def make_run() -> Run:
         if on_start is not None:
@@ -142,11 +148,12 @@ def resume(
     return _train(config, make_run, resume=True, progress=progress, callbacks=callbacks)
 
 
-def settings_of(run: Run) -> TrainConfig:
+def settings_of(run: Run, **changes: int) -> TrainConfig:
     """The settings of a run that :func:`train` made.
 
     Args:
         run: The run.
+        **changes: Settings that replace those of its run.toml.
 
     Raises:
         ValueError: If it was made otherwise, or its settings do not do.
@@ -157,7 +164,7 @@ def settings_of(run: Run) -> TrainConfig:
             "go on with it in Python, with taulearn.fit(..., run=..., resume=True)"
         )
     try:
-        return TrainConfig.model_validate({**run.config, "run": str(run.path)})
+        return TrainConfig.model_validate({**run.config, **changes, "run": str(run.path)})
     except ValidationError as error:
         raise ValueError(f"{run.path / 'run.toml'}: {explain(error)}") from error
 
@@ -174,6 +181,7 @@ def _train(
         device = parts.make_device(config)
         splits = parts.load_splits(config)
         torch.manual_seed(config.seed)
+        check_memory(config, *parts.features(splits), device)
         model = parts.make_network(config, splits).to(device)
         loss_name, loss = parts.make_loss(config, classes=splits.classes is not None)
         optimizer = parts.make_optimizer(config, model)
@@ -199,13 +207,13 @@ def _train(
             optimizer=optimizer,
             epochs=config.epochs,
             batch_size=batch_size,
-            penalties=parts.make_penalties(config),
+            penalties=parts.make_penalties(config, loss),
             pruning=parts.make_pruning(config),
             validation=tuple(splits.validation),
             run=run,
             resume=resume,
             callbacks=callbacks,
-            compile=config.compile,
+            compile=parts.compile_mode(config),
             scheduler=scheduler,
             seed=config.seed,
             clip_norm=config.clip_norm,
@@ -241,7 +249,15 @@ def _new_folder(config: TrainConfig) -> Path:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            continue
+            if folder.parent.is_dir():
+                continue
+            raise NotADirectoryError(
+                f"run must be given where {str(folder.parent)!r} is a file: name a folder"
+            ) from None
+        except OSError as error:
+            raise type(error)(
+                f"run must be given, because the folder {str(folder)!r} cannot be made ({error.strerror})"
+            ) from error
         return folder
     raise AssertionError
 

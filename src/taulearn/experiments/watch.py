@@ -46,6 +46,8 @@ class Watch:
             if event.kind == "died":
                 self._say(f"{name}: {event.text}")
                 return
+            if event.kind == "finished" and self._kind(name) not in self.pace:  # an engine that tells no epochs
+                self.pace[self._kind(name)] = [event.seconds / max(1, self.members[name].epochs)]
             self.left.pop(name, None)
             self.ended += 1
             what = event.text if event.kind == "finished" else f"{event.kind}: {event.text}"

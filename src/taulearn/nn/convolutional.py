@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._errors import positive_integer
+from ..caputo._arguments import transforming
 from .activations import make_activation
 from .network import TimeVariableNetwork
 from .schemes import Residual
@@ -92,6 +93,8 @@ class ConvolutionalStem(nn.Module):
                 "with in_channels for your images"
             )
         y: Tensor = self.convolution(x)
+        if transforming() and not torch.compiler.is_compiling():  # torch.func.vmap has no formats
+            return y
         return y.contiguous(memory_format=torch.channels_last)  # all that follows is about twice as fast on a CPU
 
 
@@ -234,12 +237,16 @@ class PooledHead(nn.Module):
         if not self.norm.training:
             return list(self(torch.cat(list(states))).split(batch))
         rows = [y.permute(0, 2, 3, 1).flatten(0, 2) for y in states]  # one per pixel
-        if rows[0].device.type == "cpu":  # a state that stays in the cache is faster than few calls
+        if self._by_state(rows):
             sums = torch.stack([self._normalised(y, 1).unflatten(0, (batch, -1)).sum(1) for y in rows])
             return list(self.linear(sums / pixels).unbind())
         number = len(rows)  # side by side in the channels, the states keep their own statistics
         sums = self._normalised(torch.cat(rows, 1), number).unflatten(0, (batch, -1)).sum(1)
         return list(self.linear(sums.unflatten(1, (number, -1)) / pixels).unbind(1))
+
+    def _by_state(self, rows: list[Tensor]) -> bool:
+        """Whether to normalise one after the other: on a CPU states that stay in the cache beat few calls."""
+        return rows[0].device.type == "cpu"
 
     def _normalised(self, rows: Tensor, number: int) -> Tensor:
         weight, bias = self.norm.weight.repeat(number), self.norm.bias.repeat(number)

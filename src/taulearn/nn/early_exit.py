@@ -1,5 +1,6 @@
 """Early exit: each sample stops at the first intermediate output that is confident, and leaves the batch."""
 
+import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,7 +47,7 @@ def predict(
     strangers = [k for k in looks if k not in range(first, N + 1)]
     if strangers:
         raise ValueError(f"depths must be numbers of layers in {first} .. {N}, got {sorted(strangers)}")
-    if confidence == 1.0:  # an output may round to 1 and be wrong
+    if confidence == 1.0:
         looks = ()
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
@@ -59,7 +60,6 @@ def predict(
 
 def _predict(network: "TimeVariableNetwork", inputs: Tensor, confidence: float, looks: frozenset[int]) -> Prediction:
     N, skips = len(network.layers), network.skips
-    tails = [tail_of(network, k) for k in range(N + 1)]
     step = network.scheme.stepper(skips, network.time_steps.tau)
     states = [network.stem(inputs)]
     left = torch.arange(len(inputs), device=inputs.device)
@@ -68,7 +68,7 @@ def _predict(network: "TimeVariableNetwork", inputs: Tensor, confidence: float, 
     for k in range(N + 1):
         if k in looks or k == N:
             output = states[-1]
-            for module in tails[k]:
+            for module in tail_of(network, k):
                 output = module(output)
             if output.ndim != 2:
                 raise ValueError(
@@ -76,7 +76,7 @@ def _predict(network: "TimeVariableNetwork", inputs: Tensor, confidence: float, 
                 )
             if outputs is None:
                 outputs = output.new_empty(len(inputs), output.shape[1])
-            done = _confident(output, confidence) if k < N else torch.ones_like(left, dtype=torch.bool)
+            done = confident(output, confidence) if k < N else torch.ones_like(left, dtype=torch.bool)
             gone = left[done]
             outputs[gone], found[gone] = output[done], k
             if len(gone):
@@ -90,10 +90,25 @@ def _predict(network: "TimeVariableNetwork", inputs: Tensor, confidence: float, 
     return Prediction(outputs, found)
 
 
-def _confident(output: Tensor, confidence: float) -> Tensor:
-    """Whether the largest softmax probability reaches the confidence: the probabilities themselves are not needed."""
+def confident(output: Tensor, confidence: float) -> Tensor:
+    """Which outputs have a class whose softmax probability reaches the confidence.
+
+    Args:
+        output: (batch, classes).
+        confidence: A probability; 1 is never reached, as a probability may round to 1.
+
+    Returns:
+        (batch,), bool.
+
+    Example:
+        >>> confident(torch.tensor([[0.0, 0.0], [3.0, 0.0]]), 0.9)
+        tensor([False, True])
+    """
+    if confidence >= 1.0:
+        return torch.zeros(len(output), dtype=torch.bool, device=output.device)
     output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-    return torch.logsumexp(output - output.amax(1, keepdim=True), 1) <= -torch.log(output.new_tensor(confidence))
+    # the largest probability is 1 / sum exp(output - max)
+    return torch.logsumexp(output - output.amax(1, keepdim=True), 1) <= -math.log(confidence)
 
 
 def tail_of(network: "TimeVariableNetwork", depth: int) -> list[nn.Module]:

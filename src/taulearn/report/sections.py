@@ -98,10 +98,19 @@ def description(config: Mapping[str, Any]) -> str:
     """
     words = [str(config[key]) for key in ("network", "data") if key in config]
     parts = [" on ".join(words)] if words else []
-    if "hidden_layers" in config:
+    if config.get("network") == "resnet-v2" and "hidden_layers" in config:
+        parts.append(f"{config['hidden_layers']} blocks")
+    elif "hidden_layers" in config:
         width = f" of width {config['width']}" if "width" in config else ""
         parts.append(f"{config['hidden_layers']} hidden layers{width}")
-    labels = {"constraint": "τ", "l1": "l1", "time_horizon": "time horizon", "prune": "prune", "lr": "lr"}
+    labels = {
+        "constraint": "τ",
+        "l1": "l1",
+        "time_horizon": "time horizon",
+        "stage_cost": "stage cost",
+        "prune": "prune",
+        "lr": "lr",
+    }
     parts += [f"{label} {config[key]}" for key, label in labels.items() if config.get(key)]
     parts += [f"seed {config['seed']}"] if "seed" in config else []
     return ", ".join(parts)

@@ -126,7 +126,13 @@ class Loop:
             self.position.stopped = self.position.stopped and epochs <= began["epochs"]
         if past is not None and "tau" in past.iterations:
             layers = past.iterations["tau"].shape[1]
-        self.recorder = Recorder(self.objective.columns, layers, raw=self.steps.bounded, history=past)
+        self.recorder = Recorder(
+            self.objective.columns,
+            layers,
+            raw=self.steps.bounded,
+            depths=self.objective.at_each_depth,
+            history=past,
+        )
         self.fresh = past is None
         if self.fresh:
             self.position.compiled = self._decide_compile()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._stages import forward_with_states
+from ..nn.network import TimeVariableNetwork
 from ..penalties import Penalty, StageCost, time_steps_of
 from .target import SteeredL1
 
@@ -80,6 +81,12 @@ class Objective(nn.Module):
         """Names of the record's entries before the steps."""
         weights = (f"weight.{p.name}" for p in self.penalties if isinstance(p, SteeredL1))
         return ["loss", "total", *(f"penalty.{p.name}" for p in self.penalties), *weights]
+
+    @property
+    def only_eager(self) -> str:
+        """Why the objective cannot be compiled; empty if nothing is known to be in the way."""
+        looks = any(p.needs_states for p in self.penalties) and not isinstance(self.model, TimeVariableNetwork)
+        return "a penalty looks at the states of a wrapped model" if looks else ""
 
     @property
     def at_each_depth(self) -> bool:

@@ -172,6 +172,9 @@ class Engine:
         self.kind, self.unroll = "eager", 1
         if not compiled:
             return
+        if self.objective.only_eager:
+            self.kind = f"eager ({self.objective.only_eager})"
+            return
         if isinstance(self.optimizer, SEARCHING):
             reason = why_not_pure(self.objective, self.options, self.batches)
             if reason is None:

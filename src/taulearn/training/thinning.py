@@ -50,7 +50,7 @@ def thinned(history: History, *, coarse: bool = False) -> History:
         return history
     chosen = _spaced(total, COARSE) if coarse else np.union1d(_spaced(total, FINE), _spaced(total, COARSE))
     rows = np.flatnonzero(np.isin(there, chosen))
-    rows = np.union1d(rows, _events(history))
+    rows = np.union1d(rows, _events(history, len(there)))
     columns = {name: column[rows] for name, column in history.iterations.items() if name != "iteration"}
     return History({"iteration": there[rows], **columns}, dict(history.epochs), list(history.deletions))
 
@@ -63,7 +63,7 @@ def _spaced(total: int, number: int) -> Int[np.ndarray, " kept"]:
     return np.unique(np.concatenate(spaced).round().astype(np.int64))
 
 
-def _events(history: History) -> Int[np.ndarray, " rows"]:
+def _events(history: History, number: int) -> Int[np.ndarray, " rows"]:
     """Rows before and after a step is deleted, and those in which one is negative for the first time."""
     rows: list[int] = []
     for name in ("tau", "raw_tau"):
@@ -71,4 +71,4 @@ def _events(history: History) -> Int[np.ndarray, " rows"]:
             present, negative = np.flatnonzero(np.isfinite(column)), np.flatnonzero(column < 0)
             rows += [int(present[-1]), int(present[-1]) + 1] if len(present) else []
             rows += [int(negative[0])] if len(negative) else []
-    return np.array([row for row in set(rows) if row < history.num_iterations], dtype=np.int64)
+    return np.array([row for row in set(rows) if row < number], dtype=np.int64)

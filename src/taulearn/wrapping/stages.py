@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._calls import call
 from ..nn.each import mixing, running_statistics_held
 from .host import Wrapping, wrapping_of
 from .probe import undisturbed
@@ -42,14 +43,12 @@ class Seen:
     batches: bool | None = None
 
 
-def record_states(
-    model: nn.Module, inputs: Tensor, *, arrivals: list[Tensor] | None = None
-) -> tuple[Any, list[Tensor]]:
+def record_states(model: nn.Module, inputs: Any, *, arrivals: list[Tensor] | None = None) -> tuple[Any, list[Tensor]]:
     """A forward pass with the states between the blocks.
 
     Args:
         model: A wrapped model.
-        inputs: Its inputs, (batch, ...).
+        inputs: Its inputs: a tensor (batch, ...), a tuple of arguments, or a dictionary of keywords.
         arrivals: A list that gets the blocks' inputs, which are not the states where something lies between the blocks.
 
     Returns:
@@ -92,7 +91,7 @@ def record_states(
         return run
 
     with _forwards(wrapping, recording):
-        output = model(inputs)
+        output = call(model, inputs)
     if seen.blocks != list(wrapping.layers):
         raise ValueError(
             "model must call its blocks one after the other in the order of their steps, got another order or number "
@@ -107,13 +106,13 @@ def record_states(
 
 
 def intermediate_outputs(
-    model: nn.Module, inputs: Tensor, *, states: Sequence[Tensor] | None = None, final: bool = True
+    model: nn.Module, inputs: Any, *, states: Sequence[Tensor] | None = None, final: bool = True
 ) -> dict[int, Any]:
     """The outputs yhat_k of a wrapped model whose blocks from the k-th on pass their input on.
 
     Args:
         model: A wrapped model.
-        inputs: Its inputs, (batch, ...).
+        inputs: Its inputs: a tensor (batch, ...), a tuple of arguments, or a dictionary of keywords.
         states: y_0 .. y_N of a forward pass on ``inputs``, from :func:`record_states`. None: computed.
         final: Whether yhat_N is wanted.
 
@@ -178,7 +177,7 @@ def skipping(model: nn.Module, depth: int) -> Iterator[None]:
 
 
 def _tails(
-    model: nn.Module, wrapping: Wrapping, inputs: Tensor, states: Sequence[Tensor], depths: Sequence[int]
+    model: nn.Module, wrapping: Wrapping, inputs: Any, states: Sequence[Tensor], depths: Sequence[int]
 ) -> dict[int, Any]:
     seen = _seen(model, wrapping)
     inside = {module for block in wrapping.layers for module in block.modules()}
@@ -195,7 +194,7 @@ def _one_by_one(
     model: nn.Module,
     wrapping: Wrapping,
     seen: Seen,
-    inputs: Tensor,
+    inputs: Any,
     states: Sequence[Tensor],
     depths: Sequence[int],
 ) -> dict[int, Any]:
@@ -207,7 +206,7 @@ def _one_by_one(
             return lambda *args, **kwargs: seen.forms[l].around(states[k] if l == k - 1 else state_in(args, kwargs))
 
         with _forwards(wrapping, passing):
-            outputs[k] = model(inputs)
+            outputs[k] = call(model, inputs)
     return outputs
 
 
@@ -247,12 +246,12 @@ def _same_in_one_pass(
     model: nn.Module,
     wrapping: Wrapping,
     seen: Seen,
-    inputs: Tensor,
+    inputs: Any,
     states: Sequence[Tensor],
     depths: Sequence[int],
 ) -> bool:
     """Whether one pass gives what single passes give; tried in evaluation mode, without a trace."""
-    if not depths or any(len(y) != len(inputs) for y in states):
+    if not isinstance(inputs, Tensor) or not depths or any(len(y) != len(inputs) for y in states):
         return False
     with undisturbed(model):
         single = _one_by_one(model, wrapping, seen, inputs, states, depths)

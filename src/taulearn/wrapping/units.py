@@ -28,8 +28,7 @@ class DisplacementUnits(nn.Module):
         device: Where they live.
 
     Attributes:
-        start: Mean squares on the first batch, (number,); 0 before there was one.
-        now: Running mean squares, (number,).
+        squares: (2, number): mean squares on the first batch, 0 before there was one; and running ones.
 
     Example:
         >>> units = DisplacementUnits(1)
@@ -40,19 +39,18 @@ class DisplacementUnits(nn.Module):
         0.5
     """
 
-    start: Tensor
-    now: Tensor
+    squares: Tensor
 
     def __init__(
         self, number: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self.register_buffer("start", torch.zeros(number, dtype=dtype, device=device))
-        self.register_buffer("now", torch.zeros(number, dtype=dtype, device=device))
+        self.register_buffer("squares", torch.zeros(2, number, dtype=dtype, device=device))
 
     def gains(self) -> Tensor:
         """What the steps are multiplied with now, r_0 / r for each block, (number,)."""
-        return torch.where(self.now > 0, (self.start / self.now).sqrt(), 1.0)
+        start, now = self.squares
+        return torch.where(now > 0, (start / now).sqrt(), 1.0)
 
     def factor(self, index: int, increment: Tensor) -> Tensor:
         """What the step of one block is multiplied with; in training mode the running mean follows afterwards.
@@ -64,21 +62,23 @@ class DisplacementUnits(nn.Module):
         Returns:
             r_0 / r, a scalar; in training its gradient is that of r_0 over the batch's own root mean square.
         """
-        start, now = self.start[index], self.now[index]
         if not self.training:
-            return torch.where(now > 0, (start / now).sqrt(), 1.0)
-        square = increment.to(now.dtype).square().mean()
+            return self.gains()[index]
+        square = increment.to(self.squares.dtype).square().mean()
         with torch.no_grad():
+            start, now = self.squares[:, index]
             first = now == 0
-            start = torch.where(first, square, start)
-            before = torch.where(first, square, now)
-            gain = torch.where(before > 0, (start / before).sqrt(), 1.0)
-            self.start[index] = start
-            self.now[index] = torch.lerp(before, square, _MOMENTUM)
+            start, now = torch.where(first, square, start), torch.where(first, square, now)
+            gain = torch.where(now > 0, (start / now).sqrt(), 1.0)
+            after = torch.stack([start, torch.lerp(now, square, _MOMENTUM)])
+            if torch.compiler.is_compiling():
+                # a new tensor: of a changed one, compiled functions would take the gain in their backward pass
+                self.squares = torch.select_scatter(self.squares, after, 1, index)
+            else:
+                self.squares[:, index] = after
         tiny = torch.finfo(square.dtype).tiny
         return gain * ((square.detach() + tiny) / (square + tiny)).sqrt()
 
     def keep_(self, indices: Sequence[int]) -> None:
         """Forget all blocks but those at ``indices``."""
-        kept = torch.tensor(list(indices), dtype=torch.long, device=self.now.device)
-        self.start, self.now = self.start[kept], self.now[kept]
+        self.squares = self.squares[:, torch.tensor(list(indices), dtype=torch.long, device=self.squares.device)]

@@ -36,7 +36,7 @@ class Options:
 
 Engine = Callable[[Sequence[Member], Path, Report, Options], None]
 
-_HOMES = {"serial": ".serial", "processes": ".processes"}
+_HOMES = {"processes": ".processes", "ray": ".ray", "serial": ".serial", "vmap": ".vmap"}
 
 
 def engine(name: str) -> Engine:

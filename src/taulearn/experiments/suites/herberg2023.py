@@ -1,8 +1,8 @@
 """Herberg, Herzog, Koehne (2023), Time regularization in optimal time variable learning: claims H1 to H8."""
 
 from ..suite import Claim, Suite
-from ._herberg import figures, judges, judges_of_pruning, judges_of_steps
-from ._herberg.members import LEARNED, members
+from ._herberg import figures, judges, judges_of_pruning, judges_of_steps, published
+from ._herberg.members import LEARNED, PUBLISHED, members
 
 SUITE = Suite(
     name="herberg2023",
@@ -65,7 +65,9 @@ SUITE = Suite(
         "4.4": figures.figure_4_4,
         "4.5": figures.figure_4_5,
         "4.6": figures.figure_4_6,
+        "as-published": published.figure,
     },
+    tables={"as-published": published.table},
     needs={
         "4.1": ("*/*/free", "*/*/fixed"),
         "4.2": tuple(f"*/resnet/{name}" for name in LEARNED),
@@ -73,5 +75,9 @@ SUITE = Suite(
         "4.4": tuple(f"fashion-mnist/resnet/{name}" for name in figures.TRAJECTORIES),
         "4.5": tuple(f"fashion-mnist/fractional/{name}" for name in figures.TRAJECTORIES),
         "4.6": ("fashion-mnist/resnet/*-pruned",),
+        "as-published": (
+            "*/*-as-published/*",
+            *(f"{data}/{network}/{name}" for data, network, name in PUBLISHED),
+        ),
     },
 )

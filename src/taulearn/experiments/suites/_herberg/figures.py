@@ -27,13 +27,13 @@ TRAJECTORIES = ("free", "l1", "horizon", "dependent", "l1-horizon")
 
 def figure_4_1(results: Results) -> "Figure":
     """Accuracies with learned and with fixed time steps."""
-    figure, axes = _grid(1, 2, 4.0)
+    figure, axes = new_axes(1, 2, 4.0)
     for ax, data in zip(axes[0], reversed(DATA), strict=True):
         groups, colours, styles = {}, {}, {}
         for k, network in enumerate(NETWORKS):
             for treatment, style in (("free", "-"), ("fixed", "--")):
                 label = f"{TITLES[network]}, {'trainable' if treatment == 'free' else 'fixed'} $\\tau$"
-                groups[label] = _records(results, setting(data, network, treatment))
+                groups[label] = records(results, setting(data, network, treatment))
                 colours[label], styles[label] = PALETTE[k], style
         epoch_bands(groups, "validation.accuracy", ax, colours=colours, styles=styles)
         _accuracy_axis(ax, TITLES[data])
@@ -73,9 +73,9 @@ def _accuracies_and_losses(results: Results, network: str) -> "Figure":
         "train.loss": "Cross entropy, training",
         "validation.loss": "Cross entropy, test",
     }
-    figure, axes = _grid(2, 4, 3.0)
+    figure, axes = new_axes(2, 4, 3.0)
     for row, data in zip(axes, reversed(DATA), strict=True):
-        groups = {WORDS[name]: _records(results, setting(data, network, name)) for name in LEARNED}
+        groups = {WORDS[name]: records(results, setting(data, network, name)) for name in LEARNED}
         for ax, (column, label) in zip(row, columns.items(), strict=True):
             epoch_bands(groups, column, ax, first=0 if column.startswith("validation") else 1)
             ax.set_ylabel(label)
@@ -89,13 +89,13 @@ def _accuracies_and_losses(results: Results, network: str) -> "Figure":
 
 
 def _trajectories(results: Results, network: str, suffix: str, *, raw: bool = False) -> "Figure":
-    figure, axes = _grid(2, 3, 3.4)
+    figure, axes = new_axes(2, 3, 3.4)
     panels = list(axes.flat)
     for letter, ax, treatment in zip("abcde", panels, TRAJECTORIES, strict=False):
         name = setting(DATA[0], network, f"{treatment}{suffix}")
         ax.set_title(f"({letter}) {WORDS[treatment]}", fontsize="medium")
         try:
-            tau_bands(_records(results, name), ax, raw=raw and treatment == "dependent")
+            tau_bands(records(results, name), ax, raw=raw and treatment == "dependent")
         except NotMeasured as missing:
             ax.text(0.5, 0.5, str(missing), ha="center", va="center", transform=ax.transAxes, fontsize="small")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -104,7 +104,8 @@ def _trajectories(results: Results, network: str, suffix: str, *, raw: bool = Fa
     return figure
 
 
-def _records(results: Results, name: str) -> Sequence[History]:
+def records(results: Results, name: str) -> Sequence[History]:
+    """The records of all seeds of a setting."""
     return [results.history(name, seed) for seed in results.seeds(name)]
 
 
@@ -114,7 +115,8 @@ def _accuracy_axis(ax: "Axes", title: str) -> None:
     ax.set_title(title, fontsize="medium")
 
 
-def _grid(rows: int, columns: int, size: float) -> "tuple[Figure, Any]":
+def new_axes(rows: int, columns: int, size: float) -> "tuple[Figure, Any]":
+    """A figure with panels of a size in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.25 * size * columns, size * rows), dpi=120, layout="constrained")

@@ -5,6 +5,7 @@ start, plain SGD with batches of 100 and learning rate 0.01, 200 epochs; alpha =
 pruning threshold 0.01; for the fractional network gamma = 1/2 and tau >= 1e-4.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ...config import TrainConfig
@@ -36,6 +37,18 @@ FULL_EPOCHS, QUICK_EPOCHS = 200, 5
 FULL_SEEDS = {"resnet": 5, "fractional": 3}
 DEEP_SEEDS = 3
 QUICK_SEEDS = 2
+PUBLISHED_SEEDS = 3
+PUBLISHED = (
+    ("fashion-mnist", "resnet", "fixed"),
+    ("fashion-mnist", "resnet", "dependent"),
+    ("fashion-mnist", "resnet", "l1-pruned"),
+    ("fashion-mnist", "fractional", "free"),
+    ("fashion-mnist", "fractional", "horizon"),
+    ("fashion-mnist", "fractional", "dependent"),
+    ("mnist", "resnet", "fixed"),
+)
+"""What is trained once more with the faults of the published program: data, network, treatment."""
+
 THRESHOLD = 0.01
 
 
@@ -59,7 +72,7 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
 
     Example:
         >>> len(members())
-        136
+        157
         >>> members()[0].name
         'fashion-mnist/resnet/free/seed-0'
     """
@@ -92,7 +105,23 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
         for row in table
         if seed < (own or row.seeds)
     ]
-    return [*trained, *timing.members(quick)]
+    return [*trained, *timing.members(quick), *_published(common, own or PUBLISHED_SEEDS)]
+
+
+def _published(common: Mapping[str, Any], seeds: int) -> list[Member]:
+    """Trainings with the published program's faults, for the table that sets them beside the formulas."""
+    found = []
+    for seed in range(seeds):
+        for data, network, treatment in PUBLISHED:
+            options = _options(data, network, treatment.removesuffix("-pruned"))
+            options |= {"as_published": True, "seed": seed, **common}
+            if network == "fractional":
+                options["memory_from"] = 0
+            if treatment.endswith("-pruned"):
+                options["prune"] = THRESHOLD
+            name = setting(data, f"{network}-as-published", treatment)
+            found.append(Member(name, seed, TrainConfig(**options), generalisation))
+    return found
 
 
 class _Row(NamedTuple):

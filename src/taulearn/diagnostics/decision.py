@@ -1,0 +1,156 @@
+"""How many layers a trained network needs: the smallest depth that is as good as the whole, up to a tolerance.
+
+Whole: the network is cut after its first k layers. By stage, in networks whose skips are not all identities: each stage
+is cut after its first layers, the last stage first, each as far as the tolerance allows with what was cut before.
+
+References:
+    Püttschneider, Heilig, Fischer, Faulwasser (2025), Towards an optimal control perspective of ResNet training.
+"""
+
+import copy
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .._deletion import prunable_of
+from ..nn.network import TimeVariableNetwork
+from ..pruning import prune
+from ..truncation import truncate
+from ._models import evaluation, layers_of
+from .depth import DepthProfile, Loss, depth_profile, within
+
+
+@dataclass(frozen=True)
+class DepthDecision:
+    """Which layers to keep.
+
+    Attributes:
+        keep: Positions of the layers.
+        by_stage: Whether each stage was cut on its own.
+        figure: "accuracy", or "loss" where there are no classes.
+        whole: The figure of the whole network.
+        reached: The figure of the network with these layers alone.
+        profile: The figures at all depths.
+    """
+
+    keep: tuple[int, ...]
+    by_stage: bool
+    figure: str
+    whole: float
+    reached: float
+    profile: DepthProfile
+
+    def __str__(self) -> str:
+        number = len(self.profile.layers)
+        which = f"layers {', '.join(map(str, self.keep))}" if self.by_stage else f"the first {len(self.keep)} layers"
+        return f"{which} of {number}: {self.figure} {self.whole:.4f} -> {self.reached:.4f}"
+
+    def apply_(self, model: nn.Module) -> object:
+        """Cut a model so.
+
+        Args:
+            model: The model that was looked at.
+
+        Returns:
+            What was deleted.
+        """
+        return prune(model, keep=self.keep) if self.by_stage else truncate(model, len(self.keep))
+
+
+def choose_layers(
+    network: nn.Module,
+    inputs: Float[Tensor, "batch *features"],
+    targets: Tensor,
+    loss: Loss,
+    *,
+    tolerance: float = 0.002,
+    by_stage: bool = False,
+    batch_size: int = 250,
+) -> DepthDecision:
+    """The smallest depth whose figure is that of the whole network, up to a tolerance.
+
+    Args:
+        network: A TimeVariableNetwork, or a wrapped model; it stays as it is.
+        inputs: Data that the network was not trained on, (batch, ...).
+        targets: As for :func:`~taulearn.diagnostics.depth_profile`.
+        loss: Likewise.
+        tolerance: Loss of accuracy that is allowed, 0.002 being 0.2 points; without classes the share by which the loss
+            may grow.
+        by_stage: Whether each stage is cut on its own: its first layers stay, and so do all stages.
+        batch_size: Samples at a time.
+
+    Returns:
+        The layers to keep, with the figures.
+
+    Raises:
+        ValueError: If the tolerance is negative, or, by stage, the scheme is one whose layers cannot be deleted.
+        TypeError: As for :func:`~taulearn.diagnostics.depth_profile`.
+
+    Example:
+        >>> from torch.nn.functional import cross_entropy
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(2, 3, 2, 4, init=[0.5, 0.25, 0.0, 0.0])
+        >>> x, z = torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
+        >>> len(choose_layers(network, x, z, cross_entropy, tolerance=0.0).keep) <= 2
+        True
+    """
+    profile = depth_profile(network, inputs, targets, loss, batch_size=batch_size)
+    figures = profile.loss if profile.accuracy is None else profile.accuracy
+    name = "loss" if profile.accuracy is None else "accuracy"
+    whole = float(figures[-1])
+    if not by_stage:
+        depth = profile.smallest(tolerance)
+        reached = float(figures[profile.depths.index(depth)])
+        return DepthDecision(tuple(range(depth)), False, name, whole, reached, profile)
+
+    def figure(keep: list[int]) -> float:
+        pruned = copy.deepcopy(network)
+        prune(pruned, keep=keep)
+        return _figure(pruned, inputs, targets, loss, batch_size, accuracy=profile.accuracy is not None)
+
+    kept, reached = [list(stage) for stage in stages_of(network)], whole
+    for s in reversed(range(len(kept))):
+        for number in range(1, len(kept[s])):
+            keep = [l for i, stage in enumerate(kept) for l in (stage[:number] if i == s else stage)]
+            found = figure(keep)
+            if within(torch.tensor([found, whole], dtype=torch.float64), name == "accuracy", tolerance)[0]:
+                kept[s], reached = kept[s][:number], found
+                break
+    return DepthDecision(tuple(l for stage in kept for l in stage), True, name, whole, reached, profile)
+
+
+def stages_of(network: nn.Module) -> list[range]:
+    """The stages of a network: layers in a row of which only the first may have a skip that is no identity.
+
+    Args:
+        network: A TimeVariableNetwork, or a wrapped model, in which a stage begins with each block that must stay.
+
+    Returns:
+        Positions of the layers, stage by stage.
+
+    Example:
+        >>> from taulearn.nn import resnet_v2
+        >>> stages_of(resnet_v2((2, 3), 10, widths=(4, 8)))
+        [range(0, 2), range(2, 5)]
+    """
+    number = len(layers_of(network))
+    if isinstance(network, TimeVariableNetwork):
+        starts = [l for l in range(1, number) if not network.skips.unchanged(l)]
+    else:
+        starts = [l for l in sorted(prunable_of(network).fixed_layers()) if l > 0]
+    return [range(a, b) for a, b in pairwise([0, *starts, number])]
+
+
+@torch.no_grad()
+def _figure(
+    network: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, batch_size: int, *, accuracy: bool
+) -> float:
+    total = 0.0
+    with evaluation(network):
+        for x, z in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+            output = network(x)
+            total += float((output.argmax(1) == z).double().sum() if accuracy else loss(output, z).double() * len(x))
+    return total / len(inputs)

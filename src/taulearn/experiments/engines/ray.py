@@ -1,0 +1,130 @@
+"""Members on the machines of a Ray cluster, or on an embedded one in this machine.
+
+Every machine must see the suite's folder under the same path and have the same version of this package. A member whose
+worker or machine dies is run again, from its checkpoint, on another one.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..members import Event, Report
+from ..suite import Member
+from . import Options
+from .processes import ATTEMPTS
+
+ANSWER_SECONDS = 10.0
+"""How long a cluster may take to answer."""
+
+
+def run(members: Sequence[Member], out: Path, report: Report, options: Options) -> None:
+    """Run all members as tasks of one core each.
+
+    Args:
+        members: In the order in which they are handed out.
+        out: Folder of the suite, which every machine of the cluster sees.
+        report: Called with what happens, in this process.
+        options: Address of the cluster; without one, number of workers of the embedded one.
+
+    Raises:
+        ImportError: If Ray is not installed.
+        ConnectionError: If the address does not answer.
+        KeyboardInterrupt: On Ctrl-C, when the members under way have been told.
+    """
+    with _cluster(options) as ray:
+        task = ray.remote(num_cpus=options.threads, max_retries=ATTEMPTS - 1)(_work)
+        names: dict[Any, Member] = {}
+        for member in members:
+            names[task.remote(member, str(out.resolve()), options.threads)] = member
+        try:
+            while names:
+                ready, _ = ray.wait(list(names), num_returns=1)
+                member = names.pop(ready[0])
+                report(_result(ray, ready[0], member))
+        except KeyboardInterrupt:
+            for waiting in names:
+                ray.cancel(waiting)
+            with contextlib.suppress(Exception):
+                ray.wait(list(names), num_returns=len(names), timeout=60)
+            raise
+
+
+def _result(ray: Any, reference: Any, member: Member) -> Event:
+    """How a task ended."""
+    try:
+        event: Event = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().partition("\n")[0]
+        return Event("failed", member.name, text=f"its worker died {ATTEMPTS} times, or the cluster did: {reason}")
+    return event
+
+
+def _work(member: Member, out: str, threads: int) -> Event:
+    """What a worker does with a member."""
+    import torch
+
+    from .serial import attempt
+
+    torch.set_num_threads(threads)
+    return attempt(member, Path(out), lambda _: None)
+
+
+@contextlib.contextmanager
+def _cluster(options: Options) -> Iterator[Any]:
+    """The cluster, left as it was found: one that was made here is stopped."""
+    if importlib.util.find_spec("ray") is None:
+        raise ImportError("ray must be installed for this engine: pip install 'taulearn[ray]'")
+    if options.address is not None and options.address != "auto":
+        check_answers(options.address)
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    own: dict[str, Any] = {}
+    if options.address is None:
+        own = {"num_cpus": options.workers or os.cpu_count(), "include_dashboard": False}
+    environment = {"env_vars": {"OMP_NUM_THREADS": str(options.threads)}}
+    ray.init(
+        address=options.address or "local",
+        runtime_env=environment,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        **own,
+    )
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def check_answers(address: str) -> None:
+    """Refuse the address of a cluster that does not answer, in seconds rather than minutes.
+
+    Args:
+        address: HOST:PORT, or ray://HOST:PORT.
+
+    Raises:
+        ValueError: If it is no address.
+        ConnectionError: If nothing answers there.
+
+    Example:
+        >>> check_answers("nowhere")
+        Traceback (most recent call last):
+        ValueError: address must be HOST:PORT, ray://HOST:PORT or 'auto', got 'nowhere'
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"address must be HOST:PORT, ray://HOST:PORT or 'auto', got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(
+            f"the Ray cluster at {address} did not answer within {ANSWER_SECONDS:.0f} s ({error}): "
+            "start it with `ray start --head`, or leave the address out for one on this machine"
+        ) from error

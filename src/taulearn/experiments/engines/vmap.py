@@ -1,0 +1,311 @@
+"""Members of equal structure trained at once in this process, which fills a GPU that one small network leaves idle.
+
+Members that differ in nothing but seed and learning rates form a group. When layers of some are deleted, those are
+trained on with others of their new depth. Members whose training is not plain SGD on whole batches are run one by one.
+There are no checkpoints on the way: an interrupted group begins anew.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...pruning import Pruning, prune
+from ...report import write_html
+from ...saving import save_model
+from ...training import Run, evaluate
+from ...training.batches import TensorBatches
+from ...training.compiler import worth_compiling
+from ...training.fused import why_not_pure
+from ...training.history import Deletion, Recorder
+from ...training.objective import Objective, StepOptions
+from ...training.thinning import thinned
+from .. import parts
+from ..members import Busy, Event, Report, conclude, is_finished, locked
+from ..suite import Member
+from . import Options
+from .serial import attempt
+from .stacked import GRAPH_STEPS, Stack, Trainee
+
+MOST = 128
+"""Members in one group, which bounds memory."""
+
+
+def run(members: Sequence[Member], out: Path, report: Report, options: Options) -> None:
+    """Run all members, group by group.
+
+    Args:
+        members: Those of equal structure need not stand side by side.
+        out: Folder of the suite.
+        report: Called with what happens.
+        options: The number of threads counts.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        for group in grouped(members):
+            if len(group) == 1 or why_alone(group[0]) is not None:
+                for member in group:
+                    report(attempt(member, out, report))
+            else:
+                _run_group(group, out, report)
+    finally:
+        torch.set_num_threads(before)
+
+
+def grouped(members: Iterable[Member]) -> list[list[Member]]:
+    """Members that differ in seed and learning rates alone, at most MOST together, in the order of their first ones.
+
+    Args:
+        members: Any members.
+
+    Example:
+        >>> from taulearn.experiments import TrainConfig
+        >>> members = [Member("a", seed, TrainConfig(seed=seed)) for seed in (0, 1)]
+        >>> [len(group) for group in grouped([*members, Member("b", 0, TrainConfig(width=8))])]
+        [2, 1]
+    """
+    groups: dict[str, list[Member]] = {}
+    for member in members:
+        groups.setdefault(_structure(member), []).append(member)
+    return [group[start : start + MOST] for group in groups.values() for start in range(0, len(group), MOST)]
+
+
+def _structure(member: Member) -> str:
+    if member.config is None:
+        return member.name
+    return member.config.model_dump_json(exclude={"seed", "lr", "tau_lr", "run", "overwrite", "checkpoint_every"})
+
+
+def why_alone(member: Member) -> str | None:
+    """Why a member is not trained together with others, or None.
+
+    Args:
+        member: The member.
+
+    Example:
+        >>> from taulearn.experiments import TrainConfig
+        >>> why_alone(Member("a", 0, TrainConfig(optimizer="adam")))
+        'its optimiser is not plain SGD'
+    """
+    config = member.config
+    if config is None:
+        return "it only measures"
+    reasons = {
+        "its optimiser is not plain SGD": config.optimizer.lower() != "sgd" or config.momentum > 0,
+        "its learning rate is scheduled": config.scheduler != "none",
+        "its gradients are clipped": config.clip_norm is not None,
+        "its batches are split": config.accumulate != 1,
+        "it has mixed precision": config.precision == "bf16",
+        "its weights are averaged": config.average_weights,
+        "it writes events for TensorBoard": config.tensorboard,
+        "it imitates published code": config.as_published,
+        "its network keeps statistics of batches": config.network == "resnet-v2",
+        "its stage cost changes over training": config.stage_cost_schedule != "constant",
+    }
+    policy = parts.make_pruning(config)
+    if policy is not None:
+        reasons["its pruning looks at more than its steps"] = policy.targeted or policy.criterion is not None
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _run_group(group: Sequence[Member], out: Path, report: Report) -> None:
+    with contextlib.ExitStack() as locks:
+        mine = []
+        for member in group:
+            try:
+                member.folder(out).parent.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(locked(member, out))
+            except Busy:
+                report(Event("skipped", member.name, text="another process trains it"))
+                continue
+            if not is_finished(member, out):
+                mine.append(member)
+        if not mine:
+            return
+        for member in mine:
+            report(Event("started", member.name))
+        ended: set[str] = set()
+
+        def followed(event: Event) -> None:
+            ended.update([event.member] if event.kind == "finished" else [])
+            report(event)
+
+        reasons: dict[str, str] = {}
+        try:
+            group_ = Group(mine, followed)
+            group_.train(out)
+            reasons = {each.member.name: each.error or "" for each in group_.everyone}
+        except Exception as error:  # noqa: BLE001  what goes wrong in one group must not end the others
+            reasons = {member.name: f"{type(error).__name__}: {error}" for member in mine}
+        for member in mine:
+            if member.name not in ended:
+                report(Event("failed", member.name, text=reasons[member.name]))
+
+
+class Group:
+    """The training of one group.
+
+    Args:
+        members: Members of equal structure.
+        report: Called with what happens.
+    """
+
+    def __init__(self, members: Sequence[Member], report: Report) -> None:
+        self.report, self.began = report, time.perf_counter()
+        first = members[0].config
+        assert first is not None
+        self.config, self.device = first, parts.make_device(first)
+        self.splits = parts.load_splits(first)
+        _, loss = parts.make_loss(first, classes=self.splits.classes is not None)
+        train = [tensor.to(self.device) for tensor in self.splits.train]
+        self.held_out = [tensor.to(self.device) for tensor in self.splits.validation]
+        self.policy: Pruning | None = parts.make_pruning(first)
+        self.everyone = [self._trainee(member, loss, train) for member in members]
+        self.trainees = list(self.everyone)
+        self.per_epoch = len(self.trainees[0].batches)
+        reason = why_not_pure(self.trainees[0].objective, StepOptions(), self.trainees[0].batches)
+        if reason is not None:
+            raise ValueError(f"the engine vmap cannot train these members: {reason}; use another engine")
+
+    def _trainee(self, member: Member, loss: Callable[[Tensor, Tensor], Tensor], train: list[Tensor]) -> Trainee:
+        config = member.config
+        assert config is not None
+        torch.manual_seed(config.seed)
+        model = parts.make_network(config, self.splits).to(self.device)
+        objective = Objective(model, loss, parts.make_penalties(config, loss))
+        batches = TensorBatches(train[0], train[1], parts.batch_size(config, len(train[0])), config.seed)
+        steps = model.time_steps
+        recorder = Recorder(objective.columns, steps.num_steps, raw=steps.bounded, depths=objective.at_each_depth)
+        return Trainee(member, objective, batches, recorder, (config.lr, config.tau_lr or config.lr))
+
+    def train(self, out: Path) -> None:
+        """All epochs, then each member's files.
+
+        Args:
+            out: Folder of the suite.
+        """
+        self._end_of_epoch(self._stacks(0), 0)
+        for epoch in range(self.config.epochs):
+            waiting, done = [(stack, 0) for stack in self._stacks(epoch)], list[Stack]()
+            while waiting:
+                stack, batch = waiting.pop()
+                batch = self._run_stack(stack, epoch, batch)
+                rest = self._restacked(stack, epoch)
+                if batch < self.per_epoch:
+                    waiting += [(each, batch) for each in rest]
+                else:
+                    done += rest
+            self.trainees = [each for stack in done for each in stack.trainees]
+            self._end_of_epoch(done, epoch + 1)
+        for each in self.trainees:
+            self._finish(each, out)
+
+    def _stacks(self, epoch: int, trainees: Sequence[Trainee] | None = None) -> list[Stack]:
+        """The networks by their depth."""
+        compiled, _ = worth_compiling(self.config.compile, (self.config.epochs - epoch) * self.per_epoch)
+        by_depth = sorted(self.trainees if trainees is None else trainees, key=_depth)
+        return [
+            Stack(list(some), weight_decay=self.config.weight_decay, compiled=compiled)
+            for _, some in groupby(by_depth, key=_depth)
+        ]
+
+    def _restacked(self, stack: Stack, epoch: int) -> list[Stack]:
+        """The same stack, or what is left of it by depth, where networks were pruned or have diverged."""
+        alive = [each for each in stack.trainees if each.error is None]
+        if len(alive) == len(stack.trainees) and len(set(map(_depth, alive))) == 1:
+            return [stack] if stack.depth == _depth(alive[0]) else self._stacks(epoch, alive)
+        return self._stacks(epoch, alive)
+
+    def _run_stack(self, stack: Stack, epoch: int, batch: int) -> int:
+        """Train to the end of the epoch, or to the next deletion; returns the number of batches that are done."""
+        began, batches = time.perf_counter(), stack.trainees[0].batches
+        orders = torch.stack([each.batches.order(epoch) for each in stack.trainees])
+        every = self.policy.every if self.policy is not None and isinstance(self.policy.every, int) else None
+        pruned = False
+        while batch < self.per_epoch and not pruned:
+            at = epoch * self.per_epoch + batch
+            steps = 1 if batch >= batches.full else min(GRAPH_STEPS, batches.full - batch)
+            steps = steps if every is None else min(steps, every - at % every)
+            index = orders[:, batch * batches.batch_size : (batch + steps) * batches.batch_size]
+            rows = stack.advance(index.unflatten(1, (steps, -1)).movedim(1, 0))
+            for k, each in enumerate(stack.trainees):
+                each.recorder.add(rows[:, k])
+            batch, at = batch + steps, at + steps
+            if self.policy is not None and self.policy.due(iteration=at, epoch_ends=batch >= self.per_epoch):
+                pruned = self._prune(stack, self.policy, epoch, at)
+        if not pruned:
+            stack.unstack()
+        for each in stack.trainees:
+            _flush(each)
+            each.seconds += (time.perf_counter() - began) / len(stack.trainees)
+        return batch
+
+    def _prune(self, stack: Stack, policy: Pruning, epoch: int, at: int) -> bool:
+        """Delete layers of the networks that have small shares; the stack is then to be made anew."""
+        assert policy.threshold is not None
+        model = stack.trainees[0].model
+        if model.time_steps.num_steps == 1:
+            return False
+        small = stack.smallest_shares(model.scheme.step_power) < policy.threshold
+        if not bool(small.any()):
+            return False
+        stack.unstack()
+        deleted = False
+        for each in stack.trainees:
+            _flush(each)
+            if each.error is None:
+                found = prune(each.model, policy.threshold).deleted
+                deleted = deleted or bool(found)
+                each.recorder.deletions += [Deletion(at, epoch + 1, d.layer, d.share, d.parameters) for d in found]
+        return deleted
+
+    def _end_of_epoch(self, stacks: Sequence[Stack], epoch: int) -> None:
+        """One row for each network, as the training of one writes it."""
+        for stack in stacks:
+            figures = stack.evaluate(self.held_out[0], self.held_out[1])
+            for each, found in zip(stack.trainees, figures, strict=True):
+                first = max(epoch - 1, 0) * self.per_epoch
+                row: dict[str, float] = {
+                    "iteration": epoch * self.per_epoch,
+                    "layers": each.model.time_steps.num_steps,
+                    "parameters": sum(p.numel() for p in each.model.parameters()),
+                    "seconds": each.seconds,
+                    "train.loss": each.recorder.mean_since("loss", first),
+                    "train.total": each.recorder.mean_since("total", first),
+                }
+                each.recorder.add_epoch(row | {f"validation.{name}": value for name, value in found.items()})
+                each.seconds = 0.0
+                if epoch:
+                    self.report(Event("epoch", each.member.name, epoch, time.perf_counter() - self.began))
+
+    def _finish(self, each: Trainee, out: Path) -> None:
+        """The files of one member, as if it had been trained alone."""
+        config, folder = each.member.config, each.member.folder(out)
+        assert config is not None
+        run = Run.create(folder, config.record(), overwrite=True)
+        run.decide("device", str(self.device))
+        run.decide("step", f"one of {len(self.trainees)} networks trained at once")
+        history = each.recorder.history()
+        (thinned(history) if config.trace == "thinned" else history).save(run.history_path)
+        save_model(each.model, folder)
+        loss = each.objective.loss
+        test = evaluate(each.model, tuple(tensor.to(self.device) for tensor in self.splits.test), loss=loss)
+        write_html(run, run.report_path)
+        self.report(conclude(each.member, folder, test, time.perf_counter() - self.began))
+
+
+def _depth(trainee: Trainee) -> int:
+    return trainee.model.time_steps.num_steps
+
+
+def _flush(trainee: Trainee) -> None:
+    """Bring the record to the host; a network whose objective is no longer finite ends here."""
+    total = trainee.recorder.flush(trainee.model.time_steps.origin)
+    if not np.isfinite(total).all() and trainee.error is None:
+        trainee.error = "the loss is not finite: lower the learning rate, clip gradients, or bound the steps"

@@ -1,0 +1,132 @@
+"""Whether a network fits into memory, from its shape alone, before any of it is made."""
+
+import os
+from decimal import Decimal
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from .config import TrainConfig
+
+_BYTES = {"float32": 4, "float64": 8, "bf16": 4}
+_BYTES_PER_LAYER = 8_000
+"""What the modules of a layer take beside their numbers; measured: 9.4 KiB."""
+
+_GIB = 2**30
+
+
+def parameters(config: TrainConfig, in_features: int, out_features: int) -> int:
+    """The number of weights, biases and time steps of a network; learned skips come on top.
+
+    Args:
+        config: The settings.
+        in_features: Values per sample.
+        out_features: Outputs.
+
+    Example:
+        >>> parameters(TrainConfig(), 784, 10)
+        130006
+    """
+    if isinstance(config.width, int):
+        inner = (config.hidden_layers - 1) * (config.width + 1) * config.width
+        first, last = config.width, config.width
+    else:
+        inner = sum((n + 1) * m for n, m in pairwise(config.width))
+        first, last = config.width[0], config.width[-1]
+    return (in_features + 1) * first + inner + last * out_features + config.hidden_layers
+
+
+def least_bytes(config: TrainConfig, in_features: int, out_features: int) -> int:
+    """Bytes that training takes at least: weights, their gradients, the states of one sample, the modules.
+
+    Args:
+        config: The settings.
+        in_features: Values per sample.
+        out_features: Outputs.
+
+    Example:
+        >>> least_bytes(TrainConfig(), 784, 10) < 2_000_000
+        True
+    """
+    layers = config.hidden_layers
+    states = layers * config.width if isinstance(config.width, int) else sum(config.width)
+    copies = 2 + bool(config.momentum) + config.average_weights
+    numbers = copies * parameters(config, in_features, out_features) + states
+    return numbers * _BYTES[config.precision] + layers * _BYTES_PER_LAYER
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that are free on a device, or None where that is not known.
+
+    Args:
+        device: The CPU or a CUDA device.
+
+    Example:
+        >>> free_bytes(torch.device("cpu")) != 0
+        True
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [*_available(), *_of_the_group()]
+    return min(limits, default=None)
+
+
+def check_memory(config: TrainConfig, in_features: int, out_features: int, device: torch.device) -> None:
+    """Refuse a network that cannot fit.
+
+    Args:
+        config: The settings.
+        in_features: Values per sample.
+        out_features: Outputs.
+        device: Where it would be.
+
+    Raises:
+        ValueError: With the number of its parameters, and the memory that it needs and that there is.
+
+    Example:
+        >>> check_memory(TrainConfig(), 784, 10, torch.device("cpu"))
+    """
+    if config.network == "resnet-v2":  # convolutions have few weights
+        return
+    needed, free = least_bytes(config, in_features, out_features), free_bytes(device)
+    if free is None or needed <= free:
+        return
+    number = parameters(config, in_features, out_features)
+    # of integers of any size
+    size, there, much = (f"{Decimal(n):.3g}" for n in (Decimal(needed) / _GIB, Decimal(free) / _GIB, number))
+    raise ValueError(
+        f"width must be smaller, or hidden_layers fewer: with width = {_short(config.width)} and hidden_layers = "
+        f"{config.hidden_layers} the network has {much} parameters and needs at least {size} GiB, of which "
+        f"{there} GiB are free on {device}"
+    )
+
+
+def _short(width: int | tuple[int, ...]) -> str:
+    """A width, or some of many."""
+    if isinstance(width, int):
+        return f"{width}" if width < 10**20 else f"{Decimal(width):.3g}"
+    return ",".join(map(_short, width[:4])) + (",..." if len(width) > 4 else "")
+
+
+def _available() -> list[int]:
+    """Memory that the machine can give, after Linux; else all that it has."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return [int(line.split()[1]) * 1024]
+    except (OSError, ValueError):
+        pass
+    try:
+        return [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, OSError, ValueError):
+        return []
+
+
+def _of_the_group() -> list[int]:
+    """What is left of the limit of a container."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return [int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())]
+    except (OSError, ValueError):
+        return []

@@ -1,0 +1,216 @@
+"""Figures 1 to 5 in the article's form; lines are geometric means over the seeds, bands reach from least to largest."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ....data import maxwell
+from ....files import read_tensors
+from ....report import drawing
+from ....report.figures import PALETTE
+from ...results import NotMeasured, Results
+from .measures import GRID, REDUCED, SQUARE, square_points
+from .members import ORDERS, SCHEMES, STEPS, mesh, reduction, setting
+from .quantities import measured, meshes_of
+from .tables import NAMES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_FIXED = {"learned": r"variable $\tau$", "fixed": r"fixed $\tau$"}
+_ORDERED = {"plain": "", "ordered": ", B.O."}
+_FEM = "#333333"
+_COLOURS = dict(zip(product(SCHEMES, ORDERS), PALETTE, strict=False))
+
+
+def figure_1(results: Results) -> "Figure":
+    """Mean squared error during training, 6-50."""
+    figure, axes = _grid(1, 2, 4.2, 1.6)
+    for ax, scheme in zip(axes[0], SCHEMES, strict=True):
+        _training(results, ax, "6-50", (scheme,))
+        ax.set_title(f"{NAMES[scheme]}, 6-50", fontsize="medium")
+    return figure
+
+
+def figure_2(results: Results) -> "Figure":
+    """The network 5-10 with learned steps and bias ordering, whole and without the layers whose steps are near zero."""
+    from ....saving import load_model
+
+    name, seed = _most_telling(results)
+    folder = results.folder(name, seed)
+    networks = [load_model(folder), load_model(folder / REDUCED)]
+    row = results.measurements(name, seed)
+    shown = [drawing.parts(each) for each in networks]
+    limits = {
+        "largest_weight": max(float(np.abs(w).max()) for weights, _, _ in shown for w in weights),
+        "largest_bias": max(float(np.abs(b).max()) for _, biases, _ in shown for b in biases),
+    }
+    from matplotlib.figure import Figure
+
+    columns = [len(weights) for weights, _, _ in shown]
+    figure = Figure(figsize=(1.5 * sum(columns) + 3.0, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 2, width_ratios=columns)
+    for ax, each, error in zip(axes, networks, (row["before"], row["after"]["near_zero"]), strict=True):
+        drawing.network(each, ax=ax, **limits, colour_bars=ax is axes[-1])
+        ax.set_title(f"relative test error {error:.3f}", fontsize="medium", y=-0.1)
+    return figure
+
+
+def figure_3(results: Results) -> "Figure":
+    """L2 error on the cube over h against the finite elements, 6-50 and 2-50; training of 2-50."""
+    figure, axes = _grid(2, 2, 4.2, 1.6)
+    for ax, size, kinds, title in (
+        (axes[0, 0], "6-50", ("fixed",), r"(a) fixed $\tau$, 6-50"),
+        (axes[0, 1], "6-50", ("learned",), r"(b) variable $\tau$, 6-50"),
+        (axes[1, 1], "2-50", STEPS, "(d) 2-50"),
+    ):
+        _errors(results, ax, size, kinds)
+        ax.set_title(title, fontsize="medium")
+    _training(results, axes[1, 0], "2-50", SCHEMES)
+    axes[1, 0].set_title("(c) training, 2-50", fontsize="medium")
+    return figure
+
+
+def figure_4(results: Results) -> "Figure":
+    """Pointwise errors on the square (-1, 1)^2 x {0.5}; the circle bounds the training data."""
+    from matplotlib.colors import LogNorm
+
+    figure, axes = _grid(2, 2, 3.6)
+    panels = list(product(SCHEMES, ("fixed", "learned")))
+    fields = {panel: _error_field(results, setting("2-50", *panel, "plain")) for panel in panels}
+    every = np.concatenate([field.ravel() for field in fields.values()])
+    norm = LogNorm(float(np.quantile(every, 0.01)), float(every.max()))
+    line = np.linspace(-1, 1, GRID)
+    for ax, letter, (scheme, kind) in zip(axes.flat, "abcd", panels, strict=True):
+        picture = ax.pcolormesh(line, line, fields[scheme, kind], norm=norm, cmap="viridis", rasterized=True)
+        _disc(ax, "white")
+        ax.set_title(f"({letter}) {NAMES[scheme]}, {_FIXED[kind]}", fontsize="medium")
+    figure.colorbar(picture, ax=axes, label=r"$|u - u^{NN}|$, mean over the seeds", shrink=0.8)
+    return figure
+
+
+def figure_5(results: Results) -> "Figure":
+    """The exact field and the fractional network 2-50 with learned steps as arrows, and their distance in the disc."""
+    name = setting("2-50", "fractional", "learned", "plain")
+    values = _square(results, name, results.seeds(name)[0])
+    points = square_points()
+    exact = maxwell.solution(points).numpy().reshape(GRID, GRID, 3)
+    inside = maxwell.inside(points).numpy().reshape(GRID, GRID)
+    line = np.linspace(-1, 1, GRID)
+    figure, axes = _grid(1, 3, 4.0)
+    some = slice(GRID // 16, None, GRID // 13)
+    arrows = np.ix_(range(GRID)[some], range(GRID)[some])
+    for ax, field, title in zip(
+        axes[0], (exact, values), ("exact field", "Frac-DNN, variable $\\tau$, 2-50"), strict=False
+    ):
+        shown = inside[arrows]
+        x, y = (each[shown] for each in np.meshgrid(line[some], line[some]))
+        first, second = (field[..., i][arrows][shown] for i in (0, 1))
+        ax.quiver(x, y, first, second, color=PALETTE[0], angles="xy", scale_units="xy", scale=3.2, width=0.005)
+        ax.set_title(title, fontsize="medium")
+        _disc(ax, "0.5")
+    error = np.where(inside, np.linalg.norm((values - exact)[..., :2], axis=-1), np.nan)
+    picture = axes[0, 2].pcolormesh(line, line, error, cmap="viridis", rasterized=True)
+    figure.colorbar(picture, ax=axes[0, 2], label=r"$|(u_1, u_2) - (u_1, u_2)^{NN}|$", shrink=0.8)
+    axes[0, 2].set_title("pointwise error in the cylinder", fontsize="medium")
+    _disc(axes[0, 2], "0.5")
+    return figure
+
+
+def _training(results: Results, ax: "Axes", size: str, schemes: Sequence[str]) -> None:
+    """Mean squared error over the steps, one line per treatment."""
+    for scheme, kind, order in product(schemes, STEPS, ORDERS):
+        name = setting(size, scheme, kind, order)
+        rows = [results.history(name, seed).epochs for seed in results.seeds(name)]
+        steps = min(len(row["iteration"]) for row in rows)  # one step per epoch; row 0 is before the first
+        losses = np.stack([row["train.loss"][1:steps] for row in rows])
+        _band(ax, rows[0]["iteration"][1:steps], losses, scheme, kind, order)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("Step")
+    ax.set_ylabel("Mean squared error")
+    ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _errors(results: Results, ax: "Axes", size: str, kinds: Sequence[str]) -> None:
+    """L2 errors over h, one line per treatment, and the finite elements."""
+    ns = meshes_of(results)
+    h = np.array([measured("h")(results, mesh(n), 0) for n in ns])
+    fem = np.array([measured("l2")(results, mesh(n), 0) for n in ns])
+    ax.plot(h, fem, "o-", color=_FEM, markersize=4, linewidth=1.6, label="FEM (lowest order Nédélec)")
+    for scheme, kind, order in product(SCHEMES, kinds, ORDERS):
+        name = setting(size, scheme, kind, order)
+        found = [[measured("cube", str(n))(results, name, seed) for n in ns] for seed in results.seeds(name)]
+        _band(ax, h, np.array(found), scheme, kind, order)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("Mesh size h")
+    ax.set_ylabel(r"$L^2$ error on the cube")
+    ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _band(ax: "Axes", x: NDArray[Any], rows: NDArray[Any], scheme: str, kind: str, order: str) -> None:
+    """Geometric mean and range over the seeds; the colour tells network and ordering, dashes tell fixed steps."""
+    colour, style = _COLOURS[scheme, order], "-" if kind == "learned" else "--"
+    label = f"{NAMES[scheme]}, {_FIXED[kind]}{_ORDERED[order]}"
+    ax.plot(x, np.exp(np.log(rows).mean(0)), style, color=colour, linewidth=1.4, label=label)
+    if len(rows) > 1:
+        ax.fill_between(x, rows.min(0), rows.max(0), color=colour, alpha=0.12, linewidth=0)
+
+
+def _most_telling(results: Results) -> tuple[str, int]:
+    """The reduced network to draw: most layers deleted, then the smallest error without them."""
+    found = []
+    for start in ("ones", "uniform"):
+        name = reduction(start)
+        if name in results.settings:
+            for seed in results.seeds(name):
+                row = results.measurements(name, seed)
+                found.append((-len(row["near_zero"]), row["after"]["near_zero"], name, seed))
+    if not found:
+        raise NotMeasured("no reduced network is finished")
+    return min(found)[2:]
+
+
+def _square(results: Results, name: str, seed: int) -> NDArray[np.float64]:
+    """u^NN on the square, (GRID, GRID, 3)."""
+    try:
+        tensors, _ = read_tensors(results.folder(name, seed) / SQUARE)
+    except (FileNotFoundError, ValueError) as error:
+        raise NotMeasured(str(error)) from error
+    return tensors["values"].double().numpy().reshape(GRID, GRID, 3)
+
+
+def _error_field(results: Results, name: str) -> NDArray[np.float64]:
+    """abs(u - u^NN) on the square, mean over the seeds."""
+    exact = maxwell.solution(square_points()).numpy().reshape(GRID, GRID, 3)
+    fields = [np.linalg.norm(_square(results, name, seed) - exact, axis=-1) for seed in results.seeds(name)]
+    mean: NDArray[np.float64] = np.mean(fields, axis=0)
+    return mean
+
+
+def _disc(ax: "Axes", colour: str) -> None:
+    from matplotlib.patches import Circle
+
+    ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor=colour, linestyle="--", linewidth=1.2))
+    ax.set_aspect("equal")
+    ax.set_xlim(-1.02, 1.02)
+    ax.set_ylim(-1.02, 1.02)
+    ax.set_xlabel("$x_1$")
+    ax.set_ylabel("$x_2$")
+
+
+def _grid(rows: int, columns: int, size: float, width: float = 1.25) -> "tuple[Figure, Any]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * size * columns, size * rows), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, color="0.93", linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, axes

@@ -1,0 +1,129 @@
+"""A network drawn as in Antil, Diaz, Herberg (2022), figure 2: weights as lines, biases as dots, the steps above."""
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import nn
+
+_MOST_LINES = 2500
+"""Lines per pair of layers; of wider layers the largest weights are drawn."""
+
+
+def network(
+    model: "nn.Module",
+    *,
+    ax: "Axes | None" = None,
+    largest_weight: float | None = None,
+    largest_bias: float | None = None,
+    colour_bars: bool = True,
+) -> "Axes":
+    """Draw weights as lines, coloured by their magnitude, and biases as dots, coloured by their value.
+
+    Columns are the input, the hidden layers with their numbers at the start of training and their time steps, and the
+    output; neurons without a bias (input, output) are empty dots.
+
+    Args:
+        model: A network of fully connected layers.
+        ax: Where to draw; None makes a figure.
+        largest_weight: Magnitude at the end of the lines' colours. None: the largest one.
+        largest_bias: Magnitude at both ends of the dots' colours. None: the largest one.
+        colour_bars: Whether to draw the bars that explain the colours.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        TypeError: If the model has layers that are not fully connected.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> ax = network(resnet(7, 10, 3, 5))
+        >>> len(ax.texts)  # the columns' names: input, five layers, output
+        7
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    weights, biases, names = parts(model)
+    if ax is None:
+        ax = Figure(figsize=(1.6 * (len(weights) + 2), 4.0), dpi=150, layout="constrained").subplots()
+    top = max(float(np.abs(w).max()) for w in weights) if largest_weight is None else largest_weight
+    bound = max(float(np.abs(b).max()) for b in biases) if largest_bias is None else largest_bias
+    heights = [_heights(weights[0].shape[1]), *(_heights(w.shape[0]) for w in weights)]
+    lines = Normalize(0.0, top)
+    for column, w in enumerate(weights):
+        order = np.argsort(np.abs(w), axis=None)[-_MOST_LINES:]  # the largest last, above the others
+        to, of = np.unravel_index(order, w.shape)
+        ends = np.stack(
+            [
+                np.stack([np.full(len(order), column), heights[column][of]], axis=1),
+                np.stack([np.full(len(order), column + 1), heights[column + 1][to]], axis=1),
+            ],
+            axis=1,
+        )
+        sizes = np.abs(w)[to, of]
+        ax.add_collection(
+            LineCollection(
+                list(ends), array=sizes, cmap="Greys", norm=lines, linewidths=0.3 + 1.5 * np.clip(sizes / top, 0, 1)
+            )
+        )
+    dots = Normalize(-bound, bound)
+    for column, y in enumerate(heights):
+        hidden = 0 < column <= len(biases)
+        colours: dict[str, Any] = {"facecolors": "white"}
+        if hidden:
+            colours = {"c": biases[column - 1], "cmap": "coolwarm", "norm": dots}
+        ax.scatter(np.full(len(y), column), y, s=26, edgecolors="0.3", linewidths=0.5, zorder=3, **colours)
+        ax.text(column, 1.06, names[column], ha="center", va="bottom", fontsize="small")
+    ax.set_xlim(-0.3, len(weights) + 0.3)
+    ax.set_ylim(-0.05, 1.05)
+    ax.axis("off")
+    if colour_bars:
+        figure = cast(Any, ax.figure)
+        figure.colorbar(ScalarMappable(lines, "Greys"), ax=ax, label="abs(weight)", shrink=0.8, pad=0.01)
+        figure.colorbar(ScalarMappable(dots, "coolwarm"), ax=ax, label="bias", shrink=0.8, pad=0.01)
+    return ax
+
+
+def _heights(neurons: int) -> NDArray[np.float64]:
+    """Where the neurons of a column lie, the first at the top."""
+    return np.linspace(1.0, 0.0, neurons) if neurons > 1 else np.array([0.5])
+
+
+def parts(model: "nn.Module") -> tuple[list[NDArray[Any]], list[NDArray[Any]], list[str]]:
+    """What is drawn: weights of all layers and of the output, biases of the layers, names of the columns.
+
+    Args:
+        model: A network of fully connected layers.
+
+    Raises:
+        TypeError: If it has other layers.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> [w.shape for w in parts(resnet(7, 10, 3, 2))[0]]
+        [(10, 7), (10, 10), (3, 10)]
+    """
+    from torch import nn
+
+    layers = getattr(model, "layers", None)
+    linears = [getattr(layer, "linear", None) for layer in layers or ()]
+    head = getattr(model, "head", None)
+    if not linears or not all(isinstance(each, nn.Linear) for each in [*linears, head]):
+        raise TypeError(
+            f"model must be a network of fully connected layers, got {type(model).__name__}: build it with "
+            "taulearn.nn.resnet, feedforward, densenet or fractional_dnn"
+        )
+    found = cast(Any, [*linears, head])
+    weights = [each.weight.detach().double().cpu().numpy() for each in found]
+    biases = [each.bias.detach().double().cpu().numpy() for each in found[:-1]]
+    steps = cast(Any, model).time_steps
+    taus = steps.tau.detach().tolist()
+    names = [f"layer {number}\n$\\tau$ = {tau:.2f}" for number, tau in zip(steps.origin, taus, strict=True)]
+    return weights, biases, ["input", *names, "output"]

@@ -1,0 +1,105 @@
+"""What layers contribute, as a criterion of pruning."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from small_networks import deleted, network
+from taulearn import contribution, prune, wrap
+from taulearn._contribution import RunningContribution
+from taulearn.nn import fractional_dnn
+from wrapping.hosts import BY_NAME, Block, Host, every_host
+
+INIT = [0.5, -0.2, 0.4, 0.1, 0.3]
+
+
+def inputs(n: int = 7) -> torch.Tensor:
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(4))
+
+
+def by_hand(model: Any, x: torch.Tensor) -> np.ndarray:
+    """Mean over samples of norm(y_{l+1} - y_l), in NumPy, of a residual network."""
+    y, found = x.double().numpy(), []
+    for l, (layer, tau) in enumerate(zip(model.layers, model.time_steps.tau.tolist(), strict=True)):
+        w, b = layer.linear.weight.detach().double().numpy(), layer.linear.bias.detach().double().numpy()
+        step = tau * np.tanh(y @ w.T + b)
+        found.append(np.linalg.norm(step, axis=1).mean())
+        y = step if l == 0 else y + step
+    return np.array(found)
+
+
+def test_of_a_residual_network() -> None:
+    model, x = network(INIT), inputs().double()
+    found = contribution(x)(model.time_steps.tau, model)
+    np.testing.assert_allclose(found.numpy(), by_hand(model, x), rtol=1e-5)
+    order = np.argsort(by_hand(model, x)[1:]) + 1  # the first layer must stay
+    assert deleted(prune(model, criterion=contribution(x), budget=3)) == order[:2].tolist()
+
+
+def test_of_a_fractional_network() -> None:
+    """tau^gamma Gamma(2 - gamma) f; at l = 0 that is the first state."""
+    model, x = network([0.5, 0.2, 0.4, 0.1, 0.3], builder=fractional_dnn), inputs().double()
+    found = contribution(x)(model.time_steps.tau, model)
+    first = model.states(x)[0].detach()
+    assert float(found[0]) == pytest.approx(float(first.norm(dim=1).mean()), rel=1e-5)
+
+
+@every_host
+def test_of_a_wrapped_model(host: Host) -> None:
+    """tau (B(x) - x), so that twice the step is twice the contribution of the last block."""
+    model = host.wrapped(init=[0.5, 0.25, 0.5, 0.3])
+    model.train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    before = contribution(host.inputs())(model.time_steps.tau, model)
+    with torch.no_grad():
+        model.time_steps.values[3] *= -2.0
+    after = contribution(host.inputs())(model.time_steps.tau, model)
+    torch.testing.assert_close(after[:3], before[:3])
+    torch.testing.assert_close(after[3], 2 * before[3])
+    assert model.training
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if "time" not in name)
+    assert not any(module._forward_hooks for module in model.modules())
+    with torch.no_grad():
+        model.time_steps.values[1] = 0.0
+    assert contribution(host.inputs())(model.time_steps.tau, model)[1] == 0.0
+
+
+def test_the_running_mean() -> None:
+    """The mean of the first five measurements, then a fifth of each new one."""
+    torch.manual_seed(0)
+    model = wrap(nn.Sequential(Block(3), Block(3)).eval(), "[01]")
+    running, expected = RunningContribution(model), torch.zeros(2)
+    for k in range(1, 9):
+        x = k * inputs()
+        with running.measuring():
+            model(x)
+        model(100 * x)  # not measured
+        now = contribution(x)(model.time_steps.tau, model)
+        expected = expected + (now - expected) * max(0.2, 1 / k)
+        torch.testing.assert_close(running.values, expected)
+    assert running.number == 8
+    running.keep_([1])
+    torch.testing.assert_close(running.values, expected[1:])
+
+
+def test_a_pass_that_fails_is_not_counted() -> None:
+    model = wrap(nn.Sequential(Block(3), Block(3)), "[01]")
+    running = RunningContribution(model)
+    with pytest.raises(RuntimeError), running.measuring():
+        model(torch.ones(2, 5))
+    assert running.number == 0
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_word_alone_is_refused_outside_fit() -> None:
+    with pytest.raises(ValueError, match=r"criterion must be taulearn.contribution\(inputs\), got 'contribution'"):
+        prune(network(INIT), criterion="contribution")
+
+
+def test_a_model_of_transformers_takes_keywords() -> None:
+    host = BY_NAME["gpt2"]
+    model = host.wrapped()
+    assert len(prune(model, criterion=contribution({"input_ids": host.inputs()}), budget=2).deleted) == 2

@@ -1,0 +1,233 @@
+"""One process of a data parallel training: torchrun --nproc-per-node 2 -m training.parallel_run FOLDER NAME.
+
+NAME says which of the functions below to run; each leaves ``FOLDER/RANK.safetensors`` with what the tests look at.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import taulearn
+from taulearn import Pruning, parameter_groups
+from taulearn.files import write_tensors
+from taulearn.penalties import L1
+from taulearn.training import EpochEnd, History
+from training.support import digits, network, run_fit
+
+RANK = int(os.environ.get("RANK", "0"))
+STEPS = [0.5, 0.03, 0.3, 0.1, 0.2, 0.17, 0.3, 0.25]
+
+
+def model_and_optimizer(kind: str = "sgd", **options: Any) -> tuple[Any, torch.optim.Optimizer]:
+    model = network(8, dtype=torch.float64, init=STEPS, horizon=sum(STEPS), **options)
+    groups = parameter_groups(model, lr=0.05, tau_lr=0.02, weight_decay=1e-4)
+    kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "sgd": lambda: torch.optim.SGD(groups, momentum=0.9),
+        "adam": lambda: torch.optim.Adam(groups, lr=2e-3),
+        "lbfgs": lambda: torch.optim.LBFGS(model.parameters(), max_iter=3, line_search_fn="strong_wolfe"),
+        "steepest_descent": lambda: taulearn.optim.SteepestDescent(model.parameters()),
+    }
+    return model, kinds[kind]()
+
+
+def leave(folder: Path, model: nn.Module, history: History, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """What the tests look at: the record, all tensors of the model, and of the optimiser's state."""
+    tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
+    if optimizer is not None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        tensors |= {
+            f"state/{names[id(p)]}/{key}": value
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+    write_tensors(folder / f"{RANK}.safetensors", tensors | history.tensors(), {"origin": str(model.time_steps.origin)})
+
+
+def train(folder: Path, kind: str = "sgd", **options: Any) -> None:
+    """100 iterations, during which layers go."""
+    model, optimizer = model_and_optimizer(kind)
+    defaults: dict[str, Any] = {
+        "epochs": 10,
+        "batch_size": 40,
+        "penalties": [L1(0.2, proximal=True)],
+        "pruning": Pruning(0.02, every=7),
+        "validation": digits(60, torch.float64),
+    }
+    history = run_fit(model, digits(400, torch.float64), optimizer, **defaults | options)
+    leave(folder, model, history, optimizer)
+
+
+def adam(folder: Path) -> None:
+    train(folder, "adam", penalties=[L1(0.05)], clip_norm=0.5, accumulate=2)
+
+
+def lbfgs(folder: Path) -> None:
+    train(folder, "lbfgs", penalties=[], pruning=None, epochs=2)
+
+
+def steepest_descent(folder: Path) -> None:
+    train(folder, "steepest_descent", penalties=[], pruning=None, epochs=2)
+
+
+def uneven(folder: Path) -> None:
+    """406 samples in batches of 39: the last one has 16 samples, or with 3 processes parts of 6, 5 and 5."""
+    model, optimizer = model_and_optimizer()
+    history = run_fit(model, digits(406, torch.float64), optimizer, batch_size=42, epochs=2)
+    leave(folder, model, history, optimizer)
+
+
+def tiny(folder: Path) -> None:
+    """Batches of 4, the last one of a single sample: the other processes take part without one."""
+    model, optimizer = model_and_optimizer()
+    history = run_fit(model, digits(41, torch.float64), optimizer, batch_size=4, epochs=2)
+    leave(folder, model, history, optimizer)
+
+
+def loader(folder: Path) -> None:
+    """A DataLoader with an order of its own, which all processes draw alike."""
+    model, optimizer = model_and_optimizer()
+    data = TensorDataset(*digits(200, torch.float64))
+    batches = DataLoader(data, batch_size=40, shuffle=True, generator=torch.Generator().manual_seed(3))
+    leave(folder, model, run_fit(model, batches, optimizer), optimizer)
+
+
+def sampler(folder: Path) -> None:
+    """A DistributedSampler: each process loads its own part, here the same samples as one process in another order."""
+    model, optimizer = model_and_optimizer()
+    data = TensorDataset(*digits(200, torch.float64))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = DistributedSampler(data, size, RANK, shuffle=True, seed=1)
+    leave(folder, model, run_fit(model, DataLoader(data, batch_size=40 // size, sampler=parts), optimizer), optimizer)
+
+
+def shuffled_loader(folder: Path) -> None:
+    model, optimizer = model_and_optimizer()
+    run_fit(model, DataLoader(TensorDataset(*digits(200, torch.float64)), batch_size=40, shuffle=True), optimizer)
+
+
+def other_weights(folder: Path) -> None:
+    """Each process starts with weights of its own: those of rank 0 count."""
+    model, optimizer = model_and_optimizer(seed=RANK)
+    history = run_fit(model, digits(200, torch.float64), optimizer)
+    leave(folder, model, history, optimizer)
+
+
+def other_model(folder: Path) -> None:
+    model = network(4 + RANK)
+    run_fit(model, digits(200), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def other_arguments(folder: Path) -> None:
+    model = network(4)
+    run_fit(model, digits(200), torch.optim.SGD(model.parameters(), lr=0.1), batch_size=40 + 40 * RANK)
+
+
+def odd_batch(folder: Path) -> None:
+    train(folder, batch_size=41)
+
+
+def dropout(folder: Path) -> None:
+    """Dropout masks differ between the processes; the weights do not."""
+    model = network(4, dropout=0.5)
+    masks: list[Tensor] = []
+    drop = next(module for module in model.modules() if isinstance(module, nn.Dropout))
+    drop.register_forward_hook(lambda module, args, output: masks.append(output == 0) if module.training else None)
+    history = run_fit(model, digits(80), torch.optim.SGD(model.parameters(), lr=0.1), epochs=2)
+    write_tensors(folder / f"masks-{RANK}.safetensors", {"masks": torch.cat(masks)}, {})
+    leave(folder, model, history)
+
+
+def meddling(folder: Path) -> None:
+    """A callback changes a time step on rank 1 alone, by as little as it can."""
+
+    def meddle(end: EpochEnd) -> None:
+        if end.epoch == 2 and RANK == 1:
+            values = end.model.time_steps.values
+            with torch.no_grad():
+                values[0] = torch.nextafter(values[0], values[0] + 1)
+
+    train(folder, callbacks=[meddle])
+
+
+def stopping(folder: Path) -> None:
+    """A callback ends the training on rank 1 alone."""
+
+    def stop(end: EpochEnd) -> None:
+        if end.epoch == 3 and RANK == 1:
+            raise taulearn.training.StopTraining
+
+    train(folder, callbacks=[stop])
+
+
+def failing(folder: Path) -> None:
+    """A callback fails on rank 1 alone."""
+
+    def fail(end: EpochEnd) -> None:
+        if end.epoch == 2 and RANK == 1:
+            raise ZeroDivisionError("this one")
+
+    train(folder, callbacks=[fail])
+
+
+def failing_first(folder: Path) -> None:
+    """Rank 0 cannot write its checkpoint."""
+
+    def fail(end: EpochEnd) -> None:
+        if end.epoch == 2 and RANK == 0:
+            checkpoints = folder / "run" / "checkpoint"
+            checkpoints.rename(folder / "elsewhere")
+            checkpoints.touch()
+
+    train(folder, callbacks=[fail], run=folder / "run")
+
+
+def endless(folder: Path) -> None:
+    """Trains with checkpoints until it is killed, and writes its process number."""
+    (folder / f"pid-{RANK}").write_text(str(os.getpid()))
+    train(folder, epochs=100_000, run=folder / "run", callbacks=[lambda end: time.sleep(0.02)])
+
+
+def resumed(folder: Path) -> None:
+    """The run of :func:`interrupted`, gone on with to its end."""
+    train(folder, epochs=10, run=folder / "run", resume=True, callbacks=[])
+
+
+def started(folder: Path) -> None:
+    """The first four epochs of the same."""
+    train(folder, epochs=4, run=folder / "run")
+
+
+def target(folder: Path) -> None:
+    """A policy that has to come down to four layers."""
+    train(folder, penalties=[], pruning=Pruning(target_blocks=4))
+
+
+def measured(folder: Path) -> None:
+    """A policy that goes by contributions."""
+    train(folder, penalties=[], pruning=Pruning(0.11, criterion="contribution"))
+
+
+def batch_norm(folder: Path) -> None:
+    """Running statistics are those of rank 0 in all processes at the end."""
+    torch.manual_seed(0)
+
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), block(), block(), nn.Linear(8, 10))
+    taulearn.wrap(model, ["2", "3"])
+    history = run_fit(model, digits(200), torch.optim.SGD(model.parameters(), lr=0.1), validation=digits(60))
+    leave(folder, model, history)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[2]](Path(sys.argv[1]))

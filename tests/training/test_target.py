@@ -1,0 +1,345 @@
+"""A target instead of a penalty weight: the schedule, the controller, and fit that reaches the target."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from taulearn import Pruning, fit, parameter_groups, wrap
+from taulearn.nn import fractional_dnn
+from taulearn.penalties import L1, ElasticNet
+from taulearn.training.target import SteeredL1, Target, window
+from training.support import LOSS, assert_same_history, assert_same_weights, crash_after, digits, network, run_fit
+from training.support import Crash
+from wrapping.hosts import Block
+
+
+def target(penalised: str = "next", number: int = 6, excess: float = 3.0, **options: Any) -> Target:
+    defaults = {"begin": 100, "deadline": 400, "every": 10, "costs": [1.0] * number, "excess": excess}
+    return Target(penalised, **defaults | options)
+
+
+def schedule(controller: Target, scores: list[float], fixed: list[int] | None = None) -> list[tuple[int, int]]:
+    """Iterations and numbers of the layers that go, with scores that do not change."""
+    origin, gone = list(range(len(scores))), []
+    for iteration in range(10, 501, 10):
+        now = [scores[l] for l in origin]
+        held = [origin.index(l) for l in fixed or [] if l in origin]
+        for i in controller.deletions(iteration, origin, now, held):
+            gone.append((iteration, origin[i]))
+        origin = [l for l in origin if l not in [layer for _, layer in gone]]
+    return gone
+
+
+def test_layers_go_one_after_the_other_and_no_more_than_asked_for() -> None:
+    scores = [0.3, 0.5, 0.2, 0.6, 0.1, 0.4]
+    assert schedule(target("none"), scores) == [(200, 4), (300, 2), (400, 0)]
+    assert schedule(target("next"), scores) == [(200, 4), (300, 2), (400, 0)]
+    assert schedule(target("all"), scores) == [(300, 4), (350, 2), (400, 0)]
+    assert schedule(target("none"), scores, fixed=[4, 0]) == [(200, 2), (300, 5), (400, 1)]
+
+
+@pytest.mark.parametrize("penalised", ["next", "all", "none"])
+def test_layers_that_have_vanished_go_early_but_not_all_at_once(penalised: str) -> None:
+    """At most one is ahead of the schedule, so that the others can make up for it."""
+    assert schedule(target(penalised), [1e-3, 1.0, 1e-3, 1.0, 1e-3, 1e-3]) == [(100, 0), (200, 2), (300, 4)]
+
+
+def test_at_least_one_layer_stays() -> None:
+    assert [layer for _, layer in schedule(target("none", 3, 2.0), [0.1, 0.2, 0.3])] == [0, 1]
+
+
+def test_a_latency_is_reached_by_the_least_share_per_millisecond() -> None:
+    controller = target("none", costs=[1.0, 4.0, 1.0, 2.0], excess=4.5, whole=10.0)
+    assert schedule(controller, [0.3, 0.4, 0.2, 0.9]) == [(370, 1), (400, 2)]
+    assert controller.gone == 5.0
+    assert controller.reached
+
+
+def test_alpha_follows_the_rate_at_which_the_step_must_shrink() -> None:
+    """By hand: the next layer has to be gone at 200, a look is 10 iterations, lr is 0.5."""
+    controller, origin = target(), [0, 1, 2, 3, 4, 5]
+    scores = [0.5, 0.2, 0.3, 0.6, 0.7, 0.8]
+    controller.steer(90, origin, [1.0] * 6, scores, [], 0.5)
+    assert (controller.alpha, controller.chosen) == (0.0, ())
+    controller.steer(100, origin, [1.0] * 6, scores, [], 0.5)
+    assert controller.chosen == (1,)
+    assert controller.alpha == pytest.approx(1.0 / 100 / 0.5)
+    controller.steer(110, origin, [1.0, 0.96, 1.0, 1.0, 1.0, 1.0], scores, [], 0.5)
+    assert controller.alpha == pytest.approx(0.02 + 0.5 * (0.96 / 90 - 0.004) / 0.5)
+    before = controller.alpha
+    controller.steer(120, origin, [1.0, 0.5, 1.0, 1.0, 1.0, 1.0], scores, [], 0.5)
+    assert controller.alpha == pytest.approx(max(0.0, before + 0.5 * (0.5 / 80 - 0.046) / 0.5))
+    controller.steer(130, origin, [1.0, -0.5, 1.0, 1.0, 1.0, 1.0], [0.5, 0.9, 0.3, 0.6, 0.7, 0.8], [], 0.5)
+    assert controller.chosen == (1,), "a layer that was begun with is gone through with"
+    controller.steer(195, origin, [1.0, 1e4, 1.0, 1.0, 1.0, 1.0], scores, [], 0.5)
+    assert controller.alpha == pytest.approx(0.25 * (1e4 + 5) / 6 / (10 * 0.5))
+    controller.gone = 3.0
+    controller.steer(200, origin, [1.0] * 6, scores, [], 0.5)
+    assert (controller.alpha, controller.chosen, controller.penalised_among(origin)) == (0.0, (), [])
+
+
+def test_a_penalty_on_all_steps_is_steered_by_the_sum_of_those_that_go() -> None:
+    controller, tau = target("all"), [1.0, 0.4, 0.5, 1.0, 0.6, 1.0]
+    controller.steer(100, range(6), tau, tau, [], 0.1)
+    assert controller.chosen == (1, 2, 4)
+    assert controller.alpha == pytest.approx(1.5 / 300 / (3 * 0.1))
+    assert controller.penalised_among(range(6)) == list(range(6))
+
+
+def test_the_window() -> None:
+    assert window(0.6, None, 10, 100) == (60, 600, 6)
+    assert window(1.0, "epoch", 4, 30) == (12, 120, 30)
+    assert window(2, 7, 3, 20) == (4, 35, 7)
+    with pytest.raises(ValueError, match="by must be at most 3, the number of epochs, got 4"):
+        window(4, None, 3, 20)
+    with pytest.raises(ValueError, match=r"by must leave room for one look .*got 1, which is 20 iterations, .*every 50"):
+        window(1, 50, 3, 20)
+
+
+def test_the_penalty_acts_on_chosen_steps() -> None:
+    model = network(init=[0.5, -0.3, 0.2, -0.05, 0.4])
+    penalty = SteeredL1(model.time_steps.values)
+    assert float(penalty(model)) == 0.0
+    penalty.set(0.5, [1, 3])
+    assert float(penalty(model).detach()) == pytest.approx(0.5 * 0.35)
+    found = penalty.proximal(model.time_steps.values.detach(), 0.2)
+    torch.testing.assert_close(found, torch.tensor([0.5, -0.2, 0.2, 0.0, 0.4]))
+
+
+def blocks(number: int = 6) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), *(Block(12) for _ in range(number)), nn.Linear(12, 10))
+
+
+def wrapped(**options: Any) -> Any:
+    return wrap(blocks(), example_inputs=digits(2)[0], **options)
+
+
+def trained(model: Any, pruning: Pruning, epochs: int = 5, **options: Any) -> Any:
+    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.05), momentum=0.9)
+    torch.manual_seed(7)
+    return run_fit(model, digits(400), optimizer, pruning=pruning, epochs=epochs, **options)
+
+
+MODELS = {
+    "network": lambda: network(8),
+    "fractional": lambda: _fractional(),
+    "dependent": lambda: network(8, constraint="dependent"),
+    "wrapped": wrapped,
+    "displacement": lambda: wrapped(units="displacement"),
+}
+
+
+def _fractional() -> Any:
+    torch.manual_seed(0)
+    return fractional_dnn(64, 12, 10, 8, activation="tanh")
+
+
+@pytest.mark.parametrize("penalised", ["next", "all", "none"])
+@pytest.mark.parametrize("criterion", [None, "share", lambda tau, model: tau.abs() ** 2], ids=["none", "share", "own"])
+@pytest.mark.parametrize("name", MODELS)
+def test_fit_reaches_the_target_by_the_epoch_and_not_below(name: str, criterion: Any, penalised: str) -> None:
+    model = MODELS[name]()
+    start = model.time_steps.num_steps
+    history = trained(model, Pruning(target_blocks=4, by=3, criterion=criterion, penalised=penalised))
+    layers = history.epochs["layers"].tolist()
+    assert layers == sorted(layers, reverse=True)
+    assert layers[3:] == [4, 4, 4]
+    assert model.time_steps.num_steps == 4
+    iterations = [d.iteration for d in history.deletions]
+    number, deadline = start - 4, 30
+    for k, iteration in enumerate(iterations):
+        assert iteration >= 3 + round(k * (deadline - 3) / number), "rate-limited"
+    assert iterations[-1] <= deadline
+    if penalised != "none":
+        alpha = history.iterations["weight.l1"]
+        assert alpha[:3].tolist() == [0.0] * 3
+        assert alpha.max() > 0.0
+        assert not alpha[deadline:].any(), "the rest of the training recovers without a penalty"
+    else:
+        assert "weight.l1" not in history.iterations
+
+
+def test_the_step_of_a_layer_is_small_when_it_goes() -> None:
+    history = trained(wrapped(), Pruning(target_blocks=3, by=8), epochs=12)
+    tau = history.iterations["tau"]
+    for d in history.deletions:
+        assert abs(tau[d.iteration - 1, d.layer]) < 0.3 * np.nanmean(np.abs(tau[d.iteration - 1]))
+    assert len(history.deletions) == 3
+
+
+def test_a_latency_from_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def measured(model: nn.Module, layers: Any, inputs: Any) -> Any:
+        seen.append((model.training, len(layers), tuple(inputs.shape)))
+        return (0.5, 1.0, 1.0, 0.5, 2.0, 0.25), 6.0
+
+    monkeypatch.setattr("taulearn.training.pruner.layer_milliseconds", measured)
+    model = wrapped()
+    history = trained(model, Pruning(target_latency_ms=3.4, by=3, penalised="none", criterion="share"))
+    assert seen == [(False, 6, (1, 1, 8, 8))]
+    assert [d.layer for d in history.deletions][0] == 4, "equal shares: the slowest goes first"
+    gone = sum((0.5, 1.0, 1.0, 0.5, 2.0, 0.25)[d.layer] for d in history.deletions)
+    assert 2.6 <= gone <= 3.6
+    for limit, message in ((7.0, "must be less than the 6 ms"), (0.7, "must be at least 1, what a forward pass takes")):
+        with pytest.raises(ValueError, match=f"target_latency_ms {message}"):
+            trained(wrapped(), Pruning(target_latency_ms=limit))
+    x = digits(3)[0]
+    trained(wrapped(), Pruning(target_latency_ms=3.4, example_inputs=x))
+    assert seen[-1][2] == (3, 1, 8, 8)
+
+
+def test_a_real_latency_is_measured() -> None:
+    model = wrapped()
+    history = trained(model, Pruning(target_latency_ms=1e-9 + _half(model)), epochs=3)
+    assert 1 <= len(history.deletions) < 6
+
+
+def _half(model: nn.Module) -> float:
+    from taulearn._calls import layer_milliseconds
+    from taulearn.wrapping import wrapping_of
+
+    wrapping = wrapping_of(model)
+    assert wrapping is not None
+    times, whole = layer_milliseconds(model.eval(), wrapping.layers, digits(1)[0])
+    return whole - 0.5 * sum(times)
+
+
+POLICIES: dict[str, Any] = {
+    "next": Pruning(target_blocks=3, by=4),
+    "all": Pruning(target_blocks=3, by=0.8, penalised="all", criterion="share", every=3),
+    "latency": Pruning(target_latency_ms=3.4, by=4),
+    "contribution": Pruning(0.15, criterion="contribution"),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("units", ["steps", "displacement"])
+def test_a_resumed_run_ends_with_the_same_bits(
+    name: str, units: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([((0.5, 1.0, 1.0, 0.5, 2.0, 0.25), 6.0), *[((1.0, 0.1, 1.0, 0.5, 0.1, 3.0), 7.0)] * 9])
+    monkeypatch.setattr("taulearn.training.pruner.layer_milliseconds", lambda *_: next(times))
+    model = wrapped(units=units)
+    history = trained(model, POLICIES[name], run=tmp_path / "whole")
+    assert len({d.epoch for d in history.deletions}) >= 2 or name == "contribution"
+    assert history.deletions
+    decisions = (tmp_path / "whole" / "run.toml").read_text()
+    assert ("costs=[0.5, 1.0" in decisions) == (name == "latency")
+    for epoch in (1, 2, 3, 4):
+        monkeypatch.setattr(
+            "taulearn.training.pruner.layer_milliseconds", lambda *_: ((0.5, 1.0, 1.0, 0.5, 2.0, 0.25), 6.0)
+        )
+        folder = tmp_path / str(epoch)
+        with pytest.raises(Crash):
+            trained(wrapped(units=units), POLICIES[name], run=folder, callbacks=[crash_after(epoch)])
+        monkeypatch.setattr("taulearn.training.pruner.layer_milliseconds", lambda *_: next(times))
+        resumed = wrapped(units=units)
+        record = trained(resumed, POLICIES[name], run=folder, resume=True)
+        assert_same_weights(resumed, model)
+        assert_same_history(record, history)
+
+
+def test_another_policy_does_not_go_on_with_a_run(tmp_path: Path) -> None:
+    trained(wrapped(), Pruning(target_blocks=3), run=tmp_path / "run", epochs=2)
+    with pytest.raises(ValueError, match="pruning must be as at the start of the run"):
+        trained(wrapped(), Pruning(0.01), run=tmp_path / "run", resume=True)
+
+
+@pytest.mark.long
+def test_compiled_steps_see_alpha_change() -> None:
+    """With SGD on a network without buffers all but the measured steps are fused."""
+    found = []
+    for mode in ("never", "always"):
+        history = trained(network(6), Pruning(target_blocks=4, by=3, every=5, criterion="share"), compile=mode)
+        found.append(history)
+    eager, compiled = found
+    assert [d.layer for d in compiled.deletions] == [d.layer for d in eager.deletions]
+    for column in ("weight.l1", "penalty.l1", "tau"):
+        np.testing.assert_allclose(compiled.iterations[column], eager.iterations[column], rtol=2e-3, atol=2e-4)
+    assert eager.iterations["weight.l1"].max() > 0
+
+
+def test_averaged_weights_and_loaders_go_along() -> None:
+    model = wrapped()
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*digits(400)), batch_size=40)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = torch.optim.Adam(parameter_groups(model, lr=0.005))
+    run_fit(model, data, optimizer, pruning=Pruning(target_blocks=2), averaged=averaged, accumulate=2)
+    assert model.time_steps.num_steps == averaged.module.time_steps.num_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_blocks": 0}, "target_blocks must be an integer >= 1"),
+        ({"target_blocks": 2.5}, "target_blocks must be an integer >= 1"),
+        ({"target_blocks": 3, "threshold": 0.01}, "threshold must be left out with target_blocks, got 0.01"),
+        ({"target_blocks": 3, "target_latency_ms": 1.0}, "target_latency_ms must be left out with target_blocks"),
+        ({"target_latency_ms": -1.0}, "target_latency_ms must be a positive number of milliseconds, got -1.0"),
+        ({"target_latency_ms": float("nan")}, "target_latency_ms must be a positive number of milliseconds"),
+        ({"target_blocks": 3, "example_inputs": 1}, "example_inputs must be left out with target_blocks"),
+        ({"target_blocks": 3, "by": 1.5}, r"by must lie in \(0, 1\] as a float, got 1.5"),
+        ({"target_blocks": 3, "by": 0}, "by must be an integer >= 1"),
+        ({"target_blocks": 3, "by": "5"}, "by must be a number of epochs, or a share"),
+        ({"target_blocks": 3, "penalised": "last"}, "penalised must be one of 'all', 'next', 'none', got 'last'"),
+        ({"criterion": "contributions"}, "criterion must be one of .*did you mean 'contribution'"),
+        ({"by": 3}, "by must be left out without a target, got 3"),
+        ({"penalised": "all"}, "penalised must be left out without a target"),
+        ({"example_inputs": 3}, "example_inputs must be left out without a target"),
+        ({"every": 0}, "every must be 'epoch' or a number of iterations >= 1"),
+    ],
+)
+def test_policies_that_contradict_themselves(options: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Pruning(**options)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (lambda: network(5), {"target_blocks": 5}, "target_blocks must be less than 5, the number of layers .*got 5"),
+        (lambda: network(5), {"target_blocks": 7}, "target_blocks must be less than 5"),
+        (
+            lambda: network(5, constraint="dependent"),
+            {"target_blocks": 1},
+            "target_blocks must be at least 2, the number of layers that must stay, got 1: layer 0 stays because",
+        ),
+        (lambda: network(5), {"target_blocks": 3, "by": 9}, "by must be at most 5, the number of epochs, got 9"),
+        (
+            lambda: network(5, constraint="fixed"),
+            {"target_blocks": 3},
+            "constraint must not be 'fixed' where a penalty on the steps leads to the target.*penalised='none'",
+        ),
+        (
+            lambda: network(5, constraint="simplex"),
+            {"target_blocks": 3, "penalised": "all"},
+            "constraint must not be 'simplex' with penalised='all'",
+        ),
+        (lambda: network(1), {"target_blocks": 1}, "single layer"),
+        (lambda: network(4, width=[12, 11, 10, 9]), {"target_blocks": 2}, "must have a layer that can be deleted"),
+    ],
+)
+def test_models_that_do_not_allow_the_target(model: Any, options: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(model(), Pruning(**options), run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fit_that_does_not_go_together() -> None:
+    with pytest.raises(ValueError, match="penalties must not contain L1 where pruning has a target"):
+        trained(wrapped(), Pruning(target_blocks=3), penalties=[L1(0.1)])
+    trained(wrapped(), Pruning(target_blocks=3), penalties=[ElasticNet(0.1)], epochs=2)
+    trained(wrapped(), Pruning(target_blocks=3, penalised="none"), penalties=[L1(0.1)], epochs=2)
+    model = wrapped()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p is not model.time_steps.values], lr=0.1)
+    with pytest.raises(ValueError, match=r"optimizer must hold the time steps .*parameter_groups\(model, lr\)"):
+        fit(model, digits(), loss=LOSS, optimizer=optimizer, epochs=1, pruning=Pruning(target_blocks=3))
+    fixed = wrapped(constraint="fixed")
+    trained(fixed, Pruning(target_blocks=3, penalised="none"), epochs=3)
+    assert fixed.time_steps.num_steps == 3
