@@ -34,4 +34,6 @@ def usable_device(argument: str, device: torch.device | str) -> torch.device:
 def _reason(error: BaseException) -> str:
     """torch's reason, as far as it is one."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    if text.startswith("Expected one of"):
+        return "torch knows no such device"
     return "torch here has no such backend" if "aten::" in text or isinstance(error, ImportError) else text[:100]

@@ -179,7 +179,7 @@ def surrogate_row(mse: float, cube: float, outside: float, tau: list[float], **o
 
 def article(out: Path, seeds: int = 3) -> Results:
     """Records in which everything is as the article says."""
-    points = measures.square_points()
+    exact = maxwell.solution(measures.square_points())
     for seed in range(seeds):
         noise = 1 + 0.01 * seed
         for size in m.SIZES:
@@ -199,9 +199,9 @@ def article(out: Path, seeds: int = 3) -> Results:
                         tall = np.array([3.0, 2.0, 1.0]) * mse
                         history = History({"loss": tall, "total": tall, "tau": np.tile(tau, (3, 1))}, epochs)
                         finish(out, name, seed, row, history)
-                        values = (maxwell.solution(points) + outside * (seed + 1)).float()
-                        folder = out / name / f"seed-{seed}"
-                        write_tensors(folder / measures.SQUARE, {"values": values}, {"grid": str(measures.GRID)})
+                        if (size, order) == ("2-50", "plain"):  # what figures 4 and 5 show
+                            values = {"values": (exact + outside * (seed + 1)).float()}
+                            write_tensors(out / name / f"seed-{seed}" / measures.SQUARE, values, {})
         for start in m.STARTS:
             row = {
                 "tau": [0.9, 0.01, 0.5, 0.02, 0.0],
@@ -216,7 +216,7 @@ def article(out: Path, seeds: int = 3) -> Results:
             save_model(network, folder)
             taulearn.prune(network, keep=[0, 2])
             save_model(network, folder / measures.REDUCED)
-    for n, error in ((4, 5.8e-3), (31, 8e-4)):
+    for n, error in ((1, 2.3e-2), (2, 1.2e-2), (4, 5.8e-3), (31, 8e-4)):
         finish(out, m.mesh(n), 0, {"n": n, "h": math.sqrt(3) / n, "l2": error, "hcurl": 5 * error, "dofs": 1})
     rows = [{"problem": "linear", "gamma": 0.5, "lipschitz": 1.0, "ratio": 1.0, "bound": 1.1, "printed": 1.2}]
     finish(out, "stability", 0, {"rows": rows})
@@ -278,8 +278,9 @@ class TestJudges:
         self.change(tmp_path, m.setting("2-50", "resnet", "fixed", "plain"), cube={"4": 0.01, "31": 0.01})
         results = self.change(tmp_path, m.setting("6-50", "resnet", "fixed", "plain"), cube={"4": 0.01, "31": 0.02})
         verdict = judges_of_errors.networks_against_elements(results)
-        assert not self.part(verdict, "every network 2-50 beats the finite elements")
-        assert self.part(verdict, "some network 2-50 beats the finite elements")
+        assert not self.part(verdict, "every network 2-50 beats the finite elements for n = 4")
+        assert self.part(verdict, "every network 2-50 beats the finite elements for n = 2")
+        assert self.part(verdict, "some network 2-50 beats the finite elements for n = 4")
         assert not self.part(verdict, "stay stable")
         assert self.part(verdict, "order 1")
 
@@ -308,7 +309,7 @@ class TestJudges:
 
 class TestFiguresAndTables:
     def test_all_are_made_from_records(self, tmp_path: Path) -> None:
-        results = article(tmp_path)
+        results = article(tmp_path, seeds=2)
         for number, draw in SUITE.figures.items():
             figure = draw(results)
             file = tmp_path / f"{number}.png"

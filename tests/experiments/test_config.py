@@ -75,6 +75,13 @@ def test_setting_out_of_range_is_named_with_what_it_must_be(settings, message):
         ({"accumulate": 20, "batch_size": 10}, r"^accumulate must not exceed batch_size = 10, got 20"),
         ({"proximal": True}, r"^proximal must be left out without l1"),
         ({"prune_every": 100}, r"^prune_every must be left out without prune"),
+        ({"prune_by": 3}, r"^prune_by must be left out without prune_blocks"),
+        ({"prune_blocks": 0}, r"^prune_blocks must be >= 1, got 0$"),
+        ({"prune_blocks": 6}, r"^prune_blocks must be less than the 6 layers that there are \(hidden_layers\), got 6"),
+        ({"prune_blocks": 3, "prune": 0.01}, r"^prune must be left out with prune_blocks"),
+        ({"prune_blocks": 3, "l1": 0.01}, r"^l1 must be left out with prune_blocks"),
+        ({"prune_blocks": 3, "prune_by": 21}, r"^prune_by must be at most epochs = 20, got 21"),
+        ({"prune_blocks": 3, "network": "densenet"}, r"^prune_blocks must be left out with network 'densenet'"),
         ({"gamma": 0.3}, r"^gamma must be left out with network 'resnet'"),
         ({"network": "densenet", "memory_from": 0}, r"^memory_from must be left out with network 'densenet'"),
         ({"init": "uniform", "constraint": "simplex"}, r"^init must not be 'uniform' with constraint 'simplex'"),
@@ -94,6 +101,25 @@ def test_setting_out_of_range_is_named_with_what_it_must_be(settings, message):
         ({"constraint": "simplex", "l1": 0.01}, r"^l1 must be left out with constraint 'simplex'"),
         ({"constraint": "simplex", "time_horizon": 1.0}, r"^time_horizon must be left out with constraint 'simplex'"),
         ({"constraint": "dependent", "time_horizon": 1.0}, r"^time_horizon must be left out with constraint 'depend"),
+        ({"memory": "fast"}, r"^memory must be left out with network 'resnet'; it belongs to 'fractional'"),
+        ({"tolerance": 1e-3}, r"^tolerance must be left out with network 'resnet'"),
+        ({"network": "fractional", "memory": "fast"}, r"^memory must be left out where .* fewer than 8 hidden_layers"),
+        (
+            {"network": "fractional", "hidden_layers": 8, "width": (4,) * 7 + (3,), "memory": "fast"},
+            r"^memory must be left out where the width changes",
+        ),
+        (
+            {"network": "fractional", "hidden_layers": 255, "tolerance": 1e-3},
+            r"^tolerance must be left out where the memory is exact \(memory = 'auto', 255 hidden_layers\)",
+        ),
+        (
+            {"network": "fractional", "hidden_layers": 300, "memory": "exact", "tolerance": 1e-3},
+            r"^tolerance must be left out where the memory is exact \(memory = 'exact'",
+        ),
+        (
+            {"network": "fractional", "hidden_layers": 9, "memory": "fast", "compile": "always"},
+            r"^compile must not be 'always' with memory 'fast'",
+        ),
         ({"network": "densenet", "prune": 0.01}, r"^prune must be left out with network 'densenet'.*'resnet'"),
         ({"network": "feedforward", "prune": 0.01}, r"^prune must be left out with network 'feedforward'"),
         ({"hidden_layers": 1, "prune": 0.01}, r"^prune must be left out with one hidden layer"),
@@ -109,7 +135,11 @@ def test_contradiction_is_refused_with_its_reason(settings, message):
     "settings",
     [
         {"l1": 0.01, "proximal": True, "prune": 0.01, "prune_every": 100},
+        {"prune_blocks": 3, "prune_by": 10},
         {"network": "fractional", "gamma": 0.3, "memory_from": 0, "prune": 0.01},
+        {"network": "fractional", "hidden_layers": 8, "memory": "fast", "tolerance": 1e-3},
+        {"network": "fractional", "hidden_layers": 256, "tolerance": 1e-3},
+        {"network": "fractional", "hidden_layers": 300, "memory": "exact"},
         {"hidden_layers": 3, "width": (3, 4, 4), "skips": "learned", "prune": 0.01},
         {"hidden_layers": 3, "constraint": "dependent", "prune": 0.01},
         {"constraint": "dependent", "lower_bound": 0.01, "time_horizon": 1.0},
@@ -149,6 +179,13 @@ def test_round_trip_through_a_file(tmp_path_factory, values):
     assert TrainConfig.from_toml(path) == config.model_copy(update={"run": None, "overwrite": False})
 
 
+def test_fast_memory_begins_where_the_scheme_says():
+    from taulearn.experiments import consistency
+    from taulearn.nn import schemes
+
+    assert (schemes._FAST_FROM, schemes._BLOCKED_FROM) == (consistency.FAST_FROM, consistency._BLOCKED_FROM)
+
+
 def test_where_a_run_lies_is_not_part_of_its_record():
     record = TrainConfig(run="runs/a", overwrite=True, tau_lr=None).record()
     assert not {"run", "overwrite", "tau_lr"} & record.keys()
@@ -169,6 +206,16 @@ def test_table_of_a_run_is_read(tmp_path):
         ("lr = '0.1'", r"deep.toml: lr must be a number, got '0.1'"),
         ("format = 2\n[config]\nlr = 0.1", r"deep.toml must have format = 1, got 2"),
         ("lr = ", r"deep.toml must be a TOML file: Invalid value"),
+        ("data = {a = 1}", r"deep.toml: data must be a string, got {'a': 1}"),
+        ("tensorboard = 'yes'", r"deep.toml: tensorboard must be a boolean, got 'yes'"),
+        ("compile = true", r"deep.toml: compile must be one of 'always', 'auto', 'never', got True"),
+        (f"epochs = {'9' * 5000}", r"deep.toml must be a TOML file: Exceeds the limit \(4300 digits\)"),
+        (f"epochs = -{'9' * 4000}", r"epochs must be >= 1, got -9{199}\.\.\. \(4001 characters\)$"),
+        (f"lr = 0x{'f' * 5000}", r"deep.toml: lr must be a number, got an integer of thousands of digits$"),
+        (f"init = {'9' * 400}", r"deep.toml: init must be 'uniform', a finite number"),
+        (f"compile = 0x{'f' * 5000}", r"compile must be one of .* got 'an integer of thousands of digits'"),
+        (f"width = {'[' * 5000}", r"deep.toml must be a TOML file: maximum recursion depth exceeded"),
+        ("hidden_layers = 10000000", r"hidden_layers must be <= 100000, got 10000000"),
         ("config = 3", r"deep.toml must have config as a table of settings, got 3"),
         ("constraint = 'fixed'\nl1 = 0.1", r"deep.toml: l1 must be left out with constraint 'fixed'"),
     ],
@@ -185,6 +232,14 @@ def test_file_that_is_no_text_is_named(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"deep.toml must be a TOML file"):
         TrainConfig.from_toml(path)
+
+
+def test_folder_instead_of_a_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config must be a TOML file, got '/': it is a folder$"):
+        TrainConfig.from_toml("/")
+    (tmp_path / "run.toml").touch()
+    with pytest.raises(FileNotFoundError, match=r"it is a folder; did you mean '.*run.toml'\?"):
+        TrainConfig.from_toml(tmp_path)
 
 
 def test_missing_file_is_named(tmp_path):

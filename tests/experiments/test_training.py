@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from taulearn.experiments import TrainConfig, parts, resume, train
+from taulearn.experiments import TrainConfig, memory, parts, resume, train
 from taulearn.experiments.pruning import prune_run
 from taulearn.nn import resnet
 from taulearn.saving import load_model
@@ -133,7 +133,12 @@ def test_threads_are_put_back(tmp_path):
         ({"optimizer": "lbfgs", "tau_lr": 0.1}, r"^tau_lr must be left out with optimizer 'lbfgs'"),
         ({"loss": "mse"}, r"^loss must be 'auto' or 'cross_entropy' with data 'digits', whose targets are classes"),
         ({"data": "sine", "loss": "cross_entropy"}, r"^loss must be 'auto' or 'mse' or 'half_mse' with data 'sine'"),
-        ({"device": "tpu"}, r"^device must be one that is there, got 'tpu'"),
+        ({"device": "tpu"}, r"^device must be one that is there, got 'tpu' \(torch knows no such device\)"),
+        ({"device": "meta"}, r"^device must be one that is there, got 'meta' \(it holds no numbers\)"),
+        ({"device": "mps"}, r"^device must be one that is there, got 'mps' \(.*\): cpu"),
+        ({"width": 10**7}, r"^width must be smaller.* width = 10000000 and hidden_layers = 4 the network has 3.00e\+14"),
+        ({"width": 10**30}, r"^width must be smaller.* needs at least .*e\+\d+ GiB, of which [\d.]+ GiB are free on"),
+        ({"hidden_layers": 100_000, "width": 10_000}, r"^width must be smaller, or hidden_layers fewer"),
         ({"constraint": "simplex", "init": 0.1}, r"^init must sum to horizon"),
         ({"batch_size": "auto", "accumulate": 11}, r"^accumulate must not exceed the batch size 10, got 11"),
     ],
@@ -186,6 +191,35 @@ def test_schedule_over_six_epochs(name, rates):
         if scheduler is not None:
             scheduler.step()
     assert seen == pytest.approx(rates, abs=1e-3)
+
+
+def test_memory_and_tolerance_reach_the_network(tmp_path):
+    config = small(tmp_path / "a", network="fractional", hidden_layers=8, memory="fast", tolerance=1e-3)
+    scheme = train(config, progress=False).model.scheme
+    assert (scheme.memory, scheme.tolerance) == ("fast", 1e-3)
+    assert 0 < scheme.kernel_error <= 1e-3, "fast memory was used"
+    assert Run.open(tmp_path / "a").config["memory"] == "fast"
+
+
+def test_estimated_parameters_are_those_of_the_network():
+    for settings in ({}, {"width": (5, 4, 3)}):
+        config = TrainConfig(**{"hidden_layers": 3, "width": 7} | settings)
+        widths = list(config.width) if isinstance(config.width, tuple) else config.width
+        made = sum(p.numel() for p in resnet(11, widths, 2, 3).parameters())
+        assert memory.parameters(config, 11, 2) == made
+
+
+@pytest.mark.parametrize("place", ["/proc/foo", "file/a", "a" * 300])
+def test_folder_that_cannot_be_made_is_named(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"^run must be a folder that can be made and written, got '{place}' \(.*\): ch"):
+        train(small(place), progress=False)
+
+
+def test_default_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(NotADirectoryError, match="run must be given, because 'runs' is a file"):
+        train(small("x").model_copy(update={"run": None}), progress=False)
 
 
 def test_run_made_in_python_is_not_resumed_by_its_settings(tmp_path):

@@ -56,12 +56,12 @@ def train(folder: Path, kind: str = "sgd", **options: Any) -> None:
     model, optimizer = model_and_optimizer(kind)
     defaults: dict[str, Any] = {
         "epochs": 10,
-        "batch_size": 40,
+        "batch_size": 42,
         "penalties": [L1(0.2, proximal=True)],
         "pruning": Pruning(0.02, every=7),
         "validation": digits(60, torch.float64),
     }
-    history = run_fit(model, digits(400, torch.float64), optimizer, **defaults | options)
+    history = run_fit(model, digits(420, torch.float64), optimizer, **defaults | options)
     leave(folder, model, history, optimizer)
 
 
@@ -78,34 +78,34 @@ def steepest_descent(folder: Path) -> None:
 
 
 def uneven(folder: Path) -> None:
-    """406 samples in batches of 39: the last one has 16 samples, or with 3 processes parts of 6, 5 and 5."""
+    """406 samples in batches of 42: the last one has 28 samples, with 3 processes parts of 10, 9 and 9."""
     model, optimizer = model_and_optimizer()
     history = run_fit(model, digits(406, torch.float64), optimizer, batch_size=42, epochs=2)
     leave(folder, model, history, optimizer)
 
 
 def tiny(folder: Path) -> None:
-    """Batches of 4, the last one of a single sample: the other processes take part without one."""
+    """Batches of 6, the last one of a single sample: the other processes take part without one."""
     model, optimizer = model_and_optimizer()
-    history = run_fit(model, digits(41, torch.float64), optimizer, batch_size=4, epochs=2)
+    history = run_fit(model, digits(61, torch.float64), optimizer, batch_size=6, epochs=2)
     leave(folder, model, history, optimizer)
 
 
 def loader(folder: Path) -> None:
     """A DataLoader with an order of its own, which all processes draw alike."""
     model, optimizer = model_and_optimizer()
-    data = TensorDataset(*digits(200, torch.float64))
-    batches = DataLoader(data, batch_size=40, shuffle=True, generator=torch.Generator().manual_seed(3))
+    data = TensorDataset(*digits(240, torch.float64))
+    batches = DataLoader(data, batch_size=60, shuffle=True, generator=torch.Generator().manual_seed(3))
     leave(folder, model, run_fit(model, batches, optimizer), optimizer)
 
 
 def sampler(folder: Path) -> None:
     """A DistributedSampler: each process loads its own part, here the same samples as one process in another order."""
     model, optimizer = model_and_optimizer()
-    data = TensorDataset(*digits(200, torch.float64))
+    data = TensorDataset(*digits(240, torch.float64))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     parts = DistributedSampler(data, size, RANK, shuffle=True, seed=1)
-    leave(folder, model, run_fit(model, DataLoader(data, batch_size=40 // size, sampler=parts), optimizer), optimizer)
+    leave(folder, model, run_fit(model, DataLoader(data, batch_size=60 // size, sampler=parts), optimizer), optimizer)
 
 
 def shuffled_loader(folder: Path) -> None:

@@ -265,7 +265,8 @@ def test_divergence_is_said_and_the_last_good_checkpoint_stays(pruning: Pruning 
     assert str(tmp_path / "r" / "checkpoint") in message
     assert "Lower the learning rate" in message
     good = network()
-    history = run_fit(good, (X, Z), sgd(good), penalties=penalties, epochs=2, pruning=pruning, run=tmp_path / "r", resume=True)
+    same: dict[str, Any] = {"penalties": penalties, "pruning": pruning}
+    history = run_fit(good, (X, Z), sgd(good), epochs=2, run=tmp_path / "r", resume=True, **same)
     assert_same_weights(good, healthy)
     np.testing.assert_array_equal(history.iterations["loss"], expected.iterations["loss"])
 

@@ -17,8 +17,7 @@ from taulearn import Pruning, fit, parameter_groups
 from taulearn.nn import Residual, TimeSteps, TimeVariableNetwork
 from taulearn.penalties import L1, TimeHorizon
 from taulearn.training import History, Run
-from taulearn.training.compiler import compile_once
-from taulearn.training.compiler import COMPILE_PAYS_FROM
+from taulearn.training.compiler import COMPILE_PAYS_FROM, compile_once
 from training.support import Crash, assert_same_history, assert_same_weights, crash_after, digits, network, run_fit
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from taulearn import Pruning
 from taulearn.penalties import L1, Penalty
-from taulearn.training import Interrupted
+from taulearn.training import Interrupted, StopTraining
 from training.recipes import EPOCHS, UNEVEN, Options, Recipe, adam, loader, pruning, sgd
 from training.support import (
     assert_same_history,
@@ -125,6 +125,69 @@ def test_ctrl_c_with_a_loader_goes_on_from_the_last_epoch(own: bool, tmp_path: P
     resumed, record, _ = with_loader(0).run(tmp_path / "run", resume=True)
     assert_same_weights(resumed, model)
     assert_same_history(record, history)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_ctrl_c_with_a_loader_says_what_is_lost(every: int, tmp_path: Path) -> None:
+    """Up to checkpoint_every epochs were lost without a word."""
+    recipe = Recipe(
+        "",
+        sgd,
+        lambda model, optimizer: {"train": loader(None), "penalties": [InterruptingPenalty(12)]},
+    )
+    last = {1: 10, 3: 0}[every]
+    with pytest.raises(
+        Interrupted,
+        match=rf"interrupted after iteration 12; the last checkpoint is that of iteration {last}, and what came since "
+        rf"is lost: a Dataset or a DataLoader cannot start .*\(checkpoint_every={every}\): go on with",
+    ):
+        recipe.run(tmp_path / "run", checkpoint_every=every)
+
+
+def test_ctrl_c_that_loses_nothing_says_nothing_of_losses(tmp_path: Path) -> None:
+    recipe = Recipe("", sgd, lambda model, optimizer: {"penalties": [InterruptingPenalty(12)]})
+    with pytest.raises(Interrupted, match="interrupted after iteration 12: go on with"):
+        recipe.run(tmp_path / "run", checkpoint_every=3)
+
+
+def test_ctrl_c_in_the_first_evaluation_says_how_to_go_on(tmp_path: Path) -> None:
+    """A bare KeyboardInterrupt was raised before the first epoch."""
+    recipe = Recipe("", sgd)
+    model, history, _ = recipe.run(tmp_path / "whole", metrics={"zero": lambda output, target: torch.zeros(())})
+
+    def metric(output: Tensor, target: Tensor) -> Tensor:
+        interrupt()
+        return torch.zeros(())
+
+    with pytest.raises(Interrupted, match="interrupted before its first iteration: go on with `taulearn resume") as e:
+        recipe.run(tmp_path / "run", metrics={"zero": metric})
+    assert e.value.run is not None
+    resumed, record, _ = recipe.run(
+        tmp_path / "run", metrics={"zero": lambda output, target: torch.zeros(())}, resume=True
+    )
+    assert_same_weights(resumed, model)
+    assert_same_history(record, history)
+
+
+def test_ctrl_c_while_arguments_are_checked_says_so(tmp_path: Path) -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        interrupt()
+        return nn.functional.cross_entropy(output, target)
+
+    model = network()
+    with pytest.raises(Interrupted, match="interrupted before its first iteration: nothing was written"):
+        run_fit(model, digits(), sgd(model), loss=loss, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_after_a_callback_stopped_ends_the_run(tmp_path: Path) -> None:
+    def callback(end: Any) -> None:
+        interrupt()
+        raise StopTraining
+
+    _, history, _ = Recipe("", sgd).run(tmp_path / "run", callbacks=[callback])
+    assert history.num_iterations == 5
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_ctrl_c_without_a_run_says_that_nothing_is_kept() -> None:

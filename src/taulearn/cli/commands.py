@@ -49,9 +49,8 @@ class Resume:
         run = Run.open(self.run)
         # A record that is missing or damaged is no obstacle: the checkpoints hold it, too.
         with contextlib.suppress(FileNotFoundError, ValueError):
-            say(
-                f"{len(run.history.epochs['iteration']) - 1} of {self.epochs or run.config.get('epochs')} epochs are done"
-            )
+            epochs = self.epochs or run.config.get("epochs")
+            say(f"{len(run.history.epochs['iteration']) - 1} of {epochs} epochs are done")
         watched(lambda on_start: experiments.resume(self.run, epochs=self.epochs, on_start=on_start))
 
 
@@ -73,6 +72,27 @@ class Prune:
         tyro.conf.arg(help="Keep these layers, by their numbers at the start, instead.", help_behavior_hint=""),
         numbers_option("INT,...", int, spaces=False),
     ] = None
+    depth: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="INT|auto",
+            help="Keep the first layers instead: so many, or as few as lose no more accuracy on the validation data "
+            "than --tolerance allows.",
+            help_behavior_hint="",
+        ),
+    ] = None
+    tolerance: Annotated[
+        float | None,
+        tyro.conf.arg(
+            metavar="FLOAT",
+            help="For --depth auto: accuracy that may be lost, 0.002 (0.2 points) unless given; without classes, the "
+            "share by which the loss may grow.",
+            help_behavior_hint="",
+        ),
+    ] = None
+    by_stage: Annotated[
+        bool, tyro.conf.arg(help="For --depth auto: keep the first layers of each stage, which all remain.")
+    ] = False
     out: Annotated[
         str | None,
         tyro.conf.arg(
@@ -82,8 +102,15 @@ class Prune:
     overwrite: Annotated[bool, tyro.conf.arg(help="Replace a network that is in that folder.")] = False
 
     def __call__(self) -> None:
-        if self.threshold is not None and self.keep is not None:
-            raise UsageError("--threshold and --keep must not be given together: leave one of them out")
+        given = [f"--{name}" for name in ("threshold", "keep", "depth") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} must not be given together: leave all but one out")
+        if self.depth != "auto" and (self.tolerance is not None or self.by_stage):
+            name = "--by-stage" if self.by_stage else "--tolerance"
+            raise UsageError(f"{name} must be left out without --depth auto")
+        if self.depth is not None:
+            self._cut(self.depth)
+            return
         keep = self.keep if self.keep is None or isinstance(self.keep, tuple) else (self.keep,)
         if keep is not None and not all(isinstance(layer, int) for layer in keep):
             raise UsageError(f"--keep must name layers by number, got {', '.join(map(str, keep))}: for instance 0,2,5")
@@ -99,6 +126,28 @@ class Prune:
         elif result.least is not None:
             layer, share = result.least
             say(f"layer {layer} has the smallest share, {share:.3g}: a larger --threshold, or --keep, deletes it")
+
+    def _cut(self, depth: str) -> None:
+        if depth != "auto" and not depth.isdecimal():
+            raise UsageError(f"--depth must be a number of layers or auto, got {depth!r}")
+        from ..experiments.pruning import cut_run
+
+        out = Path(self.run) / "pruned" if self.out is None else Path(self.out)
+        result = cut_run(
+            self.run,
+            out,
+            depth="auto" if depth == "auto" else int(depth),
+            tolerance=0.002 if self.tolerance is None else self.tolerance,
+            by_stage=self.by_stage,
+            overwrite=self.overwrite,
+        )
+        if result.decision is not None:
+            data = {"test": "test data: this set has no validation data", "validation": "validation data"}
+            say(f"{result.decision.profile}\n\n{result.decision} ({data[result.chosen_on]})")
+        say(result.report)
+        if result.report:
+            rows = [figure(name, value, result.after[name]) for name, value in reversed(result.before.items())]
+            table([*rows, ("network", str(out))])
 
 
 @dataclass(frozen=True)
@@ -236,3 +285,7 @@ def _train(options: Any) -> None:
         watched(lambda on_start: experiments.train(config, on_start=on_start))
     except ValueError as error:
         raise ValueError(spelled(str(error))) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise type(error)(spelled(str(error))) from error

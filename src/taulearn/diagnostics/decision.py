@@ -10,6 +10,7 @@ References:
 import copy
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .._deletion import prunable_of
 from ..nn.network import TimeVariableNetwork
-from ..pruning import prune
+from ..pruning import PruneReport, prune
 from ..truncation import truncate
 from ._models import evaluation, layers_of
 from .depth import DepthProfile, Loss, depth_profile, within
@@ -48,7 +49,7 @@ class DepthDecision:
         which = f"layers {', '.join(map(str, self.keep))}" if self.by_stage else f"the first {len(self.keep)} layers"
         return f"{which} of {number}: {self.figure} {self.whole:.4f} -> {self.reached:.4f}"
 
-    def apply_(self, model: nn.Module) -> object:
+    def apply_(self, model: nn.Module) -> PruneReport:
         """Cut a model so.
 
         Args:
@@ -68,6 +69,7 @@ def choose_layers(
     *,
     tolerance: float = 0.002,
     by_stage: bool = False,
+    example_inputs: Any = None,
     batch_size: int = 250,
 ) -> DepthDecision:
     """The smallest depth whose figure is that of the whole network, up to a tolerance.
@@ -80,6 +82,7 @@ def choose_layers(
         tolerance: Loss of accuracy that is allowed, 0.002 being 0.2 points; without classes the share by which the loss
             may grow.
         by_stage: Whether each stage is cut on its own: its first layers stay, and so do all stages.
+        example_inputs: For the times in the profile. None: nothing is timed.
         batch_size: Samples at a time.
 
     Returns:
@@ -97,7 +100,7 @@ def choose_layers(
         >>> len(choose_layers(network, x, z, cross_entropy, tolerance=0.0).keep) <= 2
         True
     """
-    profile = depth_profile(network, inputs, targets, loss, batch_size=batch_size)
+    profile = depth_profile(network, inputs, targets, loss, example_inputs=example_inputs, batch_size=batch_size)
     figures = profile.loss if profile.accuracy is None else profile.accuracy
     name = "loss" if profile.accuracy is None else "accuracy"
     whole = float(figures[-1])

@@ -27,6 +27,8 @@ from ._models import check_batch, evaluation, layers_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+_REPEATS = 5
+
 
 @dataclass(frozen=True)
 class DepthProfile:
@@ -224,7 +226,7 @@ def _times(network: nn.Module, depths: tuple[int, ...], inputs: Any) -> Iterator
     if not isinstance(network, TimeVariableNetwork):
         for k in depths:
             with skipping(network, k):
-                yield milliseconds(network, inputs)
+                yield milliseconds(network, inputs, _REPEATS)
         return
     network = copy.deepcopy(network)
     if network.time_steps.constraint == "dependent":  # a step of another size takes no other time
@@ -233,10 +235,10 @@ def _times(network: nn.Module, depths: tuple[int, ...], inputs: Any) -> Iterator
     found: list[float] = []
     for k in reversed(depths):
         if k == 0:
-            found.append(milliseconds(nn.Sequential(network.stem, *tail_of(network, 0)), inputs))
+            found.append(milliseconds(nn.Sequential(network.stem, *tail_of(network, 0)), inputs, _REPEATS))
             continue
         truncate(network, k)
-        found.append(milliseconds(network, inputs))
+        found.append(milliseconds(network, inputs, _REPEATS))
     yield from reversed(found)
 
 

@@ -5,30 +5,14 @@ Nothing here imports torch. Names of activations, optimisers and data sets are c
 
 import math
 import os
-import tomllib
-import typing
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from .._errors import unknown_name
 from .consistency import contradictions
-from .values import count_or_word, number_of_blocks, one_or_several, shown, unknown_key
-
-FORMAT = 1
-
-_WORDING = {
-    "Input should": "must",
-    "String should": "must",
-    "greater than or equal to": ">=",
-    "less than or equal to": "<=",
-    "greater than": ">",
-    "less than": "<",
-    "a valid integer": "an integer",
-    "valid ": "",
-}
+from .reading import check_fields as check_fields, explain as explain, read_toml as read_toml
+from .values import count_or_word, number_of_blocks, one_or_several
 
 
 class TrainConfig(BaseModel):
@@ -57,7 +41,7 @@ class TrainConfig(BaseModel):
     hidden_layers: int = Field(
         6,
         ge=1,
-        le=1_000_000,
+        le=100_000,
         description="Number of hidden layers; each has a time step. A resnet-v2 has its blocks instead.",
     )
     width: int | tuple[int, ...] = Field(100, description="Width of the hidden layers, one for all or one for each.")
@@ -142,6 +126,15 @@ class TrainConfig(BaseModel):
     )
     prune_every: int | Literal["epoch"] = Field(
         "epoch", description="When to look for layers to delete: each epoch, or every so many iterations."
+    )
+    prune_blocks: int | None = Field(
+        None,
+        ge=1,
+        description="Number of layers to keep, instead of prune: the others go one after the other, each faded out by "
+        "a penalty whose weight is found on the way.",
+    )
+    prune_by: int | None = Field(
+        None, ge=1, description="Epoch by which prune_blocks is reached; at 0.6 of the epochs unless given."
     )
 
     epochs: int = Field(20, ge=1, description="Passes through the training data.")
@@ -307,94 +300,3 @@ class TrainConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ValueError(f"{path}: {explain(error)}") from error
-
-
-def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings in a file, with known keys, their values not yet checked.
-
-    Args:
-        path: A TOML file of plain keys, or the run.toml of a run, whose table [config] is taken.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is no TOML file, of another format version, or has an unknown key.
-    """
-    file = Path(path)
-    if not file.is_file():
-        inside = file / "run.toml"
-        reason = "there is no such file"
-        if file.is_dir():
-            reason = f"it is a folder{f'; did you mean {str(inside)!r}?' if inside.is_file() else ''}"
-        raise FileNotFoundError(f"config must be a TOML file, got {str(path)!r}: {reason}")
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # a number of thousands of digits is one, too
-        reason = str(error).partition(";")[0]
-        raise ValueError(f"{path} must be a TOML file: {reason}") from error
-    if "format" in content and content["format"] != FORMAT:
-        found = content["format"]
-        raise ValueError(
-            f"{path} must have format = {FORMAT}, got {found!r}: it belongs to another version of taulearn"
-        )
-    values = content.get("config", content)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must have config as a table of settings, got {values!r}")
-    for key in values:
-        if key not in TrainConfig.model_fields:
-            raise ValueError(f"{path}: {unknown_key(key, TrainConfig.model_fields)}")
-    return values
-
-
-def check_fields(values: Mapping[str, Any]) -> None:
-    """Refuse values that no other setting could make right, each by itself.
-
-    Args:
-        values: Settings by name; whether they go together is not looked at.
-
-    Raises:
-        ValueError: Naming the settings.
-
-    Example:
-        >>> check_fields({"hidden_layers": 1, "prune": 0.01})
-        >>> check_fields({"tensorboard": "yes"})
-        Traceback (most recent call last):
-        ...
-        ValueError: tensorboard must be a boolean, got 'yes'
-    """
-    try:
-        TrainConfig.model_validate(dict(values))
-    except ValidationError as error:
-        reasons = [_sentence(each) for each in error.errors(include_url=False) if each["loc"]]
-        if reasons:
-            raise ValueError("; ".join(reasons)) from error
-
-
-def explain(error: ValidationError) -> str:
-    """What a validation error says, in one line that names each setting, what it must be and what it is.
-
-    Args:
-        error: From :class:`TrainConfig`.
-
-    Example:
-        >>> try:
-        ...     TrainConfig(skips="lerned", epochs=0)
-        ... except ValidationError as error:
-        ...     print(explain(error))
-        skips must be one of 'learned', 'pad', got 'lerned': did you mean 'learned'?; epochs must be >= 1, got 0
-    """
-    return "; ".join(_sentence(each) for each in error.errors(include_url=False))
-
-
-def _sentence(error: Mapping[str, Any]) -> str:
-    name = str(error["loc"][0]) if error["loc"] else "settings"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    if error["type"] == "extra_forbidden":
-        return unknown_key(name, TrainConfig.model_fields)
-    if error["type"] == "literal_error":
-        given = error["input"] if isinstance(error["input"], str) else shown(error["input"])
-        return str(unknown_name(name, given, typing.get_args(TrainConfig.model_fields[name].annotation)))
-    must = error["msg"]
-    for words, instead in _WORDING.items():
-        must = must.replace(words, instead)
-    return f"{name} {must}, got {shown(error['input'])}"

@@ -38,8 +38,12 @@ def contradictions(config: "TrainConfig") -> Iterator[str]:
     yield from _wrong_stages(config)
     if config.as_published:
         yield from _never_published(config)
+    if config.prune_blocks is not None:
+        yield from _wrong_target(config)
     if config.prune is not None:
-        yield from _not_prunable(config)
+        yield from _not_prunable(config, "prune")
+    elif config.prune_blocks is not None:
+        yield from _not_prunable(config, "prune_blocks")
 
 
 def _impossible(config: "TrainConfig") -> Iterator[str]:
@@ -99,6 +103,8 @@ def _without_effect(config: "TrainConfig") -> Iterator[str]:
         yield "proximal must be left out without l1, which it is a way to apply; or give l1 a weight, for instance 0.01"
     if config.prune is None and config.prune_every != "epoch":
         yield "prune_every must be left out without prune; or give prune a threshold, for instance 0.01"
+    if config.prune_by is not None and config.prune_blocks is None:
+        yield "prune_by must be left out without prune_blocks; or give prune_blocks the number of layers to keep"
     if config.network != "fractional":
         for name in ("gamma", "memory_from", "memory", "tolerance"):
             if getattr(config, name) != type(config).model_fields[name].default:
@@ -122,7 +128,7 @@ def _without_effect(config: "TrainConfig") -> Iterator[str]:
     if config.skips == "learned" and len(set(config.widths)) == 1:
         yield "skips must be left out where all hidden layers have one width: there is no map to learn"
     if config.constraint == "fixed":
-        for name in ("l1", "elastic_net", "time_horizon", "tau_lr", "prune"):
+        for name in ("l1", "elastic_net", "time_horizon", "tau_lr", "prune", "prune_blocks"):
             if getattr(config, name):
                 yield f"{name} must be left out with constraint 'fixed', in which the steps do not change; {free}"
     if config.constraint == "simplex":
@@ -195,14 +201,30 @@ def _never_published(config: "TrainConfig") -> Iterator[str]:
         yield "proximal must be left out with as_published: that program takes subgradients"
 
 
-def _not_prunable(config: "TrainConfig") -> Iterator[str]:
+def _wrong_target(config: "TrainConfig") -> Iterator[str]:
+    if config.prune is not None:
+        yield "prune must be left out with prune_blocks, which says how many layers go"
+    if config.l1:
+        yield "l1 must be left out with prune_blocks, for which the weight of that penalty is found on the way"
+    if config.as_published:
+        yield "prune_blocks must be left out with as_published, in which layers go by their steps; or use prune"
+    if config.prune_blocks is not None and config.prune_blocks >= config.hidden_layers:
+        yield (
+            f"prune_blocks must be less than the {config.hidden_layers} layers that there are (hidden_layers), got "
+            f"{config.prune_blocks}: nothing would go; leave it out"
+        )
+    if config.prune_by is not None and config.prune_by > config.epochs:
+        yield f"prune_by must be at most epochs = {config.epochs}, got {config.prune_by}: layers go during training"
+
+
+def _not_prunable(config: "TrainConfig", name: str) -> Iterator[str]:
     if config.network in ("feedforward", "densenet"):
         yield (
-            f"prune must be left out with network {config.network!r}, in which a layer with step 0 is not the "
+            f"{name} must be left out with network {config.network!r}, in which a layer with step 0 is not the "
             "identity and cannot be deleted; or use network 'resnet' or 'fractional'"
         )
     if config.hidden_layers == 1 and config.network != "resnet-v2":
-        yield "prune must be left out with one hidden layer, which must stay; or raise hidden_layers"
+        yield f"{name} must be left out with one hidden layer, which must stay; or raise hidden_layers"
     if config.network == "resnet-v2":
         return
     widths = config.widths
@@ -210,6 +232,6 @@ def _not_prunable(config: "TrainConfig") -> Iterator[str]:
     if not any(widths[l - 1] == widths[l] for l in range(1, last)):
         reason = "the others change the width" if len(set(widths)) > 1 else "the last one has the dependent step"
         yield (
-            f"prune must be left out, as no layer could be deleted: the first one must stay, and {reason}; "
+            f"{name} must be left out, as no layer could be deleted: the first one must stay, and {reason}; "
             "or use more hidden layers of equal width"
         )

@@ -1,18 +1,26 @@
-"""Pruning a trained network after the fact, with its figures before and after."""
+"""Pruning and cutting a trained network after the fact, with its figures before and after."""
 
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
+from ..diagnostics.decision import DepthDecision, choose_layers
 from ..nn.network import TimeVariableNetwork
 from ..pruning import PruneReport, prune, shares
 from ..saving import load_model, save_model
 from ..training import Run, evaluate
+from ..training.objective import as_float
+from ..truncation import truncate
 from . import parts
+from .config import TrainConfig
 from .training import settings_of
+
+_TIMED = 50
+"""Samples in a timed forward pass."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,104 @@ def prune_run(
         >>> load_model(folder / "small").time_steps.origin
         (0, 5)
     """
+    _, config, model = _opened(run, out, overwrite=overwrite)
+    splits = parts.load_splits(config)
+    loss = parts.make_loss(config, classes=splits.classes is not None)[1]
+    positions = None if keep is None else _positions(keep, model.time_steps.origin)
+    before = evaluate(model, tuple(splits.test), loss=loss)
+    report = prune(model, threshold, keep=positions)
+    after = evaluate(model, tuple(splits.test), loss=loss)
+    if report:
+        save_model(model, out)
+    return Pruned(report, model, before, after, _least(model))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What :func:`cut_run` did.
+
+    Attributes:
+        report: What was deleted.
+        decision: Why, where that was to be found out.
+        chosen_on: The data on which the depth was chosen: "validation" or "test".
+        model: The network as it is now.
+        before: Loss and, for classes, accuracy on the test data before.
+        after: The same after.
+    """
+
+    report: PruneReport
+    decision: DepthDecision | None
+    chosen_on: str
+    model: nn.Module
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def cut_run(
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    depth: int | Literal["auto"] = "auto",
+    tolerance: float = 0.002,
+    by_stage: bool = False,
+    overwrite: bool = False,
+) -> Cut:
+    """Cut the network that a run left after its first layers, and save it elsewhere if anything went.
+
+    Args:
+        run: The run's folder.
+        out: Folder for the cut network.
+        depth: Number of layers to keep, or "auto" for the smallest within the tolerance.
+        tolerance: Loss of accuracy that is allowed, on the validation data; without classes the share by which the loss
+            may grow.
+        by_stage: Cut each stage after its first layers, instead of the whole.
+        overwrite: Whether a network in ``out`` is replaced.
+
+    Returns:
+        What was done and why, and the figures on the test data.
+
+    Raises:
+        FileNotFoundError, FileExistsError: As :func:`prune_run`.
+        ValueError: If there are not so many layers, or the network cannot be cut.
+
+    Example:
+        >>> import tempfile
+        >>> from taulearn.experiments import TrainConfig, train
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = train(TrainConfig(epochs=1, width=8, stage_cost=0.1, run=str(folder / "run")), progress=False)
+        >>> cut_run(folder / "run", folder / "small", depth=2).report.layers_after
+        2
+    """
+    _, config, model = _opened(run, out, overwrite=overwrite)
+    splits = parts.load_splits(config)
+    loss = parts.make_loss(config, classes=splits.classes is not None)[1]
+    before = evaluate(model, tuple(splits.test), loss=loss)
+    decision = None
+    if depth == "auto":
+        values = as_float(splits.validation.inputs, model.time_steps.values.dtype)
+        decision = choose_layers(
+            model,
+            values,
+            splits.validation.targets,
+            loss,
+            tolerance=tolerance,
+            by_stage=by_stage,
+            example_inputs=values[:_TIMED],
+        )
+        report = decision.apply_(model)
+    else:
+        report = truncate(model, depth)
+    after = evaluate(model, tuple(splits.test), loss=loss)
+    if report:
+        save_model(model, out)
+    chosen_on = "test" if splits.validation is splits.test else "validation"
+    return Cut(report, decision, chosen_on, model, before, after)
+
+
+def _opened(
+    run: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool
+) -> tuple[Run, TrainConfig, TimeVariableNetwork]:
+    """A finished run with its settings and its network, once it is clear that ``out`` can be written."""
     opened = Run.open(run)
     config = settings_of(opened)
     folder = Path(out)
@@ -81,16 +187,7 @@ def prune_run(
         raise FileNotFoundError(
             f"run must be finished, got {str(opened.path)!r} without a network: `taulearn resume {opened.path}` goes on"
         )
-    model = load_model(opened.path)
-    splits = parts.load_splits(config)
-    loss = parts.make_loss(config, classes=splits.classes is not None)[1]
-    positions = None if keep is None else _positions(keep, model.time_steps.origin)
-    before = evaluate(model, tuple(splits.test), loss=loss)
-    report = prune(model, threshold, keep=positions)
-    after = evaluate(model, tuple(splits.test), loss=loss)
-    if report:
-        save_model(model, folder)
-    return Pruned(report, model, before, after, _least(model))
+    return opened, config, load_model(opened.path)
 
 
 def _positions(keep: Collection[int], origin: tuple[int, ...]) -> list[int]:

@@ -217,13 +217,13 @@ def as_markdown(judged: Sequence[Judged]) -> str:
         judged: The claims with their verdicts.
     """
     lines = ["| claim | verdict | what holds |", "|---|---|---|"]
-    lines += [
-        f"| **{each.id}** {each.statement} | {each.verdict.outcome} | {each.verdict.sentence} |" for each in judged
-    ]
+    for each in judged:
+        cells = f"**{each.id}** {each.statement}", each.verdict.outcome, each.verdict.sentence
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
     for each in judged:
         if each.verdict.figures:
             lines += ["", f"## {each.id}", "", "| figure | value |", "|---|---|"]
-            lines += [f"| {name} | {_number(value)} |" for name, value in each.verdict.figures.items()]
+            lines += [f"| {_cell(name)} | {_cell(_number(value))} |" for name, value in each.verdict.figures.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -235,6 +235,11 @@ def _as_csv(judged: Sequence[Judged]) -> str:
         rows = each.verdict.figures.items() or [("", "")]
         writer.writerows([each.id, each.verdict.outcome, name, value] for name, value in rows)
     return text.getvalue()
+
+
+def _cell(text: str) -> str:
+    """Text in a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _number(value: float | str) -> str:

@@ -129,7 +129,7 @@ def dependences(sweep: Sweep, results: Results) -> "Figure":
         ax.set_xlabel(name)
         ax.set_ylabel(column.replace("validation.", "final validation "))
         ax.grid(True, color="0.9", linewidth=0.6)
-        if len(ax.get_lines()) and any(line.get_label() for line in ax.get_lines()):
+        if len(sweep.varied) > 1:
             ax.legend(fontsize="small")
     return figure
 

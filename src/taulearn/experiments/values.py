@@ -96,7 +96,7 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python writes no integers of thousands of digits
-        return "a number of thousands of digits"
+        return "an integer of thousands of digits"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 

@@ -18,15 +18,19 @@ ORIGIN = "taulearn.origin"
 """The name under which the numbers of the layers travel."""
 
 
-def marked(model: nn.Module, state: MutableMapping[str, Any], prefix: str = "") -> None:
+def mark_(model: nn.Module, state: MutableMapping[str, Any], prefix: str = "", *, lifted: bool = False) -> None:
     """Put the numbers of the model's layers into a state dict.
 
     Args:
         model: The model with time steps.
         state: The state dict of the model, or of something that contains it.
         prefix: What the names of the model's tensors begin with in it.
+        lifted: Whether all tensors get a dimension of size 1 in front, so that who does not know the mark cannot load
+            them: transformers passes over names that it does not know.
     """
     state[prefix + ORIGIN] = torch.tensor(time_steps_of(model).origin)
+    if lifted:
+        state.update({name: value.unsqueeze(0) for name, value in state.items()})
 
 
 def follow_states(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> RemovableHandle:
@@ -44,7 +48,7 @@ def follow_states(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
         >>> small, fresh = resnet(2, 3, 1, 4), resnet(2, 3, 1, 4)
         >>> report, handle = prune(small, keep=[0, 2]), follow_states(fresh)
         >>> state = small.state_dict()
-        >>> marked(small, state)
+        >>> mark_(small, state)
         >>> _ = fresh.load_state_dict(state)
         >>> fresh.time_steps.origin
         (0, 2)
@@ -54,7 +58,9 @@ def follow_states(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
         origin = state.pop(prefix + ORIGIN, None)
         if not isinstance(origin, Tensor):
             return
-        wanted, present = origin.tolist(), time_steps_of(model).origin
+        if origin.ndim > 1:
+            state.update({name: value.squeeze(0) for name, value in state.items()})
+        wanted, present = origin.reshape(-1).tolist(), time_steps_of(model).origin
         if not set(wanted) <= set(present):
             raise ValueError(
                 f"model must have the layers {wanted} of the checkpoint, got {list(present)}: others were deleted "

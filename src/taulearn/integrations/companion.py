@@ -1,5 +1,6 @@
 """What the callbacks do beside another trainer's loop: penalties, projection, pruning, record."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -51,13 +52,15 @@ class Companion:
     Args:
         penalties: Added to the loss.
         pruning: When and what is deleted. None: nothing.
+        progress: Whether deletions are printed.
 
     Raises:
-        TypeError, ValueError: If a penalty needs data, which callbacks do not have, or the policy is none.
+        TypeError: If ``pruning`` is no policy.
+        ValueError: If a penalty needs data, which callbacks do not have.
     """
 
-    def __init__(self, penalties: Penalty | Sequence[Penalty], pruning: Pruning | None) -> None:
-        self.penalties, self.policy = as_penalties(penalties), pruning
+    def __init__(self, penalties: Penalty | Sequence[Penalty], pruning: Pruning | None, *, progress: bool) -> None:
+        self.penalties, self.policy, self.progress = as_penalties(penalties), pruning, progress
         for penalty in self.penalties:
             if penalty.needs_states:
                 raise ValueError(
@@ -68,7 +71,7 @@ class Companion:
             raise TypeError(f"pruning must be a Pruning policy, got {pruning!r}: write pruning=taulearn.Pruning(0.01)")
         self.past = History()
         self.state: Mapping[str, Any] | None = None
-        self.losses: dict[int, float] = {}
+        self.losses: dict[int, float | Tensor] = {}
         self.recorder: Recorder | None = None
         self.pruner: Pruner | None = None
         self._hooks = ExitStack()
@@ -113,6 +116,8 @@ class Companion:
         self.recorder = Recorder(columns, layers, raw=self.steps.bounded, history=past)
         self.losses = {} if past is None else dict(enumerate(past.iterations["loss"].tolist(), start=1))
         self.iteration, self.epochs = self.past.num_iterations, epochs
+        if past is None:
+            self._record_epoch()
         handle = register_projection(optimizer, model, active)
         self._hooks.callback(handle.remove)
 
@@ -155,39 +160,50 @@ class Companion:
         self.recorder.add(torch.cat([part.clone() for part in row]).unsqueeze(0))
         self.iteration += 1
 
-    def after_step(self, loss: Tensor | float | None, *, epoch: int, epoch_ends: bool) -> str | None:
-        """Note the loss and prune where it is due.
+    def after_step(self, loss: Tensor | float | None, *, epoch: int) -> None:
+        """Note the loss, and prune where the policy counts iterations.
 
         Args:
             loss: Of the iteration, where known.
             epoch: Number of the epoch, from 1.
-            epoch_ends: Whether the epoch ends.
-
-        Returns:
-            What was deleted, as a line to print, or None.
         """
         if loss is not None:
-            self.losses[self.iteration] = loss if isinstance(loss, float) else float(loss.detach())
-        pruner, recorder = self.pruner, self.recorder
-        if pruner is None or recorder is None or not pruner.due(self.iteration, epoch_ends=epoch_ends):
-            return None
-        recorder.flush(self.steps.origin)
-        report = pruner.prune(self.iteration, None)
-        if report is None:
-            return None
-        recorder.deletions += [
-            Deletion(self.iteration, epoch, d.layer, d.share, d.parameters) for d in report.deleted
-        ]
-        return f"epoch {epoch}, iteration {self.iteration}: {report}"
+            self.losses[self.iteration] = loss.detach() if isinstance(loss, Tensor) else loss
+        if self.pruner is not None and self.pruner.every is not None:
+            self._prune(epoch, epoch_ends=False)
 
-    def end_epoch(self) -> None:
-        """Record the epoch."""
-        if self.recorder is not None:
-            self.recorder.flush(self.steps.origin)
-            number = sum(p.numel() for p in self.model.parameters())
-            self.recorder.add_epoch(
-                {"iteration": self.iteration, "layers": self.steps.num_steps, "parameters": number}
-            )
+    def end_epoch(self, epoch: int) -> None:
+        """Prune where the policy counts epochs, and record the epoch.
+
+        Args:
+            epoch: Number of the epoch, from 1.
+        """
+        if self.pruner is not None and self.pruner.every is None:
+            self._prune(epoch, epoch_ends=True)
+        self._record_epoch()
+
+    def _record_epoch(self) -> None:
+        number = sum(p.numel() for p in self.model.parameters())
+        self._flushed().add_epoch({"iteration": self.iteration, "layers": self.steps.num_steps, "parameters": number})
+
+    def _prune(self, epoch: int, *, epoch_ends: bool) -> None:
+        assert self.pruner is not None
+        if not self.pruner.due(self.iteration, epoch_ends=epoch_ends):
+            return
+        recorder = self._flushed()
+        report = self.pruner.prune(self.iteration, None)
+        if report is not None:
+            recorder.deletions += [
+                Deletion(self.iteration, epoch, d.layer, d.share, d.parameters) for d in report.deleted
+            ]
+            if self.progress:
+                sys.stdout.write(f"epoch {epoch}, iteration {self.iteration}: {report}\n")
+                sys.stdout.flush()
+
+    def _flushed(self) -> Recorder:
+        assert self.recorder is not None
+        self.recorder.flush(self.steps.origin)
+        return self.recorder
 
     def end(self) -> None:
         """Leave the optimiser and the model as they were found, but trained."""
@@ -197,12 +213,12 @@ class Companion:
         """The record so far; losses that the trainer did not tell are NaN."""
         if self.recorder is None:
             return self.past
-        self.recorder.flush(self.steps.origin)
-        history = self.recorder.history()
+        history = self._flushed().history()
         if history.num_iterations:
             loss = np.full(history.num_iterations, np.nan)
             for iteration, value in self.losses.items():
                 if 0 < iteration <= len(loss):
-                    loss[iteration - 1] = value
-            history.iterations["loss"] = loss
+                    loss[iteration - 1] = float(value)
+            columns = [history.iterations[f"penalty.{p.name}"] for p in self.active if p.differentiated]
+            history.iterations |= {"loss": loss, "total": sum(columns, loss)}
         return history

@@ -146,7 +146,7 @@ class SteepestDescent(torch.optim.Optimizer):
         if not math.isfinite(J) or all(not bool(g.any()) for g in gradients):
             return start
         precision = max(torch.finfo(p.dtype).eps for _, p in moving)
-        options = self.param_groups[0]
+        options, constraints = self.param_groups[0], vars(self).get("_constraints", {})
         for group in self.param_groups:
             group["lr"] *= options["growth"] if group["grow"] else 1.0
             group["grow"] = False
@@ -154,14 +154,17 @@ class SteepestDescent(torch.optim.Optimizer):
             self.trials += 1
             for (group, p), x, g in zip(moving, before, gradients, strict=True):
                 p.copy_(x).sub_(g, alpha=group["lr"])
-            for constrain in vars(self).get("_constraints", {}).values():
+            versions = [p._version for _, p in moving]
+            for constrain in constraints.values():
                 constrain()
+            constrained = versions != [p._version for _, p in moving]
             slope, curvature = self._model(moving, before, gradients)
             if abs(slope) <= precision * abs(J):  # rounding would hide the decrease: a longer step next time, or none
                 self._grow(slope != 0.0)
                 break
-            trial = self._evaluate(value or closure)
-            if math.isfinite(slope) and trial <= J + slope + (1.0 - options["decrease"]) * curvature:
+            c = options["decrease"]
+            expected = slope + (1.0 - c) * curvature if constrained else c * slope
+            if math.isfinite(slope) and self._evaluate(value or closure) <= J + expected:
                 self._grow(True)
                 return start
             for group in self.param_groups:

@@ -32,6 +32,8 @@ class TensorBatches:
         seed: Of the order.
     """
 
+    argument = "data"
+
     def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int, seed: int) -> None:
         self.inputs, self.targets = inputs, targets
         self.batch_size = min(batch_size, len(inputs))
@@ -121,6 +123,16 @@ def _conversion(values: Sequence[Any]) -> str:
     if any(isinstance(value, np.ndarray) for value in values):
         return ": convert arrays with torch.from_numpy"
     return ": convert them with torch.as_tensor" if any(isinstance(value, list) for value in values) else ""
+
+
+def are_labels(targets: Tensor, output: object) -> bool:
+    """Whether targets are class numbers, one for each row of a network's outputs.
+
+    Example:
+        >>> are_labels(torch.tensor([1, 0]), torch.zeros(2, 3))
+        True
+    """
+    return isinstance(output, Tensor) and targets.ndim == 1 and not targets.is_floating_point() and output.ndim == 2
 
 
 def check_labels(argument: str, targets: Tensor, classes: int, where: str = "") -> None:

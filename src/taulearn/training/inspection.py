@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..penalties import time_steps_of
-from .batches import IGNORED, Batch, LoaderBatches, TensorBatches, check_labels, make_batches
+from .batches import IGNORED, Batch, LoaderBatches, TensorBatches, are_labels, check_labels, make_batches
 from .objective import Loss, as_float
 
 _CHUNK = 1 << 20
@@ -83,7 +83,7 @@ def check_data(
             known = batches.targets if isinstance(batches, TensorBatches) else targets
             if isinstance(output, Tensor):
                 _check_targets(argument, known, output, whole=isinstance(batches, TensorBatches))
-                if isinstance(batches, LoaderBatches) and _are_labels(known, output):
+                if isinstance(batches, LoaderBatches) and are_labels(known, output):
                     batches.classes = output.shape[1]
             value = _loss_value(argument, loss, output, targets)
         if differentiated and isinstance(output, Tensor) and output.requires_grad and not value.requires_grad:
@@ -96,17 +96,13 @@ def check_data(
         torch.set_rng_state(generator)
 
 
-def _are_labels(targets: Tensor, output: Tensor) -> bool:
-    return targets.ndim == 1 and not targets.is_floating_point() and output.ndim == 2
-
-
 def _check_targets(argument: str, targets: Tensor, output: Tensor, *, whole: bool) -> None:
     if targets.ndim == 1 and targets.is_floating_point() and output.shape[1:] == (1,):
         raise ValueError(
             f"{argument} must hold targets (n, 1) like the network's outputs, got shape {tuple(targets.shape)}: "
             "a loss would compare every sample with every other; use targets.unsqueeze(1)"
         )
-    if _are_labels(targets, output):
+    if are_labels(targets, output):
         check_labels(argument, targets, output.shape[1])
         if whole and bool((targets == IGNORED).all()):
             raise ValueError(

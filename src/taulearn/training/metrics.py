@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..penalties import time_steps_of
-from .batches import Batch, LoaderBatches, make_batches
+from .batches import Batch, LoaderBatches, are_labels, check_labels, make_batches
 from .objective import Loss, as_float
 
 Metric = Callable[[Tensor, Tensor], Tensor]
@@ -93,6 +93,8 @@ def evaluate(
             if loss is not None:
                 functions = {"loss": loss, **functions}
             output = model(as_float(inputs, values.dtype))
+            if loss is not None and are_labels(targets, output) and targets.device.type == "cpu":
+                check_labels(batches.argument, targets, output.shape[1], "of a batch")
             count += len(inputs)
             for name, function in functions.items():
                 sums[name] = sums.get(name, 0.0) + function(output, targets).double() * len(inputs)

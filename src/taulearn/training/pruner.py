@@ -34,7 +34,6 @@ class Pruner:
     Attributes:
         penalty: The penalty that a target steers, or None.
         every: Iterations between two looks; None: at the end of each epoch.
-        measure_every: Iterations between two measurements of contributions, or None.
 
     Raises:
         ValueError: If the model, the optimiser or the length of the training does not allow the target.
@@ -54,10 +53,8 @@ class Pruner:
                 self.penalty = SteeredL1(self.prunable.time_steps.values)
             self._window = window(policy.by, policy.every, epochs, per_epoch)
             self.every = self._window[2]
+        self.per_epoch = per_epoch
         self.running = RunningContribution(model) if policy.measured else None
-        self.measure_every = None
-        if self.running is not None:
-            self.measure_every = max(1, min((self.every or per_epoch) // 4, _MEASURE_EVERY))
 
     def begin(self, sample: Any) -> None:
         """Find out what has to go; to be called once, before training.
@@ -149,6 +146,11 @@ class Pruner:
         return found
 
     @property
+    def measure_every(self) -> int | None:
+        """Iterations between two measurements of contributions, or None."""
+        return None if self.running is None else max(1, min((self.every or self.per_epoch) // 4, _MEASURE_EVERY))
+
+    @property
     def over(self) -> bool:
         """Whether nothing can go any more, or nothing has to."""
         single = self.prunable.time_steps.num_steps == 1
@@ -160,7 +162,8 @@ class Pruner:
 
     def measuring(self, iteration: int) -> AbstractContextManager[None] | None:
         """In what to take the iteration of this number (from 0), where contributions are measured in it."""
-        if self.running is None or self.measure_every is None or iteration % self.measure_every or self.over:
+        every = self.measure_every
+        if self.running is None or every is None or iteration % every or self.over:
             return None
         return self.running.measuring()
 
@@ -284,6 +287,7 @@ class Pruner:
             raise ValueError("pruning must be as at the start of the run, got another kind of target or criterion")
         if state["target"] is not None:
             self.target = Target(**state["target"])
+            self.every = self.target.every
         if self.running is not None:
             self.running.values, self.running.number = state["contributions"], state["measurements"]
         if self.penalty is not None:

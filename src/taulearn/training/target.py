@@ -72,10 +72,10 @@ class SteeredL1(Penalty):
         return soft_threshold(values, lr * self.weights)
 
     def set(self, alpha: float, positions: Sequence[int]) -> None:
-        """Let alpha act on the steps at these positions and nothing on the others."""
+        """Let alpha act on the steps at these positions, but for a dependent last one, and nothing on the others."""
         self.alpha.fill_(alpha)
         self.weights.zero_()
-        self.weights[list(positions)] = alpha
+        self.weights[[i for i in positions if i < len(self.weights)]] = alpha
 
     def resize_(self, values: Tensor) -> None:
         """Follow a deletion; nothing is penalised until :meth:`set` is called."""

@@ -13,7 +13,7 @@ from ....report import drawing
 from ....report.figures import PALETTE
 from ...results import NotMeasured, Results
 from .measures import GRID, REDUCED, SQUARE, square_points
-from .members import ORDERS, SCHEMES, STEPS, mesh, reduction, setting
+from .members import COARSER, ORDERS, SCHEMES, STEPS, mesh, reduction, setting
 from .quantities import measured, meshes_of
 from .tables import NAMES
 
@@ -140,8 +140,8 @@ def _errors(results: Results, ax: "Axes", size: str, kinds: Sequence[str]) -> No
     """L2 errors over h, one line per treatment, and the finite elements."""
     ns = meshes_of(results)
     h = np.array([measured("h")(results, mesh(n), 0) for n in ns])
-    fem = np.array([measured("l2")(results, mesh(n), 0) for n in ns])
-    ax.plot(h, fem, "o-", color=_FEM, markersize=4, linewidth=1.6, label="FEM (lowest order Nédélec)")
+    line = [[measured(key)(results, mesh(n), 0) for n in (*COARSER, *ns)] for key in ("h", "l2")]
+    ax.plot(*line, "o-", color=_FEM, markersize=4, linewidth=1.6, label="FEM (lowest order Nédélec)")
     for scheme, kind, order in product(SCHEMES, kinds, ORDERS):
         name = setting(size, scheme, kind, order)
         found = [[measured("cube", str(n))(results, name, seed) for n in ns] for seed in results.seeds(name)]

@@ -56,7 +56,7 @@ def measured(*path: str) -> Figure:
 
 
 def meshes_of(results: Results) -> list[int]:
-    """The meshes on which the finite elements are measured, coarse ones first.
+    """The meshes on which networks and finite elements are measured, coarse ones first.
 
     Args:
         results: The records.

@@ -1,0 +1,156 @@
+"""The callback for Trainer of Lightning."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ..optim import group_of
+from ..penalties import Penalty, time_steps_of
+from ..pruning import Pruning
+from ..training.history import History
+from .checkpoints import follow_states, mark_
+from .companion import Companion, model_with_time_steps
+
+try:
+    from lightning.pytorch import Callback
+except ImportError as error:
+    raise ImportError("lightning must be installed for this callback: pip install 'taulearn[lightning]'") from error
+
+
+class TimeStepsCallback(Callback):
+    """Trains and prunes time steps in Lightning: add it to the list of callbacks.
+
+    Penalties enter the gradient before each step of the optimiser, before clipping; the proximal step and the
+    projection onto the constraint follow it. Layers are deleted at the end of an epoch, or every so many steps, in the
+    model and in the optimiser, whose other state stays as it is.
+
+    Checkpoints hold the time steps, the numbers of the layers that are left, and the record: training resumes from them
+    with a module that was built as at the start.
+
+    Args:
+        penalties: Added to the loss; those that need the states of the forward pass are not possible here.
+        pruning: When and which layers are deleted. None: none.
+        progress: Whether deletions are printed.
+
+    Attributes:
+        history: The record: loss, steps and penalties of each iteration, layers of each epoch, deletions.
+
+    Raises:
+        ValueError: If a penalty needs data; when training starts, if the model cannot be pruned, several processes are
+            to prune it, or the module steps its optimisers by hand.
+
+    Example:
+        >>> from taulearn import Pruning
+        >>> from taulearn.penalties import L1
+        >>> callback = TimeStepsCallback(penalties=[L1(0.01, proximal=True)], pruning=Pruning(0.02))
+        >>> callback.history.num_iterations
+        0
+    """
+
+    def __init__(
+        self,
+        penalties: Penalty | Sequence[Penalty] = (),
+        pruning: Pruning | None = None,
+        *,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self._companion = Companion(penalties, pruning, progress=progress)
+        self._following: RemovableHandle | None = None
+        self._training = ExitStack()
+
+    @property
+    def history(self) -> History:
+        """The record so far."""
+        return self._companion.history()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let the model follow a checkpoint that is loaded into it."""
+        if self._following is None:
+            self._following = follow_states(model_with_time_steps(pl_module))
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the model."""
+        if self._following is not None:
+            self._following.remove()
+            self._following = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start beside the optimiser that holds the time steps."""
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "automatic_optimization must be True for this callback, got a module that steps its optimisers by "
+                "hand: use taulearn.optim.register_projection and taulearn.prune in it"
+            )
+        model = model_with_time_steps(pl_module)
+        values = time_steps_of(model).values
+        optimizers = [each for each in trainer.optimizers if group_of(each, values) is not None]
+        if len(optimizers) != 1:
+            raise ValueError(
+                f"configure_optimizers must return one optimiser that holds the time steps, got {len(optimizers)}: "
+                "make it from taulearn.parameter_groups(model, lr)"
+            )
+        self._optimizer = optimizers[0]
+        batches = trainer.estimated_stepping_batches
+        if batches == float("inf"):
+            raise ValueError("max_epochs or max_steps must be set for this callback, got an endless training")
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
+        self._companion.begin(
+            model,
+            self._optimizer,
+            epochs=epochs,
+            per_epoch=-(-int(batches) // epochs),
+            processes=trainer.world_size,
+        )
+        self._training.callback(self._companion.end)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Tell the penalties the epoch."""
+        self._companion.start_epoch(trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Measure, where the policy asks for it."""
+        self._before = self._companion.iteration
+        self._companion.start_iteration()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Add the penalties' gradients."""
+        if optimizer is self._optimizer:
+            self._companion.before_step()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the loss; prune where the policy counts iterations."""
+        if self._companion.iteration > self._before:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            self._companion.after_step(loss if isinstance(loss, Tensor) else None, epoch=trainer.current_epoch + 1)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Prune, where the policy counts epochs."""
+        self._companion.end_epoch(trainer.current_epoch + 1)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the optimiser."""
+        self._training.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the optimiser when training failed, too."""
+        self._training.close()
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Mark the module's state with the layers that are left."""
+        model = model_with_time_steps(pl_module)
+        prefix = next(name for name, part in pl_module.named_modules() if part is model)
+        mark_(model, checkpoint["state_dict"], f"{prefix}." if prefix else "")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record, and how far the policy is."""
+        pruner = self._companion.pruner
+        return {"history": self.history.tensors(), "pruner": None if pruner is None else pruner.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._companion.past = History.from_tensors(state_dict["history"])
+        self._companion.state = state_dict["pruner"]

@@ -1,0 +1,79 @@
+"""A sweep on a Ray cluster; the cluster is embedded, with two workers."""
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from taulearn.experiments import TrainConfig
+from taulearn.experiments.engines.ray import check_answers
+from taulearn.experiments.runner import run_members
+from taulearn.experiments.suite import Member
+
+
+def test_address_that_does_not_answer_is_named_soon():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ConnectionError, match=f"127.0.0.1:{port} did not answer .* `ray start --head`"):
+        check_answers(f"ray://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("address", ["nowhere", "host:port", ":6379", "ray://host"])
+def test_address_that_is_none_is_refused(address):
+    with pytest.raises(ValueError, match="address must be HOST:PORT"):
+        check_answers(address)
+
+
+def test_engine_without_ray_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'taulearn\[ray\]'"):
+        run_members([Member("a", 0, TrainConfig(width=8, epochs=1))], tmp_path, engine="ray")
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*accelerator devices")
+def test_all_members_finish_once_though_a_worker_is_killed_in_the_middle(tmp_path):
+    pytest.importorskip("ray")
+    members = [Member("a", seed, TrainConfig(width=16, epochs=40, seed=seed)) for seed in range(5)]
+    killed, finished = [], []
+
+    def kill_one(event):
+        finished.append(event.member)
+        if not killed:
+            _wait_for(lambda: _busy_workers(tmp_path))
+            killed.append(_busy_workers(tmp_path)[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    outcome = run_members(members, tmp_path, engine="ray", workers=2, on_event=kill_one)
+    assert killed
+    assert sorted(outcome.finished) == sorted(finished) == [member.name for member in members]
+    assert not outcome.failed
+    again = run_members(members, tmp_path, engine="ray", workers=2)
+    assert again.skipped == [member.name for member in members]
+
+
+def _busy_workers(out: Path) -> list[int]:
+    """Processes that hold the lock of a member, whose training has left a checkpoint."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (process / "cmdline").read_bytes()
+            held = [Path(os.readlink(file)) for file in (process / "fd").iterdir()]
+        except OSError:
+            continue
+        locks = [file for file in held if file.name.endswith(".lock") and out in file.parents]
+        trained = [lock.parent / lock.name[1:].removesuffix(".lock") / "checkpoint" for lock in locks]
+        if name.startswith(b"ray::") and any(any(folder.glob("*.safetensors")) for folder in trained):
+            found.append(int(process.name))
+    return found
+
+
+def _wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)

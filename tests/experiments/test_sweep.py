@@ -1,0 +1,142 @@
+"""Sweeps: what a file means, what is refused, what they leave."""
+
+import csv
+import re
+import tomllib
+
+import pytest
+
+from taulearn.cli import main
+from taulearn.experiments.results import Results
+from taulearn.experiments.runner import run_members
+from taulearn.experiments.sweep import load_sweep, make_sweep
+from taulearn.experiments.sweep_results import rows, write_report, write_table
+
+
+def sweep_of(text):
+    return make_sweep("test", tomllib.loads(text))
+
+
+def test_grid_times_list_times_seeds():
+    sweep = sweep_of(
+        """
+        seeds = [3, 5]
+        [base]
+        epochs = 2
+        [grid]
+        l1 = [0.0, 0.1]
+        hidden_layers = [2, 3]
+        [[list]]
+        label = "residual"
+        [[list]]
+        label = "fractional"
+        network = "fractional"
+        gamma = 0.3
+        """
+    )
+    assert len(sweep.members) == 2 * 4 * 2
+    assert sweep.varied == ("label", "l1", "hidden_layers", "network", "gamma")
+    assert {member.seed for member in sweep.members} == {3, 5}
+    first = sweep.members[0]
+    assert first.name == "residual/l1=0.0/hidden_layers=2/seed-3"
+    assert (first.config.epochs, first.config.l1) == (2, 0.0)
+    assert [m.config.gamma for m in sweep.members if m.config.network == "fractional"] == [0.3] * 8
+
+
+def test_values_of_any_kind_make_names():
+    sweep = sweep_of('[grid]\nwidth = [[8, 4], 16]\nconstraint = ["free", "fixed"]\n[base]\nhidden_layers = 2')
+    assert sweep.members[0].setting == "width=8-4/constraint=free"
+    assert sweep.members[0].config.width == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed = 3", "unknown key 'seed': did you mean 'seeds'"),
+        ("[grid]\nhiden_layers = [2]", "unknown setting 'hiden_layers': did you mean 'hidden_layers'"),
+        ("[base]\nseed = 3", "seed must be left out: the sweep decides it"),
+        ("[base]\nrun = 'x'", "run must be left out"),
+        ("[grid]\nl1 = 0.1", "grid.l1 must be a list of values, got 0.1"),
+        ("[grid]\nl1 = []", "grid.l1 must be a list"),
+        ("seeds = 0", "seeds must be a number >= 1"),
+        ("seeds = [1, 1]", "different seeds"),
+        ("seeds = true", "seeds must be a number"),
+        ("list = 3", "one table for each entry"),
+        ("[grid]\nl1 = [0.1, 0.1]", "every training must differ"),
+        (f"seeds = 200\n[grid]\nepochs = {list(range(1, 100))}", "at most 10,000"),
+        ("[grid]\nnetwork = ['resnet', 'densenet']\n[base]\nprune = 0.1", "network=densenet: prune must be left out"),
+        (
+            "[base]\nconstraint = 'fixed'\n[grid]\nl1 = [0.0, 0.1]",
+            "l1=0.1: l1 must be left out with constraint 'fixed'",
+        ),
+        ("[base]\nconstraint = 'dependent'\nhidden_layers = 1", "constraint must not be 'dependent' with one hidden"),
+        ("[grid]\nepochs = [0]", "epochs=0: epochs must be >= 1, got 0"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sweep_of(text)
+
+
+def test_file_that_is_not_there_or_no_toml(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        load_sweep(tmp_path / "a.toml")
+    (tmp_path / "a.toml").write_text("seeds = ")
+    with pytest.raises(ValueError, match="must be a TOML file"):
+        load_sweep(tmp_path / "a.toml")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep")
+    text = "seeds = 2\n[base]\nepochs = 2\nwidth = 8\n[grid]\nhidden_layers = [2, 3]\nlr = [0.05, 1e30]"
+    sweep = sweep_of(text)
+    return sweep, out, run_members(sweep.members, out, engine="serial")
+
+
+def test_table_has_a_row_for_every_member_also_for_those_that_failed(trained, tmp_path, monkeypatch):
+    sweep, out, outcome = trained
+    assert len(outcome.failed) == 4
+    table = rows(sweep, Results(out), outcome.failed)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    file = write_table(table, tmp_path)
+    written = list(csv.DictReader(file.read_text().splitlines()))
+    assert [(row["hidden_layers"], row["lr"], row["seed"]) for row in written[:2]] == [
+        ("2", "0.05", "0"),
+        ("2", "1e+30", "0"),
+    ]
+    assert [row["status"] for row in written].count("failed") == 4
+    history = Results(out).history("hidden_layers=2/lr=0.05", 0)
+    assert float(written[0]["test.accuracy"]) == pytest.approx(history.epochs["validation.accuracy"][-1], abs=1e-6)
+    assert written[0]["layers"] == "2"
+
+
+def test_table_is_parquet_where_it_can_be(trained, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    sweep, out, outcome = trained
+    file = write_table(rows(sweep, Results(out), outcome.failed), tmp_path)
+    assert parquet.read_table(file).num_rows == 8
+
+
+def test_report_lists_every_member_and_draws_what_can_be_drawn(trained):
+    sweep, out, outcome = trained
+    page = write_report(sweep, Results(out), rows(sweep, Results(out), outcome.failed), out).read_text()
+    assert page.count("<tr data-facets") == 8
+    assert page.count("data:image/png") == 2
+    assert "href='hidden_layers=2/lr=0.05/seed-0/report.html'" in page
+    assert "href='hidden_layers=2/lr=1e" not in page
+
+
+def test_command_trains_skips_and_refuses(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "depth.toml").write_text("[base]\nepochs = 1\nwidth = 8\n[grid]\nhidden_layers = [2, 3]")
+    assert main(["sweep", "depth.toml", "--engine", "serial"]) == 0
+    assert "2 trained" in capsys.readouterr().out
+    assert main(["sweep", "depth.toml", "--engine", "serial"]) == 0
+    assert "2 finished before" in capsys.readouterr().out
+    assert main(["sweep", "nowhere.toml"]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+    assert main(["sweep", "depth.toml", "--address", "localhost:1"]) == 2
+    assert "--address must be left out" in capsys.readouterr().err
+    assert main(["sweep", "depth.toml", "--workers", "0"]) == 2
+    assert "--workers must be >= 1" in capsys.readouterr().err

@@ -1,0 +1,152 @@
+"""Early exit: answers of the first confident intermediate output, for fewer and fewer samples."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from taulearn.diagnostics import early_exit
+from taulearn.nn import TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet, resnet_v2
+
+DOUBLE = torch.float64
+BUILDERS: dict[str, Callable[[], TimeVariableNetwork]] = {
+    "feedforward": lambda: feedforward(9, 6, 3, 5, init=1.5, dtype=DOUBLE),
+    "residual": lambda: resnet(9, 6, 3, 5, init=1.0, dtype=DOUBLE),
+    "pad": lambda: resnet(9, [6, 3, 5, 5], 3, 4, init=1.0, dtype=DOUBLE),
+    "dense": lambda: densenet(9, 6, 3, 5, init=1.0, dtype=DOUBLE),
+    "fractional": lambda: fractional_dnn(9, 6, 3, 10, init=1.0, dtype=DOUBLE),
+    "fractional from 0": lambda: fractional_dnn(9, [6, 6, 4], 3, 3, memory_from=0, init=1.0, dtype=DOUBLE),
+    "convolutional": lambda: resnet_v2((2, 2), 3, 1, (4, 6), dtype=DOUBLE),
+}
+SCALES = {"feedforward": 20.0, "pad": 12.0}
+every_network = pytest.mark.parametrize("name", BUILDERS)
+
+
+def make(name: str) -> TimeVariableNetwork:
+    torch.manual_seed(0)
+    network = BUILDERS[name]()
+    with torch.no_grad():
+        for p in network.head.parameters():
+            p *= SCALES.get(name, 8.0)
+    return network
+
+
+def inputs(number: int = 40) -> Tensor:
+    return torch.randn(number, 1, 3, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+
+
+def reference(network: TimeVariableNetwork, x: Tensor, confidence: float, looks: Any) -> tuple[Tensor, list[int]]:
+    """Sample by sample, from the outputs at all depths."""
+    network.eval()
+    with torch.no_grad():
+        outputs = network.intermediate_outputs(x)
+    last, rows, depths = max(outputs), [], []
+    for i in range(len(x)):
+        stops = [k for k in sorted(looks) if k < last and outputs[k][i].softmax(0).max() >= confidence]
+        depths.append(min(stops, default=last))
+        rows.append(outputs[depths[-1]][i])
+    return torch.stack(rows), depths
+
+
+@every_network
+@pytest.mark.parametrize("confidence", [0.4, 0.7, 0.9, 0.999])
+def test_is_the_first_confident_output(name: str, confidence: float) -> None:
+    network, x = make(name), inputs()
+    expected, depths = reference(network, x, confidence, network.intermediate_outputs(x))
+    network.train()
+    found = network.predict(x, confidence)
+    torch.testing.assert_close(found.outputs, expected, rtol=1e-10, atol=1e-10)
+    assert found.depths.tolist() == depths
+    assert found.classes.tolist() == expected.argmax(1).tolist()
+    assert network.training
+
+
+def test_the_cases_tell_something() -> None:
+    depths = {name: len(set(make(name).predict(inputs(), 0.9).depths.tolist())) for name in BUILDERS}
+    assert min(depths.values()) >= 2, depths
+
+
+@pytest.mark.parametrize("name", ["residual", "dense", "fractional", "convolutional"])
+def test_samples_that_are_done_leave_the_batch(name: str) -> None:
+    network, x = make(name), inputs()
+    sizes: list[int] = []
+    for layer in network.layers:
+        layer.register_forward_hook(lambda module, arguments, output: sizes.append(len(output)))
+    depths = network.predict(x, 0.9).depths
+    expected = [int((depths > l).sum()) for l in range(len(network.layers))]
+    assert sizes == [size for size in expected if size > 0]
+    sizes.clear()
+    early = depths <= 2
+    network.predict(x[early], 0.9)
+    assert len(sizes) == int(depths[early].max())
+
+
+@pytest.mark.parametrize("looks", [(2,), (1, 3), (4, 2), (), (5,)], ids=str)
+def test_chosen_depths(looks: tuple[int, ...]) -> None:
+    network, x = make("residual"), inputs()
+    expected, depths = reference(network, x, 0.8, looks)
+    calls: list[int] = []
+    network.head.register_forward_hook(lambda module, arguments, output: calls.append(len(output)))
+    found = network.predict(x, 0.8, depths=looks)
+    assert found.depths.tolist() == depths
+    torch.testing.assert_close(found.outputs, expected, rtol=1e-10, atol=1e-10)
+    assert len(calls) == len({*looks, 5})
+
+
+def test_confidence_one_is_the_whole_network() -> None:
+    network, x = make("residual"), 100 * inputs()
+    found = network.predict(x, 1.0)
+    assert found.depths.tolist() == [5] * len(x)
+    assert torch.equal(found.outputs, network(x))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_small_batches(number: int) -> None:
+    found = make("convolutional").predict(inputs(number), 0.9)
+    assert found.outputs.shape == (number, 3)
+    assert found.depths.shape == (number,)
+
+
+@every_network
+def test_thresholds_tell_what_predict_answers(name: str) -> None:
+    network, x = make(name), inputs()
+    z = torch.arange(len(x)) % 3
+    thresholds = (0.4, 0.7, 0.9, 1.0)
+    table = early_exit(network, x, z, thresholds, batch_size=16)
+    for i, threshold in enumerate(thresholds):
+        found = network.predict(x, threshold)
+        assert table.accuracy[i].item() == pytest.approx((found.classes == z).double().mean().item())
+        assert table.depth[i].item() == pytest.approx(found.depths.double().mean().item())
+    assert table.shares.sum(1).tolist() == pytest.approx([1.0] * 4)
+    assert str(table).splitlines()[0].split() == ["confidence", "accuracy", "mean", "depth", "whole", "depth"]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("confidence", [0.0, -0.5, 1.5, float("nan")], ids=repr)
+    def test_confidence(self, confidence: float) -> None:
+        network, x, z = make("residual"), inputs(), torch.zeros(40, dtype=torch.long)
+        with pytest.raises(ValueError, match=rf"confidence must lie in \(0, 1\], got {confidence!r}: it is a probab"):
+            network.predict(x, confidence)
+        with pytest.raises(ValueError, match=rf"thresholds must lie in \(0, 1\], got {confidence!r}"):
+            early_exit(network, x, z, (0.5, confidence))
+
+    def test_depths(self) -> None:
+        with pytest.raises(ValueError, match=r"depths must be numbers of layers in 1 \.\. 5, got \[0, 7\]"):
+            make("residual").predict(inputs(), 0.9, depths=[7, 2, 0])
+
+    def test_outputs_that_are_no_classes(self) -> None:
+        network = make("convolutional")
+        network.head = torch.nn.Identity()
+        with pytest.raises(
+            ValueError, match=r"outputs must have shape \(batch, classes\) for early exit, got \(40, 6, "
+        ):
+            network.predict(inputs(), 0.9)
+
+    def test_targets(self) -> None:
+        network, x = make("residual"), inputs()
+        with pytest.raises(TypeError, match=r"targets must be class numbers \(batch,\), got torch\.float64"):
+            early_exit(network, x, x)
+        with pytest.raises(ValueError, match="targets must have one entry per sample, got 3 for 40 inputs"):
+            early_exit(network, x, torch.zeros(3, dtype=torch.long))

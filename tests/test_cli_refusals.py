@@ -1,0 +1,111 @@
+"""Command lines and files of settings that do not do: one line each, with the option's name and the remedy."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from taulearn.cli import main
+from taulearn.cli.lines import check_names
+from taulearn.cli.options import UsageError
+
+SMALL = ["--hidden-layers", "2", "--width", "8", "--epochs", "1", "--batch-size", "100"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TAULEARN_DEBUG", raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a command in this process; gives its exit code and errors, and checks that it printed nothing else."""
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return code, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train --hiden-layers 3", "unknown option --hiden-layers: did you mean --hidden-layers?"),
+        ("train --hiden_layers=3", "unknown option --hiden-layers: did you mean --hidden-layers?"),
+        ("train --epoch 3", "unknown option --epoch: did you mean --epochs?"),
+        ("train --no-proximl", "unknown option --no-proximl: did you mean --no-proximal?"),
+        ("train --zzz", "unknown option --zzz: `taulearn train --help` lists them"),
+        ("resume a --lr 3", "unknown option --lr: `taulearn resume --help` lists them"),
+        ("report a --oot b", "unknown option --oot: did you mean --out?"),
+        ("--nonsense", "unknown option --nonsense: `taulearn --help` lists them"),
+        ("trian", "unknown command 'trian': did you mean 'train'?"),
+        ("train --lr", "Missing value for argument '--lr'. Expected 1 values"),
+        ("train --tensorboard yes", "unexpected argument yes"),
+        ("train 3", "unexpected argument 3"),
+        ("data foo", "invalid choice 'foo' for argument 'action'. Expected one of ('list', 'fetch', 'verify')"),
+        ("resume", "Missing from taulearn resume: RUN Folder of the run. (required)"),
+        ("report a --out .", "--out must be a file, got the folder '.': write for instance --out report.html"),
+        ("train --config /", "config must be a TOML file, got '/': it is a folder"),
+    ],
+)
+def test_line_that_is_not_understood_is_answered_in_one(call, tmp_path, line, message):
+    """A misspelled option was answered with a box of ten lines."""
+    assert call(*line.split()) == (2, f"taulearn: error: {message}\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--tau_lr", "--tau-lr", "--tau-lr=0.1", "--no-proximal", "--help"])
+def test_options_in_every_spelling_pass(option):
+    from taulearn.cli.commands import commands
+
+    check_names(["train", option], commands({}))
+    with pytest.raises(UsageError):
+        check_names(["train", option.replace("o", "")], commands({})) if "o" in option else check_names(
+            ["train", option + "x"] if "=" not in option else ["train", "--tau-lrx=1"], commands({})
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data = {a = 1}", r"a.toml: data must be a string, got {'a': 1}"),
+        ('tensorboard = "yes"', r"a.toml: tensorboard must be a boolean, got 'yes'"),
+        ("data = 2020-01-01", r"a.toml: data must be a string, got datetime.date\(2020, 1, 1\)"),
+        (f"epochs = {'9' * 5000}", r"a.toml must be a TOML file: Exceeds the limit .* value has 5000 digits"),
+        ("prune = [1]", r"a.toml: prune must be a number, got \[1\]"),
+    ],
+)
+def test_file_of_settings_of_the_wrong_kind_is_answered_in_one_line(call, tmp_path, text, message):
+    (tmp_path / "a.toml").write_text(text)
+    code, err = call("train", "--config", "a.toml")
+    assert code == 2
+    assert re.fullmatch(rf"taulearn: error: {message}\n", err)
+
+
+def test_settings_of_a_file_that_only_contradict_each_other_may_be_mended_by_options(tmp_path, capsys):
+    (tmp_path / "a.toml").write_text("hidden_layers = 2\nwidth = [8, 8, 8]\n")
+    assert main(["train", "--config", "a.toml", *SMALL, "--run", "b"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "meta"], r"--device must be one that is there, got 'meta' \(it holds no numbers\): .*"),
+        (["--device", "mps"], r"--device must be one that is there, got 'mps' .*"),
+        (["--width", "10000000"], r"--width must be smaller, or --hidden-layers fewer: .*needs at least [\d.e+]+ GiB.*"),
+        (["--run", "/proc/foo"], r"--run must be a folder that can be made and written, got '/proc/foo' .*"),
+        (["--run", "file"], r"--run must be a folder, got the file 'file': choose another name"),
+        (["--run", "file/a"], r"--run must be a folder that can be made and written, got 'file/a' \(Not a dir.*"),
+    ],
+)
+def test_option_that_asks_for_what_there_is_not_is_named(call, tmp_path, options, message):
+    (tmp_path / "file").touch()
+    code, err = call("train", *SMALL, *options)
+    assert code == 1
+    assert re.fullmatch(rf"taulearn: error: {message}\n", err)
+    assert [path.name for path in Path().iterdir()] == ["file"]

@@ -1,0 +1,99 @@
+"""Data that hold NaN or infinity are named with their first sample, not blamed on the learning rate."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from taulearn import fit
+from taulearn.nn import resnet
+from taulearn.training import Diverged
+from taulearn.training.batches import TensorBatches
+from taulearn.training.inspection import bad_tensor_sample
+from training.support import digits, network, run_fit
+
+X, Z = digits()
+
+
+def spoiled(at: int, value: float) -> Tensor:
+    inputs = X.clone()
+    inputs[at:, 0, 3, 3] = value
+    return inputs
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("argument", ["train", "validation"])
+def test_inputs_are_named_with_their_first_bad_sample(argument: str, value: float, tmp_path: Path) -> None:
+    model = network()
+    data = {"train": (X, Z), argument: (spoiled(123, value), Z)}
+    with pytest.raises(ValueError, match=f"{argument} must hold finite numbers, but the inputs of sample 123 hold "):
+        run_fit(model, data["train"], sgd(model), validation=data.get("validation"), run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_targets_are_named() -> None:
+    model, x = resnet(1, 4, 1, 2), torch.linspace(0, 1, 50).unsqueeze(1)
+    targets = x.sin()
+    targets[31] = float("nan")
+    with pytest.raises(ValueError, match="train must hold finite numbers, but the targets of sample 31 hold nan"):
+        fit(model, (x, targets), loss=F.mse_loss, optimizer=sgd(model), epochs=1, progress=False)
+
+
+def test_sums_that_overflow_are_looked_at_again() -> None:
+    large = torch.full((4, 2), 1e308, dtype=torch.float64)
+    assert bad_tensor_sample(TensorBatches(large, torch.zeros(4), 2, 0)) is None
+    many = torch.zeros(2_500_000, 1)
+    many[2_000_003] = float("inf")
+    found = bad_tensor_sample(TensorBatches(many, torch.zeros(len(many)), 2, 0))
+    assert found == "the inputs of sample 2000003 hold inf: mend or drop it"
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_loader_is_searched_when_its_loss_is_no_number(position: int, tmp_path: Path) -> None:
+    """The learning rate was blamed."""
+    model = resnet(1, 4, 1, 2)
+    tensors = [torch.linspace(0, 1, 50).unsqueeze(1) for _ in range(2)]
+    tensors[position][37] = float("nan")
+    loader: Any = DataLoader(TensorDataset(*tensors), batch_size=10)
+    name = ("inputs", "targets")[position]
+    message = rf"not finite from iteration 4 on; the training data are the cause: the {name} of sample 37 hold nan"
+    with pytest.raises(Diverged, match=message) as caught:
+        fit(model, loader, loss=F.mse_loss, optimizer=sgd(model), epochs=2, progress=False, run=tmp_path / "run")
+    assert "learning rate" not in str(caught.value)
+    assert "checkpoint" in str(caught.value)
+
+
+def test_validation_data_of_a_loader_are_searched_before_training() -> None:
+    model = network()
+    loader: Any = DataLoader(TensorDataset(spoiled(44, float("nan")), Z), batch_size=50)
+    with pytest.raises(ValueError, match="validation must hold finite numbers, but the inputs of sample 44 hold nan"):
+        run_fit(model, (X, Z), sgd(model), validation=loader)
+
+
+def test_a_learning_rate_is_still_blamed_where_data_are_sound() -> None:
+    model = network()
+    loader: Any = DataLoader(TensorDataset(X, Z), batch_size=50)
+    with pytest.raises(Diverged, match="Lower the learning rate"):
+        run_fit(model, loader, torch.optim.SGD(model.parameters(), lr=1e30))
+
+
+def test_items_that_are_no_tensors_are_searched_too() -> None:
+    class Items(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, i: int) -> Any:
+            return np.full(64, np.nan if i == 21 else 0.5, dtype=np.float32), i % 10
+
+    model = network()
+    with pytest.raises(Diverged, match="the inputs of sample 21 hold nan"):
+        run_fit(model, Items(), sgd(model))
