@@ -5,7 +5,8 @@
 (c) ``prune`` of a model of 100 million parameters with Adam: seconds, and memory at its peak over that before
 
 Both models of (a) and (b) take turns in one process; given are the ratio of the shortest times and the median of the
-ratios of neighbouring turns. ``python benchmarks/wrapping.py [--repeats 200] [--threads 1]``.
+ratios of neighbouring turns. With one thread the processor's time is taken, which other processes on the machine disturb
+less than that of the clock. ``python benchmarks/wrapping.py [--seconds 20] [--threads 1]``.
 """
 
 import argparse
@@ -102,22 +103,22 @@ def inference(model: nn.Module, batch: int) -> Callable[[], None]:
 
 def compare(first: Callable[[], None], second: Callable[[], None], seconds: float) -> tuple[float, float, float]:
     """Shortest milliseconds of the second; shortest first over shortest second; median of the ratios of neighbours."""
-    times: list[tuple[float, float]] = []
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: list[list[float]] = [[], []]
     for run in (first, second) * 3:
         run()
     gc.disable()
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(times) < 20:
-        pair = []
-        for run in (first, second):
-            start = time.perf_counter()
-            run()
-            pair.append(time.perf_counter() - start)
-        times.append((pair[0], pair[1]))
-        first, second = first, second
+    began = now()
+    while now() - began < seconds or len(times[0]) < 20:
+        order = (0, 1) if len(times[0]) % 2 else (1, 0)
+        for i in order:
+            start = now()
+            (first, second)[i]()
+            times[i].append(now() - start)
     gc.enable()
-    shortest = [min(each) for each in zip(*times, strict=True)]
-    return 1e3 * shortest[1], shortest[0] / shortest[1], statistics.median(a / b for a, b in times)
+    shortest = [min(each) for each in times]
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    return 1e3 * shortest[1], shortest[0] / shortest[1], statistics.median(ratios)
 
 
 def row(*cells: object) -> None:
@@ -184,7 +185,7 @@ def large_deletion() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10.0, help="per comparison")
+    parser.add_argument("--seconds", type=float, default=20.0, help="per comparison")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--large", action="store_true", help="the deletion of (c) alone")
     options = parser.parse_args()

@@ -93,7 +93,7 @@ def test_help_describes_every_option_of_train(call):
 def test_no_command_shows_the_commands(call):
     code, out, _ = call()
     assert code == 0
-    assert re.findall(r"• (\w+)", out) == ["train", "resume", "prune", "report", "data"]
+    assert re.findall(r"• (\w+)", out) == ["train", "resume", "prune", "report", "export", "reproduce", "sweep", "data"]
 
 
 def test_train_tells_what_it_did(call):

@@ -64,10 +64,8 @@ def test_options_in_every_spelling_pass(option):
     from taulearn.cli.commands import commands
 
     check_names(["train", option], commands({}))
-    with pytest.raises(UsageError):
-        check_names(["train", option.replace("o", "")], commands({})) if "o" in option else check_names(
-            ["train", option + "x"] if "=" not in option else ["train", "--tau-lrx=1"], commands({})
-        )
+    with pytest.raises(UsageError, match="unknown option"):
+        check_names(["report", option.replace("help", "hlp")], commands({}))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +95,10 @@ def test_settings_of_a_file_that_only_contradict_each_other_may_be_mended_by_opt
     [
         (["--device", "meta"], r"--device must be one that is there, got 'meta' \(it holds no numbers\): .*"),
         (["--device", "mps"], r"--device must be one that is there, got 'mps' .*"),
-        (["--width", "10000000"], r"--width must be smaller, or --hidden-layers fewer: .*needs at least [\d.e+]+ GiB.*"),
+        (
+            ["--width", "10000000"],
+            r"--width must be smaller, or --hidden-layers fewer: .*at least [\d.e+]+ GiB.*",
+        ),
         (["--run", "/proc/foo"], r"--run must be a folder that can be made and written, got '/proc/foo' .*"),
         (["--run", "file"], r"--run must be a folder, got the file 'file': choose another name"),
         (["--run", "file/a"], r"--run must be a folder that can be made and written, got 'file/a' \(Not a dir.*"),

@@ -56,6 +56,16 @@ def test_maxwell_surrogate() -> None:
     assert float(coarse[3]) == pytest.approx(float(fine[3]), rel=0.05)
 
 
+def test_stage_cost() -> None:
+    output = run("stage_cost.py")
+    left = int(re.findall(r"pruning: (\d+) of 12 layers left", output)[0])
+    assert 2 <= left <= 8
+    accuracy, depth = map(float, re.findall(r"predict: accuracy (\S+), mean depth (\S+)", output)[0])
+    assert accuracy > 0.96
+    assert depth < 2.0
+    assert "2 layers of" in output or "first layer of" in output
+
+
 def test_every_example_is_run() -> None:
     tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
     assert tested == {path.name for path in EXAMPLES.glob("*.py")}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import (
         adjoint as adjoint,
+        calibration as calibration,
         caputo as caputo,
         data as data,
         diagnostics as diagnostics,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .pruning import PruneReport as PruneReport, Pruning as Pruning, contribution as contribution, prune as prune
     from .saving import load_model as load_model, save_model as save_model
     from .training import History as History, fit as fit
+    from .truncation import truncate as truncate
     from .wrapping import unwrap as unwrap, wrap as wrap
 
 __version__ = "0.1.0"
@@ -47,6 +49,7 @@ __all__ = [
     "TimeSteps",
     "__version__",
     "adjoint",
+    "calibration",
     "caputo",
     "contribution",
     "data",
@@ -66,6 +69,7 @@ __all__ = [
     "report",
     "save_model",
     "summary",
+    "truncate",
     "unwrap",
     "wrap",
     "wrapping",
@@ -85,6 +89,7 @@ _HOMES = {
     "prune": ".pruning",
     "save_model": ".saving",
     "summary": ".diagnostics",
+    "truncate": ".truncation",
     "unwrap": ".wrapping",
     "wrap": ".wrapping",
 }

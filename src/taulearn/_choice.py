@@ -113,6 +113,8 @@ def scores_of(
         if criterion != "share":
             raise unknown_name("criterion", criterion, ("power", "share"))
         return None, 1.0
+    if not callable(criterion):
+        raise TypeError(f"criterion must be a name or a function (tau, model) -> scores, got {criterion!r}")
     tau = prunable.time_steps.tau.detach()
     scores = torch.as_tensor(criterion(tau, model)).detach().double()
     if scores.shape != tau.shape or not bool((torch.isfinite(scores) & (scores >= 0)).all()):

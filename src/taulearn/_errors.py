@@ -48,3 +48,16 @@ def positive_integer(argument: str, value: SupportsIndex, why: str = "") -> int:
     if isinstance(number, bool) or number < 1:
         raise ValueError(f"{argument} must be an integer >= 1, got {value!r}" + (f": {why}" if why else ""))
     return int(number)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value can be compared with numbers: Python's and numpy's numbers, tensors of one element.
+
+    Args:
+        value: What was given.
+
+    Example:
+        >>> is_number(0.5), is_number("0.5"), is_number(None)
+        (True, False, False)
+    """
+    return hasattr(value, "__float__")

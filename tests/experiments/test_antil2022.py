@@ -118,6 +118,7 @@ class TestMeasures:
         assert row["after"]["near_zero"] == pytest.approx(row["before"], rel=1e-2)
         assert row["after"]["paper"] != pytest.approx(row["before"], rel=1e-3)
         assert row["further"]["whole"] < row["before"]
+        assert row["shown"] == "near_zero"
         assert load_model(run / measures.REDUCED).time_steps.origin == (0, 1, 4)
 
 
@@ -206,6 +207,7 @@ def article(out: Path, seeds: int = 3) -> Results:
             row = {
                 "tau": [0.9, 0.01, 0.5, 0.02, 0.0],
                 "near_zero": [1, 3, 4],
+                "shown": "near_zero",
                 "before": 0.07,
                 "after": {"near_zero": 0.07, "paper": 0.07, "smallest": 0.07},
                 "further": {"whole": 0.06, "near_zero": 0.06, "paper": 0.06},

@@ -62,7 +62,7 @@ def _busy_workers(out: Path) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             name = (process / "cmdline").read_bytes()
-            held = [Path(os.readlink(file)) for file in (process / "fd").iterdir()]
+            held = [file.readlink() for file in (process / "fd").iterdir()]
         except OSError:
             continue
         locks = [file for file in held if file.name.endswith(".lock") and out in file.parents]

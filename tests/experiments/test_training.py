@@ -136,7 +136,10 @@ def test_threads_are_put_back(tmp_path):
         ({"device": "tpu"}, r"^device must be one that is there, got 'tpu' \(torch knows no such device\)"),
         ({"device": "meta"}, r"^device must be one that is there, got 'meta' \(it holds no numbers\)"),
         ({"device": "mps"}, r"^device must be one that is there, got 'mps' \(.*\): cpu"),
-        ({"width": 10**7}, r"^width must be smaller.* width = 10000000 and hidden_layers = 4 the network has 3.00e\+14"),
+        (
+            {"width": 10**7},
+            r"^width must be smaller.* width = 10000000 and hidden_layers = 4 the network has 3.00e\+14",
+        ),
         ({"width": 10**30}, r"^width must be smaller.* needs at least .*e\+\d+ GiB, of which [\d.]+ GiB are free on"),
         ({"hidden_layers": 100_000, "width": 10_000}, r"^width must be smaller, or hidden_layers fewer"),
         ({"constraint": "simplex", "init": 0.1}, r"^init must sum to horizon"),
@@ -218,7 +221,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path, place):
 
 def test_default_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "runs").touch()
-    with pytest.raises(NotADirectoryError, match="run must be given, because 'runs' is a file"):
+    with pytest.raises(NotADirectoryError, match=r"run must be given, because the folder 'runs/.*\(Not a directory\)"):
         train(small("x").model_copy(update={"run": None}), progress=False)
 
 

@@ -34,7 +34,7 @@ def train_both_ways(path, some):
         {"network": "fractional", "constraint": "dependent"},
         {"constraint": "simplex"},
         {"constraint": "fixed"},
-        {"l1": 0.1, "proximal": True, "compile": "always", "hidden_layers": 2},
+        pytest.param({"l1": 0.1, "proximal": True, "compile": "always"}, marks=pytest.mark.long),
     ],
     ids=["penalties", "fractional", "simplex", "fixed", "compiled"],
 )
@@ -63,9 +63,8 @@ def test_pruned_members_are_regrouped_and_go_on(tmp_path, every):
 
 
 def test_learning_rates_differ_within_a_group(tmp_path):
-    slow, fast = (
-        Member(name, 0, TrainConfig(width=8, epochs=1, lr=lr)) for name, lr in (("slow", 0.01), ("fast", 0.2))
-    )
+    rates = {"slow": 0.01, "fast": 0.2}
+    slow, fast = (Member(name, 0, TrainConfig(width=8, epochs=1, lr=lr)) for name, lr in rates.items())
     assert len(grouped([slow, fast])) == 1
     for engine in ("serial", "vmap"):
         run_members([slow, fast], tmp_path / engine, engine=engine)

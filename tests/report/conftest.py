@@ -1,5 +1,7 @@
-"""Synthetic records for the pictures: what a run leaves behind, made up without training."""
+"""Synthetic records for the pictures: what a run leaves behind, made up without training; and a browser to look at."""
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +10,18 @@ import numpy as np
 import pytest
 
 from taulearn.training.history import Deletion, History
+
+ARGUMENTS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--window-size=1280,1000",
+)
 
 
 @dataclass(frozen=True)
@@ -85,3 +99,24 @@ def make_run() -> Callable[..., NamedRun]:
         return NamedRun(name, record or make_record(), config, {"torch": "2.13.0"}, decisions)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    driver_path = shutil.which("chromedriver")
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    if driver_path is None or binary is None:
+        reason = "chromium and chromedriver are needed (Debian: apt-get install chromium chromium-driver)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
+    yield driver
+    driver.quit()

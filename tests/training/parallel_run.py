@@ -1,9 +1,12 @@
-"""One process of a data parallel training: torchrun --nproc-per-node 2 -m training.parallel_run FOLDER NAME.
+"""One process of a data parallel training: torchrun --nproc-per-node 2 -m training.parallel_run FOLDER NAME ...
 
-NAME says which of the functions below to run; each leaves ``FOLDER/RANK.safetensors`` with what the tests look at.
+Each NAME is one of the functions below. It leaves in FOLDER/NAME what the tests look at: RANK.safetensors with the
+record and all tensors, or RANK.error with the error that it ended with.
 """
 
 import os
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +21,7 @@ import taulearn
 from taulearn import Pruning, parameter_groups
 from taulearn.files import write_tensors
 from taulearn.penalties import L1
-from taulearn.training import EpochEnd, History
+from taulearn.training import EpochEnd, History, Interrupted
 from training.support import digits, network, run_fit
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -131,7 +134,61 @@ def other_arguments(folder: Path) -> None:
 
 
 def odd_batch(folder: Path) -> None:
-    train(folder, batch_size=41)
+    train(folder, batch_size=41, run=folder / "run")
+
+
+def wrapped_in_ddp(folder: Path) -> None:
+    """What fit and prune say to a live DistributedDataParallel, and what a stale one says after a deletion."""
+    torch.distributed.is_initialized() or torch.distributed.init_process_group("gloo")
+    model, optimizer = model_and_optimizer()
+    wrapper = nn.parallel.DistributedDataParallel(model)
+    inputs, targets = digits(20, torch.float64)
+    said = []
+    for act in (
+        lambda: taulearn.prune(wrapper, keep=[0, 1, 2]),
+        lambda: run_fit(wrapper, (inputs, targets), optimizer),
+        lambda: taulearn.prune(model, keep=[0, 1, 2], optimizer=optimizer) and wrapper(inputs),
+    ):
+        try:
+            act()
+        except (TypeError, RuntimeError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    nn.parallel.DistributedDataParallel(model)(inputs).sum().backward()
+    (folder / f"{RANK}.said").write_text("\n".join(said))
+
+
+def sharded(folder: Path) -> None:
+    """What prune says to a model that fully_shard sharded, and that the remedy works."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.is_initialized() or torch.distributed.init_process_group("gloo")
+    model, _ = model_and_optimizer()
+    inputs, _ = digits(20, torch.float64)
+    before = model(inputs).detach()
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    torch.testing.assert_close(model(inputs).detach(), before)
+    said = []
+    for act in (
+        lambda: taulearn.prune(model, keep=[0, 1, 2]),
+        lambda: run_fit(model, digits(20, torch.float64), torch.optim.SGD(model.parameters(), lr=0.1)),
+    ):
+        try:
+            act()
+        except ValueError as error:
+            said.append(str(error))
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    fresh, optimizer = model_and_optimizer()
+    fresh.load_state_dict(weights if RANK == 0 else fresh.state_dict())
+    taulearn.prune(fresh, keep=[0, 2, 6], optimizer=optimizer)
+    pruned = fresh(inputs).detach()
+    fully_shard(fresh)
+    torch.testing.assert_close(fresh(inputs).detach(), pruned)
+    fresh(inputs).sum().backward()
+    torch.optim.SGD(fresh.parameters(), lr=0.1).step()
+    (folder / f"{RANK}.said").write_text("\n".join(said))
 
 
 def dropout(folder: Path) -> None:
@@ -146,13 +203,12 @@ def dropout(folder: Path) -> None:
 
 
 def meddling(folder: Path) -> None:
-    """A callback changes a time step on rank 1 alone, by as little as it can."""
+    """A callback changes a time step on rank 1 alone, by very little."""
 
     def meddle(end: EpochEnd) -> None:
         if end.epoch == 2 and RANK == 1:
-            values = end.model.time_steps.values
             with torch.no_grad():
-                values[0] = torch.nextafter(values[0], values[0] + 1)
+                end.model.time_steps.values[0] += 1e-12
 
     train(folder, callbacks=[meddle])
 
@@ -189,20 +245,56 @@ def failing_first(folder: Path) -> None:
     train(folder, callbacks=[fail], run=folder / "run")
 
 
-def endless(folder: Path) -> None:
-    """Trains with checkpoints until it is killed, and writes its process number."""
-    (folder / f"pid-{RANK}").write_text(str(os.getpid()))
-    train(folder, epochs=100_000, run=folder / "run", callbacks=[lambda end: time.sleep(0.02)])
+def undisturbed(folder: Path) -> None:
+    """What :func:`killed` and :func:`gone_on` amount to without the kill."""
+    train(folder, run=folder / "run")
 
 
-def resumed(folder: Path) -> None:
-    """The run of :func:`interrupted`, gone on with to its end."""
-    train(folder, epochs=10, run=folder / "run", resume=True, callbacks=[])
+def killed(folder: Path) -> None:
+    """Rank 1 dies in the fifth epoch, and leaves the time."""
+
+    def kill(end: EpochEnd) -> None:
+        if end.epoch == 5 and RANK == 1:
+            (folder / "killed").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(folder, run=folder / "run", callbacks=[kill])
 
 
-def started(folder: Path) -> None:
-    """The first four epochs of the same."""
-    train(folder, epochs=4, run=folder / "run")
+def gone_on(folder: Path) -> None:
+    """The run of :func:`killed`, to its end."""
+    run = folder.parent / "killed" / "run"
+    shutil.copytree(run, folder / "run", dirs_exist_ok=True)
+    train(folder, run=folder / "run", resume=True)
+
+
+def hanging(folder: Path) -> None:
+    """Rank 1 stops answering in the fifth epoch."""
+
+    def hang(end: EpochEnd) -> None:
+        if end.epoch == 5 and RANK == 1:
+            (folder / "killed").write_text(str(time.time()))
+            end.model.register_forward_pre_hook(lambda *_: time.sleep(300))
+
+    train(folder, callbacks=[hang])
+
+
+def interrupted(folder: Path) -> None:
+    """Rank 1 alone is interrupted in the fifth epoch."""
+
+    def interrupt(end: EpochEnd) -> None:
+        if end.epoch == 5 and RANK == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    try:
+        train(folder, run=folder / "run", callbacks=[interrupt])
+    except Interrupted as error:
+        raise RuntimeError(str(error)) from error
+
+
+def compiled(folder: Path) -> None:
+    """Compiled steps average their gradients, too."""
+    train(folder, compile="always", epochs=3)
 
 
 def target(folder: Path) -> None:
@@ -228,6 +320,18 @@ def batch_norm(folder: Path) -> None:
     leave(folder, model, history)
 
 
+def main(folder: Path, names: list[str]) -> None:
+    """Run the functions of these names, one after the other."""
+    for name in names:
+        (folder / name).mkdir(exist_ok=True, parents=True)
+        try:
+            globals()[name](folder / name)
+        except Exception as error:
+            (folder / name / f"{RANK}.error").write_text(f"{type(error).__name__}: {error}")
+            if len(names) == 1:
+                raise
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    globals()[sys.argv[2]](Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -11,10 +11,10 @@ from taulearn.training import Run
 from training.support import Crash, assert_same_weights, crash_after, digits, network, run_fit
 
 
-def fit_into(folder: Path, compile: str, **options: Any) -> nn.Module:
+def fit_into(folder: Path, how: str, **options: Any) -> nn.Module:
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    run_fit(model, digits(), optimizer, compile=compile, run=folder, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    run_fit(model, digits(), optimizer, compile=how, run=folder, **options)
     return model
 
 

@@ -91,7 +91,7 @@ def test_another_order_of_the_derivative_is_refused(tmp_path: Path) -> None:
 
 def test_two_changes_are_both_named(tmp_path: Path) -> None:
     start(tmp_path / "run", penalties=[ElasticNet(0.1)])
-    with pytest.raises(ValueError, match="accumulate must be 1 .*; penalties must be .*: resume with the same"):
+    with pytest.raises(ValueError, match=r"accumulate must be 1 .*; penalties must be .*: resume with the same"):
         start(tmp_path / "run", resume=True, accumulate=2)
 
 

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from .commands import parse
     from .options import UsageError
-    from .output import complain
+    from .output import complain, follower
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         complain("warning", message)
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         run = getattr(interruption, "run", None)
         remedy = f": go on with `taulearn resume {run.path}`" if run is not None else ""
-        sys.stderr.write(f"taulearn: interrupted{remedy}\n")
+        if not follower():
+            sys.stderr.write(f"taulearn: interrupted{remedy}\n")
         return 130
     except BrokenPipeError:
         # Whoever read our output has gone; the interpreter must not try to flush what is left.

@@ -14,7 +14,8 @@ import tyro
 from .options import UsageError
 
 _OWN = ("help", "tyro-print-completion", "tyro-write-completion")
-_FRAME = str.maketrans(dict.fromkeys("╭╮╰╯│┃┏┓┗┛━─┄", " "))
+_SIDES, _RULES = "│┃| ", "─━╰╯-+"
+"""What tyro draws boxes with, in ASCII too where the terminal has nothing else."""
 
 
 def check_names(argv: Sequence[str], commands: Mapping[str, type]) -> None:
@@ -80,10 +81,14 @@ def _condensed(box: str) -> str:
         >>> _condensed("╭─ Missing ─╮\n│ No value. │\n│ ───────── │\n│ See help  │\n╰───────────╯")
         'No value'
     """
-    lines = box.splitlines()
-    body = [line for line in lines[1:] if line.strip()]
-    end = next((i for i, line in enumerate(body) if set(line.strip("│┃ ")) <= set("─━")), len(body))
-    text = " ".join(" ".join(body[:end]).translate(_FRAME).split()).rstrip(".:")
+    text = ""
+    for line in box.splitlines()[1:]:
+        inside = line.strip(_SIDES)
+        if not set(inside) <= set(_RULES):
+            text += f" {inside}"
+        elif text:
+            break
+    text = " ".join(text.split()).rstrip(".:")
     return text.replace("Unrecognized options:", "unexpected argument") or "not understood: `taulearn --help`"
 
 

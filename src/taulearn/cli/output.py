@@ -1,5 +1,6 @@
 """What the commands print."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -9,15 +10,24 @@ if TYPE_CHECKING:
     from ..training import Run
 
 
+def follower() -> int:
+    """The number of this process where torchrun started several, 0 for the one that speaks for all."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return 0 if alone else int(os.environ.get("RANK", "0"))
+
+
 def say(text: object) -> None:
     """A line on standard output."""
+    if follower():
+        return
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def complain(kind: str, text: object) -> None:
     """A line on standard error, whatever the text contains."""
-    sys.stderr.write(f"taulearn: {kind}: {' '.join(str(text).split())}\n")
+    who = f" (rank {follower()})" if follower() else ""
+    sys.stderr.write(f"taulearn{who}: {kind}: {' '.join(str(text).split())}\n")
     sys.stderr.flush()
 
 

@@ -65,6 +65,8 @@ class Reproduce:
             if (number := getattr(self, kind)) is not None and number not in known:
                 raise UsageError(f"--{kind} must be one of {', '.join(known) or 'none'}, got {number!r}")
         out = Path(self.out or f"results/{self.suite}{'-quick' * self.quick}")
+        if self.train and out.is_file():
+            raise UsageError(f"--out must be a folder, got the file {str(out)!r}: --no-train judges kept records")
         numbers = [number for number in (self.figure, self.table) if number is not None]
         if self.train:
             self._train(suite, suite.needed(suite.members(self.quick, self.seeds), numbers), out)
@@ -84,7 +86,7 @@ class Reproduce:
 
         results = Results(out)
         if self.figure is not None:
-            files, missing = draw(suite, results, out / "figures", self.figure)
+            files, missing = draw(suite, results, _folder(out) / "figures", self.figure)
             say(f"figure {self.figure}: {files[0] if files else missing[self.figure]}")
         if self.table is not None:
             say(tabulate(suite, results, self.table)[self.table].rstrip())
@@ -95,7 +97,7 @@ class Reproduce:
         from ..experiments.results import Results
 
         results = Results(out)
-        folder = out if out.is_dir() or not out.exists() else out.parent
+        folder = _folder(out)
         folder.mkdir(parents=True, exist_ok=True)
         judged = judge(suite, results)
         write_claims(judged, folder)
@@ -114,6 +116,11 @@ class Reproduce:
             files = keep(suite, results, judged, self.keep)
             say(f"kept: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e3:,.0f} kB in {self.keep}")
         say(f"verdicts: {folder / 'claims.md'}, .csv, .json\nreport: {report}")
+
+
+def _folder(out: Path) -> Path:
+    """Where results are written: the suite's folder, or that of the file of kept records."""
+    return out.parent if out.is_file() else out
 
 
 def train_members(

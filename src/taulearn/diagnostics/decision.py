@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._deletion import prunable_of
+from ..calibration import recalibrate_
 from ..nn.network import TimeVariableNetwork
 from ..pruning import PruneReport, prune
 from ..truncation import truncate
@@ -46,19 +47,25 @@ class DepthDecision:
 
     def __str__(self) -> str:
         number = len(self.profile.layers)
-        which = f"layers {', '.join(map(str, self.keep))}" if self.by_stage else f"the first {len(self.keep)} layers"
+        first = f"the first {len(self.keep)} layers" if len(self.keep) > 1 else "the first layer"
+        which = f"layers {', '.join(map(str, self.keep))}" if self.by_stage else first
         return f"{which} of {number}: {self.figure} {self.whole:.4f} -> {self.reached:.4f}"
 
-    def apply_(self, model: nn.Module) -> PruneReport:
+    def apply_(self, model: nn.Module, calibration: Tensor | None = None) -> PruneReport:
         """Cut a model so.
 
         Args:
             model: The model that was looked at.
+            calibration: What :func:`choose_layers` was given.
 
         Returns:
             What was deleted.
         """
-        return prune(model, keep=self.keep) if self.by_stage else truncate(model, len(self.keep))
+        report = prune(model, keep=self.keep) if self.by_stage else truncate(model, len(self.keep))
+        if report and calibration is not None:
+            within = None if self.by_stage else getattr(model, "head", None)
+            recalibrate_(model, calibration, within=within)
+        return report
 
 
 def choose_layers(
@@ -69,6 +76,7 @@ def choose_layers(
     *,
     tolerance: float = 0.002,
     by_stage: bool = False,
+    calibration: Tensor | None = None,
     example_inputs: Any = None,
     batch_size: int = 250,
 ) -> DepthDecision:
@@ -82,6 +90,7 @@ def choose_layers(
         tolerance: Loss of accuracy that is allowed, 0.002 being 0.2 points; without classes the share by which the loss
             may grow.
         by_stage: Whether each stage is cut on its own: its first layers stay, and so do all stages.
+        calibration: As for :func:`~taulearn.diagnostics.depth_profile`; by stage all normalisations get new statistics.
         example_inputs: For the times in the profile. None: nothing is timed.
         batch_size: Samples at a time.
 
@@ -100,7 +109,15 @@ def choose_layers(
         >>> len(choose_layers(network, x, z, cross_entropy, tolerance=0.0).keep) <= 2
         True
     """
-    profile = depth_profile(network, inputs, targets, loss, example_inputs=example_inputs, batch_size=batch_size)
+    profile = depth_profile(
+        network,
+        inputs,
+        targets,
+        loss,
+        calibration=calibration,
+        example_inputs=example_inputs,
+        batch_size=batch_size,
+    )
     figures = profile.loss if profile.accuracy is None else profile.accuracy
     name = "loss" if profile.accuracy is None else "accuracy"
     whole = float(figures[-1])
@@ -112,6 +129,8 @@ def choose_layers(
     def figure(keep: list[int]) -> float:
         pruned = copy.deepcopy(network)
         prune(pruned, keep=keep)
+        if calibration is not None:
+            recalibrate_(pruned, calibration)
         return _figure(pruned, inputs, targets, loss, batch_size, accuracy=profile.accuracy is not None)
 
     kept, reached = [list(stage) for stage in stages_of(network)], whole

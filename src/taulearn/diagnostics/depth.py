@@ -6,7 +6,7 @@ References:
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .._calls import milliseconds
 from .._stages import check_has_stages, forward_with_states, stage_outputs
 from .._table import format_table
+from ..calibration import Statistics, statistics_of, using
 from ..nn.early_exit import tail_of
 from ..nn.network import TimeVariableNetwork
 from ..penalties import time_steps_of
@@ -125,6 +126,7 @@ def depth_profile(
     targets: Tensor,
     loss: Loss,
     *,
+    calibration: Tensor | None = None,
     example_inputs: Any = None,
     batch_size: int = 250,
 ) -> DepthProfile:
@@ -138,6 +140,10 @@ def depth_profile(
         inputs: (batch, ...).
         targets: Class numbers (batch,), for which the accuracy is computed too, or anything ``loss`` takes.
         loss: Maps (output, target) to a scalar, a mean over the batch.
+        calibration: Inputs of some hundreds of training samples, on which batch normalisation in skips and head gets
+            statistics of its own for each depth, as a network that was cut there would
+            (:func:`taulearn.calibration.recalibrate_`). None: the running statistics, which are those of the last
+            state. Not for wrapped models.
         example_inputs: A batch on which forward passes of every cut network are timed. None: nothing is timed.
         batch_size: Samples at a time, which bounds memory: all states of a batch are there at once.
 
@@ -146,7 +152,8 @@ def depth_profile(
 
     Raises:
         TypeError: If ``network`` is neither.
-        ValueError: If inputs and targets have different numbers of samples, or the loss is not a scalar.
+        ValueError: If inputs and targets have different numbers of samples, the loss is not a scalar, or a wrapped
+            model is to be calibrated.
 
     References:
         Püttschneider, Heilig, Fischer, Faulwasser (2025), for the intermediate outputs.
@@ -166,9 +173,15 @@ def depth_profile(
     classes = targets.ndim == 1 and not targets.is_floating_point()
     depths: tuple[int, ...] = ()
     sums = [torch.zeros(())] * 4
+    if calibration is not None and not isinstance(network, TimeVariableNetwork):
+        raise ValueError(
+            "calibration must be None for a wrapped model, whose normalisations cannot be told from those of its "
+            "blocks; cut it and call taulearn.calibration.recalibrate_"
+        )
     with evaluation(network), torch.no_grad():
+        own = {} if calibration is None else _own_statistics(network, calibration)
         for x, z in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-            outputs, states, added = _pass(network, x)
+            outputs, states, added = _pass(network, x, own)
             depths = tuple(outputs)
             losses = torch.stack([_scalar(loss(output, z)) for output in outputs.values()]) * len(x)
             right = torch.stack([(y.argmax(1) == z).double().sum() for y in outputs.values()]) if classes else losses
@@ -188,7 +201,17 @@ def depth_profile(
     )
 
 
-def _pass(network: nn.Module, x: Tensor) -> tuple[dict[int, Tensor], list[Tensor], list[Tensor]]:
+def _own_statistics(network: nn.Module, x: Tensor) -> dict[int, list[Statistics]]:
+    """For each depth the statistics of the normalisations behind it."""
+    assert isinstance(network, TimeVariableNetwork)
+    states = network.states(x, initial=True)
+    first = 0 if network.skips.from_input else 1
+    return {k: statistics_of(tail_of(network, k), states[k]) for k in range(first, len(states))}
+
+
+def _pass(
+    network: nn.Module, x: Tensor, own: Mapping[int, Sequence[Statistics]]
+) -> tuple[dict[int, Tensor], list[Tensor], list[Tensor]]:
     """Outputs yhat_k, states y_1 .. y_N, and what each layer adds."""
     number = time_steps_of(network).num_steps
     if not isinstance(network, TimeVariableNetwork):
@@ -204,7 +227,13 @@ def _pass(network: nn.Module, x: Tensor) -> tuple[dict[int, Tensor], list[Tensor
         power = network.scheme.step_power
         factors = network.time_steps.tau.abs() ** power * math.gamma(2.0 - power)
         added = [factors[l].to(values[l].dtype) * values[l] for l in range(number)]
-    outputs = {**stage_outputs(network, x, states), number: output}
+    if isinstance(network, TimeVariableNetwork) and any(own.values()):
+        outputs = {}
+        for k in own:
+            with using(own[k]):
+                outputs[k] = nn.Sequential(*tail_of(network, k))(states[k - number - 1])
+    else:
+        outputs = {**stage_outputs(network, x, states), number: output}
     return outputs, states[-number:], added
 
 

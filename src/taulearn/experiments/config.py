@@ -100,8 +100,12 @@ class TrainConfig(BaseModel):
     proximal: bool = Field(
         False, description="Apply l1 as a proximal step, which reaches zero, instead of a subgradient."
     )
+    l2: float = Field(0.0, ge=0, description="Weight of the squared norm of the time steps; drives none to zero.")
     elastic_net: float = Field(0.0, ge=0, description="Weight of the elastic net penalty on the time steps.")
     weight_elastic_net: float = Field(0.0, ge=0, description="Weight of the elastic net penalty on weights and biases.")
+    group_lasso: float = Field(
+        0.0, ge=0, description="Weight of the group lasso, a norm of the weights and biases of each layer."
+    )
     time_horizon: float = Field(
         0.0, ge=0, description="Weight of the penalty that draws the sum of the time steps to the horizon."
     )

@@ -128,7 +128,7 @@ def _without_effect(config: "TrainConfig") -> Iterator[str]:
     if config.skips == "learned" and len(set(config.widths)) == 1:
         yield "skips must be left out where all hidden layers have one width: there is no map to learn"
     if config.constraint == "fixed":
-        for name in ("l1", "elastic_net", "time_horizon", "tau_lr", "prune", "prune_blocks"):
+        for name in ("l1", "l2", "elastic_net", "time_horizon", "tau_lr", "prune", "prune_blocks"):
             if getattr(config, name):
                 yield f"{name} must be left out with constraint 'fixed', in which the steps do not change; {free}"
     if config.constraint == "simplex":

@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,10 @@ def _train(config: TrainConfig, folder: Path, report: Callable[[int], None]) -> 
             raise ValueError(
                 f"{folder} holds a training with other settings: choose another folder (--out), or delete this one"
             )
-        return resume(folder, progress=False, callbacks=callbacks).test
+        try:
+            return resume(folder, progress=False, callbacks=callbacks).test
+        except ValueError as error:
+            warnings.warn(f"{folder} is trained anew: its checkpoints cannot be gone on with ({error})", stacklevel=2)
     return train(own, progress=False, callbacks=callbacks).test
 
 

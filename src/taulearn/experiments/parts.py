@@ -244,9 +244,11 @@ def make_penalties(config: TrainConfig, loss: Loss | None = None) -> list[penalt
     """
     weighted: list[tuple[float, Callable[[float], penalties.Penalty]]] = [
         (config.l1, lambda weight: penalties.L1(weight, config.proximal)),
+        (config.l2, penalties.L2),
         (config.elastic_net, penalties.ElasticNet),
         (config.time_horizon, lambda weight: penalties.TimeHorizon(weight=weight)),
         (config.weight_elastic_net, penalties.WeightElasticNet),
+        (config.group_lasso, penalties.GroupLasso),
         (config.bias_ordering, penalties.BiasOrdering),
     ]
     found = [make(weight) for weight, make in weighted if weight]

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from ..calibration import norms_in, recalibrate_
 from ..diagnostics.decision import DepthDecision, choose_layers
 from ..nn.network import TimeVariableNetwork
 from ..pruning import PruneReport, prune, shares
@@ -21,6 +22,9 @@ from .training import settings_of
 
 _TIMED = 50
 """Samples in a timed forward pass."""
+
+_CALIBRATION = 500
+"""Training samples on which batch normalisation gets new statistics."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ def cut_run(
 ) -> Cut:
     """Cut the network that a run left after its first layers, and save it elsewhere if anything went.
 
+    Batch normalisation gets new statistics on training data, those behind the cut for a cut of the whole.
+
     Args:
         run: The run's folder.
         out: Folder for the cut network.
@@ -149,8 +155,10 @@ def cut_run(
     loss = parts.make_loss(config, classes=splits.classes is not None)[1]
     before = evaluate(model, tuple(splits.test), loss=loss)
     decision = None
+    dtype = model.time_steps.values.dtype
+    seen = as_float(splits.train.inputs[:_CALIBRATION], dtype) if norms_in([model]) else None
     if depth == "auto":
-        values = as_float(splits.validation.inputs, model.time_steps.values.dtype)
+        values = as_float(splits.validation.inputs, dtype)
         decision = choose_layers(
             model,
             values,
@@ -158,11 +166,14 @@ def cut_run(
             loss,
             tolerance=tolerance,
             by_stage=by_stage,
+            calibration=seen,
             example_inputs=values[:_TIMED],
         )
-        report = decision.apply_(model)
+        report = decision.apply_(model, seen)
     else:
         report = truncate(model, depth)
+        if report and seen is not None:
+            recalibrate_(model, seen, within=model.head)
     after = evaluate(model, tuple(splits.test), loss=loss)
     if report:
         save_model(model, out)

@@ -19,6 +19,7 @@ from ..nn.network import TimeVariableNetwork
 from ..report import write_html
 from ..saving import save_model
 from ..training import EpochEnd, History, Run, evaluate, fit
+from ..training.parallel import check_batch_size, joined, open_alike
 from ..training.thinning import thinned
 from . import parts
 from .config import TrainConfig, explain
@@ -177,15 +178,16 @@ def _train(
     progress: bool,
     callbacks: Sequence[Callable[[EpochEnd], None]],
 ) -> Result:
-    with _threads(config.threads):
+    with _threads(config.threads), joined() as ranks, ranks:
         device = parts.make_device(config)
-        splits = parts.load_splits(config)
+        splits = ranks.in_turn(lambda: parts.load_splits(config))
         torch.manual_seed(config.seed)
         check_memory(config, *parts.features(splits), device)
         model = parts.make_network(config, splits).to(device)
         loss_name, loss = parts.make_loss(config, classes=splits.classes is not None)
         optimizer = parts.make_optimizer(config, model)
         batch_size = parts.batch_size(config, len(splits.train.inputs))
+        check_batch_size(ranks, batch_size, len(splits.train.inputs))
         iterations = config.epochs * -(-len(splits.train.inputs) // batch_size)
         scheduler = parts.make_scheduler(config, optimizer, iterations)
         if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -194,12 +196,20 @@ def _train(
         if config.average_weights:
             averaged = AveragedModel(model, multi_avg_fn=_average_)
 
-        run = make_run()
         decisions = {"device": device, "loss": loss_name, "batch_size": batch_size}
-        for name, decision in decisions.items():
-            if getattr(config, name) == "auto":
-                run.decide(name, str(decision))
-        run.decide("validation", "the test data" if splits.validation is splits.test else "the validation data")
+        chosen = {name: str(value) for name, value in decisions.items() if getattr(config, name) == "auto"}
+        chosen["validation"] = "the test data" if splits.validation is splits.test else "the validation data"
+        if ranks.size > 1:
+            chosen["processes"] = str(ranks.size)
+
+        def begin() -> Run:
+            begun = make_run()
+            for name, decision in chosen.items():
+                begun.decide(name, decision)
+            return begun
+
+        run = open_alike(ranks, begin)
+        assert run is not None
         history = fit(
             model,
             tuple(splits.train),
@@ -226,18 +236,23 @@ def _train(
         )
         if config.trace == "thinned":
             history = thinned(history)
-        if resume or config.trace == "thinned":
-            # A run that had ended is not trained on, and its record may be what was damaged.
-            history.save(run.history_path)
         result: nn.Module = model
         if averaged is not None:
             result = averaged.module
         if config.as_published:
             make_ordinary_(cast(TimeVariableNetwork, result))
-        if averaged is not None or config.as_published:
-            save_model(result, run.path)
-        test = evaluate(result, tuple(splits.test), loss=loss)
-    write_html(run, run.report_path)
+
+        def finish() -> dict[str, float]:
+            if resume or config.trace == "thinned":
+                # A run that had ended is not trained on, and its record may be what was damaged.
+                history.save(run.history_path)
+            if averaged is not None or config.as_published:
+                save_model(result, run.path)
+            figures = evaluate(result, tuple(splits.test), loss=loss)
+            write_html(run, run.report_path)
+            return figures
+
+        test = ranks.told(finish)
     return Result(run, config, result, history, test)
 
 
@@ -249,11 +264,7 @@ def _new_folder(config: TrainConfig) -> Path:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            if folder.parent.is_dir():
-                continue
-            raise NotADirectoryError(
-                f"run must be given where {str(folder.parent)!r} is a file: name a folder"
-            ) from None
+            continue
         except OSError as error:
             raise type(error)(
                 f"run must be given, because the folder {str(folder)!r} cannot be made ({error.strerror})"

@@ -1,6 +1,5 @@
 """Early exit: each sample stops at the first intermediate output that is confident, and leaves the batch."""
 
-import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,6 +48,8 @@ def predict(
         raise ValueError(f"depths must be numbers of layers in {first} .. {N}, got {sorted(strangers)}")
     if confidence == 1.0:
         looks = ()
+    if not network.training:
+        return _predict(network, inputs, confidence, frozenset(looks))
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -59,8 +60,9 @@ def predict(
 
 
 def _predict(network: "TimeVariableNetwork", inputs: Tensor, confidence: float, looks: frozenset[int]) -> Prediction:
-    N, skips = len(network.layers), network.skips
-    step = network.scheme.stepper(skips, network.time_steps.tau)
+    N = len(network.layers)
+    maps = [(l, network.skips.past(l)) for l in range(N) if not network.skips.unchanged(l)]
+    step = network.scheme.stepper(network.skips, network.time_steps.tau)
     states = [network.stem(inputs)]
     left = torch.arange(len(inputs), device=inputs.device)
     outputs: Tensor | None = None
@@ -68,8 +70,9 @@ def _predict(network: "TimeVariableNetwork", inputs: Tensor, confidence: float, 
     for k in range(N + 1):
         if k in looks or k == N:
             output = states[-1]
-            for module in tail_of(network, k):
-                output = module(output)
+            for l, past in maps:
+                output = past(output) if l >= k else output
+            output = network.head(output)
             if output.ndim != 2:
                 raise ValueError(
                     f"outputs must have shape (batch, classes) for early exit, got {tuple(output.shape)}: use forward"
@@ -106,9 +109,8 @@ def confident(output: Tensor, confidence: float) -> Tensor:
     """
     if confidence >= 1.0:
         return torch.zeros(len(output), dtype=torch.bool, device=output.device)
-    output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-    # the largest probability is 1 / sum exp(output - max)
-    return torch.logsumexp(output - output.amax(1, keepdim=True), 1) <= -math.log(confidence)
+    dtype = torch.float32 if output.dtype in (torch.float16, torch.bfloat16) else output.dtype
+    return output.softmax(1, dtype=dtype).amax(1) >= confidence
 
 
 def tail_of(network: "TimeVariableNetwork", depth: int) -> list[nn.Module]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import caputo, functional as F
-from .._errors import unknown_name
+from .._errors import is_number, unknown_name
 from ..caputo._arguments import transforming
 from ..caputo.fast_memory import FastMemory, fast_weights, kernel_for
 from ..caputo.memory import ExactMemory, Recall, memory_weights
@@ -181,7 +181,7 @@ class Fractional(Scheme):
         self, gamma: float = 0.5, memory_from: int = 1, *, memory: str = "auto", tolerance: float = _TOLERANCE
     ) -> None:
         super().__init__()
-        if not 0.0 < gamma < 1.0:
+        if not (is_number(gamma) and 0.0 < gamma < 1.0):
             raise ValueError(
                 f"gamma must lie in (0, 1), got {gamma!r}: it is the order of the derivative; for 1 take Residual()"
             )
@@ -191,7 +191,7 @@ class Fractional(Scheme):
             )
         if memory not in MEMORIES:
             raise unknown_name("memory", memory, MEMORIES)
-        if not 0.0 < tolerance < 1.0:
+        if not (is_number(tolerance) and 0.0 < tolerance < 1.0):
             raise ValueError(f"tolerance must lie in (0, 1), got {tolerance!r}: it is a relative error, such as 1e-6")
         self.gamma = float(gamma)
         self.memory_from = int(memory_from)

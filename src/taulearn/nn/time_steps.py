@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import functional
-from .._errors import positive_integer, unknown_name
+from .._errors import is_number, positive_integer, unknown_name
 
 CONSTRAINTS = ("free", "fixed", "dependent", "simplex")
 
@@ -67,13 +67,13 @@ class TimeSteps(nn.Module):
     ) -> None:
         super().__init__()
         num_steps = positive_integer("num_steps", num_steps, "a network needs at least one layer")
-        if not (math.isfinite(horizon) and horizon > 0):
+        if not (is_number(horizon) and math.isfinite(horizon) and horizon > 0):
             raise ValueError(
                 f"horizon must be a positive finite number, got {horizon!r}: it is the time the steps add up to"
             )
         if constraint not in CONSTRAINTS:
             raise unknown_name("constraint", constraint, CONSTRAINTS)
-        if lower_bound is not None and not (math.isfinite(lower_bound) and lower_bound >= 0):
+        if lower_bound is not None and not (is_number(lower_bound) and math.isfinite(lower_bound) and lower_bound >= 0):
             raise ValueError(f"lower_bound must be None or a finite number >= 0, got {lower_bound!r}")
         if constraint in ("simplex", "dependent") and (lower_bound or 0.0) * num_steps > horizon:
             raise ValueError(
@@ -98,7 +98,10 @@ class TimeSteps(nn.Module):
         device: torch.device | str | None,
     ) -> Tensor:
         """The initial steps, checked against number, bound and horizon."""
-        steps = torch.as_tensor(self.horizon / num_steps if init is None else init, dtype=torch.float64)
+        try:
+            steps = torch.as_tensor(self.horizon / num_steps if init is None else init, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"init must be a number or {num_steps} numbers, got {init!r}") from error
         if steps.ndim > 1 or (steps.ndim == 1 and steps.numel() != num_steps):
             raise ValueError(f"init must be a number or {num_steps} numbers, got shape {tuple(steps.shape)}")
         steps = steps.detach().expand(num_steps).clone()

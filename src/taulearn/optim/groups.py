@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .._deletion import check_holds
 from ..penalties import Penalty, time_steps_of
 from .projections import Projection
 from .steepest_descent import SteepestDescent
@@ -86,7 +87,7 @@ def constrain_(model: nn.Module, optimizer: torch.optim.Optimizer, penalties: Se
 
 
 def register_projection(
-    optimizer: torch.optim.Optimizer, model: nn.Module, penalties: Sequence[Penalty] = ()
+    optimizer: torch.optim.Optimizer, model: nn.Module, penalties: Penalty | Sequence[Penalty] = ()
 ) -> RemovableHandle:
     """Let every ``optimizer.step()`` of a hand-written loop end with :func:`constrain_`.
 
@@ -111,6 +112,8 @@ def register_projection(
         >>> round(network.time_steps.tau.sum().item(), 6)
         1.0
     """
+    check_holds(optimizer, model)
+    penalties = [penalties] if isinstance(penalties, Penalty) else penalties
     hook = Projection(model, penalties, lambda: constrain_(model, optimizer, penalties))
     if not isinstance(optimizer, SteepestDescent):
         return optimizer.register_step_post_hook(hook)

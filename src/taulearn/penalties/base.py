@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from .._errors import is_number
 from ..nn.time_steps import TimeSteps
 
 
@@ -48,7 +49,7 @@ def non_negative(name: str, value: float) -> float:
         >>> non_negative("alpha", 1)
         1.0
     """
-    if not 0 <= value < math.inf:
+    if not (is_number(value) and 0 <= value < math.inf):
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}: 0 switches the penalty off")
     return float(value)
 

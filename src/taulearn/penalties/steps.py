@@ -4,6 +4,7 @@ from abc import abstractmethod
 
 from torch import Tensor, nn
 
+from .._errors import is_number
 from ..functional import soft_threshold
 from ..nn.time_steps import TimeSteps
 from .base import Penalty, non_negative, time_steps_of
@@ -126,7 +127,7 @@ class TimeHorizon(_StepPenalty):
     name = "time_horizon"
 
     def __init__(self, horizon: float | None = None, weight: float = 1.0) -> None:
-        if horizon is not None and not horizon > 0:
+        if horizon is not None and not (is_number(horizon) and horizon > 0):
             raise ValueError(f"horizon must be positive, got {horizon!r}")
         self.horizon = horizon
         self.weight = non_negative("weight", weight)

@@ -5,6 +5,7 @@ own reports beside it.
 """
 
 import base64
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,7 +194,7 @@ def _choice(name: str, values: Sequence[str]) -> str:
 
 
 def _row(run: RunRow, names: Sequence[str], columns: Sequence[str]) -> str:
-    facets = escape("\n".join(f"{name}={run.facets.get(name, '')}" for name in names))
+    facets = escape(json.dumps({name: run.facets.get(name, "") for name in names}, sort_keys=True))
     title = escape(run.name) if run.link is None else f"<a href='{escape(run.link)}'>{escape(run.name)}</a>"
     cells = "".join(f"<td>{escape(run.facets.get(name, ''))}</td>" for name in names)
     cells += "".join(f"<td>{_value(run.values.get(name))}</td>" for name in columns)

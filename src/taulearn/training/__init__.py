@@ -4,4 +4,5 @@ from .events import Diverged as Diverged, EpochEnd as EpochEnd, Interrupted as I
 from .fitting import fit as fit
 from .history import Deletion as Deletion, History as History
 from .metrics import accuracy as accuracy, evaluate as evaluate
+from .ranks import RankLost as RankLost, RanksDisagree as RanksDisagree
 from .run import Run as Run

@@ -178,7 +178,7 @@ def fit(
             ),
         )
         config = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
-        folder = open_alike(ranks, run, lambda: _open_run(run, config, resume=resume, overwrite=overwrite))
+        folder = open_alike(ranks, lambda: _open_run(run, config, resume=resume, overwrite=overwrite))
         parts = Parts(model, optimizer, scheduler, averaged, pruner=pruner)
         options = StepOptions(clip_norm, accumulate, precision, averaged)
     return Loop(Objective(model, loss, penalties), batches, parts, options, settings, folder, ranks).run(resume=resume)

@@ -136,7 +136,7 @@ class Loop:
         self.fresh = past is None
         if self.fresh:
             self.position.compiled = self._decide_compile()
-        self.ranks.begin(self.models, (self.settings.terms, self.position.iteration, self.steps.origin))
+        self.ranks.begin(self.models, {**self.settings.terms, "the iteration": self.position.iteration})
         pruner = self.parts.pruner
         self.engine = Engine(
             self.objective,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..penalties import time_steps_of
 from .batches import Batch, LoaderBatches, are_labels, check_labels, make_batches
+from .inspection import check_loss
 from .objective import Loss, as_float
 
 Metric = Callable[[Tensor, Tensor], Tensor]
@@ -81,6 +82,8 @@ def evaluate(
         {'loss': 0.0}
     """
     values = time_steps_of(model).values
+    if loss is not None:
+        check_loss(loss)
     batches = make_batches(data, batch_size, 0, values.device, shuffle=False, argument="data")
     training = model.training
     model.eval()

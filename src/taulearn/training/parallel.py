@@ -84,8 +84,30 @@ def has_whole_batches(batches: TensorBatches | LoaderBatches) -> bool:
     return isinstance(batches, TensorBatches) or not isinstance(batches.loader.sampler, DistributedSampler)
 
 
+def check_batch_size(ranks: Ranks, batch_size: int, samples: int) -> None:
+    """Refuse batches that the processes cannot share evenly.
+
+    Args:
+        ranks: The processes.
+        batch_size: Samples per batch, of all processes together.
+        samples: Number of samples; all of them at once need not divide evenly.
+
+    Raises:
+        ValueError: If the size is no multiple of the number of processes.
+
+    Example:
+        >>> check_batch_size(Ranks(), 3, 10)
+    """
+    if batch_size < samples and batch_size % ranks.size:
+        nearest = max(1, round(batch_size / ranks.size)) * ranks.size
+        raise ValueError(
+            f"batch_size must be a multiple of the number of processes, {ranks.size}, got {batch_size}: the batch is "
+            f"that of all processes together; use {nearest}, or another number of processes"
+        )
+
+
 def check_shares(ranks: Ranks, batches: TensorBatches | LoaderBatches, batch_size: int) -> None:
-    """Refuse batches that cannot be divided between the processes, or that would not be the same in all of them.
+    """Refuse batches that the processes cannot share evenly, or that would not be the same in all of them.
 
     Args:
         ranks: The processes.
@@ -94,29 +116,20 @@ def check_shares(ranks: Ranks, batches: TensorBatches | LoaderBatches, batch_siz
 
     Raises:
         ValueError: If the size is no multiple of the number of processes, or a loader has an order of its own in each.
-
-    Example:
-        >>> import torch
-        >>> check_shares(Ranks(), TensorBatches(torch.zeros(9, 1), torch.zeros(9), 3, 0), 3)
     """
     if ranks.size == 1 or not has_whole_batches(batches):
         return
-    size: int | None = batch_size
-    if isinstance(batches, LoaderBatches):
-        size, sampler = batches.loader.batch_size, batches.loader.sampler
-        if isinstance(sampler, RandomSampler) and sampler.generator is None:
-            raise ValueError(
-                f"train must yield the same batches in all {ranks.size} processes, got a DataLoader whose order each "
-                "of them draws for itself: pass it generator=torch.Generator().manual_seed(0), or a DistributedSampler"
-            )
-    elif batches.full == 1 and len(batches) == 1:
-        size = None  # all samples at once, which need not divide evenly
-    if size is not None and size % ranks.size:
-        nearest = max(1, round(size / ranks.size)) * ranks.size
+    if isinstance(batches, TensorBatches):
+        check_batch_size(ranks, batch_size, len(batches.inputs))
+        return
+    size, sampler = batches.loader.batch_size, batches.loader.sampler
+    if isinstance(sampler, RandomSampler) and sampler.generator is None:
         raise ValueError(
-            f"batch_size must be a multiple of the number of processes, {ranks.size}, got {size}: the batch is that of "
-            f"all processes together; use {nearest}, or another number of processes"
+            f"train must yield the same batches in all {ranks.size} processes, got a DataLoader whose order each of "
+            "them draws for itself: pass it generator=torch.Generator().manual_seed(0), or a DistributedSampler"
         )
+    if size is not None:
+        check_batch_size(ranks, size, size * len(batches))
 
 
 def start_epoch(batches: LoaderBatches, epoch: int) -> None:
@@ -193,21 +206,24 @@ def prune_alike(ranks: Ranks, pruner: Pruner, iteration: int, averaged: Averaged
     return reports[0]
 
 
-def open_alike(
-    ranks: Ranks, run: Run | str | os.PathLike[str] | None, open_run: Callable[[], Run | None]
-) -> Run | None:
+def open_alike(ranks: Ranks, open_run: Callable[[], Run | None]) -> Run | None:
     """Let rank 0 make or find the run's folder; the others read it.
 
     Args:
         ranks: The processes.
-        run: What the caller named.
-        open_run: Makes or finds the folder.
+        open_run: Makes or finds the folder, called on rank 0.
 
     Returns:
         The run; None if nothing is to be written.
     """
-    if ranks.size == 1 or run is None:
-        return open_run()
     found: list[Run | None] = []
-    ranks.told(lambda: found.append(open_run()))
-    return found[0] if found else run if isinstance(run, Run) else Run.open(run)
+
+    def opened() -> str | None:
+        run = open_run()
+        found.append(run)
+        return None if run is None else str(run.path)
+
+    path = ranks.told(opened)
+    if found:
+        return found[0]
+    return None if path is None else Run.open(path)

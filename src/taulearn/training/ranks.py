@@ -13,7 +13,8 @@ wait for each other as long as it takes, for instance while rank 0 writes a chec
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Self
 
@@ -117,7 +118,7 @@ class Ranks:
         """Compare something between the processes, by a hash of eight bytes.
 
         Args:
-            what: What it is, in the plural, for the message.
+            what: What it is, for the message.
             content: A tensor, compared to the bit, or anything whose ``repr`` tells it.
             remedy: What to do where it differs.
 
@@ -137,23 +138,23 @@ class Ranks:
                 f"{remedy}"
             )
 
-    def begin(self, models: Sequence[nn.Module], settings: object) -> None:
+    def begin(self, models: Sequence[nn.Module], settings: Mapping[str, object]) -> None:
         """Let all processes start with the weights and buffers of rank 0.
 
         Args:
             models: The model, and averaged weights where there are some.
-            settings: What must be the same besides.
+            settings: What must be the same besides, by name.
 
         Raises:
             RanksDisagree: If models or settings are not the same.
         """
         if self.size == 1:
             return
-        self.same("the arguments", settings, "call fit with the same ones in all processes")
-        tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
         shapes = [(name, t.shape, t.dtype) for model in models for name, t in model.state_dict().items()]
         self.same("the model's tensors", shapes, "build the same model in all processes")
-        self._copy_first(tensors)
+        for name, value in settings.items():
+            self.same(name, value, "call fit with the same arguments in all processes")
+        self._copy_first([t for model in models for t in (*model.parameters(), *model.buffers())])
 
     def share_buffers(self, models: Iterable[nn.Module]) -> None:
         """Give all processes the buffers of rank 0, such as the running statistics of batch normalisation.
@@ -302,10 +303,11 @@ class Ranks:
         try:
             collective(*args, **kwargs)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            # gloo puts the place in its source in front, and advice behind
+            reason = re.sub(r"^\[[^\]]*\] *", "", str(error).strip()).splitlines()[0].partition(". ")[0]
             raise RankLost(
-                f"rank {self.rank} of {self.size} ends because another process of this training ended or did not "
-                f"answer for {TIMEOUT.seconds} s ({reason}); what that one printed says why. The last checkpoint "
+                f"rank {self.rank} of {self.size} ends because another process of this training ended, or did not "
+                f"answer for {TIMEOUT.seconds} s ({reason}): what that one printed says why. The last checkpoint "
                 "stands: resume the run, on any number of processes"
             ) from error
 

@@ -49,7 +49,8 @@ def run(members: Sequence[Member], out: Path, report: Report, options: Options) 
     torch.set_num_threads(options.threads)
     try:
         for group in grouped(members):
-            if len(group) == 1 or why_alone(group[0]) is not None:
+            # on a GPU a single one gains, too: its steps are CUDA graphs
+            if why_alone(group[0]) is not None or (len(group) == 1 and not torch.cuda.is_available()):
                 for member in group:
                     report(attempt(member, out, report))
             else:
@@ -105,6 +106,7 @@ def why_alone(member: Member) -> str | None:
         "its weights are averaged": config.average_weights,
         "it writes events for TensorBoard": config.tensorboard,
         "it imitates published code": config.as_published,
+        "it has a stage cost": bool(config.stage_cost) or config.depth_losses,
         "its network keeps statistics of batches": config.network == "resnet-v2",
         "its stage cost changes over training": config.stage_cost_schedule != "constant",
     }

@@ -4,15 +4,15 @@ const rows = [...document.querySelectorAll("#runs tbody tr")];
 const count = document.getElementById("count");
 
 function filter() {
-  const wanted = selects.filter((each) => each.value).map((each) => `${each.dataset.facet}=${each.value}`);
+  const wanted = selects.filter((each) => each.value);
   let shown = 0;
   for (const row of rows) {
-    const facets = row.dataset.facets.split("\n");
-    row.hidden = !wanted.every((each) => facets.includes(each));
+    const facets = JSON.parse(row.dataset.facets);
+    row.hidden = !wanted.every((each) => facets[each.dataset.facet] === each.value);
     shown += row.hidden ? 0 : 1;
   }
   if (count) count.textContent = `${shown} of ${rows.length} runs`;
-  const query = new URLSearchParams(selects.filter((each) => each.value).map((each) => [each.dataset.facet, each.value]));
+  const query = new URLSearchParams(wanted.map((each) => [each.dataset.facet, each.value]));
   history.replaceState(null, "", query.size ? `#${query}` : location.pathname + location.search);
 }
 

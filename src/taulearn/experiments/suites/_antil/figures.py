@@ -37,7 +37,10 @@ def figure_1(results: Results) -> "Figure":
 
 
 def figure_2(results: Results) -> "Figure":
-    """The network 5-10 with learned steps and bias ordering, whole and without the layers whose steps are near zero."""
+    """The network 5-10 with learned steps and bias ordering, whole and without the layers whose steps are near zero.
+
+    Where no step is near zero, without the layers that the article deletes.
+    """
     from ....saving import load_model
 
     name, seed = _most_telling(results)
@@ -54,9 +57,12 @@ def figure_2(results: Results) -> "Figure":
     columns = [len(weights) for weights, _, _ in shown]
     figure = Figure(figsize=(1.5 * sum(columns) + 3.0, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2, width_ratios=columns)
-    for ax, each, error in zip(axes, networks, (row["before"], row["after"]["near_zero"]), strict=True):
+    errors = row["before"], row["after"][row["shown"]]
+    gone = sorted({*range(len(row["tau"]))} - {*networks[1].time_steps.origin})
+    words = f"{len(row['tau'])} hidden layers", f"without layers {', '.join(map(str, gone))}"
+    for ax, each, error, what in zip(axes, networks, errors, words, strict=True):
         drawing.network(each, ax=ax, **limits, colour_bars=ax is axes[-1])
-        ax.set_title(f"relative test error {error:.3f}", fontsize="medium", y=-0.1)
+        ax.set_title(f"{what}: relative test error {error:.3f}", fontsize="medium", y=-0.1)
     return figure
 
 
@@ -170,7 +176,7 @@ def _most_telling(results: Results) -> tuple[str, int]:
         if name in results.settings:
             for seed in results.seeds(name):
                 row = results.measurements(name, seed)
-                found.append((-len(row["near_zero"]), row["after"]["near_zero"], name, seed))
+                found.append((-len(row["near_zero"]), row["after"][row["shown"]], name, seed))
     if not found:
         raise NotMeasured("no reduced network is finished")
     return min(found)[2:]

@@ -177,14 +177,16 @@ def finite_elements(_: Path, *, n: int) -> dict[str, Any]:
 def reduction(folder: Path, *, further: int) -> dict[str, Any]:
     """Delete layers of the trained network and compare its relative test error before, after, and after further steps.
 
-    The network without the layers whose steps are near zero is saved beside the whole one, for the figure.
+    For the figure the reduced network is saved beside the whole one: without the layers whose steps are near zero, or,
+    where there are none, without the paper's.
 
     Args:
         folder: The run's folder.
         further: Number of further steps, which the whole network takes, too.
 
     Returns:
-        "tau"; "near_zero": the layers with abs(tau) < NEAR_ZERO that can be deleted; "before"; "after" deleting
+        "tau"; "near_zero": the layers with abs(tau) < NEAR_ZERO that can be deleted; "shown": which of the deletions
+        the saved network has; "before"; "after" deleting
         "near_zero", "paper" (layers 1, 3, 4) and "smallest" (as many as the paper deletes, the smallest steps first);
         "further": the errors after further steps of "whole", "near_zero" and "paper".
     """
@@ -199,13 +201,14 @@ def reduction(folder: Path, *, further: int) -> dict[str, Any]:
         "paper": list(PAPERS_LAYERS),
         "smallest": candidates[: len(PAPERS_LAYERS)],
     }
+    shown = "near_zero" if deletions["near_zero"] else "paper"
     after, later = {}, {"whole": _further(load_model(folder), folder, further)}
     for name, gone in deletions.items():
         model = load_model(folder)
         if gone:
             prune(model, keep=[l for l in range(len(tau)) if l not in gone])
         after[name] = relative_test_error(model)
-        if name == "near_zero":
+        if name == shown:
             save_model(model, folder / REDUCED)
         if name != "smallest":
             later[name] = _further(model, folder, further)
@@ -213,6 +216,7 @@ def reduction(folder: Path, *, further: int) -> dict[str, Any]:
         **course(History.load(folder / "history.safetensors")),
         "tau": tau.tolist(),
         "near_zero": sorted(deletions["near_zero"]),
+        "shown": shown,
         "before": relative_test_error(whole),
         "after": after,
         "further": later,

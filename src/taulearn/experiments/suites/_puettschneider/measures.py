@@ -6,6 +6,10 @@ from typing import Any
 TIMED = 20
 """Samples in a timed forward pass."""
 
+CALIBRATION = 500
+"""Training samples on which batch normalisation gets statistics for each depth: in training each state is normalised by
+its own, while the running ones are those of the last state."""
+
 
 def at_each_depth(folder: Path, *, timed: bool = True) -> dict[str, Any]:
     """Figures of the network cut after each layer, on test data and training data.
@@ -17,9 +21,11 @@ def at_each_depth(folder: Path, *, timed: bool = True) -> dict[str, Any]:
     Returns:
         "depths", for each of which there are "test.accuracy", "test.loss", "train.accuracy", "train.loss",
         "parameters", "milliseconds" (where timed) and "decay", half the weight decay times the squared norm of the cut
-        network's weights; for each layer "contribution" and "relative" (see
+        network's weights. For each layer "contribution" and "relative" (see
         :class:`taulearn.diagnostics.DepthProfile`), "weights", the norm of its weights, and "weights.start", the same
-        before training; "stage_cost", the weight; "exits" with "thresholds", "accuracy", "depth".
+        before training. "stage_cost" and "weight_decay"; "exits" with "thresholds", "accuracy", "depth". With batch
+        normalisation the heads of the cut networks have statistics of their own, and there is
+        "test.accuracy.running" for the running ones, which early exit goes by, too.
 
     Example:
         >>> import tempfile
@@ -31,6 +37,7 @@ def at_each_depth(folder: Path, *, timed: bool = True) -> dict[str, Any]:
     """
     import torch
 
+    from ....calibration import norms_in
     from ....diagnostics import depth_profile, early_exit
     from ....saving import load_model
     from ....training import Run
@@ -43,16 +50,23 @@ def at_each_depth(folder: Path, *, timed: bool = True) -> dict[str, Any]:
     loss = parts.make_loss(config, classes=splits.classes is not None)[1]
     device = parts.make_device(config)
     model = load_model(folder).to(device)
+    seen = None
+    if norms_in([model]):
+        seen = as_float(splits.train.inputs[:CALIBRATION], model.time_steps.values.dtype).to(device)
     found: dict[str, Any] = {"stage_cost": config.stage_cost, "weight_decay": config.weight_decay}
     for name, split in (("test", splits.test), ("train", splits.train)):
         x = as_float(split.inputs, model.time_steps.values.dtype).to(device)
         z = split.targets.to(device)
         example = x[:TIMED] if name == "test" and timed else None
-        profile = depth_profile(model, x, z, loss, example_inputs=example)
+        profile = depth_profile(model, x, z, loss, calibration=seen, example_inputs=example)
         found |= {f"{name}.loss": profile.loss.tolist()}
         if profile.accuracy is not None:
             found |= {f"{name}.accuracy": profile.accuracy.tolist()}
         if name == "test":
+            if seen is not None:
+                running = depth_profile(model, x, z, loss)
+                assert running.accuracy is not None
+                found |= {"test.accuracy.running": running.accuracy.tolist()}
             exits = early_exit(model, x, z)
             found |= {
                 "depths": list(profile.depths),

@@ -1,0 +1,283 @@
+"""The judges of the suite herberg2023, on records that were made up so that the answer is known."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from taulearn.experiments import TrainConfig
+from taulearn.experiments.reproduce import judge
+from taulearn.experiments.results import NotMeasured, Results
+from taulearn.experiments.suites import load
+from taulearn.experiments.suites._herberg import judges, judges_of_pruning, judges_of_steps, quantities as q
+from taulearn.experiments.suites._herberg.members import DATA, NETWORKS, TREATMENTS, setting
+from taulearn.training import History
+from taulearn.training.history import Deletion
+from taulearn.training.thinning import numbers, thinned
+
+ITERATIONS, EPOCHS = 12_000, 20
+I = np.arange(1, ITERATIONS + 1)[:, None]
+SEEDS = (0, 1, 2)
+
+
+class MadeUp:
+    """Results in memory."""
+
+    def __init__(self, records, measured=None):
+        self.records, self.measured = records, measured or {}
+
+    @property
+    def settings(self):
+        return list(self.records)
+
+    def seeds(self, *names):
+        if missing := [name for name in names if name not in self.records and name not in self.measured]:
+            raise NotMeasured(f"no finished member of {missing}")
+        return list(SEEDS)
+
+    def history(self, name, seed):
+        return thinned(self.records[name][seed], coarse=True)
+
+    def measurements(self, name, seed):
+        return self.measured[name]
+
+
+def record(tau, *, accuracy=0.9, start=0.1, loss=0.3, penalty=0.0, seed=0, deletions=()):
+    epoch = np.arange(EPOCHS + 1)
+    rng = np.random.default_rng(seed)
+    gain = accuracy - (accuracy - start) * np.exp(-epoch / 2.0) + rng.normal(0, 1e-4, EPOCHS + 1)
+    data = loss + np.exp(-epoch / 3.0) + rng.normal(0, 1e-4, EPOCHS + 1)
+    tau = np.broadcast_to(tau, (ITERATIONS, 6)) + 0.0
+    for gone in deletions:
+        tau[gone.iteration :, gone.layer] = np.nan
+    layers = 6 - np.array([sum(gone.epoch <= n for gone in deletions) for n in epoch])
+    epochs = {
+        "iteration": epoch * (ITERATIONS // EPOCHS),
+        "layers": layers,
+        "parameters": 130_006 - 10_101 * (6 - layers),
+        "validation.accuracy": gain,
+        "validation.loss": data,
+        "train.loss": data,
+        "train.total": data + penalty,
+    }
+    return History({"loss": np.zeros(ITERATIONS), "tau": tau, "raw_tau": tau}, epochs, list(deletions))
+
+
+def of(value, **settings):
+    return [record(value, seed=seed, **settings) for seed in SEEDS]
+
+
+GROWN = 1 / 6 + np.array([1.0, 0.1, 0.1, 0.1, 0.1, 0.2]) * np.log1p(I / 300)
+
+
+@pytest.fixture(scope="module")
+def as_claimed():
+    """Records in which everything is as the paper says."""
+    zeroed = np.where(np.arange(6) == 2, 1.0 / (1 + (I / 500) ** 2), GROWN)
+    bounded = np.clip(GROWN / GROWN.sum(1, keepdims=True) - np.where(np.arange(6) == 1, I / 900, 0.0), -0.02, None)
+    near = bounded / bounded.sum(1, keepdims=True)
+    sparse = np.where(np.arange(6) == 3, 1e-5, near)
+    sparse = sparse / sparse.sum(1, keepdims=True)
+    hump = (
+        1.0
+        + 0.25 * np.exp(-(((np.log(I) - np.log(2500)) / 0.6) ** 2))
+        + 0.02 * np.sin(I / 400) * (I > 900) * (I < 9000)
+    )
+    small = np.where(np.arange(6) == 0, hump - 0.05, np.where(np.arange(6) == 5, 0.04, 0.0025))
+    sinking = np.where(np.arange(6) == 5, 1 / 6 - I / 1000.0, GROWN)
+    records = {}
+    for data in DATA:
+        for network in NETWORKS:
+            for name in TREATMENTS:
+                loss = {"l1": 0.33, "horizon": 0.4}.get(name, 0.3)
+                accuracy = {"fixed": 0.8, "free": 0.9}.get(name, 0.897)
+                tau = {"l1": zeroed, "horizon": near, "l1-horizon": sparse}.get(name, GROWN)
+                if network == "fractional":
+                    tau = {"l1": GROWN * 0.8, "horizon": small, "l1-horizon": small, "dependent": sinking}.get(
+                        name, GROWN
+                    )
+                    accuracy -= 0.01 * (name == "horizon")
+                records[setting(data, network, name)] = of(
+                    tau, accuracy=accuracy, loss=loss, penalty=0.02 * ("l1" in name)
+                )
+    gone = [Deletion(3000 + 600 * k, 6 + k, layer, 0.009, 10_101) for k, layer in enumerate((2, 3, 1, 4))]
+    for name in ("l1-pruned", "l1-horizon-pruned"):
+        records[setting(DATA[0], "resnet", name)] = of(GROWN, accuracy=0.897, deletions=gone)
+    for depth in (12, 24):
+        for name in ("l1", "l1-pruned"):
+            records[setting(DATA[0], f"resnet-{depth}", name)] = of(GROWN, accuracy=0.897, deletions=gone)
+    times = {"never": 1.0, "each epoch": 1.01, "each iteration": 1.5, "2 layers": 0.5, "4 layers": 0.8}
+    measured = {f"time/resnet-{n}": times | {"never": n / 6} for n in (6, 12, 24)}
+    measured["time/resnet-6"]["each epoch"] = 1.01
+    return MadeUp(records, measured)
+
+
+def changed(results, name, records):
+    other = MadeUp(dict(results.records), copy.deepcopy(results.measured))
+    other.records[name] = records
+    return other
+
+
+JUDGES = {
+    "H1": judges.learned_beats_fixed,
+    "H2": judges.similar_accuracy_larger_loss,
+    "H3": judges.horizon_restricts_fractional,
+    "H4": judges_of_steps.residual_steps,
+    "H5": judges_of_steps.fractional_steps,
+    "H6": judges_of_pruning.pruning_succeeds,
+    "H7": judges.regularised_beats_fixed,
+    "H8": judges_of_pruning.depth_is_found,
+}
+
+
+def parts_of(verdict):
+    good, _, bad = verdict.sentence.partition("does not hold: ")
+    return good.removeprefix("holds: ").rstrip("; "), bad
+
+
+@pytest.mark.parametrize("claim", JUDGES)
+def test_every_claim_holds_where_everything_is_as_claimed(as_claimed, claim):
+    verdict = JUDGES[claim](as_claimed)
+    assert verdict.outcome == "holds", parts_of(verdict)[1]
+
+
+@pytest.mark.parametrize("claim", JUDGES)
+def test_no_claim_is_judged_without_records(claim):
+    with pytest.raises(NotMeasured):
+        JUDGES[claim](MadeUp({}))
+
+
+@pytest.mark.parametrize(
+    ("claim", "name", "instead", "fails"),
+    [
+        ("H1", "mnist/resnet/free", {"accuracy": 0.79}, "resnet on mnist"),
+        ("H7", "mnist/fractional/l1", {"accuracy": 0.79}, "fractional with l1 on mnist"),
+        ("H2", "mnist/resnet/l1", {"accuracy": 0.87, "loss": 0.33, "penalty": 0.02}, "similar accuracy on mnist"),
+        ("H2", "mnist/resnet/l1", {"accuracy": 0.897, "loss": 0.29}, "larger test loss with l1 and horizon on mnist"),
+        ("H3", "mnist/fractional/horizon", {"loss": 0.35}, "lower accuracy in the first half of the epochs on mnist"),
+        ("H3", "mnist/fractional/horizon", {"loss": 0.35}, "smallest largest step on mnist"),
+        ("H3", "mnist/fractional/horizon", {"accuracy": 0.85, "loss": 0.29}, "larger test loss throughout on mnist"),
+        ("H4", "fashion-mnist/resnet/l1", {}, "some steps go to zero and stay (l1)"),
+        ("H4", "fashion-mnist/resnet/horizon", {}, "sum = 1 in most iterations (horizon)"),
+        ("H4", "fashion-mnist/resnet/horizon", {}, "negative steps after a bit more than 100 iterations (horizon)"),
+        ("H5", "fashion-mnist/fractional/horizon", {}, "the sum comes back to 1 (horizon)"),
+        ("H5", "fashion-mnist/fractional/horizon", {}, "horizon damps the growth"),
+        ("H5", "fashion-mnist/fractional/l1", {"accuracy": 0.95}, "better without l1"),
+        ("H5", "fashion-mnist/fractional/dependent", {}, "the raw dependent step passes through zero"),
+        ("H5", "fashion-mnist/fractional/l1-horizon", {}, "tau_1 to tau_4 get close to zero (l1-horizon)"),
+        ("H6", "fashion-mnist/resnet/l1-pruned", {"accuracy": 0.897}, "layers are deleted (l1)"),
+        ("H6", "fashion-mnist/resnet/l1-pruned", {"accuracy": 0.88}, "accuracy is kept within a point (l1)"),
+        ("H8", "fashion-mnist/resnet-24/l1-pruned", {"accuracy": 0.897}, "the number of layers left does not depend"),
+    ],
+)
+def test_a_part_that_is_not_as_claimed_is_found(as_claimed, claim, name, instead, fails):
+    before = JUDGES[claim](as_claimed).sentence.partition("does not hold: ")[2]
+    assert fails not in before
+    after = JUDGES[claim](changed(as_claimed, name, of(GROWN, **instead)))
+    assert after.outcome == "holds in part"
+    assert fails in parts_of(after)[1]
+
+
+@pytest.mark.parametrize(
+    ("deletions", "fails"),
+    [
+        ([(5, 10_101)], "only layers 0 and 5 remain"),
+        ([(2, 999), (3, 10_101), (1, 10_101), (4, 10_101)], "each deletion removes 10,101 variables"),
+    ],
+)
+def test_deletions_are_looked_at(as_claimed, deletions, fails):
+    gone = [Deletion(3000, 5, layer, 0.009, parameters) for layer, parameters in deletions]
+    name = "fashion-mnist/resnet/l1-pruned"
+    verdict = judges_of_pruning.pruning_succeeds(changed(as_claimed, name, of(GROWN, accuracy=0.897, deletions=gone)))
+    assert fails in parts_of(verdict)[1]
+
+
+def test_difference_within_the_noise_of_three_seeds_does_not_count(as_claimed):
+    noisy = [record(GROWN, accuracy=0.8 + shift, seed=seed) for seed, shift in enumerate((0.002, -0.003, 0.02))]
+    verdict = judges.learned_beats_fixed(changed(as_claimed, "mnist/resnet/free", noisy))
+    assert "resnet on mnist" in parts_of(verdict)[1]
+
+
+@pytest.mark.parametrize("total", [1, 150, 3000, 120_000])
+def test_thinning_twice_is_thinning_once(total):
+    tau = np.sin(np.arange(total)[:, None] / 300.0 + np.arange(3))
+    tau[total // 2 :, 1] = np.nan
+    whole = History({"loss": np.arange(total, dtype=float), "tau": tau}, {}, [])
+    fine, coarse = thinned(whole), thinned(whole, coarse=True)
+    assert fine.num_iterations <= min(total, 2300)
+    assert coarse.num_iterations <= 230
+    for again, wanted in (
+        (thinned(fine), fine),
+        (thinned(fine, coarse=True), coarse),
+        (thinned(coarse, coarse=True), coarse),
+    ):
+        for name, column in wanted.iterations.items():
+            np.testing.assert_array_equal(again.iterations[name], column)
+    kept = numbers(coarse)
+    assert {1, total} <= set(kept)
+    if total > 1:
+        assert {total // 2, total // 2 + 1} <= set(kept), "before and after the deletion"
+    for layer in range(3):
+        negative = np.flatnonzero(tau[:, layer] < 0)
+        if len(negative):
+            assert negative[0] + 1 in kept
+
+
+def test_shares_of_iterations_survive_thinning():
+    tau = np.where(np.arange(10_000)[:, None] < 2_500, 1.0, 0.2)
+    whole = History({"loss": np.zeros(10_000), "tau": tau}, {}, [])
+    for record_ in (whole, thinned(whole), thinned(whole, coarse=True)):
+        share = q.share_of_iterations(record_, np.abs(q.sums(record_) - 1.0) < 0.05)
+        assert share == pytest.approx(0.25, abs=0.012)
+
+
+def test_stay_below_a_bound_is_counted_from_the_end():
+    small = np.zeros((100, 3))
+    small[:, 0] = 1.0
+    small[:40, 1] = 1.0
+    small[90:, 2] = 1.0
+    found = q.small_for(History({"loss": np.zeros(100), "tau": small}), 0.01)
+    np.testing.assert_allclose(found, [0.0, 0.6, 0.0])
+
+
+def test_reversals_leave_noise_out():
+    x = np.linspace(0, 6 * np.pi, 500)
+    noise = np.random.default_rng(0).normal(0, 0.005, 500)
+    assert q.reversals(np.sin(x) + noise, 0.1) == 6
+    assert q.reversals(np.linspace(0, 1, 500) + noise, 0.1) == 0
+
+
+STORED = [Path(__file__).parent / "stored" / "herberg2023-quick"]
+STORED += sorted(Path(__file__).parents[2].glob("docs/results/herberg2023*"))
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda folder: folder.name)
+def test_verdicts_follow_from_the_stored_records(folder):
+    results = Results(folder / "records.npz")
+    stored = json.loads((folder / "claims.json").read_text(encoding="utf-8"))
+    computed = judge(load("herberg2023"), results)
+    assert [each.id for each in computed] == [each["id"] for each in stored]
+    for found, wanted in zip(computed, stored, strict=True):
+        assert found.verdict.outcome == wanted["verdict"]["outcome"], found.id
+        assert found.verdict.sentence == wanted["verdict"]["sentence"]
+        assert found.verdict.figures.keys() == wanted["verdict"]["figures"].keys()
+        for name, value in found.verdict.figures.items():
+            expected = wanted["verdict"]["figures"][name]
+            assert value == (pytest.approx(expected, rel=1e-6) if isinstance(value, float) else expected), name
+
+
+def test_stored_records_draw_every_figure():
+    suite, results = load("herberg2023"), Results(STORED[0] / "records.npz")
+    for number, draw in suite.figures.items():
+        assert draw(results).axes, number
+
+
+def test_stored_settings_are_those_of_the_suite():
+    results = Results(STORED[0] / "records.npz")
+    wanted = {member.setting: member.config for member in load("herberg2023").members(True, 1)}
+    for name in results.settings:
+        if wanted[name] is not None:
+            found = results.config(name, 0).model_dump(exclude={"run", "overwrite"})
+            assert TrainConfig.model_validate(found) == wanted[name], name

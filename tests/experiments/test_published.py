@@ -1,0 +1,123 @@
+"""The imitated faults are the published ones, and nothing else changes."""
+
+import pytest
+import torch
+
+from taulearn import caputo
+from taulearn.experiments import TrainConfig, parts, train
+from taulearn.experiments.published import PublishedFractional, PublishedSteps, make_ordinary_, pruning
+from taulearn.nn import TimeSteps, fractional_dnn, resnet
+from taulearn.pruning import prune
+from taulearn.saving import load_model
+from taulearn.training import History
+
+
+def networks(**settings):
+    """The same network by the formulas and with the published faults."""
+    config = TrainConfig(width=6, hidden_layers=3, **settings)
+    splits = parts.load_splits(config)
+    made = []
+    for published in (False, True):
+        torch.manual_seed(0)
+        made.append(parts.make_network(config.model_copy(update={"as_published": published}), splits))
+    return made, splits.train.inputs[:5].float()
+
+
+def gradient_of_steps(network, x):
+    network.zero_grad()
+    network(x).square().sum().backward()
+    return network.time_steps.values.grad
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"constraint": "dependent"}, {"constraint": "fixed"}, {"network": "fractional", "memory_from": 0}],
+    ids=["dependent", "fixed", "fractional"],
+)
+def test_outputs_are_those_of_the_formulas(settings):
+    (formulas, published), x = networks(**settings)
+    torch.testing.assert_close(published(x), formulas(x), rtol=1e-6, atol=1e-7)
+    assert type(published.time_steps) is PublishedSteps
+    make_ordinary_(published)
+    assert type(published.time_steps) is TimeSteps
+    torch.testing.assert_close(published(x), formulas(x), rtol=1e-6, atol=1e-7)
+
+
+def test_of_fixed_steps_the_first_alone_is_fixed():
+    (formulas, published), x = networks(constraint="fixed")
+    assert not isinstance(formulas.time_steps.values, torch.nn.Parameter)
+    gradient = gradient_of_steps(published, x)
+    assert gradient[0] == 0
+    assert (gradient[1:] != 0).all()
+
+
+def test_dependent_step_lets_no_gradient_through():
+    (formulas, published), x = networks(constraint="dependent")
+    free = resnet(x[0].numel(), 6, 10, 3)
+    free.load_state_dict({**formulas.state_dict(), "time_steps.values": formulas.time_steps.tau.detach()})
+    by_step = gradient_of_steps(free, x)
+    torch.testing.assert_close(gradient_of_steps(formulas, x), by_step[:-1] - by_step[-1])
+    torch.testing.assert_close(gradient_of_steps(published, x), by_step[:-1])
+
+
+def test_fractional_weights_let_no_gradient_through():
+    """Against the recursion written out, with weights that are constants, in float64."""
+    torch.manual_seed(0)
+    network = fractional_dnn(3, 4, 2, 4, gamma=0.4, memory_from=0, dtype=torch.float64, init=[0.3, 0.2, 0.4, 0.1])
+    x, steps = torch.randn(5, 3, dtype=torch.float64), PublishedSteps(network.time_steps)
+    network.time_steps, network.scheme = steps, PublishedFractional(0.4, memory_from=0)
+    found = gradient_of_steps(network, x)
+    tau = steps.values.detach().clone().requires_grad_()
+    a = caputo.l1_weights(tau.detach(), 0.4)
+    gain = torch.exp(torch.lgamma(torch.tensor(1.6, dtype=torch.float64)))
+    states = [torch.zeros(5, 4, dtype=torch.float64)]  # y_0 with P_0 = 0
+    for l, layer in enumerate(network.layers):
+        f = layer(x if l == 0 else states[-1])
+        memory = sum((a[l, j] * (states[j + 1] - states[j]) for j in range(l)), torch.zeros(()))
+        states.append(states[-1] - memory + tau[l] ** 0.4 * gain * f)
+    network.head(states[-1]).square().sum().backward()
+    torch.testing.assert_close(found, tau.grad, rtol=1e-10, atol=1e-12)
+    full = fractional_dnn(3, 4, 2, 4, gamma=0.4, memory_from=0, dtype=torch.float64)
+    full.load_state_dict(network.state_dict())
+    assert (gradient_of_steps(full, x) - found).abs().max() > 0.01 * found.abs().max(), "the fault must matter"
+
+
+@pytest.mark.parametrize(
+    ("tau", "left"),
+    [
+        ([1.0, 0.001, -0.5, 0.3], (0, 1, 3)),  # the small one triggers, the most negative one goes
+        ([1.0, 0.02, -0.5, 0.3], (0, 1, 2, 3)),  # no share below the threshold
+        ([1.0, 0.001, 0.0005, 0.3], (0, 1, 3)),  # one layer at a time
+    ],
+)
+def test_published_rule_of_pruning(tau, left):
+    network = resnet(2, 3, 1, 4, init=tau)
+    policy = pruning(0.01)
+    prune(network, policy.threshold, criterion=policy.criterion)
+    assert network.time_steps.origin == left
+
+
+def test_published_training_differs_and_leaves_an_ordinary_network(tmp_path):
+    losses = {}
+    for published in (False, True):
+        folder = tmp_path / str(published)
+        settings = {"constraint": "dependent", "width": 8, "epochs": 2, "lr": 0.05, "as_published": published}
+        train(TrainConfig(run=str(folder), **settings), progress=False)
+        losses[published] = History.load(folder / "history.safetensors").epochs["train.loss"][-1]
+        assert type(load_model(folder).time_steps) is TimeSteps
+    assert losses[True] != losses[False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "as_published must be left out with these settings"),
+        ({"network": "densenet"}, "as_published must be left out with these settings"),
+        ({"network": "fractional"}, "memory_from must be 0 with as_published"),
+        ({"prune": 0.01, "prune_every": 5}, "prune_every must be left out with as_published"),
+        ({"constraint": "dependent", "l1": 0.01, "proximal": True}, "proximal must be left out with as_published"),
+    ],
+)
+def test_settings_that_the_faults_do_not_touch_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(as_published=True, **settings)

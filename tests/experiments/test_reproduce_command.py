@@ -1,0 +1,95 @@
+"""`taulearn reproduce`: what it refuses, and what it writes from records that are there."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from taulearn.cli import main
+from taulearn.experiments import suites
+from taulearn.experiments.suite import Claim, Member, Suite, Verdict
+
+STORED = Path(__file__).parent / "stored" / "herberg2023-quick" / "records.npz"
+
+
+@pytest.fixture
+def call(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def called(*arguments):
+        code = main(["reproduce", *arguments])
+        return code, *capsys.readouterr()
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("herberg2024", "SUITE must be one of herberg2023, antil2022"),
+        ("herberg2023 --figure 4.7", "--figure must be one of 4.1, 4.2"),
+        ("herberg2023 --table 1", "--table must be one of as-published"),
+        ("herberg2023 --seeds 0", "--seeds must be >= 1"),
+        ("herberg2023 --workers 0", "--workers must be >= 1"),
+        ("herberg2023 --engine serial --workers 2", "--workers must be left out with --engine serial"),
+        ("herberg2023 --address localhost:6379", "--address must be left out with --engine processes"),
+        ("herberg2023 --engine threads", "threads"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_trained(call, tmp_path, line, message):
+    code, _, err = call(*line.split())
+    assert code == 2
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_records_nothing_is_measured(call, tmp_path):
+    code, out, _ = call("herberg2023", "--no-train", "--out", "empty")
+    assert code == 0
+    claims = json.loads((tmp_path / "empty/claims.json").read_text())
+    assert {claim["verdict"]["outcome"] for claim in claims} == {"not measured"}
+    assert "figure 4.1 is missing: no finished member of mnist/resnet/free" in out
+
+
+def test_kept_records_give_verdicts_figures_and_a_report(call, tmp_path):
+    shutil.copy(STORED, tmp_path / "records.npz")
+    code, out, _ = call("herberg2023", "--no-train", "--out", "records.npz", "--keep", "kept")
+    assert code == 0
+    assert "H1     holds" in out
+    assert (tmp_path / "claims.md").read_text().count("| holds |") >= 2
+    assert {file.suffix for file in (tmp_path / "figures").iterdir()} == {".png", ".svg"}
+    assert "data:image/png" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "kept/records.npz").read_bytes() == STORED.read_bytes()
+    assert sum(file.stat().st_size for file in (tmp_path / "kept").iterdir()) < 2e6
+    provenance = json.loads((tmp_path / "kept/provenance.json").read_text())
+    assert provenance["members"] == sum(provenance["settings"].values())
+
+
+def test_one_figure_is_drawn_alone_and_the_same_each_time(call, tmp_path):
+    drawn = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(STORED, tmp_path / name / "records.npz")
+        code, _, _ = call("herberg2023", "--no-train", "--out", f"{name}/records.npz", "--figure", "4.4")
+        assert code == 0
+        drawn.append({file.name: file.read_bytes() for file in (tmp_path / name).rglob("figure-*")})
+    assert set(drawn[0]) == {"figure-4.4.png", "figure-4.4.svg"}
+    assert drawn[0] == drawn[1]
+
+
+def test_small_suite_is_trained_judged_and_gone_on_with(call, tmp_path, monkeypatch):
+    from taulearn.experiments import TrainConfig
+
+    def members(quick, seeds):
+        return [Member("a", s, TrainConfig(width=8, epochs=1, seed=s)) for s in range(seeds or 2)]
+
+    claim = Claim("X1", "it learns", lambda results: Verdict.of({"two seeds": len(results.seeds("a")) == 2}, {}))
+    monkeypatch.setattr(suites, "load", lambda name: Suite(name, "Small", members, (claim,)))
+    code, out, _ = call("beyond", "--engine", "serial", "--quick")
+    assert code == 0
+    assert "2 trained" in out
+    assert "X1     holds" in out
+    assert (tmp_path / "results/beyond-quick/report.html").exists()
+    assert "2 finished before" in call("beyond", "--engine", "serial", "--quick")[1]
+    assert "1 trained, 2 finished before" in call("beyond", "--engine", "serial", "--quick", "--seeds", "3")[1]

@@ -1,0 +1,98 @@
+"""New statistics for batch normalisation: those of one batch, with everything else left as it was."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from taulearn import wrap
+from taulearn.calibration import norms_in, recalibrate_, statistics_of
+from taulearn.diagnostics import choose_layers, depth_profile
+from taulearn.nn import resnet, resnet_v2
+from taulearn.truncation import truncate
+
+DOUBLE = torch.float64
+
+
+def images(number: int = 30) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(number, 1, 4, 4, dtype=DOUBLE, generator=generator)
+    return x, torch.randint(3, (number,), generator=generator)
+
+
+def network() -> Any:
+    torch.manual_seed(0)
+    return resnet_v2((2, 2), 3, 1, (3, 4), dtype=DOUBLE)
+
+
+def test_outputs_are_those_of_training_on_that_batch() -> None:
+    model, (x, _) = network(), images()
+    with torch.no_grad():
+        expected = model.train()(x)
+    assert recalibrate_(model.eval(), x) == len(norms_in([model])) == 9
+    variance = len(x) * 16 / (len(x) * 16 - 1)  # the running one is without bias
+    torch.testing.assert_close(model(x), expected, rtol=0.0, atol=10 * (variance - 1))
+    assert not model.training
+
+
+def test_nothing_else_changes() -> None:
+    model, (x, _) = network().train(), images()
+    model.layers[1].eval()
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    recalibrate_(model, x, within=model.head)
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["head.norm.running_mean", "head.norm.running_var"]
+    assert [module.training for module in model.modules()] == modes
+    assert {norm.momentum for norm in norms_in([model])} == {0.1}
+
+
+def test_dropout_is_off() -> None:
+    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(3)).train()
+    x = torch.randn(50, 3)
+    recalibrate_(model, x)
+    torch.testing.assert_close(model[1].running_mean, x.mean(0))
+
+
+def test_without_normalisation_there_is_nothing_to_do() -> None:
+    assert recalibrate_(resnet(3, 4, 2, 3), torch.ones(2, 3)) == 0
+    assert statistics_of([nn.ReLU()], torch.ones(2, 3)) == []
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_profile_of_networks_that_are_calibrated_after_the_cut(depth: int) -> None:
+    model, (x, z) = network().train(), images()
+    with torch.no_grad():
+        for _ in range(3):
+            model(x + torch.randn_like(x))
+    before = copy.deepcopy(model.state_dict())
+    profile = depth_profile(model, x, z, cross_entropy, calibration=x[:20], batch_size=7)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    twin = copy.deepcopy(model).eval()
+    truncate(twin, depth)
+    recalibrate_(twin, x[:20], within=twin.head)
+    assert profile.loss[depth].item() == pytest.approx(cross_entropy(twin(x), z).item(), rel=1e-9)
+    plain = depth_profile(model, x, z, cross_entropy)
+    assert abs(plain.loss[depth].item() - profile.loss[depth].item()) > 1e-4
+
+
+@pytest.mark.parametrize("by_stage", [False, True])
+def test_decision_and_what_comes_of_it(by_stage: bool) -> None:
+    model, (x, _) = network().eval(), images()
+    with torch.no_grad():
+        model.time_steps.values[[1, 3]] = 0.0
+        z = model(x).argmax(1)
+    decision = choose_layers(model, x, z, cross_entropy, tolerance=0.5, by_stage=by_stage, calibration=x)
+    decision.apply_(model, x)
+    assert (model(x).argmax(1) == z).double().mean().item() == pytest.approx(decision.reached)
+
+
+def test_wrapped_models_are_refused() -> None:
+    block = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    model = wrap(nn.Sequential(block, nn.Linear(3, 2)), ["0"])
+    with pytest.raises(ValueError, match="calibration must be None for a wrapped model, whose normalisations"):
+        depth_profile(
+            model, torch.ones(2, 3), torch.zeros(2, dtype=torch.long), cross_entropy, calibration=torch.ones(2, 3)
+        )

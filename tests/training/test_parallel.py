@@ -1,0 +1,294 @@
+"""Several processes against one: the same losses, the same deletions, and an end with a message where one fails.
+
+The processes run training/parallel_run.py; each start costs some seconds, so that one of them runs many functions.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from taulearn.files import read_tensors
+from taulearn.training import History, Run
+from training import parallel_run
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+TESTS = Path(__file__).parents[1]
+SAME = ("train", "adam", "steepest_descent", "uneven", "tiny", "loader", "sampler", "target", "measured")
+REFUSED = ("shuffled_loader", "other_model", "other_arguments", "odd_batch")
+ENDED = ("meddling", "failing", "failing_first", "interrupted")
+OTHERS = ("other_weights", "dropout", "batch_norm", "stopping", "wrapped_in_ddp", "sharded")
+
+
+def environment(**more: str) -> dict[str, str]:
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return alone | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | more
+
+
+def torchrun(processes: int, *arguments: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*command, "-m", "--", *map(str, arguments)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_all(processes: int, folder: Path, *names: str) -> Path:
+    process = torchrun(processes, "training.parallel_run", folder, *names)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return folder
+
+
+def results(folder: Path, processes: int) -> list[dict[str, Tensor]]:
+    """What each process left; seconds apart, the same to the bit."""
+    found = [read_tensors(folder / f"{rank}.safetensors") for rank in range(processes)]
+    for tensors, metadata in found[1:]:
+        assert metadata == found[0][1]
+        assert tensors.keys() == found[0][0].keys()
+        for name, value in tensors.items():
+            assert name == "epoch/seconds" or torch.equal(value.nan_to_num(), found[0][0][name].nan_to_num()), name
+    return [tensors for tensors, _ in found]
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    """The record, the model and the optimiser's state."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name not in ("epoch/seconds", "deletion/share"):
+            torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, equal_nan=True, msg=name)
+
+
+def said(folder: Path, processes: int = 2) -> list[str]:
+    return [(folder / f"{rank}.error").read_text() for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process does."""
+    folder = tmp_path_factory.mktemp("one")
+    parallel_run.main(folder, [*SAME, "other_weights"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes do."""
+    return run_all(2, tmp_path_factory.mktemp("two"), *SAME, *REFUSED, *ENDED, *OTHERS)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_do_what_one_does(name: str, one: Path, two: Path) -> None:
+    assert_same(results(two / name, 2)[0], results(one / name, 1)[0])
+
+
+def test_layers_went_in_the_middle(two: Path) -> None:
+    tensors = results(two / "train", 2)[0]
+    assert len(tensors["iteration/loss"]) == 100
+    assert len(set(tensors["deletion/iteration"].tolist())) >= 4
+    assert tensors["model/time_steps.values"].shape == (3,)
+
+
+def test_weights_of_the_first_process_count(one: Path, two: Path) -> None:
+    assert_same(results(two / "other_weights", 2)[0], results(one / "other_weights", 1)[0])
+
+
+def test_random_numbers_differ_between_the_processes(two: Path) -> None:
+    masks = [read_tensors(two / "dropout" / f"masks-{rank}.safetensors")[0]["masks"] for rank in range(2)]
+    assert masks[0].shape == masks[1].shape
+    assert 0.3 < float((masks[0] != masks[1]).float().mean()) < 0.7
+    epochs = masks[1].chunk(2)
+    assert not torch.equal(*epochs)
+    results(two / "dropout", 2)
+
+
+def test_running_statistics_are_those_of_the_first_process(two: Path) -> None:
+    results(two / "batch_norm", 2)
+
+
+def test_any_process_may_end_the_training(two: Path) -> None:
+    assert [len(each["iteration/loss"]) for each in results(two / "stopping", 2)] == [30, 30]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shuffled_loader", r"ValueError: train must yield the same batches in all 2 processes.*generator="),
+        ("other_model", "RanksDisagree: the model's tensors must be the same in all processes, got others on rank 1"),
+        ("other_arguments", "RanksDisagree: batches must be the same in all processes, got others on rank 1"),
+        ("odd_batch", "ValueError: batch_size must be a multiple of the number of processes, 2, got 41: .* use 40"),
+        ("meddling", r"RanksDisagree: the time steps after iteration \d+ must be the same .* on rank 1 than on rank 0"),
+        ("interrupted", "training was interrupted after iteration 51: go on with"),
+    ],
+)
+def test_all_processes_say_what_is_wrong(name: str, message: str, two: Path) -> None:
+    for text in said(two / name):
+        assert re.search(message, text), text
+    assert name != "odd_batch" or not (two / name / "run").exists()
+
+
+def test_a_process_that_fails_ends_the_others(two: Path) -> None:
+    survivor, failed = said(two / "failing")
+    assert failed == "ZeroDivisionError: this one"
+    assert re.match(r"RankLost: rank 0 of 2 ends because another process .* \(.*\): what that one printed", survivor)
+    failed, survivor = said(two / "failing_first")
+    assert failed.startswith("FileExistsError")
+    assert survivor.startswith("RankLost: rank 1 ends because rank 0 failed: FileExistsError")
+
+
+def test_live_and_stale_wrappers_are_refused(two: Path) -> None:
+    for rank in range(2):
+        pruned, fitted, stale = (two / "wrapped_in_ddp" / f"{rank}.said").read_text().splitlines()
+        for text in (pruned, fitted):
+            assert re.match(r"TypeError: model must be the model itself, .* hand over wrapper\.module", text)
+        assert re.match(r"RuntimeError: this DistributedDataParallel was made before layers were deleted", stale)
+
+
+def test_sharded_models_are_refused_and_the_remedy_works(two: Path) -> None:
+    for rank in range(2):
+        lines = (two / "sharded" / f"{rank}.said").read_text().splitlines()
+        assert len(lines) == 2
+        for text in lines:
+            assert re.match(r"model must not be sharded, got a FSDP\w+: prune before fully_shard; or gather", text)
+
+
+def start_by_hand(processes: int, folder: Path, name: str) -> "list[subprocess.Popen[str]]":
+    """Processes that nobody watches over."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "training.parallel_run", str(folder), name],
+            env=environment(RANK=str(r), WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=port),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(processes)
+    ]
+
+
+def seconds_since(folder: Path) -> float:
+    return time.time() - float((folder / "killed").read_text())
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, str]:
+    """A run one of whose two processes was killed: the folder, seconds until the other ended, what it said."""
+    folder = tmp_path_factory.mktemp("killed")
+    survivor, victim = start_by_hand(2, folder, "killed")
+    victim.communicate(timeout=120)
+    _, errors = survivor.communicate(timeout=120)
+    assert (survivor.returncode, victim.returncode) == (1, -signal.SIGKILL)
+    return folder, seconds_since(folder / "killed"), errors
+
+
+def test_a_killed_process_ends_the_others_within_a_minute(killed: tuple[Path, float, str]) -> None:
+    _, seconds, errors = killed
+    assert seconds < 60
+    assert "RankLost: rank 0 of 2 ends because another process of this training ended" in errors
+
+
+def test_a_killed_run_goes_on_alone(killed: tuple[Path, float, str], one: Path) -> None:
+    folder = killed[0]
+    parallel_run.main(folder, ["gone_on"])
+    assert_same(results(folder / "gone_on", 1)[0], results(one / "train", 1)[0])
+    record = History.load(folder / "gone_on" / "run" / "history.safetensors")
+    assert record.num_iterations == 100
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_killed_run_goes_on_in_any_number_of_processes(
+    processes: int, killed: tuple[Path, float, str], one: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "killed").symlink_to(killed[0] / "killed")
+    run_all(processes, tmp_path, "gone_on")
+    assert_same(results(tmp_path / "gone_on", processes)[0], results(one / "train", 1)[0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SAME)
+def test_three_processes_do_what_one_does(name: str, one: Path, three: Path) -> None:
+    assert_same(results(three / name, 3)[0], results(one / name, 1)[0])
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_all(3, tmp_path_factory.mktemp("three"), *SAME)
+
+
+@pytest.mark.long
+def test_compiled_steps_average_their_gradients(tmp_path: Path) -> None:
+    parallel_run.main(tmp_path / "one", ["compiled"])
+    run_all(2, tmp_path / "two", "compiled")
+    assert_same(results(tmp_path / "two" / "compiled", 2)[0], results(tmp_path / "one" / "compiled", 1)[0])
+
+
+@pytest.mark.long
+def test_torchrun_ends_with_a_killed_process(tmp_path: Path) -> None:
+    process = torchrun(2, "training.parallel_run", tmp_path, "killed")
+    _, errors = process.communicate(timeout=120)
+    assert seconds_since(tmp_path / "killed") < 60
+    assert process.returncode != 0
+    assert re.search(r"SIGKILL|Signal 9", errors)
+
+
+@pytest.mark.long
+def test_a_process_that_hangs_ends_the_others_within_a_minute(tmp_path: Path) -> None:
+    survivor, hanging = start_by_hand(2, tmp_path, "hanging")
+    _, errors = survivor.communicate(timeout=200)
+    seconds = seconds_since(tmp_path / "hanging")
+    hanging.kill()
+    hanging.communicate()
+    assert seconds < 60
+    assert "RankLost: rank 0 of 2 ends because another process" in errors
+
+
+def test_a_port_in_use_is_said(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "training.parallel_run", str(tmp_path), "train"]
+        where = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        done = subprocess.run(command, env=environment(**where), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert re.search(rf"ConnectionError: localhost:{port}, where .* is in use by another program: choose", done.stderr)
+
+
+@pytest.mark.long
+def test_command_line_in_two_processes(tmp_path: Path) -> None:
+    steps = ["--init", "0.5,0.2,0.2,0.05,0.3,0.1", "--prune", "0.1", "--l1", "0.05"]
+    options = ["--hidden-layers", "6", "--width", "20", "--epochs", "4", *steps, "--precision", "float64"]
+    train = ["train", *options, "--batch-size", "20", "--run"]
+    process = torchrun(2, "taulearn", *train, tmp_path / "two")
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert output.count("epoch 4/4") == output.count("test accuracy") == 1
+    alone = [sys.executable, "-m", "taulearn", *train, str(tmp_path / "one")]
+    subprocess.run(alone, env=environment(), check=True, capture_output=True)
+    one, two = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
+    for name, column in one.history.iterations.items():
+        np.testing.assert_allclose(two.history.iterations[name], column, rtol=0, atol=1e-10)
+    assert [d.layer for d in two.history.deletions] == [d.layer for d in one.history.deletions] == [3, 5, 2, 1]
+    assert two.decisions["processes"] == "2"
+    assert {path.name for path in two.path.iterdir()} == {path.name for path in one.path.iterdir()}
+
+    odd = torchrun(3, "taulearn", *train, tmp_path / "three")
+    output, errors = odd.communicate(timeout=200)
+    assert "taulearn: error: --batch-size must be a multiple of the number of processes, 3, got 20" in errors
+    assert not (tmp_path / "three").exists()
