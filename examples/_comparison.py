@@ -1,8 +1,9 @@
 """What the comparisons share: ways to a smaller network at equal training budgets, their figures, and the table.
 
 unpruned        the deep network, trained as it is
-small           a network of the small depth, trained from scratch
-pruned          the deep network wrapped by taulearn, pruned to that depth while it trains
+pruned          the deep network wrapped by taulearn, pruned to a small depth while it trains
+small           a network of that depth, trained from scratch as it is
+small, steps    the same with learned time steps as the pruned one has them, to see what these do by themselves
 Torch-Pruning   the deep network, channels pruned while it trains, until a forward pass takes no longer than that of the
                 small network (batch of 32); the package torch-pruning, group magnitudes, five times until the same
                 epoch by which taulearn has pruned
@@ -30,7 +31,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 
 from taulearn import Pruning, data, fit, parameter_groups, unwrap, wrap
-from taulearn.wrapping import wrapping_of
+from taulearn.wrapping import fold_units, wrapping_of
 
 BATCHES = (1, 32)
 
@@ -46,13 +47,13 @@ class Study:
         targets: The small depths.
         data: Name of the data set.
         samples: Training samples taken; None: all.
-        size: Edge to which images are averaged down; None: as they are.
         epochs: For everybody.
         batch_size: Samples per step.
         optimizer: From parameter groups with learning rates.
         lr: Largest learning rate of the cycle.
         tau_lr: The same of the time steps.
         weight_decay: Of everything but the time steps.
+        units: Of the time steps.
         pruning: Options of ``taulearn.Pruning`` besides the target.
         channels: Options of Torch-Pruning's pruner for a network.
         device: Where to train.
@@ -64,13 +65,13 @@ class Study:
     targets: tuple[int, ...]
     data: str
     samples: int | None
-    size: int | None
     epochs: int
     batch_size: int
     optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
     lr: float
     tau_lr: float
     weight_decay: float
+    units: str
     pruning: dict[str, Any]
     channels: Callable[[nn.Module], dict[str, Any]]
     device: str = "cpu"
@@ -81,8 +82,6 @@ def load(study: Study, split: str) -> tuple[Tensor, Tensor]:
     inputs, targets = samples.inputs, samples.targets
     if split == "train" and study.samples is not None:
         inputs, targets = inputs[: study.samples], targets[: study.samples]
-    if study.size is not None:
-        inputs = nn.functional.adaptive_avg_pool2d(inputs, study.size)
     mean, deviation = inputs.mean(), inputs.std()
     return ((inputs - mean) / deviation).to(study.device), targets.to(study.device)
 
@@ -90,7 +89,7 @@ def load(study: Study, split: str) -> tuple[Tensor, Tensor]:
 def members(study: Study, seeds: int) -> list[tuple[str, int, int]]:
     """Way, number of blocks and seed; what others are compared with comes first."""
     ways = [("unpruned", study.blocks)]
-    ways += [(way, k) for k in study.targets for way in ("pruned", "small", "Torch-Pruning")]
+    ways += [(way, k) for k in study.targets for way in ("pruned", "small", "small, steps", "Torch-Pruning")]
     return [(way, blocks, seed) for seed in range(seeds) for way, blocks in ways]
 
 
@@ -121,7 +120,7 @@ def train_by_fit(study: Study, model: nn.Module, seed: int, folder: Path | None,
 
 def train_member(study: Study, way: str, blocks: int, seed: int, out: Path) -> dict[str, Any]:
     """Train one network and return its figures; those of a finished one are read."""
-    name = f"{way}-{blocks}-seed{seed}".lower()
+    name = f"{way}-{blocks}-seed{seed}".lower().replace(", ", "-")
     record = out / "members" / f"{name}.json"
     if record.exists():
         figures: dict[str, Any] = json.loads(record.read_text())
@@ -129,23 +128,24 @@ def train_member(study: Study, way: str, blocks: int, seed: int, out: Path) -> d
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     began, example = time.perf_counter(), load(study, "test")[0][:2]
-    model = study.make(study.blocks if way != "small" else blocks).to(study.device)
+    model = study.make(blocks if way.startswith("small") else study.blocks).to(study.device)
     deletions: list[Any] = []
     if way == "Torch-Pruning":
         train_with_torch_pruning(study, model, blocks, seed)
     else:
-        model.train()
-        pruned = way == "pruned"
-        wrap(model, "blocks.*", example_inputs=example, constraint="free" if pruned else "fixed")
-        policy = Pruning(target_blocks=blocks, **study.pruning) if pruned else None
+        learned = way in ("pruned", "small, steps")
+        options = {"units": study.units} if learned else {"constraint": "fixed"}
+        wrap(model, "blocks.*", example_inputs=example, **options)
+        policy = Pruning(target_blocks=blocks, **study.pruning) if way == "pruned" else None
         history = train_by_fit(study, model, seed, out / "runs" / name, policy)
         deletions = [[d.iteration, d.layer, d.share] for d in history.deletions]
     seconds = time.perf_counter() - began
     figures = {"way": way, "target": blocks, "seed": seed, "seconds": seconds, "deletions": deletions}
     figures |= {"accuracy": accuracy(model, load(study, "test"))}
     if wrapping_of(model) is not None:
+        fold_units(model)
         figures |= {"tau": model.time_steps.tau.tolist()}
-        if way != "pruned":
+        if not learned:
             unwrap(model)
     figures |= {"parameters": sum(p.numel() for p in model.parameters()), "blocks": len(model.blocks)}
     reference = study.make(study.blocks).to(study.device)
@@ -215,16 +215,24 @@ def channel_pruner(study: Study, model: nn.Module, ratio: float, times: int) -> 
 
 
 def ratio_for(study: Study, limit: float) -> float:
-    """The smallest share of channels without which a forward pass takes no longer than the limit, by bisection."""
-    low, high = 0.0, 0.95
-    for _ in range(6):
-        ratio = (low + high) / 2
+    """The smallest share of channels without which a forward pass takes no longer than the limit, else the fastest."""
+    taken = {}
+    for ratio in (k / 8 for k in range(1, 8)):
         torch.manual_seed(0)
         model = study.make(study.blocks).to(study.device)
         channel_pruner(study, model, ratio, 1).step()
-        taken = relative_time(study, model, study.make(study.blocks).to(study.device), 32)
-        low, high = (low, ratio) if taken <= limit else (ratio, high)
-    return high
+        taken[ratio] = relative_time(study, model, study.make(study.blocks).to(study.device), 32, repeats=20)
+        if taken[ratio] <= limit:
+            return ratio
+    return min(taken, key=taken.__getitem__)
+
+
+def clock(study: Study) -> float:
+    """Seconds: of the processor, of which other members take none, or of the wall once a device has done its work."""
+    if study.device == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 @torch.no_grad()
@@ -232,33 +240,26 @@ def relative_time(study: Study, model: nn.Module, reference: nn.Module, batch: i
     """Time of a forward pass over that of the reference: the smallest of interleaved repetitions."""
     test = load(study, "test")[0]
     inputs = test[torch.arange(batch) % len(test)]
-    shortest = [math.inf, math.inf]
-    modes = model.training
-    for each in (model, reference):
-        each.eval()
-    for repeat in range(repeats + 3):
-        for i, each in enumerate((model, reference)):
-            began = time.perf_counter()
+    times: list[list[float]] = [[], []]
+    model.eval()
+    reference.eval()
+    for _ in range(repeats + 3):
+        for taken, each in zip(times, (model, reference), strict=True):
+            began = clock(study)
             each(inputs)
-            if study.device != "cpu":
-                torch.accelerator.synchronize()
-            if repeat >= 3:
-                shortest[i] = min(shortest[i], time.perf_counter() - began)
-    model.train(modes)
-    return shortest[0] / shortest[1]
+            taken.append(clock(study) - began)
+    return min(times[0][3:]) / min(times[1][3:])
 
 
 @torch.no_grad()
 def unpruned_milliseconds(study: Study, batch: int) -> float:
     model = study.make(study.blocks).to(study.device).eval()
-    inputs = load(study, "test")[0][:1].repeat(batch, *([1] * 3))
+    inputs = load(study, "test")[0][:1].repeat(batch, 1, 1, 1)
     taken = []
     for _ in range(40):
-        began = time.perf_counter()
+        began = clock(study)
         model(inputs)
-        if study.device != "cpu":
-            torch.accelerator.synchronize()
-        taken.append(1e3 * (time.perf_counter() - began))
+        taken.append(1e3 * (clock(study) - began))
     return min(taken)
 
 
@@ -273,7 +274,12 @@ def report(study: Study, found: list[dict[str, Any]], out: Path) -> str:
     table = []
     for way, blocks in dict.fromkeys((each["way"], each["target"]) for each in found):
         rows = [each for each in found if (each["way"], each["target"]) == (way, blocks)]
-        label = {"unpruned": "unpruned", "pruned": f"taulearn, pruned to {blocks}", "small": f"{blocks}, from scratch"}
+        label = {
+            "unpruned": "unpruned",
+            "pruned": f"taulearn, pruned to {blocks}",
+            "small": f"{blocks} blocks from scratch",
+            "small, steps": f"{blocks} blocks from scratch, steps learned",
+        }
         figures = {
             name: [row[name] for row in rows]
             for name in ("accuracy", "parameters", "blocks", *(f"relative ms {b}" for b in BATCHES))
@@ -289,8 +295,9 @@ def report(study: Study, found: list[dict[str, Any]], out: Path) -> str:
     lines += [
         "",
         f"{study.epochs} epochs for everybody, {study.samples or 'all'} training samples, batches of "
-        f"{study.batch_size}; test accuracy in percent, mean ± standard deviation over seeds. Times: one thread of "
-        f"{platform.processor() or platform.machine()}, relative to the unpruned network in the same process.",
+        f"{study.batch_size}; test accuracy in percent, mean ± standard deviation over seeds. Times: "
+        f"{'one thread, ' + platform.machine() if study.device == 'cpu' else study.device}, relative to the unpruned "
+        "network in the same process.",
     ]
     text = "\n".join(lines)
     settings = {k: v for k, v in vars(study).items() if isinstance(v, int | float | str | tuple | dict | None)}

@@ -46,7 +46,7 @@ def main() -> None:
         num_hidden_layers=8,
         num_attention_heads=4,
         image_size=8,
-        patch_size=2,
+        patch_size=4,
         num_channels=1,
         num_labels=10,
     )
@@ -55,14 +55,14 @@ def main() -> None:
     model = taulearn.wrap(ViTForImageClassification(config), example_inputs=train.inputs[:2])
     optimizer = torch.optim.AdamW(taulearn.parameter_groups(model, lr=2e-3, tau_lr=5e-3, weight_decay=0.01))
     callback = TimeStepsCallback(
-        penalties=[penalties.L1(0.3, proximal=True)],
-        pruning=Pruning(0.02),
+        penalties=[penalties.L1(0.45, proximal=True)],
+        pruning=Pruning(0.05),
     )
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
             num_train_epochs=epochs,
-            per_device_train_batch_size=50,
+            per_device_train_batch_size=25,
             logging_steps=10,
             save_strategy="no",
             report_to=[],

@@ -153,6 +153,10 @@ def test_lists_are_separated_by_commas_or_spaces(call, tmp_path):
         ("trian", r"error: unknown command 'trian': did you mean 'train'\?\n$"),
         ("resume", r"error: Missing from taulearn resume: RUN"),
         ("prune a --threshold 0.1 --keep 0", r"error: --threshold and --keep must not be given together"),
+        ("prune a --keep 0 --depth 2", r"error: --keep and --depth must not be given together"),
+        ("prune a --depth few", r"error: --depth must be a number of layers or auto, got 'few'"),
+        ("prune a --tolerance 0.1", r"error: --tolerance must be left out without --depth auto"),
+        ("prune a --depth 2 --by-stage", r"error: --by-stage must be left out without --depth auto"),
         ("prune a --keep 0,x", r"error: --keep must name layers by number, got 0, x"),
         ("report", r"error: report needs the folder of a run"),
         ("data fetch", r"error: data fetch needs the name of a data set"),
@@ -303,6 +307,18 @@ def test_prune_compares_and_saves_beside_the_run(call, trained):
     assert weights(trained) == before
 
 
+@pytest.mark.parametrize("depth", [["1"], ["auto", "--tolerance", "0.99"]], ids=str)
+def test_prune_cuts_after_a_depth(call, trained, depth):
+    code, out, _ = call("prune", trained, "--depth", *depth)
+    assert code == 0
+    if depth[0] == "auto":
+        assert re.match(r"depth +loss +accuracy +parameters +ms +last layer +contribution +relative\n-+\n +1 ", out)
+        assert re.search(r"the first layer of 3: accuracy \S+ -> \S+ \(test data: this set has no validation", out)
+    assert re.search(r"deleted layers 2, 1 \(shares 0\.\d+, 0\.\d+\): 3 -> 1 layers, 747 -> 601 parameters\n", out)
+    assert re.search(r"test accuracy +0\.\d{4} -> 0\.\d{4}\ntest loss +\S+ -> \S+\nnetwork +runs/a/pruned\n$", out)
+    assert load_model("runs/a/pruned").time_steps.origin == (0,)
+
+
 def test_prune_that_finds_nothing_says_what_would_go(call, trained):
     code, out, _ = call("prune", trained, "--threshold", "0.001")
     assert code == 0
@@ -315,6 +331,8 @@ def test_prune_that_finds_nothing_says_what_would_go(call, trained):
     [
         (["--keep", "0,3"], r"keep must name layers out of 0, 1, 2, which are there, got \[0, 3\]"),
         (["--keep", "1"], r"keep must contain layer 0"),
+        (["--depth", "4"], r"depth must be at most 3, the number of layers, got 4"),
+        (["--depth", "auto", "--tolerance", "-1"], r"tolerance must be a finite number >= 0, got -1"),
         (["--threshold", "1.5"], r"threshold must lie in \(0, 1\), got 1.5"),
         (["--out", "runs/a"], r"out must not be the folder of a run, got 'runs/a'"),
         (["--out", "runs"], r"out must be a new folder, got 'runs'.*--overwrite"),

@@ -1,10 +1,12 @@
 """Every example, run as a user would, with one number of each."""
 
 import csv
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +68,53 @@ def test_stage_cost() -> None:
     assert "2 layers of" in output or "first layer of" in output
 
 
+def test_huggingface_trainer() -> None:
+    pytest.importorskip("accelerate", reason="pip install 'taulearn[huggingface]'")
+    output = run("huggingface_trainer.py", "--epochs", "3")
+    assert re.search(r"layers: 8 -> 8, those left: \[0, 1, 2, 3, 4, 5, 6, 7\]", output)
+    assert float(re.findall(r"test accuracy: (\S+)", output)[0]) > 0.5
+
+
+def test_lightning_trainer() -> None:
+    pytest.importorskip("lightning", reason="pip install 'taulearn[lightning]'")
+    output = run("lightning_trainer.py", "--epochs", "5")
+    assert "layers: 8 -> 4" in output
+    assert float(re.findall(r"test accuracy: (\S+)", output)[0]) > 0.9
+
+
+def compared(output: str, out: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows of a comparison, whose table is printed and written alike."""
+    table = (out / "table.md").read_text()
+    assert table.strip() in output
+    rows = json.loads((out / "record.json").read_text())["table"]
+    assert len(rows) == table.count("\n|") - 1 == 5
+    return {(row["way"], row["target"]): row for row in rows}
+
+
+def check_comparison(name: str, out: Path) -> None:
+    quick = ["--quick", "--seeds", "1", "--workers", "1", "--out", str(out)]
+    rows = compared(run(name, *quick), out)
+    whole, pruned, small = rows["unpruned", 4], rows["pruned", 2], rows["small", 2]
+    assert [whole["blocks"], pruned["blocks"], small["blocks"]] == [4, 2, 2]
+    assert pruned["parameters"] == small["parameters"] + 2, "one step a block"
+    assert whole["accuracy"] > 0.5
+    assert pruned["accuracy"] > 0.5
+    assert rows["Torch-Pruning", 2]["parameters"] < whole["parameters"]
+    members = {path: path.stat().st_mtime_ns for path in (out / "members").iterdir()}
+    assert compared(run(name, *quick), out).keys() == rows.keys()
+    assert {path: path.stat().st_mtime_ns for path in (out / "members").iterdir()} == members, "finished ones stay"
+
+
+def test_prune_a_resnet(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning", reason="pip install torch-pruning")
+    check_comparison("prune_a_resnet.py", tmp_path)
+
+
+def test_prune_a_transformer(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning", reason="pip install torch-pruning")
+    check_comparison("prune_a_transformer.py", tmp_path)
+
+
 def test_every_example_is_run() -> None:
-    tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
-    assert tested == {path.name for path in EXAMPLES.glob("*.py")}
+    tested = set(re.findall(r'(?:run|check_comparison)\("(\w+\.py)"', Path(__file__).read_text()))
+    assert tested == {path.name for path in EXAMPLES.glob("[!_]*.py")}

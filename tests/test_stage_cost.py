@@ -99,7 +99,6 @@ class TestValue:
             ("falling", [0.875, 0.625, 0.375, 0.125]),
             (lambda progress: 4 * progress**2, [0.0625, 0.5625, 1.5625, 3.0625]),
         ],
-        ids=str,
     )
     def test_schedule(self, schedule: Any, expected: list[float]) -> None:
         network, (x, z) = make("residual"), batch()
@@ -244,7 +243,6 @@ class TestBadInput:
             ),
             ((1.0, mse_loss), {"factors": {2: -1.0}}, ValueError, r"factors\[2\] must be a finite number >= 0, got -1"),
         ],
-        ids=str,
     )
     def test_arguments(self, arguments: Any, options: Any, error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=message):

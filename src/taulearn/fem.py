@@ -40,7 +40,7 @@ TOLERANCE = 1e-10
 """Relative residual; the error it leaves is far below that of the finest mesh."""
 
 # Measured, n = 16 .. 40: mesh, local matrices of six tetrahedra and their sparse sum; basis functions of one chunk.
-_BYTES_PER_CUBE = 20_000
+_BYTES_PER_CUBE = 24_000
 _BYTES_PER_CHUNK = 100_000_000
 _SOLVERS = ("cg", "direct")
 _Array = NDArray[np.float64]
@@ -215,7 +215,7 @@ def estimated_memory(n: int) -> int:
 
     Example:
         >>> f"{estimated_memory(31) / 1e9:.1f} GB"
-        '0.7 GB'
+        '0.8 GB'
     """
     return _BYTES_PER_CHUNK + _BYTES_PER_CUBE * positive_integer("n", n) ** 3
 

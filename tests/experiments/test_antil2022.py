@@ -253,8 +253,8 @@ class TestJudges:
         results = self.change(tmp_path, name, mse={"10": 1e-4, "100": 1e-4, "end": 1.0}, largest_rise=1e-3)
         verdict = judges.learned_trains_faster(results)
         assert verdict.outcome == "holds in part"
-        assert not self.part(verdict, "faster with learned steps, 6-50, fractional, plain")
-        assert self.part(verdict, "faster with learned steps, 6-50, resnet, plain")
+        assert not self.part(verdict, "faster with learned steps (fractional 6-50 plain)")
+        assert self.part(verdict, "faster with learned steps (resnet 6-50 plain)")
         assert not self.part(verdict, "decreases monotonically")
 
     def test_a2_sees_an_error_that_deletion_raises(self, tmp_path: Path) -> None:
@@ -262,18 +262,18 @@ class TestJudges:
         after = {"near_zero": 0.07, "paper": 0.7, "smallest": 0.08}
         results = self.change(tmp_path, m.reduction("ones"), near_zero=[1], after=after)
         verdict = judges.network_reduces(results)
-        assert not self.part(verdict, "deleting layers 1, 3, 4 keeps the error, tau starting at 1")
-        assert not self.part(verdict, "tau_1, tau_3, tau_4 near 0, tau starting at 1")
-        assert self.part(verdict, "deleting the layers near 0 keeps the error, tau starting at 1")
-        assert self.part(verdict, "deleting layers 1, 3, 4 keeps the error, tau starting in (0, 1)")
+        assert not self.part(verdict, "deleting the article's three layers keeps the error (tau = 1 at the start)")
+        assert not self.part(verdict, "tau_1 and tau_3 and tau_4 near 0 (tau = 1 at the start)")
+        assert self.part(verdict, "deleting the layers near 0 keeps the error (tau = 1 at the start)")
+        assert self.part(verdict, "deleting the article's three layers keeps the error (tau random at the start)")
 
     def test_a3_sees_other_steps(self, tmp_path: Path) -> None:
         article(tmp_path)
         results = self.change(tmp_path, m.setting("6-50", "resnet", "learned", "plain"), tau=[1, 2, 3, 4, 5, -1])
         verdict = judges.steps_are_those_of_the_table(results)
-        assert not self.part(verdict, "values of 6-50, resnet, plain")
+        assert not self.part(verdict, "values (resnet 6-50 plain)")
         assert not self.part(verdict, "all steps of 6-50 are positive")
-        assert self.part(verdict, "values of 2-50, resnet, plain")
+        assert self.part(verdict, "values (resnet 2-50 plain)")
 
     def test_a4_sees_a_network_that_is_no_better_and_one_that_is_not_stable(self, tmp_path: Path) -> None:
         article(tmp_path)
@@ -295,7 +295,7 @@ class TestJudges:
             square={"rms_outside": 1e-6},
             inside={"u3_min": 0, "u3_max": 0, "mean_error": 9.0, "relative_error": 1.0},
         )
-        assert not self.part(judges_of_errors.fractional_extrapolates(results), "than ResNet, learned steps")
+        assert not self.part(judges_of_errors.fractional_extrapolates(results), "than ResNet with learned steps")
         assert not self.part(
             judges_of_errors.third_component_is_small(results), "ResNet with learned steps does better"
         )

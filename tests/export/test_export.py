@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import taulearn
 from taulearn.export import api, export_model
-from taulearn.nn import densenet, feedforward, fractional_dnn, resnet
+from taulearn.nn import densenet, feedforward, fractional_dnn, resnet, resnet_v2
 from wrapping import hosts
 
 onnx = pytest.importorskip("onnx", reason="pip install 'taulearn[onnx]'")
@@ -77,6 +77,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "feedforward": (lambda: feedforward(64, 12, 10, 4), lambda: images(2)),
     "dense": (lambda: densenet(64, 12, 10, 4, init=steps(4)), lambda: images(2)),
     "convolutional": (lambda: pruned(convolutional(), [0, 2, 3]), lambda: images(1)),
+    "resnet_v2": (lambda: pruned(resnet_v2(3, 5, 1, (4, 6)), [0, 2, 3, 5]), lambda: images(2)),
     "vit": wrapped("vit"),
     "resnet of transformers": (
         lambda: pruned(hosts.BY_NAME["resnet"].wrapped(init=steps(4)), [0, 2, 3]),

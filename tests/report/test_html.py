@@ -7,7 +7,7 @@ import pytest
 
 from taulearn.report import write_html
 from taulearn.report.records import unique_names
-from taulearn.report.traces import loss_curves, tau_explorer
+from taulearn.report.traces import depth_losses, loss_curves, tau_explorer
 from taulearn.training.history import History
 
 HOSTILE = "</script><script>alert(1)</script>\"quoted\" 'single' & <b>%{x}</b>"
@@ -165,6 +165,17 @@ def test_loss_curves_hold_data_loss_penalties_total_and_validation(make):
     ]
     short = loss_curves(make(epochs=2, per_epoch=20, deletions=()))["data"]
     assert all("variant" not in trace["meta"] for trace in short)
+
+
+def test_losses_at_each_depth_are_drawn_where_they_are_recorded(record):
+    losses = np.full((40, 4), np.nan)
+    losses[:, 1:] = np.linspace(2.0, 1.0, 40)[:, None] - [0.0, 0.1, 0.2]
+    losses[20:, 2] = np.nan
+    history = History(record.iterations | {"loss": losses[:, 3], "stage_loss": losses}, record.epochs, [])
+    traces = depth_losses(history)["data"]
+    assert [trace["name"] for trace in traces] == ["first tenth", "middle", "last tenth"]
+    assert [list(trace["x"]) for trace in traces] == [[1, 2, 3], [1, 2, 3], [1, 3]]
+    assert traces[2]["y"][0] == pytest.approx(losses[-4:, 1].mean(), rel=1e-5)
 
 
 def test_regression_validation_loss_before_training_is_not_drawn_on_the_logarithmic_axis(record):

@@ -12,9 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from taulearn import Pruning
 from taulearn.nn import fractional_dnn
-from taulearn.penalties import L1, ElasticNet
+from taulearn.penalties import L1, ElasticNet, StageCost
 from taulearn.training import EpochEnd, History, Run, StopTraining
-from training.support import assert_same_history, assert_same_weights, digits, network, run_fit
+from training.support import LOSS, assert_same_history, assert_same_weights, digits, network, run_fit
 
 X, Z = digits()
 
@@ -138,8 +138,16 @@ def test_fewer_epochs_than_are_done_are_refused(tmp_path: Path) -> None:
 def test_epochs_do_not_grow_where_a_target_counts_in_them(tmp_path: Path) -> None:
     options: dict[str, Any] = {"pruning": Pruning(target_blocks=3, by=0.5, penalised="none", criterion="share")}
     start(tmp_path / "run", epochs=4, **options)
-    with pytest.raises(ValueError, match="epochs must be 4 as at the start of the run, got 8"):
+    with pytest.raises(ValueError, match=r"epochs must be 4 .* over which pruning is laid out, got 8"):
         start(tmp_path / "run", epochs=8, resume=True, **options)
+
+
+def test_epochs_do_not_grow_where_a_penalty_counts_in_them(tmp_path: Path) -> None:
+    start(tmp_path / "run", penalties=[StageCost(0.1, LOSS, schedule="falling")])
+    with pytest.raises(ValueError, match=r"epochs must be 2 .* over which stage_cost is laid out, got 4"):
+        start(tmp_path / "run", epochs=4, resume=True, penalties=[StageCost(0.1, LOSS, schedule="falling")])
+    start(tmp_path / "constant", penalties=[StageCost(0.1, LOSS)])
+    assert start(tmp_path / "constant", epochs=3, resume=True, penalties=[StageCost(0.1, LOSS)])[1].num_iterations == 15
 
 
 def stop_after(epoch: int) -> Any:

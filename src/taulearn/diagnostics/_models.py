@@ -13,7 +13,7 @@ from .._deletion import prunable_of
 from ..nn.time_steps import TimeSteps
 from ..penalties import time_steps_of
 from ..wrapping.host import wrapping_of
-from ..wrapping.state import state_out
+from ..wrapping.stages import record_states
 
 
 class HasStates(Protocol):
@@ -35,21 +35,7 @@ class BlockStates:
 
     def states(self, x: Tensor) -> list[Tensor]:
         """y_1 .. y_N of one forward pass."""
-        found: dict[nn.Module, Tensor] = {}
-
-        def keep(block: nn.Module, _: object, output: object) -> None:
-            state = state_out(output)
-            assert state is not None
-            found[block] = state
-
-        blocks = layers_of(self.model)
-        hooks = [block.register_forward_hook(keep) for block in blocks]
-        try:
-            self.model(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [found[block] for block in blocks]
+        return record_states(self.model, x)[1][1:]
 
 
 def states_of(model: nn.Module) -> HasStates:

@@ -1,4 +1,4 @@
-"""Trainings described by their settings alone: read, check, run and resume them.
+"""Trainings described by their settings alone: read, check, run and resume them, one or many.
 
 The names are resolved on first use, so that reading and checking settings does not import torch.
 
@@ -13,11 +13,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import TrainConfig as TrainConfig
+    from .results import Results as Results
+    from .runner import run_members as run_members
+    from .suite import Member as Member
     from .training import Result as Result, resume as resume, train as train
 
-__all__ = ["Result", "TrainConfig", "resume", "train"]
+__all__ = ["Member", "Result", "Results", "TrainConfig", "resume", "run_members", "train"]
 
-_HOMES = {"Result": ".training", "TrainConfig": ".config", "resume": ".training", "train": ".training"}
+_HOMES = {
+    "Member": ".suite",
+    "Result": ".training",
+    "Results": ".results",
+    "TrainConfig": ".config",
+    "resume": ".training",
+    "run_members": ".runner",
+    "train": ".training",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -167,8 +167,8 @@ def make_pruning(config: TrainConfig) -> Pruning | None:
         True
     """
     if config.prune_blocks is not None:
-        by = {} if config.prune_by is None else {"by": config.prune_by}
-        return Pruning(target_blocks=config.prune_blocks, **by)
+        by = Pruning.by if config.prune_by is None else config.prune_by
+        return Pruning(target_blocks=config.prune_blocks, by=by)
     if config.prune is None:
         return None
     return published_pruning(config.prune) if config.as_published else Pruning(config.prune, config.prune_every)

@@ -61,6 +61,12 @@ def write_claims(judged: Sequence[Judged], out: str | Path) -> list[Path]:
 
     Returns:
         The files.
+
+    Example:
+        >>> import tempfile
+        >>> verdict = Verdict.of({"it": True}, {"difference": 0.01})
+        >>> [file.name for file in write_claims([Judged("X1", "it is so", verdict)], tempfile.mkdtemp())]
+        ['claims.md', 'claims.csv', 'claims.json']
     """
     texts = {"claims.md": as_markdown(judged), "claims.csv": _as_csv(judged)}
     texts["claims.json"] = json.dumps([asdict(each) for each in judged], indent=1, ensure_ascii=False) + "\n"
@@ -93,6 +99,12 @@ def draw(
 
     Raises:
         ValueError: If the suite has no such figure.
+
+    Example:
+        >>> import tempfile
+        >>> from taulearn.experiments.suites import load
+        >>> draw(load("herberg2023"), Results("nowhere"), tempfile.mkdtemp(), "4.1")
+        ([], {'4.1': 'no finished member of mnist/resnet/free'})
     """
     if only is not None and only not in suite.figures:
         raise unknown_name("figure", only, suite.figures)
@@ -129,6 +141,11 @@ def tabulate(suite: Suite, results: Results, only: str | None = None) -> dict[st
 
     Raises:
         ValueError: If the suite has no such table.
+
+    Example:
+        >>> from taulearn.experiments.suites import load
+        >>> "no finished member" in tabulate(load("herberg2023"), Results("nowhere"))["as-published"]
+        True
     """
     if only is not None and only not in suite.tables:
         raise unknown_name("table", only, suite.tables)
@@ -215,6 +232,13 @@ def as_markdown(judged: Sequence[Judged]) -> str:
 
     Args:
         judged: The claims with their verdicts.
+
+    Example:
+        >>> print(as_markdown([Judged("X1", "it is so", Verdict.of({"it": True}, {}))]))
+        | claim | verdict | what holds |
+        |---|---|---|
+        | **X1** it is so | holds | holds: it |
+        <BLANKLINE>
     """
     lines = ["| claim | verdict | what holds |", "|---|---|---|"]
     for each in judged:

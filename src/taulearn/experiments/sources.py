@@ -129,6 +129,13 @@ def write_pack(
     Args:
         file: The file; its name ends in .npz.
         records: By name: the record, what was noted at the end, what was measured.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "records.npz"
+        >>> write_pack(file, {"a/seed-0": (None, {"seconds": 1.0}, {"error": 0.5})})
+        >>> PackSource(file).content("a/seed-0", MEASUREMENTS)
+        {'error': 0.5}
     """
     parts: dict[str, dict[str, Array]] = {}
     members: dict[str, Any] = {}

@@ -152,6 +152,12 @@ class Claim:
         statement: What is claimed, and where.
         judge: From records to the verdict; raises :class:`~taulearn.experiments.results.NotMeasured` where they are
             missing.
+
+    Example:
+        >>> from taulearn.experiments.results import Results
+        >>> claim = Claim("X1", "two seeds were trained", lambda r: Verdict.of({"two": len(r.seeds("a")) == 2}, {}))
+        >>> claim.verdict(Results("nowhere")).outcome
+        'not measured'
     """
 
     id: str
@@ -184,6 +190,12 @@ class Suite:
         figures: Functions from records to matplotlib figures, by their numbers in the paper.
         tables: Functions from records to Markdown tables, by their numbers in the paper.
         needs: Patterns of the settings that a figure or a table needs, by its number; without any, all of them.
+
+    Example:
+        >>> from taulearn.experiments.suites import load
+        >>> suite = load("herberg2023")
+        >>> len(suite.needed(suite.members(True, 1), ["4.1"])), len(suite.needed(suite.members(True, 1), []))
+        (8, 43)
     """
 
     name: str

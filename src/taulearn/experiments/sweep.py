@@ -98,6 +98,11 @@ def make_sweep(name: str, spec: Mapping[str, Any]) -> Sweep:
 
     Raises:
         ValueError: As :func:`load_sweep`.
+
+    Example:
+        >>> sweep = make_sweep("depth", {"seeds": [7], "grid": {"hidden_layers": [2, 4]}, "base": {"width": 8}})
+        >>> [member.name for member in sweep.members], sweep.varied
+        (['hidden_layers=2/seed-7', 'hidden_layers=4/seed-7'], ('hidden_layers',))
     """
     for key in spec:
         if key not in _KEYS:

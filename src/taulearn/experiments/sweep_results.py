@@ -27,6 +27,11 @@ def rows(sweep: Sweep, results: Results, failed: Mapping[str, str] | None = None
         sweep: The sweep.
         results: Its finished members.
         failed: What went wrong, by the members' names.
+
+    Example:
+        >>> from taulearn.experiments.sweep import make_sweep
+        >>> rows(make_sweep("depth", {"grid": {"hidden_layers": [2]}}), Results("nowhere"))
+        [{'hidden_layers': 2, 'seed': 0, 'status': 'missing'}]
     """
     table = []
     for member in sweep.members:
@@ -54,6 +59,11 @@ def write_table(table: Sequence[Mapping[str, Any]], out: str | Path) -> Path:
 
     Returns:
         The file.
+
+    Example:
+        >>> import tempfile
+        >>> write_table([{"seed": 0, "status": "missing"}], tempfile.mkdtemp()).stem
+        'results'
     """
     columns = list(dict.fromkeys(name for row in table for name in row))
     if importlib.util.find_spec("pyarrow") is not None:

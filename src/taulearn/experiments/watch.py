@@ -19,6 +19,12 @@ class Watch:
     Args:
         members: All of them.
         out: Their folder.
+
+    Example:
+        >>> from taulearn.experiments import TrainConfig
+        >>> watch = Watch([Member("a", 0, TrainConfig())], "nowhere")
+        >>> watch(Event("finished", "a/seed-0", 20, 40.0, "test accuracy 0.9"))
+        [1/1] a/seed-0: test accuracy 0.9, 40 s
     """
 
     def __init__(self, members: Sequence[Member], out: str | Path) -> None:

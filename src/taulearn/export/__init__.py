@@ -6,4 +6,4 @@ onnx_file    that graph as ONNX
 api          the public function
 """
 
-from .api import FORMATS as FORMATS, Exported as Exported, export_model as export_model
+from .api import FORMATS as FORMATS, Exported as Exported, Signature as Signature, export_model as export_model

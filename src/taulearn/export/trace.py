@@ -80,23 +80,26 @@ def with_constant_steps(
         Another program.
     """
     module: Any = program.module()
-    graph, values = module.graph, {}
+    graph, values, derived = module.graph, {}, set()
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
             graph.erase_node(node)
         elif node.op == "get_attr" and ".time_steps." in f".{node.target}":
             values[node] = operator.attrgetter(node.target)(module).detach()
+            derived.add(node)
         elif node.op == "call_function" and all(each in values for each in node.all_input_nodes):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: values[each])
             values[node] = node.target(*args, **kwargs)
+            derived |= {node} if derived.intersection(node.all_input_nodes) else set()
     for number, (node, value) in enumerate(values.items()):
-        if isinstance(value, Tensor) and any(user not in values for user in node.users):
+        if node in derived and isinstance(value, Tensor) and any(user not in values for user in node.users):
             module.register_buffer(f"constant_{number}", value.clone())
             with graph.inserting_before(node):
                 constant = graph.get_attr(f"constant_{number}")
             node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in values)
     for node in reversed(values):
-        graph.erase_node(node)
+        if not node.users:
+            graph.erase_node(node)
     module.recompile()
     return _traced(module, example, dynamic_batch)
 

@@ -75,11 +75,13 @@ def running_statistics_held(module: nn.Module) -> Iterator[None]:
         >>> norm.running_mean
         tensor([0.])
     """
-    norms = [norm for norm in mixing(module) if norm.track_running_stats]
-    for norm in norms:
+    norms = [(norm, norm.momentum) for norm in mixing(module) if norm.track_running_stats]
+    for norm, _ in norms:
         norm.track_running_stats = False
+        norm.momentum = 0.0  # instance normalisation keeps its record all the same
     try:
         yield
     finally:
-        for norm in norms:
+        for norm, momentum in norms:
             norm.track_running_stats = True
+            norm.momentum = momentum

@@ -61,11 +61,14 @@ class Penalty(ABC):
         name: The penalty's name in records.
         differentiated: Whether its gradient enters the step; a proximal penalty acts after the step instead.
         needs_states: Whether it asks for the states of the forward pass.
+        scheduled: Whether it changes over training with the share of the epochs done: then a resumed run cannot have
+            another number of epochs.
     """
 
     name: str
     differentiated = True
     needs_states = False
+    scheduled = False
 
     def start_epoch(self, epoch: int, epochs: int) -> None:  # noqa: B027  most have nothing to do
         """Told by ``fit`` before each epoch, for penalties that change over training.

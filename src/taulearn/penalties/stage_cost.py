@@ -82,6 +82,7 @@ class StageCost(Penalty):
         self.differentiated = not terminal_only
         # a tensor changes without another compilation
         self._share = None if schedule == "constant" else torch.ones(())
+        self.scheduled = self._share is not None
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         if self._share is None:

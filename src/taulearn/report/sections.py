@@ -15,7 +15,15 @@ from taulearn.report.elements import (
     table,
 )
 from taulearn.report.records import HistoryRecord, RunRecord, count_iterations, penalty_names
-from taulearn.report.traces import Figure, epoch_curves, loss_curves, sizes, smoothing_window, tau_explorer
+from taulearn.report.traces import (
+    Figure,
+    depth_losses,
+    epoch_curves,
+    loss_curves,
+    sizes,
+    smoothing_window,
+    tau_explorer,
+)
 
 
 def run_section(run: RunRecord, figures: dict[str, Figure], prefix: str) -> str:
@@ -41,6 +49,8 @@ def run_section(run: RunRecord, figures: dict[str, Figure], prefix: str) -> str:
         curves.append(_losses(history, figures, f"{prefix}-loss"))
     if "validation.accuracy" in history.epochs:
         curves.append(_accuracy(history, figures, f"{prefix}-accuracy"))
+    if count_iterations(history) and "stage_loss" in history.iterations:
+        curves.append(_depths(history, figures, f"{prefix}-depths"))
     size = _sizes(history, figures, f"{prefix}-sizes") if "layers" in history.epochs else ""
     parts.append(f'<div class="aside">{deletion_table(history)}{size}</div>')
     parts.append(f'<div class="pair">{"".join(curves)}</div>')
@@ -134,6 +144,12 @@ def _losses(history: HistoryRecord, figures: dict[str, Figure], key: str) -> str
     penalties = ", each penalty, and their total" if penalty_names(history) else ""
     figures[key] = loss_curves(history)
     return figure_element(key, figures[key], "Losses", f"Data loss{smoothed}{penalties}.", controls=("x", "y"))
+
+
+def _depths(history: HistoryRecord, figures: dict[str, Figure], key: str) -> str:
+    figures[key] = depth_losses(history)
+    caption = "Loss of the network cut after its first layers, on the training batches of three parts of the training."
+    return figure_element(key, figures[key], "Loss at each depth", caption, controls=("y",))
 
 
 def _accuracy(history: HistoryRecord, figures: dict[str, Figure], key: str) -> str:

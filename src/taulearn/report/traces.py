@@ -72,6 +72,29 @@ def loss_curves(history: HistoryRecord) -> Figure:
     return {"data": data, "layout": _layout("iteration", "loss", xaxis={"type": "log"}, yaxis={"type": "log"})}
 
 
+def depth_losses(history: HistoryRecord) -> Figure:
+    """The loss of the network cut after each layer, on the training batches of three parts of a training.
+
+    Args:
+        history: The record of a run with a stage cost.
+
+    Returns:
+        The figure; layers that are deleted leave gaps.
+    """
+    losses = np.asarray(history.iterations["stage_loss"], dtype=np.float64)
+    number = len(losses)
+    width = max(1, number // 10)
+    middle = (number - width) // 2
+    parts = {"first tenth": slice(0, width), "middle": slice(middle, middle + width), "last tenth": slice(-width, None)}
+    data = []
+    for (label, rows), colour in zip(parts.items(), palette(3), strict=True):
+        there = np.flatnonzero(np.isfinite(losses[rows]).any(0))
+        if len(there):
+            line = finite_line(there, np.nanmean(losses[rows][:, there], axis=0))
+            data.append(_trace(line, label, colour, "layers", markers=True))
+    return {"data": data, "layout": _layout("first k layers", "loss", yaxis={"type": "log"})}
+
+
 def smoothing_window(history: HistoryRecord) -> int:
     """Recorded batches over which the smoothed losses are averaged: one in 200, at least one.
 

@@ -11,8 +11,11 @@ from torch.optim.swa_utils import AveragedModel
 from .._deletion import check_averaged, check_holds, prunable_of
 from .._errors import positive_integer, unknown_name
 from ..optim import SteepestDescent
-from ..penalties import time_steps_of
+from ..penalties import Penalty, time_steps_of
 from ..pruning import Pruning, check_prunable
+
+_OVER_EPOCHS = "laid out over all epochs"
+"""Among the terms of a run: what changes its course when the number of epochs does."""
 
 
 def check_options(
@@ -172,7 +175,7 @@ def terms(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler | None,
-    penalties: Iterable[str],
+    penalties: Iterable[Penalty],
     pruning: Pruning | None,
     **plain: int | float | str | bool | None,
 ) -> dict[str, Any]:
@@ -182,18 +185,21 @@ def terms(
         model: The model.
         optimizer: Its optimiser.
         scheduler: Its scheduler, or None.
-        penalties: The penalties' names.
+        penalties: Its penalties.
         pruning: The policy, or None.
         **plain: Further arguments of fit.
     """
+    found = list(penalties)
     policy = None if pruning is None else {name: _plain(value) for name, value in vars(pruning).items()}
+    by_share = pruning is not None and pruning.targeted and isinstance(pruning.by, float)
     return {
         **{name: _plain(value) for name, value in plain.items()},
         "model": _described(model),
         "optimizer": type(optimizer).__name__,
         "scheduler": None if scheduler is None else type(scheduler).__name__,
-        "penalties": list(penalties),
+        "penalties": [penalty.name for penalty in found],
         "pruning": policy,
+        _OVER_EPOCHS: [penalty.name for penalty in found if penalty.scheduled] + ["pruning"] * by_share,
     }
 
 
@@ -228,16 +234,14 @@ def disagreements(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         >>> disagreements({"seed": 0, "accumulate": 1}, {"seed": 1, "accumulate": 1})
         ['seed must be 0 as at the start of the run, got 1']
     """
-    free = set() if _counts_in_epochs(now.get("pruning")) else {"epochs"}
-    return [
+    said = [
         f"{name} must be {began[name]!r} as at the start of the run, got {value!r}"
         for name, value in now.items()
-        if name in began and began[name] != value and name not in free
+        if name in began and began[name] != value and name not in ("epochs", _OVER_EPOCHS)
     ]
-
-
-def _counts_in_epochs(pruning: Mapping[str, Any] | None) -> bool:
-    """Whether a policy is laid out over all epochs: a target that is to be reached after a share of them."""
-    policy = pruning or {}
-    targeted = policy.get("target_blocks") is not None or policy.get("target_latency_ms") is not None
-    return targeted and isinstance(policy.get("by"), float)
+    if now.get(_OVER_EPOCHS) and began.get("epochs") != now["epochs"]:
+        said.append(
+            f"epochs must be {began.get('epochs')} as at the start of the run, over which "
+            f"{' and '.join(now[_OVER_EPOCHS])} is laid out, got {now['epochs']}"
+        )
+    return said

@@ -165,7 +165,7 @@ def fit(
                 model,
                 optimizer,
                 scheduler,
-                (penalty.name for penalty in penalties),
+                penalties,
                 pruning,
                 epochs=epochs,
                 batches=len(batches),

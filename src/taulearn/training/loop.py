@@ -123,7 +123,7 @@ class Loop:
                 warnings.warn(line, stacklevel=4)
             if self.folder is not None:
                 self.folder.change(epochs=epochs)
-            self.position.stopped = self.position.stopped and epochs <= began["epochs"]
+            self.position.stopped = self.position.stopped and epochs <= began.get("epochs", epochs)
         if past is not None and "tau" in past.iterations:
             layers = past.iterations["tau"].shape[1]
         self.recorder = Recorder(

@@ -230,9 +230,7 @@ class Engine:
             else:
                 (index,), samples = self.ranks.share((order[batch * size : (batch + 1) * size],))
                 inputs, targets = self.batches.gather(index)
-                rows = self._plain(
-                    measured, inputs, targets, evaluate if batch < self.batches.full else None, samples
-                )
+                rows = self._plain(measured, inputs, targets, evaluate if batch < self.batches.full else None, samples)
             batch += len(rows)
             iteration += len(rows)
             yield rows

@@ -45,9 +45,10 @@ class Scalars:
         # functional_call puts plain tensors in the place of parameters
         if self.steps.constraint == "dependent" or type(values) is not Parameter or transforming():
             return self.steps.tau[index]
-        if torch.is_inference_mode_enabled() or values.is_inference():
+        if values.is_inference():
             return values[index]
-        key = (id(values), values._version, values.data_ptr(), values.requires_grad and torch.is_grad_enabled())
+        kind = torch.is_inference_mode_enabled(), values.requires_grad and torch.is_grad_enabled()
+        key = (id(values), values._version, values.data_ptr(), *kind)
         if self._found[0] != key:
             self._found = (key, values.unbind())
         return self._found[1][index]

@@ -62,6 +62,15 @@ class Stack:
         trainees: The networks, on the device of the data.
         weight_decay: As torch.optim.SGD's; the time steps have none.
         compiled: Whether steps are compiled, and on a GPU replayed as CUDA graphs.
+
+    Example:
+        >>> from taulearn.experiments import TrainConfig
+        >>> from taulearn.experiments.engines.vmap import Group
+        >>> config = TrainConfig(width=8, epochs=1)
+        >>> members = [Member("a", seed, config.model_copy(update={"seed": seed})) for seed in (0, 1)]
+        >>> stack = Stack(Group(members, lambda event: None).trainees, weight_decay=0.0, compiled=False)
+        >>> stack.advance(torch.zeros(3, 2, 10, dtype=torch.long)).shape
+        torch.Size([3, 2, 8])
     """
 
     def __init__(self, trainees: Sequence[Trainee], *, weight_decay: float, compiled: bool) -> None:

@@ -2,7 +2,7 @@
 
 from ..suite import Claim, Suite
 from ._herberg import figures, judges, judges_of_pruning, judges_of_steps, published
-from ._herberg.members import LEARNED, PUBLISHED, members
+from ._herberg.members import LEARNED, NETWORKS, PUBLISHED, members
 
 SUITE = Suite(
     name="herberg2023",
@@ -69,7 +69,7 @@ SUITE = Suite(
     },
     tables={"as-published": published.table},
     needs={
-        "4.1": ("*/*/free", "*/*/fixed"),
+        "4.1": tuple(f"*/{network}/{name}" for network in NETWORKS for name in ("free", "fixed")),
         "4.2": tuple(f"*/resnet/{name}" for name in LEARNED),
         "4.3": tuple(f"*/fractional/{name}" for name in LEARNED),
         "4.4": tuple(f"fashion-mnist/resnet/{name}" for name in figures.TRAJECTORIES),

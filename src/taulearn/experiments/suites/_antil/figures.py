@@ -59,7 +59,7 @@ def figure_2(results: Results) -> "Figure":
     axes = figure.subplots(1, 2, width_ratios=columns)
     errors = row["before"], row["after"][row["shown"]]
     gone = sorted({*range(len(row["tau"]))} - {*networks[1].time_steps.origin})
-    words = f"{len(row['tau'])} hidden layers", f"without layers {', '.join(map(str, gone))}"
+    words = f"{len(row['tau'])} hidden layers", f"without layer{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}"
     for ax, each, error, what in zip(axes, networks, errors, words, strict=True):
         drawing.network(each, ax=ax, **limits, colour_bars=ax is axes[-1])
         ax.set_title(f"{what}: relative test error {error:.3f}", fontsize="medium", y=-0.1)
@@ -154,6 +154,10 @@ def _errors(results: Results, ax: "Axes", size: str, kinds: Sequence[str]) -> No
         _band(ax, h, np.array(found), scheme, kind, order)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.set_xticks([0.05, 0.1, 0.2, 0.5, 1.0, 2.0], minor=False)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
+    ax.set_xlim(0.9 * min(line[0]), 1.1 * max(line[0]))
     ax.set_xlabel("Mesh size h")
     ax.set_ylabel(r"$L^2$ error on the cube")
     ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

@@ -35,7 +35,7 @@ def learned_trains_faster(results: Results) -> Verdict:
         a, b = (setting("6-50", scheme, kind, order) for kind in STEPS)
         first = results.measurements(a, results.seeds(a, b)[0])["mse"]
         found = {step: log_ratio(results, a, b, mse(step)) for step in first}
-        parts[f"faster with learned steps, 6-50, {scheme}, {order}"] = all(map(smaller, found.values()))
+        parts[f"faster with learned steps ({scheme} 6-50 {order})"] = all(map(smaller, found.values()))
         for step, each in found.items():
             after = "at the end" if step == "end" else f"after {step} steps"
             figures[f"log MSE, learned - fixed, 6-50, {scheme}, {order}, {after}"] = str(each)
@@ -61,19 +61,19 @@ def network_reduces(results: Results) -> Verdict:
     parts: Parts = {}
     figures: Figures = {}
     for start in STARTS:
-        name, words = reduction(start), f"tau starting {'at 1' if start == 'ones' else 'in (0, 1)'}"
+        name, words = reduction(start), f"tau {'= 1' if start == 'ones' else 'random'} at the start"
         seeds = results.seeds(name)
         rows = [results.measurements(name, seed) for seed in seeds]
         before = float(np.mean([row["before"] for row in rows]))
         papers = [set(row["near_zero"]) >= {1, 3, 4} for row in rows]
-        parts[f"relative error about {PRINTED_ERROR}, {words}"] = 1 / ABOUT <= before / PRINTED_ERROR <= ABOUT
-        parts[f"tau_1, tau_3, tau_4 near 0, {words}"] = all(papers)
-        parts[f"some layers near 0, {words}"] = all(row["near_zero"] for row in rows)
+        parts[f"relative error about {PRINTED_ERROR} ({words})"] = 1 / ABOUT <= before / PRINTED_ERROR <= ABOUT
+        parts[f"tau_1 and tau_3 and tau_4 near 0 ({words})"] = all(papers)
+        parts[f"some layers near 0 ({words})"] = all(row["near_zero"] for row in rows)
         growth = {way: [row["after"][way] / row["before"] for row in rows] for way in rows[0]["after"]}
-        parts[f"deleting layers 1, 3, 4 keeps the error, {words}"] = max(growth["paper"]) <= SAME_ERROR
+        parts[f"deleting the article's three layers keeps the error ({words})"] = max(growth["paper"]) <= SAME_ERROR
         deleted = [growth["near_zero"][i] for i, row in enumerate(rows) if row["near_zero"]]
         if deleted:
-            parts[f"deleting the layers near 0 keeps the error, {words}"] = max(deleted) <= SAME_ERROR
+            parts[f"deleting the layers near 0 keeps the error ({words})"] = max(deleted) <= SAME_ERROR
         figures[f"relative test error before, {words}"] = before
         figures[f"layers near 0 by seed, {words}"] = "; ".join(str(row["near_zero"]) for row in rows)
         figures[f"tau of the first seed, {words}"] = ", ".join(f"{tau:.2f}" for tau in rows[0]["tau"])
@@ -99,12 +99,12 @@ def steps_are_those_of_the_table(results: Results) -> Verdict:
             lowest = min(lowest, float(taus.min()))
         tau = taus.mean(0)
         distance = float(np.abs(tau - printed).mean())
-        parts[f"values of {size}, {scheme}, {order}"] = distance <= NEAR_THE_TABLE
+        parts[f"values ({scheme} {size} {order})"] = distance <= NEAR_THE_TABLE
         figures[f"tau, {size}, {scheme}, {order}"] = ", ".join(f"{value:.2f}" for value in tau)
         figures[f"mean distance to the table, {size}, {scheme}, {order}"] = distance
         if len(printed) > 2:
             agreement = rank_agreement(tau, np.array(printed))
-            parts[f"order of {size}, {scheme}, {order}"] = agreement >= SAME_ORDER
+            parts[f"their order ({scheme} {size} {order})"] = agreement >= SAME_ORDER
             figures[f"rank agreement, {size}, {scheme}, {order}"] = agreement
     parts["all steps of 6-50 are positive"] = lowest > 0
     figures["smallest step of 6-50"] = lowest

@@ -49,11 +49,11 @@ def networks_against_elements(results: Results) -> Verdict:
     parts["the networks' errors stay stable"] = max(ratios) <= STABLE and min(ratios) >= 1 / STABLE
     figures["largest ratio of a network's errors, finest over coarsest mesh"] = max(ratios)
     comparisons: dict[str, list[tuple[str, str, Figure]]] = {
-        "fractional better than ResNet on unseen data, 2-50": [
+        "fractional better than ResNet on unseen data (2-50)": [
             (setting("2-50", "fractional", kind, order), setting("2-50", "resnet", kind, order), fine)
             for kind, order in product(STEPS, ORDERS)
         ],
-        "ResNet better than fractional in training, 2-50": [
+        "ResNet better than fractional in training (2-50)": [
             (setting("2-50", "resnet", kind, order), setting("2-50", "fractional", kind, order), mse("end"))
             for kind, order in product(STEPS, ORDERS)
         ],
@@ -77,7 +77,7 @@ def fractional_extrapolates(results: Results) -> Verdict:
     for kind in STEPS:
         a, b = (setting("2-50", scheme, kind, "plain") for scheme in ("fractional", "resnet"))
         each = log_ratio(results, a, b, outside)
-        parts[f"fractional extrapolates better than ResNet, {kind} steps"] = smaller(each)
+        parts[f"fractional extrapolates better than ResNet with {kind} steps"] = smaller(each)
         figures[f"log error outside, fractional - resnet, {kind}"] = str(each)
         for name in (a, b):
             figures[f"root mean square error outside, {name}"] = mean(results, name, outside)

@@ -1,0 +1,60 @@
+"""The judges of the suite beyond the papers, on records that were made up so that the answer is known."""
+
+import pytest
+
+from made_up_results import GROWN, MadeUp, changed, of
+from taulearn.experiments.suites import beyond, load
+from taulearn.training.history import Deletion
+
+GONE = [Deletion(3000, 5, layer, 0.009, 10_101) for layer in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def as_expected():
+    records = {}
+    for number, T in enumerate(beyond.HORIZONS):
+        for name in beyond.TREATMENTS:
+            step = {"fixed": 0.02, "free": 0.001, "simplex": 0.01}[name]
+            records[f"horizon/T={T:g}/{name}"] = of(GROWN, accuracy=0.85 + step * number)
+    for name in beyond.PENALTIES:
+        gone = {"l1": GONE[:1], "l1-proximal": GONE, "group-lasso": GONE}.get(name, [])
+        records[f"penalty/{name}/whole"] = of(GROWN, accuracy=0.88)
+        records[f"penalty/{name}/pruned"] = of(GROWN, accuracy=0.88, deletions=gone)
+    records["fractional/whole"] = of(GROWN, accuracy=0.87)
+    records["fractional/pruned"] = of(GROWN, accuracy=0.87, deletions=GONE)
+    gap = {name: 0.02 if name.endswith("pruned") else 0.05 for name in records}
+    measured = {name: {"train.accuracy": 0.88 + each, "test.accuracy": 0.88} for name, each in gap.items()}
+    return MadeUp(records, measured)
+
+
+@pytest.mark.parametrize("claim", load("beyond").claims, ids=lambda claim: claim.id)
+def test_every_claim_can_hold_and_is_not_judged_without_records(as_expected, claim):
+    verdict = claim.verdict(as_expected)
+    assert verdict.outcome == "holds", verdict.sentence
+    assert claim.verdict(MadeUp({})).outcome == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "instead", "fails"),
+    [
+        (0, "horizon/T=8/free", {"accuracy": 0.95}, "free steps make T matter less than a point"),
+        (1, "penalty/l2/pruned", {"accuracy": 0.88, "deletions": GONE}, "l1 deletes layers and l2 does not"),
+        (1, "penalty/l1-proximal/pruned", {"accuracy": 0.88}, "the proximal step deletes at least as many"),
+        (2, "fractional/pruned", {"accuracy": 0.8, "deletions": GONE}, "accuracy is kept within a point"),
+    ],
+)
+def test_a_part_that_is_not_so_is_found(as_expected, number, name, instead, fails):
+    verdict = load("beyond").claims[number].verdict(changed(as_expected, name, of(GROWN, **instead)))
+    assert fails in verdict.sentence.partition("does not hold: ")[2]
+
+
+def test_gap_that_does_not_shrink_is_found(as_expected):
+    measured = dict(as_expected.measured) | {"fractional/pruned": {"train.accuracy": 0.95, "test.accuracy": 0.88}}
+    verdict = beyond.gap_after_pruning(MadeUp(as_expected.records, measured))
+    assert verdict.outcome == "holds in part"
+    assert "smaller gap, fractional" in verdict.sentence.partition("does not hold: ")[2]
+
+
+def test_figures_are_drawn(as_expected):
+    for draw in load("beyond").figures.values():
+        assert draw(as_expected).axes

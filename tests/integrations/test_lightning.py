@@ -1,0 +1,180 @@
+"""The callback in Lightning's Trainer: what it does against a loop by hand, resumed runs, and what it refuses."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import taulearn
+from taulearn import Pruning
+from taulearn.penalties import L1, ElasticNet
+from taulearn.training import History
+
+pytest.importorskip("lightning", reason="pip install 'taulearn[lightning]'")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+from taulearn.integrations.lightning import TimeStepsCallback
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+BATCH = 20
+
+
+def digits(number: int = 200) -> tuple[Tensor, Tensor]:
+    inputs, targets = taulearn.data.load("digits")
+    return inputs[:number], targets[:number]
+
+
+class Module(lightning.LightningModule):
+    """A network somewhere inside a module."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        steps = {"init": [0.5, 0.1, 0.3, 0.1, 0.2], "horizon": 1.2} | options
+        self.parts = nn.ModuleDict({"network": taulearn.nn.resnet(64, 12, 10, 5, activation="tanh", **steps)})
+
+    @property
+    def network(self) -> Any:
+        return self.parts["network"]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(taulearn.parameter_groups(self.network, lr=3e-3, tau_lr=1e-3))
+
+
+def fit(module: Any, callback: TimeStepsCallback, folder: Path | None = None, **options: Any) -> Any:
+    resume = {"ckpt_path": options.pop("ckpt_path", None)}
+    callbacks = [callback]
+    if folder is not None:
+        callbacks.append(ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1))
+    defaults: dict[str, Any] = {
+        "max_epochs": 5,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": folder is not None,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = lightning.Trainer(callbacks=callbacks, **defaults | options)
+    trainer.fit(module, DataLoader(TensorDataset(*digits()), batch_size=BATCH), **resume)
+    return trainer
+
+
+def test_layers_go_and_the_optimizer_follows(capsys: pytest.CaptureFixture[str]) -> None:
+    module, callback = Module(), TimeStepsCallback([L1(2.0, proximal=True)], Pruning(0.06))
+    trainer = fit(module, callback)
+    (optimizer,), model, history = trainer.optimizers, module.network, callback.history
+    layers = history.epochs["layers"]
+    assert layers[0] == 5 > layers[-1] == model.time_steps.num_steps
+    assert {d.layer for d in history.deletions} | set(model.time_steps.origin) == set(range(5))
+    assert all(d.iteration % 10 == 0 for d in history.deletions)
+    assert set(optimizer.state) == set(model.parameters())
+    assert all(state["step"] == 50 for state in optimizer.state.values())
+    assert not optimizer._optimizer_step_post_hooks
+    assert "deleted layer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("penalty", [ElasticNet(0.5), L1(0.5, proximal=True)], ids=["gradient", "proximal"])
+def test_penalties_act_as_in_a_loop_by_hand(penalty: Any) -> None:
+    module, twin = Module(constraint="simplex", horizon=1.2), Module(constraint="simplex", horizon=1.2)
+    callback = TimeStepsCallback([penalty])
+    fit(module, callback, max_epochs=1)
+    model, optimizer = twin.network, twin.configure_optimizers()
+    taulearn.optim.register_projection(optimizer, model, [penalty])
+    inputs, targets = digits()
+    rows = []
+    for index in torch.arange(200).split(BATCH):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs[index]), targets[index])
+        value = penalty(model)
+        total = loss + value if penalty.differentiated else loss
+        rows.append([v.item() for v in (loss, total, value, *model.time_steps.tau)])
+        total.backward()
+        optimizer.step()
+    columns = callback.history.iterations
+    found = np.column_stack([columns["loss"], columns["total"], columns[f"penalty.{penalty.name}"], columns["tau"]])
+    np.testing.assert_allclose(found, rows, rtol=0, atol=1e-6)
+
+
+def test_resumed_training_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """From a checkpoint before and from one after the deletion, with modules that were built anew."""
+
+    def run(folder: Path | None = None, **options: Any) -> tuple[Any, History]:
+        module = Module()
+        callback = TimeStepsCallback([L1(2.0, proximal=True)], Pruning(0.06), progress=False)
+        fit(module, callback, folder, **options)
+        return module, callback.history
+
+    expected, record = run(tmp_path)
+    first = min(d.epoch for d in record.deletions)
+    assert 1 < first < 5
+    for epoch in (0, first - 1):
+        module, history = run(ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        state = module.state_dict()
+        assert state.keys() == expected.state_dict().keys()
+        assert all(torch.equal(state[name], value) for name, value in expected.state_dict().items())
+        assert history.deletions == record.deletions
+        for name, column in record.iterations.items():
+            np.testing.assert_array_equal(history.iterations[name], column)
+    state = torch.load(tmp_path / f"epoch={first - 1}.ckpt", weights_only=False)["state_dict"]
+    with pytest.raises(RuntimeError, match=r"parts\.network\.taulearn\.origin"):
+        Module().load_state_dict(state)
+
+
+def test_accumulated_gradients_and_counted_iterations() -> None:
+    callback = TimeStepsCallback([L1(2.0, proximal=True)], Pruning(0.06, every=3), progress=False)
+    fit(Module(), callback, accumulate_grad_batches=2, max_epochs=8)
+    assert callback.history.num_iterations == 40
+    assert callback.history.deletions
+    assert all(d.iteration % 3 == 0 for d in callback.history.deletions)
+
+
+def test_a_target_is_reached() -> None:
+    module, callback = Module(), TimeStepsCallback(pruning=Pruning(target_blocks=3), progress=False)
+    fit(module, callback, max_epochs=8)
+    assert module.network.time_steps.num_steps == 3
+    assert len({d.iteration for d in callback.history.deletions}) == 2
+
+
+def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ByHand(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    class Without(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.network.head.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="automatic_optimization must be True for this callback"):
+        fit(ByHand(), TimeStepsCallback())
+    with pytest.raises(ValueError, match="must return one optimiser that holds the time steps, got 0"):
+        fit(Without(), TimeStepsCallback())
+    monkeypatch.setattr(lightning.Trainer, "world_size", property(lambda _: 2))
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
+    module, callback = Module(), TimeStepsCallback(pruning=Pruning(0.1))
+    optimizer = module.configure_optimizers()
+    monkeypatch.setattr(lightning.Trainer, "optimizers", [optimizer])
+    monkeypatch.setattr(lightning.Trainer, "estimated_stepping_batches", 10)
+    with pytest.raises(ValueError, match="pruning must be None where 2 processes train in this trainer"):
+        callback.on_train_start(trainer, module)
+
+
+def test_missing_extra() -> None:
+    program = "import sys; sys.modules['lightning'] = None; import taulearn.integrations.lightning"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.strip().splitlines()[-1] == (
+        "ImportError: lightning must be installed for this callback: pip install 'taulearn[lightning]'"
+    )
