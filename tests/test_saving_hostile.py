@@ -54,7 +54,11 @@ def edited(folder: Path, *keys: str | int, value: object) -> Path:
     [
         (["format"], 2, "must have format 1, got 2: load it with the version of taulearn that wrote it, '0"),
         (["surprise"], 1, "surprise: Extra inputs are not permitted"),
-        (["model", "layers", 0, "in_features"], "3", r"layers.0.fully_connected.in_features: Input should be a valid integer, got '3'"),
+        (
+            ["model", "layers", 0, "in_features"],
+            "3",
+            r"layers.0.fully_connected.in_features: Input should be a valid integer, got '3'",
+        ),
         (["model", "layers", 0, "in_features"], 10**12, "less than or equal to"),
         (["model", "layers", 0, "in_features"], 2**28, r"layers.0.linear.weight must be float32 \(3, 268435456\), got"),
         (["model", "layers", 0, "activation", "name"], "os.system", "activation must be one of"),
