@@ -14,7 +14,7 @@ ifneq ($(wildcard ../shared/data),)
 export TAULEARN_DATA ?= $(CURDIR)/../shared/data
 endif
 
-.PHONY: help env demo test test-all lint format types bench clean
+.PHONY: help env demo test test-all lint format types docs bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,10 @@ format: $(STAMP) ## let ruff mend what it can
 
 types: $(STAMP) ## mypy
 	$(BIN)/mypy
+
+docs: $(STAMP) ## the documentation, strictly: every code cell is run
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/sphinx-build -b html -W --keep-going -q docs docs/_build/html
 
 bench: $(STAMP) ## seconds per epoch against hand-written loops
 	$(BIN)/python benchmarks/training_step.py
