@@ -16,7 +16,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "results/records/**", "README.md"]
+exclude_patterns = ["_build", "results/**", "README.md"]
 nitpicky = False
 html_theme = "furo"
 html_title = f"taulearn {version}"

@@ -27,8 +27,8 @@ class Samples(NamedTuple):
         torch.Size([5, 1])
     """
 
-    inputs: Num[Tensor, "n *shape"]
-    targets: Num[Tensor, "n *outputs"]
+    inputs: Num[Tensor, "n ..."]
+    targets: Num[Tensor, "n ..."]
 
 
 @dataclass(frozen=True, kw_only=True)
