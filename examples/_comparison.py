@@ -13,6 +13,7 @@ member that is finished is not trained again, one that was interrupted goes on w
 """
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -118,8 +119,9 @@ def train_by_fit(study: Study, model: nn.Module, seed: int, folder: Path | None,
     )
 
 
-def train_member(study: Study, way: str, blocks: int, seed: int, out: Path) -> dict[str, Any]:
+def train_member(study: Study, out: Path, member: tuple[str, int, int]) -> dict[str, Any]:
     """Train one network and return its figures; those of a finished one are read."""
+    way, blocks, seed = member
     name = f"{way}-{blocks}-seed{seed}".lower().replace(", ", "-")
     record = out / "members" / f"{name}.json"
     if record.exists():
@@ -309,32 +311,17 @@ def report(study: Study, found: list[dict[str, Any]], out: Path) -> str:
 
 
 def run(study: Study, *, seeds: int, workers: int, out: Path) -> None:
-    todo = members(study, seeds)
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else Here() as pool:
-        futures = [pool.submit(train_member, study, *member, out) for member in todo]
-        found = []
-        for (way, blocks, seed), future in zip(todo, futures, strict=True):
-            found.append(future.result())
+    todo, found = members(study, seeds), []
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        apply = map if workers == 1 else pool.map
+        for figures in apply(functools.partial(train_member, study, out), todo):
+            found.append(figures)
             print(
-                f"{way}, {blocks} blocks, seed {seed}: accuracy {found[-1]['accuracy']:.4f}, "
-                f"{found[-1]['seconds']:.0f} s",
+                f"{figures['way']}, {figures['blocks']} blocks, seed {figures['seed']}: "
+                f"accuracy {figures['accuracy']:.4f}, {figures['seconds']:.0f} s",
                 flush=True,
             )
     print("\n" + report(study, found, out))
-
-
-class Here:
-    """An executor without processes."""
-
-    def __enter__(self) -> "Here":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        result = function(*arguments)
-        return type("Done", (), {"result": lambda _: result})()
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
