@@ -85,3 +85,26 @@ def test_values_that_a_function_puts_in_place(scale: float) -> None:
         torch.testing.assert_close(wrapped(X), expected)
         wrapped.time_steps.values.mul_(scale)
     torch.testing.assert_close(found, by_hand(wrapped, X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_same_bits_with_and_without_gradients(dtype: torch.dtype, context: type) -> None:
+    wrapped = model().to(dtype)
+    for tau in ([0.3, 0.7], [1.0, 0.0], [-0.2, 1.3]):
+        with torch.no_grad():
+            wrapped.time_steps.values.copy_(torch.tensor(tau))
+        differentiated = wrapped(X.to(dtype))
+        with context():
+            assert torch.equal(wrapped(X.to(dtype)), differentiated.detach())
+
+
+def test_steps_of_another_memory_are_seen() -> None:
+    wrapped = model()
+    with torch.no_grad():
+        wrapped(X)
+        for tau in (2.0, 0.5):
+            wrapped.time_steps.values = nn.Parameter(torch.full((2,), tau))
+            torch.testing.assert_close(wrapped(X), by_hand(wrapped, X))
+        double = wrapped.double()
+        torch.testing.assert_close(double(X.double()), by_hand(double, X.double()))

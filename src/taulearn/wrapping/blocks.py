@@ -39,6 +39,25 @@ class Scalars:
     def __init__(self, steps: TimeSteps) -> None:
         self.steps = steps
         self._found: tuple[tuple[Any, ...], tuple[Tensor, ...]] = ((), ())
+        self._memory: tuple[int, memoryview | None] = (0, None)
+
+    def number(self, index: int) -> float | None:
+        """A step as a number, where nobody differentiates or traces it and reading it waits for no device; else None.
+
+        It is read from the memory of the parameter each time: it follows all changes, those of ``.data`` too.
+        """
+        values = self.steps._parameters.get("values")
+        if type(values) is not Parameter or (values.requires_grad and torch.is_grad_enabled()):
+            return None
+        if self.steps.constraint == "dependent" or transforming():
+            return None
+        address = values.data_ptr()
+        if self._memory[0] != address:
+            # numpy has no bfloat16
+            readable = values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
+            self._memory = (address, values.detach().numpy().data if readable else None)
+        memory = self._memory[1]
+        return None if memory is None else memory[index]
 
     def __getitem__(self, index: int) -> Tensor:
         values = self.steps.values
@@ -102,6 +121,9 @@ class Step:
             raise ValueError(self._wrong(x, y))
         if watched and x._version != version:
             raise ValueError(f"block {self.name!r} must leave its input as it is, but {IN_PLACE}")
+        number = self.scalars.number(self.index) if self.units is None else None
+        if number is not None:
+            return output if number == 1.0 else with_state(output, torch.lerp(x.to(y.dtype), y, number))
         tau, x = self.scalars[self.index], x.to(y.dtype)
         if self.units is not None:
             tau = tau * self.units.factor(self.index, y - x)
