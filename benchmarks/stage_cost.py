@@ -14,13 +14,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import taulearn
-from taulearn.diagnostics import early_exit
+from taulearn.diagnostics import depth_statistics, early_exit
 from taulearn.nn import TimeVariableNetwork, resnet, resnet_v2
 from taulearn.penalties import Penalty, StageCost
 from taulearn.training.fused import FusedSGD
@@ -28,6 +29,7 @@ from taulearn.training.objective import Objective, StepOptions
 from taulearn.training.step import PlainStep
 
 BATCH = 100
+CALIBRATION = 500
 WEIGHT = 0.1
 TARGETS = {"resnet-v2, 27 blocks": 1.25, "6 x 100": 1.6}
 
@@ -113,18 +115,19 @@ def exits(repeats: int) -> None:
             compile="never",
         )
         network.eval()
+        own = depth_statistics(network, train.inputs[:CALIBRATION])
 
         @torch.no_grad()
         def whole(network: nn.Module = network) -> list[Tensor]:
             return [network(x) for x in test.inputs.split(1000)]
 
-        def early(network: TimeVariableNetwork = network) -> list[Tensor]:
-            return [network.predict(x, 0.9).outputs for x in test.inputs.split(1000)]
+        def early(network: TimeVariableNetwork = network, own: Any = own) -> list[Tensor]:
+            return [network.predict(x, 0.9, statistics=own).outputs for x in test.inputs.split(1000)]
 
         taken = interleaved({"whole network": whole, "early exit at 0.9": early}, repeats, 1)
         per_sample = {name: [t / len(test.inputs) for t in times] for name, times in taken.items()}
         report(f"{title}: per sample of the test data", per_sample)
-        table = early_exit(network, test.inputs, test.targets, (0.9, 1.0))
+        table = early_exit(network, test.inputs, test.targets, (0.9, 1.0), calibration=train.inputs[:CALIBRATION])
         depth, (stopped, all_of_it) = float(table.depth[0]), table.accuracy.tolist()
         print(f"    accuracy {stopped:.4f} at mean depth {depth:.2f}, {all_of_it:.4f} with the whole network")
 

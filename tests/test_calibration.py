@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from taulearn import wrap
 from taulearn.calibration import norms_in, recalibrate_, statistics_of
-from taulearn.diagnostics import choose_layers, depth_profile
+from taulearn.diagnostics import choose_layers, depth_profile, depth_statistics, early_exit
 from taulearn.nn import resnet, resnet_v2
 from taulearn.truncation import truncate
 
@@ -96,3 +96,33 @@ def test_wrapped_models_are_refused() -> None:
         depth_profile(
             model, torch.ones(2, 3), torch.zeros(2, dtype=torch.long), cross_entropy, calibration=torch.ones(2, 3)
         )
+
+
+@pytest.mark.parametrize("confidence", [0.6, 0.8])
+def test_early_exit_answers_as_the_calibrated_cut_networks(confidence: float) -> None:
+    model, (x, z) = network().eval(), images()
+    with torch.no_grad():
+        model.head.norm.running_mean += 0.5  # far from what early states have
+        model.head.linear.weight *= 5.0
+        whole = model(x)
+    outputs = []
+    for k in range(4):
+        short = copy.deepcopy(model)
+        if k:
+            truncate(short, k)
+            recalibrate_(short, x, within=short.head)
+            outputs.append(short(x).detach())
+        else:
+            tail = nn.Sequential(short.stem, *(short.skips.past(l) for l in range(4)), short.head)
+            recalibrate_(tail, x, within=short.head)
+            outputs.append(tail(x).detach())
+    stops = [next((k for k in range(4) if outputs[k][i].softmax(0).max() >= confidence), 4) for i in range(len(x))]
+    expected = torch.stack([(outputs[k] if k < 4 else whole)[i] for i, k in enumerate(stops)])
+    found = model.predict(x, confidence, statistics=depth_statistics(model, x))
+    assert len(set(stops)) > 1
+    assert found.depths.tolist() == stops
+    torch.testing.assert_close(found.outputs, expected, rtol=1e-9, atol=1e-9)
+    table = early_exit(model, x, z, (confidence,), calibration=x, batch_size=7)
+    assert table.depth.item() == pytest.approx(sum(stops) / len(stops))
+    assert table.accuracy.item() == pytest.approx(float((expected.argmax(1) == z).double().mean()))
+    torch.testing.assert_close(model(x).detach(), whole)

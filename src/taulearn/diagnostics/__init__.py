@@ -4,7 +4,11 @@ Results are dataclasses that print as tables; figures are drawn from them alone.
 """
 
 from .decision import DepthDecision as DepthDecision, choose_layers as choose_layers
-from .depth import DepthProfile as DepthProfile, depth_profile as depth_profile
+from .depth import (
+    DepthProfile as DepthProfile,
+    depth_profile as depth_profile,
+    depth_statistics as depth_statistics,
+)
 from .exits import EarlyExit as EarlyExit, early_exit as early_exit
 from .figure import plot_propagation as plot_propagation, propagation_figure as propagation_figure
 from .gradients import GradientPropagation as GradientPropagation, gradient_propagation as gradient_propagation
@@ -26,6 +30,7 @@ __all__ = [
     "choose_layers",
     "dense_gradients",
     "depth_profile",
+    "depth_statistics",
     "early_exit",
     "feedforward_gradients",
     "fractional_gradients",

@@ -141,9 +141,8 @@ def depth_profile(
         targets: Class numbers (batch,), for which the accuracy is computed too, or anything ``loss`` takes.
         loss: Maps (output, target) to a scalar, a mean over the batch.
         calibration: Inputs of some hundreds of training samples, on which batch normalisation in skips and head gets
-            statistics of its own for each depth, as a network that was cut there would
-            (:func:`taulearn.calibration.recalibrate_`). None: the running statistics, which are those of the last
-            state. Not for wrapped models.
+            statistics of its own for each depth (:func:`depth_statistics`). None: the running ones, which are those of
+            the last state. Not for wrapped models.
         example_inputs: A batch on which forward passes of every cut network are timed. None: nothing is timed.
         batch_size: Samples at a time, which bounds memory: all states of a batch are there at once.
 
@@ -173,13 +172,8 @@ def depth_profile(
     classes = targets.ndim == 1 and not targets.is_floating_point()
     depths: tuple[int, ...] = ()
     sums = [torch.zeros(())] * 4
-    if calibration is not None and not isinstance(network, TimeVariableNetwork):
-        raise ValueError(
-            "calibration must be None for a wrapped model, whose normalisations cannot be told from those of its "
-            "blocks; cut it and call taulearn.calibration.recalibrate_"
-        )
     with evaluation(network), torch.no_grad():
-        own = {} if calibration is None else _own_statistics(network, calibration)
+        own = {} if calibration is None else depth_statistics(network, calibration)
         for x, z in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
             outputs, states, added = _pass(network, x, own)
             depths = tuple(outputs)
@@ -201,12 +195,40 @@ def depth_profile(
     )
 
 
-def _own_statistics(network: nn.Module, x: Tensor) -> dict[int, list[Statistics]]:
-    """For each depth the statistics of the normalisations behind it."""
-    assert isinstance(network, TimeVariableNetwork)
-    states = network.states(x, initial=True)
-    first = 0 if network.skips.from_input else 1
-    return {k: statistics_of(tail_of(network, k), states[k]) for k in range(first, len(states))}
+@torch.no_grad()
+def depth_statistics(network: nn.Module, inputs: Tensor) -> dict[int, list[Statistics]]:
+    """Statistics for batch normalisation in skips and head, for each depth: those of a network that was cut there.
+
+    In training with a stage cost each state is normalised by its own statistics, and the running ones are those of the
+    last state. Early outputs want their own.
+
+    Args:
+        network: A TimeVariableNetwork.
+        inputs: Some hundreds of training samples.
+
+    Returns:
+        For each number k of layers the statistics of the normalisations behind the state y_k; empty lists without any.
+
+    Raises:
+        ValueError: If the model is a wrapped one, whose normalisations behind a block cannot be told from others.
+
+    Example:
+        >>> from taulearn.nn import resnet_v2
+        >>> network = resnet_v2((2, 2), 10, 1, (4, 8))
+        >>> found = depth_statistics(network, torch.rand(50, 1, 8, 8))
+        >>> sorted(found), [statistics.mean.shape for statistics in found[1]]
+        ([0, 1, 2, 3, 4], [torch.Size([8])])
+        >>> prediction = network.predict(torch.rand(5, 1, 8, 8), 0.9, statistics=found)
+    """
+    if not isinstance(network, TimeVariableNetwork):
+        raise ValueError(
+            "calibration must be None for a wrapped model, whose normalisations cannot be told from those of its "
+            "blocks; cut it and call taulearn.calibration.recalibrate_"
+        )
+    with evaluation(network):
+        states = network.states(inputs, initial=True)
+        first = 0 if network.skips.from_input else 1
+        return {k: statistics_of(tail_of(network, k), states[k]) for k in range(first, len(states))}
 
 
 def _pass(
@@ -227,14 +249,24 @@ def _pass(
         power = network.scheme.step_power
         factors = network.time_steps.tau.abs() ** power * math.gamma(2.0 - power)
         added = [factors[l].to(values[l].dtype) * values[l] for l in range(number)]
-    if isinstance(network, TimeVariableNetwork) and any(own.values()):
-        outputs = {}
-        for k in own:
-            with using(own[k]):
-                outputs[k] = nn.Sequential(*tail_of(network, k))(states[k - number - 1])
+    if any(own.values()):
+        outputs = outputs_with(network, states, own)
     else:
         outputs = {**stage_outputs(network, x, states), number: output}
     return outputs, states[-number:], added
+
+
+def outputs_with(
+    network: nn.Module, states: Sequence[Tensor], statistics: Mapping[int, Sequence[Statistics]]
+) -> dict[int, Tensor]:
+    """Outputs yhat_k from states, with statistics of their own."""
+    assert isinstance(network, TimeVariableNetwork)
+    number = len(network.layers)
+    outputs = {}
+    for k, own in statistics.items():
+        with using(own):
+            outputs[k] = nn.Sequential(*tail_of(network, k))(states[k - number - 1])
+    return outputs
 
 
 def _keep(values: dict[int, Tensor], l: int) -> Callable[..., None]:

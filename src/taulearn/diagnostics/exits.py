@@ -12,6 +12,7 @@ from .._table import format_table
 from ..nn.early_exit import confident
 from ..penalties import time_steps_of
 from ._models import check_batch, evaluation
+from .depth import depth_statistics, outputs_with
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
@@ -49,17 +50,21 @@ def early_exit(
     targets: Int[Tensor, " batch"],
     thresholds: Sequence[float] = THRESHOLDS,
     *,
+    calibration: Tensor | None = None,
     batch_size: int = 250,
 ) -> EarlyExit:
     """Accuracy and mean depth of early exit for several thresholds, from one forward pass.
 
-    What ``network.predict(inputs, confidence)`` answers, without its savings, but for all thresholds at once.
+    What ``network.predict`` answers, without its savings, but for all thresholds at once.
 
     Args:
         network: A TimeVariableNetwork of any scheme, or a wrapped model.
         inputs: (batch, ...).
         targets: Class numbers.
         thresholds: The largest softmax probability that is enough, in (0, 1]; with 1 no sample stops early.
+        calibration: Inputs of some hundreds of training samples, from which batch normalisation gets statistics for
+            each depth before the last (:func:`~taulearn.diagnostics.depth_statistics`). None: the running ones. Not for
+            wrapped models.
         batch_size: Samples at a time.
 
     Returns:
@@ -90,10 +95,13 @@ def early_exit(
     number = time_steps_of(network).num_steps
     right = torch.zeros(len(thresholds), dtype=torch.float64)
     stopped = torch.zeros(len(thresholds), number + 1, dtype=torch.float64)
+    own = {} if calibration is None else depth_statistics(network, calibration)
+    own = {k: statistics for k, statistics in own.items() if k < number and statistics}
     with evaluation(network), torch.no_grad():
         for x, z in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
             output, states = forward_with_states(network, x)
-            outputs = {**stage_outputs(network, x, states), number: output}
+            early = outputs_with(network, states, own) if own else stage_outputs(network, x, states)
+            outputs = {**early, number: output}
             depths = torch.tensor(list(outputs), device=x.device)
             correct = torch.stack([y.argmax(1) == z for y in outputs.values()])
             for i, threshold in enumerate(thresholds):

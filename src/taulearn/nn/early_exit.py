@@ -1,10 +1,12 @@
 """Early exit: each sample stops at the first intermediate output that is confident, and leaves the batch."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ..calibration import Statistics, using
 
 if TYPE_CHECKING:
     from .network import TimeVariableNetwork
@@ -33,7 +35,12 @@ class Prediction(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    network: "TimeVariableNetwork", inputs: Tensor, confidence: float, *, depths: Collection[int] | None = None
+    network: "TimeVariableNetwork",
+    inputs: Tensor,
+    confidence: float,
+    *,
+    depths: Collection[int] | None = None,
+    statistics: Mapping[int, Sequence[Statistics]] | None = None,
 ) -> Prediction:
     """See :meth:`TimeVariableNetwork.predict`; the network's mode is put back.
 
@@ -48,18 +55,25 @@ def predict(
         raise ValueError(f"depths must be numbers of layers in {first} .. {N}, got {sorted(strangers)}")
     if confidence == 1.0:
         looks = ()
+    statistics = {} if statistics is None else statistics
     if not network.training:
-        return _predict(network, inputs, confidence, frozenset(looks))
+        return _predict(network, inputs, confidence, frozenset(looks), statistics)
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
-        return _predict(network, inputs, confidence, frozenset(looks))
+        return _predict(network, inputs, confidence, frozenset(looks), statistics)
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _predict(network: "TimeVariableNetwork", inputs: Tensor, confidence: float, looks: frozenset[int]) -> Prediction:
+def _predict(
+    network: "TimeVariableNetwork",
+    inputs: Tensor,
+    confidence: float,
+    looks: frozenset[int],
+    statistics: Mapping[int, Sequence[Statistics]],
+) -> Prediction:
     N = len(network.layers)
     maps = [(l, network.skips.past(l)) for l in range(N) if not network.skips.unchanged(l)]
     step = network.scheme.stepper(network.skips, network.time_steps.tau)
@@ -70,9 +84,10 @@ def _predict(network: "TimeVariableNetwork", inputs: Tensor, confidence: float, 
     for k in range(N + 1):
         if k in looks or k == N:
             output = states[-1]
-            for l, past in maps:
-                output = past(output) if l >= k else output
-            output = network.head(output)
+            with using(statistics.get(k, ()) if k < N else ()):
+                for l, past in maps:
+                    output = past(output) if l >= k else output
+                output = network.head(output)
             if output.ndim != 2:
                 raise ValueError(
                     f"outputs must have shape (batch, classes) for early exit, got {tuple(output.shape)}: use forward"

@@ -1,11 +1,12 @@
 """A network with learned time steps: layers, a scheme, one vector of steps, and an output layer."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..calibration import Statistics
 from .each import apply_to_each
 from .early_exit import Prediction, predict
 from .schemes import Fractional, Scheme
@@ -144,6 +145,7 @@ class TimeVariableNetwork(nn.Module):
         confidence: float = 0.9,
         *,
         depths: Collection[int] | None = None,
+        statistics: Mapping[int, Sequence[Statistics]] | None = None,
     ) -> Prediction:
         """Outputs with early exit: each sample stops at the first intermediate output that is confident.
 
@@ -154,6 +156,9 @@ class TimeVariableNetwork(nn.Module):
             inputs: (batch, ...), of the network's floating point type.
             confidence: The largest softmax probability that is enough, in (0, 1]; 1 computes the whole network.
             depths: Numbers k of layers after which to look. None: all there are.
+            statistics: Of batch normalisation in skips and head at depths before the last, as
+                :func:`taulearn.diagnostics.depth_statistics` gives them. None: the running ones, which are those of the
+                last state: with them early outputs of a network with batch normalisation can be confident and wrong.
 
         Returns:
             Outputs and the number of layers behind each.
@@ -167,7 +172,7 @@ class TimeVariableNetwork(nn.Module):
             >>> network.predict(torch.ones(5, 2), confidence=1.0).depths
             tensor([4, 4, 4, 4, 4])
         """
-        return predict(self, inputs, confidence, depths=depths)
+        return predict(self, inputs, confidence, depths=depths, statistics=statistics)
 
     def fixed_layers(self) -> dict[int, str]:
         """Positions that pruning must leave, each with the reason."""

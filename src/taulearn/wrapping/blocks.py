@@ -60,7 +60,7 @@ class Scalars:
         return None if memory is None else memory[index]
 
     def __getitem__(self, index: int) -> Tensor:
-        values = self.steps.values
+        values = self.steps._parameters.get("values")  # without the detour of Module.__getattr__
         # functional_call puts plain tensors in the place of parameters
         if self.steps.constraint == "dependent" or type(values) is not Parameter or transforming():
             return self.steps.tau[index]

@@ -43,6 +43,8 @@ def depths(results: Results) -> "Figure":
         row[1].set_yscale("log")
         row[2].set_ylabel(r"$\|w_{F,k}\|$")
         row[2].set_yscale("log")
+        for ax in row:
+            ax.xaxis.get_major_locator().set_params(integer=True)
         for ax in row[1:]:
             ax.set_xlabel("block k")
     axes[0][0].legend(fontsize="small", loc="lower right")
@@ -55,6 +57,7 @@ def bound(results: Results) -> "Figure":
     if not rows:
         raise NotMeasured("no network is finished for the bound")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(7.5, 0.6 + 0.32 * len(rows)), dpi=120, layout="constrained")
     ax = figure.subplots()
@@ -67,6 +70,8 @@ def bound(results: Results) -> "Figure":
     ax.set_yticks(range(len(rows)), [f"{title}, M = {M}" for title, M, _, _ in rows], fontsize="small")
     ax.invert_yaxis()
     ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
+    ax.xaxis.set_major_formatter(LogFormatter())
     ax.set_xlabel("weighted mean of the training losses")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize="small")

@@ -24,8 +24,8 @@ def at_each_depth(folder: Path, *, timed: bool = True) -> dict[str, Any]:
         network's weights. For each layer "contribution" and "relative" (see
         :class:`taulearn.diagnostics.DepthProfile`), "weights", the norm of its weights, and "weights.start", the same
         before training. "stage_cost" and "weight_decay"; "exits" with "thresholds", "accuracy", "depth". With batch
-        normalisation the heads of the cut networks have statistics of their own, and there is
-        "test.accuracy.running" for the running ones, which early exit goes by, too.
+        normalisation the heads of the cut networks have statistics of their own, early exit included, and there is
+        "test.accuracy.running" for the running ones.
 
     Example:
         >>> import tempfile
@@ -67,7 +67,7 @@ def at_each_depth(folder: Path, *, timed: bool = True) -> dict[str, Any]:
                 running = depth_profile(model, x, z, loss)
                 assert running.accuracy is not None
                 found |= {"test.accuracy.running": running.accuracy.tolist()}
-            exits = early_exit(model, x, z)
+            exits = early_exit(model, x, z, calibration=seen)
             found |= {
                 "depths": list(profile.depths),
                 "parameters": list(profile.parameters),
