@@ -124,3 +124,12 @@ def test_hostile_names_are_text(opened):
 
 def test_fits_the_window(opened):
     assert opened.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_markdown_tables_become_tables(tmp_path):
+    text = "| network | M |\n| --- | --- |\n| <b> | 2 |\n"
+    page = write_catalogue(tmp_path / "r.html", "S", "", tables={"Table 1": text, "Note": "| not a table"})
+    found = page.read_text(encoding="utf-8")
+    assert "<th scope='col'>M</th>" in found
+    assert "<th scope='row'>&lt;b&gt;</th><td>2</td>" in found
+    assert "<pre>| not a table</pre>" in found

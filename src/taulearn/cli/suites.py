@@ -95,6 +95,7 @@ class Reproduce:
         """Everything: verdicts, figures, report."""
         from ..experiments.reproduce import draw, judge, keep, tabulate, write_claims, write_report
         from ..experiments.results import Results
+        from ..experiments.suite import SEPARATOR
 
         results = Results(out)
         folder = _folder(out)
@@ -108,7 +109,8 @@ class Reproduce:
         say("")
         table([("claim", "verdict"), *((each.id, each.verdict.outcome) for each in judged)])
         for each in judged:
-            say(f"\n{each.id}  {each.statement}\n    {each.verdict.sentence}")
+            parts = each.verdict.sentence.split(SEPARATOR)
+            say("\n    ".join([f"\n{each.id}  {each.statement}", *parts]))
         say("")
         for number, reason in missing.items():
             say(f"figure {number} is missing: {reason}")

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import platform
 import shutil
 import time
@@ -164,7 +165,7 @@ def _note(member: Member, test: dict[str, float], seconds: float) -> dict[str, A
         "test": test,
         "seconds": round(seconds, 1),
         "versions": {"taulearn": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": platform.platform(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 

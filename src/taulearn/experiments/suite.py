@@ -106,6 +106,10 @@ def digest(config: TrainConfig | None) -> str:
 _WITHOUT_EFFECT = {"run", "overwrite", "threads", "checkpoint_every", "tensorboard"}
 
 
+SEPARATOR = " — "
+"""Between what holds and what does not, in the sentence of a verdict."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the records say about a claim.
@@ -117,7 +121,7 @@ class Verdict:
 
     Example:
         >>> Verdict.of({"MNIST": True, "Fashion-MNIST": False}, {"difference": 0.01}).sentence
-        'holds: MNIST; does not hold: Fashion-MNIST'
+        'holds: MNIST — does not hold: Fashion-MNIST'
     """
 
     outcome: Outcome
@@ -139,8 +143,8 @@ class Verdict:
             raise ValueError("parts must hold at least one part of the claim, got none")
         good, bad = ([part for part, holds in parts.items() if bool(holds) is wanted] for wanted in (True, False))
         outcome: Outcome = "holds" if not bad else "holds in part" if good else "does not hold"
-        words = [f"holds: {', '.join(good)}"] * bool(good) + [f"does not hold: {', '.join(bad)}"] * bool(bad)
-        return cls(outcome, "; ".join(words), dict(figures))
+        words = [f"holds: {'; '.join(good)}"] * bool(good) + [f"does not hold: {'; '.join(bad)}"] * bool(bad)
+        return cls(outcome, SEPARATOR.join(words), dict(figures))
 
 
 @dataclass(frozen=True)

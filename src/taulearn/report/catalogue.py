@@ -87,7 +87,7 @@ def write_catalogue(
         subtitle: A line below it.
         claims: What was judged.
         pictures: Figures.
-        tables: Further tables as preformatted text, by their titles.
+        tables: Further tables, by their titles: Markdown tables, or preformatted text.
         runs: All runs.
 
     Returns:
@@ -165,10 +165,18 @@ def _pictures(pictures: Sequence[Picture]) -> str:
 
 def _tables(tables: Mapping[str, str]) -> str:
     return "".join(
-        f"<section aria-label='{escape(title)}'><h3>{escape(title)}</h3>"
-        f"<div class='scroll' tabindex='0'><pre>{escape(text)}</pre></div></section>"
+        f"<section class='measured' aria-label='{escape(title)}'>{_table(title, text)}</section>"
         for title, text in tables.items()
     )
+
+
+def _table(title: str, text: str) -> str:
+    """A Markdown table as an HTML one; other text as it is."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    if len(lines) < 2 or not all(line.startswith("|") and line.endswith("|") for line in lines):
+        return f"<h3>{escape(title)}</h3><div class='scroll' tabindex='0'><pre>{escape(text)}</pre></div>"
+    head, _, *rows = ([escape(cell.strip()) for cell in line[1:-1].split("|")] for line in lines)
+    return table(title, head, rows)
 
 
 def _runs(runs: Sequence[RunRow]) -> str:

@@ -22,6 +22,8 @@ _TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR
 
 def depths(results: Results) -> "Figure":
     """Accuracy of the first k blocks; what each block adds to the state; the norm of its weights."""
+    from matplotlib.ticker import MaxNLocator
+
     found = pairs(results)
     figure, axes = _grid(len(found), 3)
     for row, pair in zip(axes, found, strict=True):
@@ -44,7 +46,7 @@ def depths(results: Results) -> "Figure":
         row[2].set_ylabel(r"$\|w_{F,k}\|$")
         row[2].set_yscale("log")
         for ax in row:
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         for ax in row[1:]:
             ax.set_xlabel("block k")
     axes[0][0].legend(fontsize="small", loc="lower right")
@@ -57,7 +59,7 @@ def bound(results: Results) -> "Figure":
     if not rows:
         raise NotMeasured("no network is finished for the bound")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(7.5, 0.6 + 0.32 * len(rows)), dpi=120, layout="constrained")
     ax = figure.subplots()
@@ -70,8 +72,9 @@ def bound(results: Results) -> "Figure":
     ax.set_yticks(range(len(rows)), [f"{title}, M = {M}" for title, M, _, _ in rows], fontsize="small")
     ax.invert_yaxis()
     ax.set_xscale("log")
-    ax.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
-    ax.xaxis.set_major_formatter(LogFormatter())
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("weighted mean of the training losses")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize="small")
