@@ -14,7 +14,7 @@ ifneq ($(wildcard ../shared/data),)
 export TAULEARN_DATA ?= $(CURDIR)/../shared/data
 endif
 
-.PHONY: help env demo test test-all lint format types docs bench clean
+.PHONY: help env demo test test-all coverage lint format types docs dist bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ test: $(STAMP) ## the tests and the examples in the docstrings, without the long
 test-all: $(STAMP) ## every test
 	$(PYTEST) -m ""
 
+coverage: $(STAMP) ## the tests, and which lines of the package they reach: at least 90 %
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
+
 lint: $(STAMP) ## ruff: rules and layout
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -54,7 +57,17 @@ types: $(STAMP) ## mypy
 
 docs: $(STAMP) ## the documentation, strictly: every code cell is run
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/sphinx-build -b html -W --keep-going -q docs docs/_build/html
+	$(BIN)/sphinx-build -b html -E -W --keep-going -q docs docs/_build/html
+
+dist: $(STAMP) ## wheel and source archive in dist/, each tried in an environment of its own
+	rm -rf dist build/try
+	$(BIN)/python -m build --outdir dist >/dev/null
+	for file in dist/*.whl dist/*.tar.gz; do \
+	  $(PYTHON) -m venv --clear build/try; \
+	  build/try/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt "$$file"; \
+	  (cd build && try/bin/taulearn train --epochs 2 --run try/run --overwrite --seed 0 && test -f try/run/report.html); \
+	done
+	@ls -l dist
 
 bench: $(STAMP) ## seconds per epoch against hand-written loops
 	$(BIN)/python benchmarks/training_step.py

@@ -1,19 +1,170 @@
-"""The README's Python runs as it stands, one block after the other, as a reader would paste it."""
+"""The README keeps its word: its code and commands run as they stand, its tables are those of the records."""
 
+import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_blocks_run_and_prune(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 2
+    first, wrapping, loop = blocks("python")
+    assert len([line for line in first.splitlines() if line.strip()]) <= 20
     names: dict[str, object] = {}
-    exec(blocks[0], names)
+    exec(first, names)
     history = names["history"]
     assert history.epochs["validation.accuracy"][-1] > 0.9
     assert history.deletions
-    exec(blocks[1], names)
+    exec(wrapping, names)
+    assert "4 torch.Size([4, 10, 32])" in capsys.readouterr().out
+    exec(loop, names)
     assert "deleted layer" in capsys.readouterr().out
     assert names["model"].time_steps.num_steps < 6
+
+
+def test_commands_run(tmp_path):
+    lines = [line for block in blocks("console") for line in block.splitlines()]
+    assert lines
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "taulearn"
+        done = subprocess.run(
+            [sys.executable, "-m", "taulearn", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"NO_COLOR": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (tmp_path / "runs" / "first" / "report.html").exists()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["prune-a-resnet", "prune-a-transformer"])
+def test_tables_are_those_of_the_records(name):
+    table = (ROOT / "docs" / "results" / name / "table.md").read_text(encoding="utf-8")
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert "\n".join(rows) in README
+    record = json.loads((ROOT / "docs" / "results" / name / "record.json").read_text(encoding="utf-8"))
+    for row, figures in zip(rows[2:], record["table"], strict=True):
+        assert f"| {100 * figures['accuracy']:.2f}" in row
+        assert f"| {figures['seeds']} |" in row
+        members = [
+            each for each in record["members"] if (each["way"], each["target"]) == (figures["way"], figures["target"])
+        ]
+        assert sum(each["accuracy"] for each in members) / len(members) == pytest.approx(figures["accuracy"])
+
+
+def test_sweep_figures_are_those_of_the_records():
+    """The sentence about Fashion-MNIST."""
+    import csv
+
+    with (ROOT / "docs" / "results" / "fashion-mnist-pruning" / "results.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for label, row in re.findall(r"^\| (pruned|l1|free)[^|]*(\|.*)$", README, flags=re.MULTILINE):
+        of = [each for each in rows if each["label"] == label]
+        mean = sum(float(each["test.accuracy"]) for each in of) / len(of)
+        assert f"| {100 * mean:.2f}" in row
+        assert f"| {len(of)} |" in row
+
+
+HUGGING_FACE = "transformers' own saving, Trainer"
+WRAPPED = {
+    "a Sequential of your blocks": "sequential",
+    "torch `TransformerEncoder`": "encoder",
+    "transformers ViT": "vit",
+    "transformers BERT": "bert",
+    "transformers GPT-2, Llama": "gpt2 llama",
+    "transformers ResNet": "resnet",
+}
+DELETED = "tests/wrapping/test_prune.py::test_deleting_blocks_with_zero_steps_changes_nothing[[1, 2]-{}]"
+FOUND = "tests/wrapping/test_wrap.py::test_at_init_outputs_and_gradients_are_those_of_the_host_to_the_bit[{}]"
+COMPILED = "tests/wrapping/test_compile.py::test_compiled_is_eager_before_and_after_a_deletion[{}]"
+EXPORTED = "tests/export/test_export.py::test_file_computes_what_the_model_computes[onnx-{}]"
+SAVED = "tests/wrapping/test_transformers.py::test_pruned_and_annealed_it_is_saved_for_plain_loading[{}]"
+GENERATION = (
+    "tests/wrapping/test_transformers.py::test_generation_with_and_without_the_cache_gives_the_same_tokens[0.6-[3]-{}]"
+)
+NETWORKS = "tests/nn/test_contract.py::TestFullyConnected::"
+PARALLEL = "tests/training/test_parallel.py::"
+EXPORT_NAMES = {"sequential": "convolutional", "resnet": "resnet of transformers"}
+
+
+def evidence() -> dict[tuple[str, str], list[str]]:
+    """The tests behind each cell of the support matrix, by row and column."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row, hosts in WRAPPED.items():
+        names = hosts.split()
+        found[row, "time steps"] = [FOUND.format(name) for name in names]
+        found[row, "prune"] = [DELETED.format(name) for name in names]
+        found[row, "compile"] = [COMPILED.format(name) for name in names]
+        found[row, "ONNX"] = [EXPORTED.format(EXPORT_NAMES.get(name, name)) for name in names]
+        if row.startswith("transformers"):
+            found[row, HUGGING_FACE] = [SAVED.format(name) for name in names]
+    found["transformers ViT", HUGGING_FACE].append(
+        "tests/integrations/test_huggingface.py::test_layers_go_and_the_optimizer_follows"
+    )
+    found["transformers GPT-2, Llama", HUGGING_FACE] += [GENERATION.format(name) for name in ("gpt2", "llama")]
+    found["a Sequential of your blocks", "data parallel"] = [
+        PARALLEL + "test_running_statistics_are_those_of_the_first_process"
+    ]
+    for row, kinds in {
+        "`nn.resnet`": "residual",
+        "`nn.fractional_dnn`": "fractional",
+        "`nn.densenet`, `nn.feedforward`": "dense feedforward",
+    }.items():
+        for kind in kinds.split():
+            case = f"[{kind}, equal-free]"
+            found.setdefault((row, "time steps"), []).append(NETWORKS + "test_steps_get_gradients" + case)
+            found.setdefault((row, "prune"), []).append(NETWORKS + "test_pruning_keeps_the_contract" + case)
+            found.setdefault((row, "compile"), []).append(NETWORKS + f"test_compiled_is_eager[{kind}, ")
+            found.setdefault((row, "ONNX"), []).append(EXPORTED.format(kind))
+    found["`nn.densenet`, `nn.feedforward`", "prune"] = [
+        f"tests/test_pruning.py::TestRefusals::test_schemes_in_which_zero_is_not_the_identity[{name}]"
+        for name in ("densenet", "feedforward")
+    ]
+    found["`nn.resnet`", "data parallel"] = [PARALLEL + "test_two_processes_do_what_one_does[train]"]
+    convolutional = "`nn.resnet_v2` (convolutional)"
+    for column, test in {
+        "time steps": "TestContract::test_steps_get_gradients",
+        "prune": "TestShrinking::test_blocks_within_a_stage_are_deleted_exactly",
+        "compile": "TestContract::test_compiled_is_eager",
+    }.items():
+        found[convolutional, column] = ["tests/nn/test_convolutional.py::" + test]
+    found[convolutional, "ONNX"] = [EXPORTED.format("resnet_v2")]
+    return found
+
+
+def matrix():
+    """Cells of the support matrix by row and column."""
+    lines = README.split("## What works with what")[1].split("##")[0].strip().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    head, _, *body = rows
+    return {(row[0], column): cell for row in body for column, cell in zip(head[1:], row[1:], strict=True) if cell}
+
+
+def test_each_cell_of_the_support_matrix_has_its_tests():
+    wanted = evidence()
+    assert matrix().keys() == wanted.keys()
+    files = sorted({test.partition("::")[0] for tests in wanted.values() for test in tests})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", *files]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for cell, tests in wanted.items():
+        for test in tests:
+            assert any(line.startswith(test) for line in listed), f"{cell}: {test}"

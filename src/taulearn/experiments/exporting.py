@@ -8,9 +8,7 @@ import torch
 
 from ..data.catalog import CATALOGUE
 from ..export import Exported, export_model
-from ..saving import load_model
-from ..training import Run
-from .training import settings_of
+from .finished import finished_run
 
 
 def export_run(
@@ -46,20 +44,8 @@ def export_run(
         >>> print(exported.inputs[0])
         x, float32 (batch, 1, 8, 8)
     """
-    opened = Run.open(run)
-    config = settings_of(opened)
+    _, config, model = finished_run(run, out, overwrite=overwrite)
     folder = Path(out)
-    if (folder / "run.toml").exists():
-        raise FileExistsError(f"out must not be the folder of a run, got {str(folder)!r}: choose another one")
-    if folder.exists() and not overwrite and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(
-            f"out must be a new folder, got {str(folder)!r}: choose another one, or pass overwrite (--overwrite)"
-        )
-    if not (opened.path / "model.json").exists():
-        raise FileNotFoundError(
-            f"run must be finished, got {str(opened.path)!r} without a network: `taulearn resume {opened.path}` goes on"
-        )
-    model = load_model(opened.path)
     entry = CATALOGUE[config.data]
     images = entry.kind == "images"
     draw = torch.rand if images else torch.randn

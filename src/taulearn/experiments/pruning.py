@@ -3,7 +3,6 @@
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from torch import nn
@@ -12,13 +11,12 @@ from ..calibration import norms_in, recalibrate_
 from ..diagnostics.decision import DepthDecision, choose_layers
 from ..nn.network import TimeVariableNetwork
 from ..pruning import PruneReport, prune, shares
-from ..saving import load_model, save_model
-from ..training import Run, evaluate
+from ..saving import save_model
+from ..training import evaluate
 from ..training.objective import as_float
 from ..truncation import truncate
 from . import parts
-from .config import TrainConfig
-from .training import settings_of
+from .finished import finished_run
 
 _TIMED = 50
 """Samples in a timed forward pass."""
@@ -80,7 +78,7 @@ def prune_run(
         >>> load_model(folder / "small").time_steps.origin
         (0, 5)
     """
-    _, config, model = _opened(run, out, overwrite=overwrite)
+    _, config, model = finished_run(run, out, overwrite=overwrite)
     splits = parts.load_splits(config)
     loss = parts.make_loss(config, classes=splits.classes is not None)[1]
     positions = None if keep is None else _positions(keep, model.time_steps.origin)
@@ -150,7 +148,7 @@ def cut_run(
         >>> cut_run(folder / "run", folder / "small", depth=2).report.layers_after
         2
     """
-    _, config, model = _opened(run, out, overwrite=overwrite)
+    _, config, model = finished_run(run, out, overwrite=overwrite)
     splits = parts.load_splits(config)
     loss = parts.make_loss(config, classes=splits.classes is not None)[1]
     before = evaluate(model, tuple(splits.test), loss=loss)
@@ -179,26 +177,6 @@ def cut_run(
         save_model(model, out)
     chosen_on = "test" if splits.validation is splits.test else "validation"
     return Cut(report, decision, chosen_on, model, before, after)
-
-
-def _opened(
-    run: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool
-) -> tuple[Run, TrainConfig, TimeVariableNetwork]:
-    """A finished run with its settings and its network, once it is clear that ``out`` can be written."""
-    opened = Run.open(run)
-    config = settings_of(opened)
-    folder = Path(out)
-    if (folder / "run.toml").exists():
-        raise FileExistsError(f"out must not be the folder of a run, got {str(folder)!r}: choose another one")
-    if folder.exists() and not overwrite and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(
-            f"out must be a new folder, got {str(folder)!r}: choose another one, or pass overwrite (--overwrite)"
-        )
-    if not (opened.path / "model.json").exists():
-        raise FileNotFoundError(
-            f"run must be finished, got {str(opened.path)!r} without a network: `taulearn resume {opened.path}` goes on"
-        )
-    return opened, config, load_model(opened.path)
 
 
 def _positions(keep: Collection[int], origin: tuple[int, ...]) -> list[int]:

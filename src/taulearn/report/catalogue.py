@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 
 from taulearn.report.elements import number, table
-from taulearn.report.html import hash_source
+from taulearn.report.html import hash_source, write_page
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,7 @@ def write_catalogue(
         plotly="",
         script=script,
     )
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(page, encoding="utf-8", errors="replace", newline="\n")
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
-    return target
+    return write_page(target, page)
 
 
 def _claims(claims: Sequence[ClaimRow]) -> str:

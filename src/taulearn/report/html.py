@@ -53,7 +53,11 @@ def write_html(runs: RunRecord | Sequence[RunRecord], path: str | os.PathLike[st
         raise FileNotFoundError(
             f"path must lie in an existing folder, got {str(target)!r}: make {str(target.parent)!r} first"
         )
-    text = page(several)
+    return write_page(target, page(several))
+
+
+def write_page(target: Path, text: str) -> Path:
+    """Write a page aside and rename it, so that an earlier one stays whole until then; without torch."""
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         aside.write_text(text, encoding="utf-8", errors="replace", newline="\n")
