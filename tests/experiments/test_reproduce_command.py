@@ -35,6 +35,7 @@ def call(capsys, tmp_path, monkeypatch):
         ("herberg2023 --engine serial --workers 2", "--workers must be left out with --engine serial"),
         ("herberg2023 --address localhost:6379", "--address must be left out with --engine processes"),
         ("herberg2023 --engine threads", "threads"),
+        ("herberg2023 --all --figure 4.1", "--all must stand without --figure and --table"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_trained(call, tmp_path, line, message):

@@ -41,6 +41,9 @@ class Reproduce:
     seeds: Annotated[int | None, about("Seeds of each setting; the suite's own number unless given.", "INT")] = None
     figure: Annotated[str | None, about("Only this figure, and the trainings that it needs.", "NUMBER")] = None
     table: Annotated[str | None, about("Only this table, and the trainings that it needs.", "NUMBER")] = None
+    all: Annotated[
+        bool, about("Verdicts, all figures, all tables and the report, as without --figure and --table.")
+    ] = False
     out: Annotated[
         str | None, about("Folder of records and results; results/SUITE, or results/SUITE-quick, unless given.", "DIR")
     ] = None
@@ -59,6 +62,10 @@ class Reproduce:
             raise UsageError(f"SUITE must be one of {', '.join(suites.NAMES)}, got {self.suite!r}")
         if self.seeds is not None and self.seeds < 1:
             raise UsageError(f"--seeds must be >= 1, got {self.seeds}")
+        if self.all and (self.figure or self.table):
+            raise UsageError(
+                "--all must stand without --figure and --table, which draw one alone: leave one of them out"
+            )
         check_engine(self.engine, self.workers, self.address)
         suite = suites.load(self.suite)
         for kind, known in (("figure", suite.figures), ("table", suite.tables)):
