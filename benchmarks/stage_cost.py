@@ -97,19 +97,22 @@ def steps(repeats: int, *, compiled: bool) -> None:
 def exits(repeats: int) -> None:
     train, test = (taulearn.data.load("mnist", split) for split in ("train", "test"))
     networks = {
-        "resnet-v2, 12 blocks": (lambda: resnet_v2((4, 4, 4), 10, 1, (8, 16, 32), stem_stride=2), 10_000),
-        "16 x 100": (lambda: resnet(784, 100, 10, 16, init=1.0, horizon=16.0), 60_000),
+        "resnet-v2, 12 blocks": (lambda: resnet_v2((4, 4, 4), 10, 1, (8, 16, 32), stem_stride=2), 2, 0.1),
+        "16 x 100": (lambda: resnet(784, 100, 10, 16, init=1.0, horizon=16.0), 3, 0.02),
     }
-    for title, (make, samples) in networks.items():
+    for title, (make, epochs, lr) in networks.items():
         torch.manual_seed(0)
         network = make()
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
+        optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(train.inputs) // BATCH + 1)
         taulearn.fit(
             network,
-            (train.inputs[:samples], train.targets[:samples]),
+            train,
             loss=cross_entropy,
             optimizer=optimizer,
-            epochs=3,
+            scheduler=cycle,
+            epochs=epochs,
+            batch_size=BATCH,
             penalties=penalties(stage=True),
             progress=False,
             compile="never",
