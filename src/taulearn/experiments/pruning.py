@@ -71,6 +71,7 @@ def prune_run(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from taulearn.experiments import TrainConfig, train
         >>> folder = Path(tempfile.mkdtemp())
         >>> _ = train(TrainConfig(epochs=1, width=8, run=str(folder / "run")), progress=False)
@@ -142,6 +143,7 @@ def cut_run(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from taulearn.experiments import TrainConfig, train
         >>> folder = Path(tempfile.mkdtemp())
         >>> _ = train(TrainConfig(epochs=1, width=8, stage_cost=0.1, run=str(folder / "run")), progress=False)
