@@ -70,13 +70,13 @@ def prune_run(
         ValueError: If ``keep`` names a layer that is not there, or the network cannot be pruned.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, taulearn
         >>> from pathlib import Path
         >>> from taulearn.experiments import TrainConfig, train
         >>> folder = Path(tempfile.mkdtemp())
         >>> _ = train(TrainConfig(epochs=1, width=8, run=str(folder / "run")), progress=False)
         >>> pruned = prune_run(folder / "run", folder / "small", keep=[0, 5])
-        >>> load_model(folder / "small").time_steps.origin
+        >>> taulearn.load_model(folder / "small").time_steps.origin
         (0, 5)
     """
     _, config, model = finished_run(run, out, overwrite=overwrite)
