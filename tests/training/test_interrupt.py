@@ -23,6 +23,14 @@ from training.support import (
 )
 
 
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """A shell starts what it puts in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
