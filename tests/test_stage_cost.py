@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from taulearn import Pruning, fit, prune
 from taulearn.nn import TimeVariableNetwork, densenet, fractional_dnn, resnet, resnet_v2
 from taulearn.penalties import L1, StageCost
+from taulearn.truncation import truncate
 from training.support import assert_same_history, assert_same_weights
 
 DOUBLE = torch.float64
@@ -90,6 +91,36 @@ class TestValue:
         prune(network, keep=[0, 2, 3])
         losses = {k: cross_entropy(y, z) for k, y in network.intermediate_outputs(x).items()}
         torch.testing.assert_close(cost(network, x, z), 0.5 * losses[1])
+
+    def test_factors_under_autocast_are_not_rounded(self) -> None:
+        network, (x, z) = make("residual").float(), batch()
+        factors = {1: 0.3, 2: 0.7, 3: 1.3}
+        with torch.autocast("cpu", torch.bfloat16):
+            cost = StageCost(1.0, cross_entropy, factors=factors)
+            found, losses = cost.measured(network, x.float(), z)
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(float(losses.double() @ torch.tensor([0.3, 0.7, 1.3]).double()), rel=1e-6)
+
+    def test_a_loss_of_shape_one(self) -> None:
+        network, (x, z) = make("residual"), batch()
+
+        def loss(output: Tensor, target: Tensor) -> Tensor:
+            return cross_entropy(output, target).reshape(1)
+
+        for factors in (None, {1: 0.5}):
+            expected = StageCost(1.0, cross_entropy, factors=factors)(network, x, z)
+            torch.testing.assert_close(StageCost(1.0, loss, factors=factors)(network, x, z), expected)
+
+    def test_factors_after_the_last_layers_have_gone(self) -> None:
+        """In training they may go; a resumed run begins without them."""
+        network, (x, z) = make("residual"), batch()
+        cost = StageCost(1.0, cross_entropy, factors={1: 0.5, 3: 2.0})
+        cost(network, x, z)
+        truncate(network, 2)
+        cost(network, x, z)
+        resumed = StageCost(1.0, cross_entropy, factors={1: 0.5, 3: 2.0})
+        resumed.start_epoch(3, 4)
+        torch.testing.assert_close(resumed(network, x, z), cost(network, x, z))
 
     @pytest.mark.parametrize(
         ("schedule", "expected"),
@@ -242,6 +273,32 @@ class TestBadInput:
                 "schedule must be one of 'constant', 'falling', 'ris",
             ),
             ((1.0, mse_loss), {"factors": {2: -1.0}}, ValueError, r"factors\[2\] must be a finite number >= 0, got -1"),
+            (
+                (1.0, mse_loss),
+                {"factors": [1.0, 2.0]},
+                TypeError,
+                r"factors must map numbers of layers to factors, got \[",
+            ),
+            (
+                (1.0, mse_loss),
+                {"factors": {"1": 2.0}},
+                ValueError,
+                "factors must have numbers of layers >= 0 as keys, got",
+            ),
+            (
+                (1.0, mse_loss),
+                {"factors": {-1: 2.0}},
+                ValueError,
+                "factors must have numbers of layers >= 0 as keys, got",
+            ),
+            ((1.0, mse_loss), {"schedule": 0.5}, TypeError, r"schedule must be a name or a function of .*, got 0\.5"),
+            ((1.0, mse_loss), {"schedule": None}, TypeError, "schedule must be a name or a function of .*, got None"),
+            (
+                (1.0, mse_loss),
+                {"schedule": ["rising"]},
+                TypeError,
+                r"schedule must be a name or a function .*, got \['ris",
+            ),
         ],
     )
     def test_arguments(self, arguments: Any, options: Any, error: type[Exception], message: str) -> None:
@@ -254,6 +311,35 @@ class TestBadInput:
             ValueError, match=r"schedule must answer a finite number >= 0, got -0\.5 at 0\.5 of training"
         ):
             cost.start_epoch(0, 1)
+
+    def test_a_schedule_that_answers_no_number(self) -> None:
+        with pytest.raises(ValueError, match=r"schedule must answer a finite number >= 0, got 'a' at 0\.5 of training"):
+            StageCost(1.0, mse_loss, schedule=lambda progress: "a").start_epoch(0, 1)  # type: ignore[arg-type,return-value]
+
+    @pytest.mark.parametrize("layer", [0, 4, 99])
+    def test_factors_without_effect(self, layer: int) -> None:
+        """There is no output before the first layer here, and the last one is the data loss."""
+        network, (x, z) = make("residual"), batch()
+        cost = StageCost(1.0, cross_entropy, factors={1: 0.5, layer: 2.0})
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=rf"intermediate outputs, 1 \.\. 3 here, got \[{layer}\]: leave those out"
+            ):
+                cost(network, x, z)
+
+    def test_losses_that_are_no_scalars(self) -> None:
+        network, (x, z) = make("residual"), batch()
+        with pytest.raises(ValueError, match=r"loss must return a scalar, got shape \(8,\): take its mean over the"):
+            StageCost(1.0, nn.CrossEntropyLoss(reduction="none"))(network, x, z)
+        with pytest.raises(TypeError, match="loss must return a tensor, got float"):
+            StageCost(1.0, lambda output, target: 1.0)(network, x, z)  # type: ignore[arg-type,return-value]
+
+    def test_a_compiled_model(self) -> None:
+        network, (x, z) = torch.compile(make("residual"), backend="eager"), batch()
+        with pytest.raises(
+            TypeError, match=r"got one behind torch\.compile, .* give the model that it was compiled from"
+        ):
+            StageCost(1.0, cross_entropy)(network, x, z)
 
     def test_data_are_needed(self) -> None:
         with pytest.raises(ValueError, match="inputs and targets must be given to a stage cost, got None"):

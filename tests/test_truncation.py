@@ -119,5 +119,8 @@ class TestBadInput:
         assert not truncate(network, 5)
 
     def test_any_other_model(self) -> None:
+        compiled = torch.compile(resnet(2, 3, 1, 2), backend="eager")
+        with pytest.raises(TypeError, match=r"behind torch\.compile: give the model that it was compiled from"):
+            truncate(compiled, 1)
         with pytest.raises(TypeError, match="model must be a TimeVariableNetwork or a wrapped model, got Linear"):
             truncate(nn.Linear(1, 1), 1)

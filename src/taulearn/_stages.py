@@ -92,7 +92,34 @@ def check_has_stages(model: nn.Module, argument: str = "model") -> None:
         >>> check_has_stages(resnet(2, 3, 1, 4))
     """
     if not isinstance(model, TimeVariableNetwork) and wrapping_of(model) is None:
+        if hasattr(model, "_orig_mod"):
+            raise TypeError(
+                f"{argument} must be a TimeVariableNetwork or a wrapped model, got one behind torch.compile, where no "
+                "states are seen: give the model that it was compiled from"
+            )
         raise TypeError(
             f"{argument} must be a TimeVariableNetwork or a wrapped model, got {type(model).__name__}: only there it "
             "is known what follows a state; build it with taulearn.nn, or wrap it with taulearn.wrap"
         )
+
+
+def scalar(value: object) -> Tensor:
+    """What a loss answered, without dimensions.
+
+    Args:
+        value: A tensor of one element.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If it has another number of elements.
+
+    Example:
+        >>> import torch
+        >>> scalar(torch.tensor([2.0]))
+        tensor(2.)
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss must return a tensor, got {type(value).__name__}: compute it with torch's functions")
+    if value.numel() != 1:
+        raise ValueError(f"loss must return a scalar, got shape {tuple(value.shape)}: take its mean over the batch")
+    return value.reshape(())

@@ -5,7 +5,7 @@ state. A network that is cut after fewer layers therefore needs statistics of it
 them, without any training.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -45,15 +45,45 @@ def recalibrate_(model: nn.Module, inputs: Any, *, within: nn.Module | None = No
     Returns:
         The number of normalisations.
 
+    Raises:
+        ValueError: If the batch is empty, gives statistics that are not finite, or ``within`` is no part of the model;
+            nothing is changed then.
+
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(1))
         >>> recalibrate_(model, torch.tensor([[1.0], [3.0]])), model[0].running_mean
         (1, tensor([2.]))
     """
+    if within is not None and all(within is not module for module in model.modules()):
+        what = f"another {type(within).__name__}" if isinstance(within, nn.Module) else repr(within)
+        raise ValueError(f"within must be a module of the model, got {what}: take it from the model, as model.head")
+    check_calibration("inputs", inputs)
     norms = norms_in([model if within is None else within])
     if norms:
         install(_measured(norms, lambda: call(model, inputs), [model]))
     return len(norms)
+
+
+def check_calibration(argument: str, inputs: Any) -> None:
+    """Refuse an empty batch, which has no statistics.
+
+    Args:
+        argument: What the caller calls it.
+        inputs: A tensor, a tuple of arguments, or a dictionary of keywords.
+
+    Raises:
+        ValueError: If a tensor among them has no samples.
+
+    Example:
+        >>> check_calibration("inputs", torch.zeros(2, 3))
+    """
+    together = inputs.values() if isinstance(inputs, Mapping) else inputs
+    for each in together if isinstance(inputs, Mapping | tuple | list) else [inputs]:
+        if isinstance(each, Tensor) and each.ndim > 0 and len(each) == 0:
+            raise ValueError(
+                f"{argument} must be a batch of training data, got an empty one of shape {tuple(each.shape)}: give "
+                "some hundreds of samples"
+            )
 
 
 def norms_in(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
@@ -108,8 +138,8 @@ def using(found: Sequence[Statistics]) -> Iterator[None]:
         tensor([0.])
     """
     own = [_now(each.norm) for each in found]
-    install(found)
     try:
+        install(found)
         yield
     finally:
         install(own)
@@ -136,7 +166,11 @@ def _now(norm: _BatchNorm) -> Statistics:
 
 
 def _measured(norms: Sequence[_BatchNorm], run: Any, modules: Sequence[nn.Module]) -> list[Statistics]:
-    """The statistics after a run in which only the normalisations are in training mode; everything is put back."""
+    """The statistics after a run in which only the normalisations are in training mode; everything is put back.
+
+    Raises:
+        ValueError: If they are not finite.
+    """
     everything = [part for module in modules for part in module.modules()]
     modes = [(part, part.training) for part in everything]
     own = [(_now(norm), norm.momentum, norm.num_batches_tracked) for norm in norms]
@@ -147,7 +181,7 @@ def _measured(norms: Sequence[_BatchNorm], run: Any, modules: Sequence[nn.Module
         norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
     try:
         run()
-        return [_now(norm) for norm in norms]
+        found = [_now(norm) for norm in norms]
     finally:
         for before, momentum, count in own:
             install([before])
@@ -155,3 +189,9 @@ def _measured(norms: Sequence[_BatchNorm], run: Any, modules: Sequence[nn.Module
             before.norm.num_batches_tracked = count
         for part, training in modes:
             part.training = training
+    if not all(bool(torch.isfinite(each.mean).all() and torch.isfinite(each.var).all()) for each in found):
+        raise ValueError(
+            "the statistics of batch normalisation must be finite, got nan or inf from the batch for calibration: look "
+            "for such numbers in it, and in the parameters"
+        )
+    return found

@@ -53,10 +53,9 @@ def truncate(model: nn.Module, depth: int) -> PruneReport:
     if wrapping_of(model) is not None:
         return prune(model, keep=range(depth))
     if not isinstance(model, TimeVariableNetwork):
-        raise TypeError(
-            f"model must be a TimeVariableNetwork or a wrapped model, got {type(model).__name__}: build it with "
-            "taulearn.nn, or wrap it with taulearn.wrap"
-        )
+        behind = " behind torch.compile: give the model that it was compiled from"
+        hint = behind if hasattr(model, "_orig_mod") else ": build it with taulearn.nn, or wrap it with taulearn.wrap"
+        raise TypeError(f"model must be a TimeVariableNetwork or a wrapped model, got {type(model).__name__}{hint}")
     if depth < number and model.time_steps.constraint == "dependent":
         raise ValueError(
             "model must not have the constraint 'dependent', in which the last step takes up what is cut: train with "

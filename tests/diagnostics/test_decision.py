@@ -1,18 +1,20 @@
 """How many layers a network needs: whole and stage by stage, and the figures behind the decision."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from taulearn import prune, wrap
 from taulearn.diagnostics import choose_layers, depth_profile
 from taulearn.diagnostics.decision import stages_of
 from taulearn.nn import densenet, fractional_dnn, resnet, resnet_v2
 from taulearn.truncation import truncate
+from taulearn.wrapping.host import WRAPPING, wrapping_of
 from wrapping.hosts import Block
 
 DOUBLE = torch.float64
@@ -167,6 +169,67 @@ class TestDecision:
         network, (x, z) = densenet(16, 5, 3, 4, dtype=DOUBLE), data()
         with pytest.raises(ValueError, match="in which tau = 0 is not the identity"):
             choose_layers(network, x, z, cross_entropy, by_stage=True)
+
+    @pytest.mark.parametrize("by_stage", [False, True])
+    @pytest.mark.parametrize("tolerance", [0.05, 0.2])
+    def test_on_a_simplex_the_steps_that_are_left_are_projected(self, tolerance: float, by_stage: bool) -> None:
+        torch.manual_seed(9)
+        network = resnet(2, 6, 2, 6, constraint="simplex", init=[0.05, 0.1, 0.15, 0.2, 0.2, 0.3])
+        with torch.no_grad():
+            for p in [*network.layers.parameters(), *network.head.parameters()]:
+                p *= 3.0
+        x = torch.randn(500, 2)
+        z = network(x).argmax(1)
+        decision = choose_layers(network, x, z, cross_entropy, tolerance=tolerance, by_stage=by_stage)
+        assert len(decision.keep) < 6
+        decision.apply_(network)
+        reached = (network(x).argmax(1) == z).double().mean().item()
+        assert decision.reached == pytest.approx(reached)
+        assert reached >= 1.0 - tolerance - 1e-9
+
+    @pytest.mark.parametrize("by_stage", [False, True])
+    def test_a_dependent_last_step_is_refused(self, by_stage: bool) -> None:
+        network, (x, z) = resnet(16, 5, 3, 4, constraint="dependent", dtype=DOUBLE), data()
+        with pytest.raises(
+            ValueError, match="network must not have the constraint 'dependent', in which the last step"
+        ):
+            choose_layers(network, x, z, cross_entropy, tolerance=0.9, by_stage=by_stage)
+
+    def test_blocks_that_must_stay(self) -> None:
+        """A wrapped model cannot be cut before a block that is needed elsewhere."""
+        model, (x, z) = wrapped(), data()
+        wrapping = wrapping_of(model)
+        assert wrapping is not None
+        vars(model)[WRAPPING] = replace(wrapping, keep={1: "the host asks for it"})
+        decision = choose_layers(model, x, z, cross_entropy, tolerance=1.0)
+        assert decision.keep == (0, 1)
+        decision.apply_(model)
+        assert model.time_steps.num_steps == 2
+
+    def test_a_single_output_goes_by_the_loss(self) -> None:
+        """Its largest output is always the first: no classes can be told by it."""
+        torch.manual_seed(0)
+        network, x = resnet(2, 8, 1, 4), torch.randn(60, 2)
+        z = (x[:, 0] * x[:, 1] > 0).long()
+
+        def loss(output: Tensor, target: Tensor) -> Tensor:
+            return binary_cross_entropy_with_logits(output[:, 0], target.to(output.dtype))
+
+        decision = choose_layers(network, x, z, loss, tolerance=0.0)
+        assert decision.profile.accuracy is None
+        assert (decision.figure, decision.whole) == ("loss", pytest.approx(loss(network(x), z).item()))
+
+    @pytest.mark.parametrize("by_stage", [False, True])
+    def test_a_loss_that_is_not_finite(self, by_stage: bool) -> None:
+        network, (x, _) = resnet(16, 5, 3, 4, dtype=DOUBLE), data()
+        with pytest.raises(ValueError, match="the loss of the whole network must be finite, got nan: no depth can be"):
+            choose_layers(network, x * float("nan"), torch.zeros(30, 3), mse_loss, by_stage=by_stage)
+
+    @pytest.mark.parametrize("tolerance", [None, "0.1", -1.0, float("nan")], ids=repr)
+    def test_tolerance(self, tolerance: Any) -> None:
+        network, (x, z) = resnet(16, 5, 3, 4, dtype=DOUBLE), data()
+        with pytest.raises(ValueError, match=f"tolerance must be a finite number >= 0, got {tolerance!r}"):
+            choose_layers(network, x, z, cross_entropy, tolerance=tolerance)
 
     def test_after_pruning(self) -> None:
         network = convolutional()

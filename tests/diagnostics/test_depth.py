@@ -1,5 +1,6 @@
 """Networks cut after each layer."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from taulearn import prune
-from taulearn.diagnostics import depth_profile
+from taulearn.diagnostics import depth_profile, depth_statistics, early_exit
 from taulearn.nn import (
     ComposedSkips,
     FullyConnected,
@@ -117,6 +118,36 @@ class TestDepthProfile:
         network = resnet(3, 4, 1, 2, init=[0.5, -0.5], dtype=DOUBLE)
         assert float(depth_profile(network, batch(), torch.zeros(6, 1), mse_loss).contribution.min()) > 0
 
+    def test_layers_that_share_a_module(self) -> None:
+        """Each place in the network has a contribution of its own."""
+        torch.manual_seed(0)
+        shared = nn.Sequential(nn.Linear(3, 3, dtype=DOUBLE), nn.Tanh())
+        other = nn.Sequential(shared, nn.Tanh())
+        layers = [shared, other, shared, shared]
+        stem, head = nn.Linear(3, 3, dtype=DOUBLE), nn.Linear(3, 2, dtype=DOUBLE)
+        network = TimeVariableNetwork(layers, head, Residual(), TimeSteps(4, init=0.3, dtype=DOUBLE), stem=stem)
+        states = network.states(batch(), initial=True)
+        expected = [(z - y).detach().square().sum(1).mean().sqrt().item() for y, z in pairwise(states)]
+        found = depth_profile(network, batch(), torch.zeros(6, dtype=torch.long), cross_entropy)
+        assert found.contribution.tolist() == pytest.approx(expected, rel=1e-12)
+
+    def test_normalisation_behind_some_states_only(self) -> None:
+        """Statistics of the map past the first layer are none of the later states'."""
+        torch.manual_seed(0)
+        past = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4))
+        layers = [FullyConnected(3, 4), FullyConnected(4, 4)]
+        maps = ComposedSkips([past, None], from_input=True)
+        steps = TimeSteps(2, init=[20.0, 1.0])
+        network = TimeVariableNetwork(layers, nn.Linear(4, 2), Residual(), steps, maps, stem=nn.Linear(3, 3))
+        x, z = batch().float(), torch.tensor([0, 1, 0, 1, 0, 1])
+        assert depth_profile(network, x, z, cross_entropy, calibration=x).depths == (0, 1, 2)
+        thresholds = (0.6, 0.8, 0.9, 0.95)
+        table = early_exit(network, x, z, thresholds, calibration=x)
+        own = depth_statistics(network, x)
+        found = [network.predict(x, threshold, statistics=own).depths for threshold in thresholds]
+        assert table.depth.tolist() == pytest.approx([depths.double().mean().item() for depths in found])
+        assert table.shares[:, 1].max() > 0
+
     def test_table(self) -> None:
         layers = [nn.Linear(3, 3, dtype=DOUBLE) for _ in range(2)]
         network = TimeVariableNetwork(layers, nn.Identity(), Residual(), TimeSteps(2, dtype=DOUBLE), stem=nn.Identity())
@@ -142,3 +173,16 @@ class TestDepthProfile:
             depth_profile(network, batch(), torch.zeros(5, dtype=torch.long), cross_entropy)
         with pytest.raises(ValueError, match="loss must return a scalar"):
             depth_profile(network, batch(), torch.zeros(6, 2, dtype=DOUBLE), nn.MSELoss(reduction="none"))
+        targets = torch.zeros(6, 2, dtype=DOUBLE)
+        with pytest.raises(TypeError, match="loss must return a tensor, got float: compute it with torch's functions"):
+            depth_profile(network, batch(), targets, lambda output, target: 1.0)  # type: ignore[arg-type,return-value]
+        for size in (0, -1, 1.5):
+            with pytest.raises(ValueError, match=f"batch_size must be an integer >= 1, got {size}"):
+                depth_profile(network, batch(), targets, mse_loss, batch_size=size)  # type: ignore[arg-type]
+        with pytest.raises(
+            TypeError, match=r"got one behind torch\.compile, .* give the model that it was compiled from"
+        ):
+            depth_profile(torch.compile(network, backend="eager"), batch(), targets, mse_loss)
+        profile = depth_profile(network, batch() * float("nan"), targets, mse_loss)
+        with pytest.raises(ValueError, match="the loss of the whole network must be finite, got nan"):
+            profile.smallest(0.1)

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,7 @@ class TestConstruction:
             ((2, 10, 3, (4, -1)), "widths must be an integer >= 1, got -1"),
             ((2, 0, 3, 4), "num_classes must be an integer >= 1, got 0"),
             ((2, 10, 1.5, 4), "in_channels must be an integer >= 1, got 1.5"),
-            ((2, 10, 3, ()), "blocks_per_stage must be one integer or one for each of the 0 widths"),
+            ((2, 10, 3, ()), "widths must be an integer or one for each stage, got none: give at least one"),
         ],
         ids=str,
     )
@@ -166,6 +167,30 @@ class TestConstruction:
         with pytest.raises(TypeError, match=r"inputs must be floating point, got torch\.uint8"):
             network(torch.zeros(1, 1, 7, 7, dtype=torch.uint8))
 
+    def test_inputs_of_another_floating_point_type(self) -> None:
+        network = small()
+        with pytest.raises(
+            TypeError, match=r"inputs must be torch\.float64 as the parameters of the network, got torch\."
+        ):
+            network(images(dtype=torch.float32))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert small(dtype=torch.float32)(images(dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("widths", [4.0, None, True])
+    def test_widths_that_are_no_integers(self, widths: Any) -> None:
+        with pytest.raises(ValueError, match=f"widths must be an integer >= 1, got {widths!r}"):
+            resnet_v2(2, 10, 3, widths)
+
+    def test_integers_of_numpy(self) -> None:
+        network = resnet_v2(np.int64(2), 10, 3, np.int64(4))  # type: ignore[arg-type]
+        assert (len(network.layers), network.fixed_layers()) == (2, {})
+
+    def test_no_blocks(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"blocks_per_stage must be one integer or one for each of the 1 widths, got"
+        ):
+            resnet_v2([], 10, 3, 4)
+
 
 class TestIntermediateOutputs:
     """What the pages on all networks test, and what is particular to normalisation and stages."""
@@ -181,6 +206,21 @@ class TestIntermediateOutputs:
             with torch.no_grad():
                 network.time_steps.values[k:] = 0.0
             torch.testing.assert_close(found[k], network(x), rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("widths", [3, (2, 3)], ids=str)
+    def test_of_an_empty_batch(self, widths: Any) -> None:
+        found = small(widths=widths).eval().intermediate_outputs(images(0))
+        assert {k: tuple(y.shape) for k, y in found.items()} == dict.fromkeys(range(6), (0, 4))
+
+    def test_a_head_without_running_statistics(self) -> None:
+        """By those of the batch in evaluation mode too, each state by its own."""
+        network, x = small(), images()
+        network.head.norm = nn.BatchNorm2d(3, track_running_stats=False, dtype=DOUBLE)
+        found = network.eval().intermediate_outputs(x)
+        for k in reversed(range(6)):
+            with torch.no_grad():
+                network.time_steps.values[k:] = 0.0
+            torch.testing.assert_close(found[k], network(x), rtol=1e-10, atol=1e-10)
 
     def test_in_training_each_state_has_its_own_statistics(self) -> None:
         network, x = small((2, 1, 2), (2, 3, 4)), images()

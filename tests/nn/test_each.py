@@ -25,6 +25,12 @@ class Own(nn.Module):
         return self.linear(self.norm(y).mean((2, 3)))
 
 
+def headed(norm: nn.Module) -> PooledHead:
+    head = PooledHead(3, 4, "tanh", dtype=DOUBLE)
+    head.norm = norm  # type: ignore[assignment]
+    return head
+
+
 MODULES = {
     "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 2, dtype=DOUBLE)),
     "own": Own,
@@ -32,6 +38,12 @@ MODULES = {
     "instance norm": lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True, dtype=DOUBLE),
     "pooled head": lambda: PooledHead(3, 4, "tanh", dtype=DOUBLE),
     "pointwise skip": lambda: PointwiseSkip(3, 5, 2, dtype=DOUBLE),
+    "head with group norm": lambda: headed(nn.GroupNorm(3, 3, dtype=DOUBLE)),
+    "head with instance norm": lambda: headed(nn.InstanceNorm2d(3, track_running_stats=True, dtype=DOUBLE)),
+    "head without normalisation": lambda: headed(nn.Identity()),
+    "head without scale": lambda: headed(nn.BatchNorm2d(3, affine=False, dtype=DOUBLE)),
+    "head without running statistics": lambda: headed(nn.BatchNorm2d(3, track_running_stats=False, dtype=DOUBLE)),
+    "without running statistics": lambda: nn.BatchNorm2d(3, track_running_stats=False, dtype=DOUBLE),
     "tail": lambda: nn.Sequential(PointwiseSkip(3, 5, 2, dtype=DOUBLE), PooledHead(5, 4, dtype=DOUBLE)),
 }
 every_module = pytest.mark.parametrize("name", MODULES)
@@ -71,6 +83,20 @@ def test_one_call_where_samples_are_not_mixed() -> None:
     module[1].register_forward_hook(lambda _module, _arguments, output: sizes.append(len(output)))
     apply_to_each(module, states())
     assert sizes == [15]
+
+
+@pytest.mark.parametrize("name", ["linear", "pooled head", "pointwise skip", "tail"])
+def test_empty_batches(name: str) -> None:
+    module = MODULES[name]().eval()
+    found = apply_to_each(module, [y[:0] for y in states()])
+    assert [y.shape for y in found] == [module(states()[0][:0]).shape] * 3
+
+
+def test_an_empty_batch_has_no_statistics() -> None:
+    with pytest.raises(
+        ValueError, match=r"inputs must have at least one sample in training mode, got .*\(0, 3, 4, 4\)"
+    ):
+        apply_to_each(MODULES["pooled head"](), [y[:0] for y in states()])
 
 
 def test_nothing_and_identities() -> None:

@@ -1,5 +1,6 @@
 """Early exit: answers of the first confident intermediate output, for fewer and fewer samples."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from taulearn.diagnostics import early_exit
+from taulearn import prune
+from taulearn.diagnostics import depth_statistics, early_exit
 from taulearn.nn import TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet, resnet_v2
 
 DOUBLE = torch.float64
@@ -123,7 +125,93 @@ def test_thresholds_tell_what_predict_answers(name: str) -> None:
     assert str(table).splitlines()[0].split() == ["confidence", "accuracy", "mean", "depth", "whole", "depth"]
 
 
+def test_chosen_depths_of_any_kind() -> None:
+    network, x = make("residual"), inputs()
+    expected = network.predict(x, 0.6, depths=[2, 3]).depths.tolist()
+    assert len(set(expected)) > 1
+    assert network.predict(x, 0.6, depths=torch.tensor([2, 3])).depths.tolist() == expected
+    assert network.predict(x, 0.6, depths=(k for k in (2, 3))).depths.tolist() == expected
+
+
+def test_a_part_in_training_mode_keeps_its_mode_and_statistics() -> None:
+    network, x = make("convolutional").eval(), inputs()
+    expected = network.predict(x, 0.6)
+    network.head.train()
+    before = copy.deepcopy(network.state_dict())
+    found = network.predict(x, 0.6)
+    assert torch.equal(found.outputs, expected.outputs)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert (network.training, network.head.training, network.head.norm.training) == (False, True, True)
+
+
+class TestStatistics:
+    """Those of another network, or of this one as it was, would be taken for nothing, or for other depths."""
+
+    def test_of_this_network(self) -> None:
+        network, x = make("convolutional"), inputs()
+        with torch.no_grad():
+            network.head.norm.running_mean += 1.0
+        plain = network.predict(x, 0.6)
+        own = network.predict(x, 0.6, statistics=depth_statistics(network, x))
+        assert not torch.equal(plain.outputs, own.outputs)
+
+    def test_of_a_copy(self) -> None:
+        network, x = make("convolutional"), inputs()
+        found = depth_statistics(network, x)
+        with pytest.raises(
+            ValueError, match=r"statistics must be those of normalisations of this network .*copy of the"
+        ):
+            copy.deepcopy(network).predict(x, 0.6, statistics=found)
+
+    def test_from_before_a_deletion(self) -> None:
+        network, x = resnet_v2(4, 3, 1, 4, dtype=DOUBLE), inputs()
+        found = depth_statistics(network, x)
+        prune(network, keep=[0, 2, 3])
+        with pytest.raises(
+            ValueError,
+            match=r"of this network as it is now, with 3 layers, got some for 4 layers: call .*depth_statist",
+        ):
+            network.predict(x, 0.6, statistics=found)
+
+    @pytest.mark.parametrize("nonsense", [{1: "a"}, {1: [3]}, {1: 3}, {"1": []}, {-1: []}], ids=str)
+    def test_nonsense(self, nonsense: Any) -> None:
+        with pytest.raises(ValueError, match="statistics must be those of"):
+            make("convolutional").predict(inputs(), 0.6, statistics=nonsense)
+
+    def test_no_mapping(self) -> None:
+        with pytest.raises(TypeError, match="statistics must map numbers of layers to statistics, got list: take"):
+            make("convolutional").predict(inputs(), 0.6, statistics=[1])  # type: ignore[arg-type]
+
+
 class TestBadInput:
+    @pytest.mark.parametrize("confidence", ["0.9", None])
+    def test_confidence_that_is_no_number(self, confidence: Any) -> None:
+        network, x, z = make("residual"), inputs(), torch.zeros(40, dtype=torch.long)
+        with pytest.raises(ValueError, match=rf"confidence must lie in \(0, 1\], got {confidence!r}"):
+            network.predict(x, confidence)
+        with pytest.raises(ValueError, match=rf"thresholds must lie in \(0, 1\], got {confidence!r}"):
+            early_exit(network, x, z, (0.5, confidence))
+
+    def test_what_is_no_collection(self) -> None:
+        network, x, z = make("residual"), inputs(), torch.zeros(40, dtype=torch.long)
+        with pytest.raises(TypeError, match="depths must be a collection of numbers of layers, got 2: write"):
+            network.predict(x, 0.9, depths=2)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"depths must be numbers of layers in 1 \.\. 5, got \['a', 7\]"):
+            network.predict(x, 0.9, depths=["a", 7])  # type: ignore[list-item]
+        with pytest.raises(TypeError, match=r"thresholds must be a sequence of numbers, got 0\.9: write"):
+            early_exit(network, x, z, 0.9)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
+            early_exit(network, x, z, batch_size=0)
+
+    def test_a_single_output(self) -> None:
+        """The softmax over one output is 1, which is no confidence."""
+        network, x, z = resnet(9, 6, 1, 4, dtype=DOUBLE), inputs(), torch.zeros(40, dtype=torch.long)
+        message = r"outputs must have shape \(batch, classes\) for early exit, got \(40, 1\): .* two classes or more"
+        with pytest.raises(ValueError, match=message):
+            network.predict(x, 0.9)
+        with pytest.raises(ValueError, match=message):
+            early_exit(network, x, z)
+
     @pytest.mark.parametrize("confidence", [0.0, -0.5, 1.5, float("nan")], ids=repr)
     def test_confidence(self, confidence: float) -> None:
         network, x, z = make("residual"), inputs(), torch.zeros(40, dtype=torch.long)

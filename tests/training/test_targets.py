@@ -130,3 +130,10 @@ def test_labels_out_of_range_in_a_later_batch_of_a_loader() -> None:
         run_fit(model, loader, sgd(model))
     with pytest.raises(ValueError, match=r"data must hold labels in 0 \.\. 9, got 12 at sample 30 of a batch"):
         evaluate(model, loader, loss=F.cross_entropy)
+
+
+def test_a_single_output_has_no_accuracy() -> None:
+    """Its largest output is the first for any sample, which would be right for class 0 alone."""
+    data = torch.ones(4, 2), torch.tensor([0, 1, 0, 1])
+    assert evaluate(resnet(2, 3, 1, 2), data) == {}
+    assert list(evaluate(resnet(2, 3, 2, 2), data)) == ["accuracy"]

@@ -102,6 +102,77 @@ def test_a_host_that_would_mix_samples_is_asked_one_by_one() -> None:
         torch.testing.assert_close(found[k], zeroed(model, k)(x), rtol=0.0, atol=1e-5)
 
 
+class Centred(nn.Module):
+    """A host that mixes samples behind its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(3) for _ in range(3)))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks(x)
+        return self.head(y - y.mean(0))
+
+
+def test_equal_states_do_not_hide_that_a_host_mixes_them() -> None:
+    """With steps of zero all states are the same, and one pass gives by chance what single passes give."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 3)
+    model = wrap(Centred(), example_inputs=x).eval()
+    with torch.no_grad():
+        model.time_steps.values.zero_()
+        intermediate_outputs(model, x)
+        model.time_steps.values.fill_(1.0)
+        found = intermediate_outputs(model, x)
+        for k in range(4):
+            torch.testing.assert_close(found[k], zeroed(model, k)(x), rtol=0.0, atol=1e-5)
+
+
+def test_a_single_depth_does_not_hide_it_either() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 3)
+    host = Centred()
+    host.blocks = nn.Sequential(Block(3))
+    model = wrap(host, ["blocks.0"], example_inputs=x).eval()
+    with torch.no_grad():
+        intermediate_outputs(model, x)
+        found = intermediate_outputs(model, x, states=record_states(model, x)[1])
+        for k in range(2):
+            torch.testing.assert_close(found[k], zeroed(model, k)(x), rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "keywords", "empty"])
+def test_other_inputs_after_a_tensor(kind: str) -> None:
+    model, x = wrap(sequential(), ["1", "2", "4"]).eval(), torch.randn(5, 2)
+    with torch.no_grad():
+        expected = intermediate_outputs(model, x)
+        inputs = {"tuple": (x,), "list": [x], "keywords": {"input": x}, "empty": x[:0]}[kind]
+        found = intermediate_outputs(model, inputs)
+    for k in range(4):
+        torch.testing.assert_close(found[k], expected[k][:0] if kind == "empty" else expected[k])
+
+
+@pytest.mark.parametrize("kind", ["tuple", "empty", "nan", "inf"])
+def test_a_first_batch_from_which_nothing_can_be_told(kind: str) -> None:
+    """It is answered one by one, and the next one shows what the host allows."""
+    model, x = wrap(sequential(), ["1", "2", "4"]).eval(), torch.randn(5, 2)
+    bad = x.clone()
+    bad[0, 0] = {"nan": float("nan")}.get(kind, float("inf"))
+    with torch.no_grad():
+        for _ in range(2):
+            found = intermediate_outputs(model, {"tuple": (x,), "empty": x[:0]}.get(kind, bad))
+            assert list(found) == [0, 1, 2, 3]
+        cost = StageCost(1.0, cross_entropy)(model, bad, torch.zeros(5, dtype=torch.long))
+        assert kind == "inf" or bool(torch.isnan(cost)) or kind in ("tuple", "empty")
+        passes: list[int] = []
+        model[5].register_forward_hook(lambda *arguments: passes.append(len(arguments[2])))
+        intermediate_outputs(model, x)
+        passes.clear()
+        intermediate_outputs(model, x)
+    assert passes == [5, 15]
+
+
 class Normalised(nn.Module):
     """Batch normalisation after the blocks."""
 

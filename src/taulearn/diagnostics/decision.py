@@ -3,11 +3,14 @@
 Whole: the network is cut after its first k layers. By stage, in networks whose skips are not all identities: each stage
 is cut after its first layers, the last stage first, each as far as the tolerance allows with what was cut before.
 
+The figures are those of the network as it is, and of the network as :meth:`DepthDecision.apply_` leaves it.
+
 References:
     Püttschneider, Heilig, Fischer, Faulwasser (2025), Towards an optimal control perspective of ResNet training.
 """
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,12 +20,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._deletion import prunable_of
+from .._stages import check_has_stages, scalar
 from ..calibration import recalibrate_
 from ..nn.network import TimeVariableNetwork
+from ..penalties import time_steps_of
 from ..pruning import PruneReport, prune
 from ..truncation import truncate
 from ._models import evaluation, layers_of
-from .depth import DepthProfile, Loss, depth_profile, within
+from .depth import DepthProfile, Loss, check_tolerance, depth_profile, within
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class DepthDecision:
     Attributes:
         keep: Positions of the layers.
         by_stage: Whether each stage was cut on its own.
-        figure: "accuracy", or "loss" where there are no classes.
+        figure: "accuracy", or "loss" where there are no classes, or fewer than two outputs.
         whole: The figure of the whole network.
         reached: The figure of the network with these layers alone.
         profile: The figures at all depths.
@@ -61,11 +66,7 @@ class DepthDecision:
         Returns:
             What was deleted.
         """
-        report = prune(model, keep=self.keep) if self.by_stage else truncate(model, len(self.keep))
-        if report and calibration is not None:
-            within = None if self.by_stage else getattr(model, "head", None)
-            recalibrate_(model, calibration, within=within)
-        return report
+        return _cut(model, self.keep, self.by_stage, calibration)
 
 
 def choose_layers(
@@ -98,7 +99,8 @@ def choose_layers(
         The layers to keep, with the figures.
 
     Raises:
-        ValueError: If the tolerance is negative, or, by stage, the scheme is one whose layers cannot be deleted.
+        ValueError: If the tolerance is negative, the constraint on the steps is "dependent", or, by stage, the scheme
+            is one whose layers cannot be deleted; and as for :func:`~taulearn.diagnostics.depth_profile`.
         TypeError: As for :func:`~taulearn.diagnostics.depth_profile`.
 
     Example:
@@ -109,6 +111,14 @@ def choose_layers(
         >>> len(choose_layers(network, x, z, cross_entropy, tolerance=0.0).keep) <= 2
         True
     """
+    check_has_stages(network, "network")
+    check_tolerance(tolerance)
+    steps = time_steps_of(network)
+    if steps.constraint == "dependent" and steps.num_steps > 1:
+        raise ValueError(
+            "network must not have the constraint 'dependent', in which the last step takes up what is cut: train with "
+            "'free', or delete layers by their shares with taulearn.prune"
+        )
     profile = depth_profile(
         network,
         inputs,
@@ -121,27 +131,61 @@ def choose_layers(
     figures = profile.loss if profile.accuracy is None else profile.accuracy
     name = "loss" if profile.accuracy is None else "accuracy"
     whole = float(figures[-1])
+
+    def figure(keep: Sequence[int]) -> float:
+        cut = copy.deepcopy(network)
+        _cut(cut, keep, by_stage, calibration)
+        return _figure(cut, inputs, targets, loss, batch_size, accuracy=profile.accuracy is not None)
+
+    def good(found: float) -> bool:
+        return within(torch.tensor([found, whole], dtype=torch.float64), name == "accuracy", tolerance)[0]
+
     if not by_stage:
-        depth = profile.smallest(tolerance)
-        reached = float(figures[profile.depths.index(depth)])
+        depth, reached = _depth(network, profile, tolerance, figure, good)
         return DepthDecision(tuple(range(depth)), False, name, whole, reached, profile)
-
-    def figure(keep: list[int]) -> float:
-        pruned = copy.deepcopy(network)
-        prune(pruned, keep=keep)
-        if calibration is not None:
-            recalibrate_(pruned, calibration)
-        return _figure(pruned, inputs, targets, loss, batch_size, accuracy=profile.accuracy is not None)
-
     kept, reached = [list(stage) for stage in stages_of(network)], whole
     for s in reversed(range(len(kept))):
         for number in range(1, len(kept[s])):
             keep = [l for i, stage in enumerate(kept) for l in (stage[:number] if i == s else stage)]
             found = figure(keep)
-            if within(torch.tensor([found, whole], dtype=torch.float64), name == "accuracy", tolerance)[0]:
+            if good(found):
                 kept[s], reached = kept[s][:number], found
                 break
     return DepthDecision(tuple(l for stage in kept for l in stage), True, name, whole, reached, profile)
+
+
+def _depth(
+    network: nn.Module,
+    profile: DepthProfile,
+    tolerance: float,
+    figure: Callable[[Sequence[int]], float],
+    good: Callable[[float], bool],
+) -> tuple[int, float]:
+    """The smallest depth at which the network can be cut, and its figure.
+
+    The profile tells, unless the cut changes the steps that are left: on a simplex they are projected, so that networks
+    are cut and looked at.
+    """
+    figures = profile.loss if profile.accuracy is None else profile.accuracy
+    whole, number = float(figures[-1]), len(profile.layers)
+    fixed = () if isinstance(network, TimeVariableNetwork) else prunable_of(network).fixed_layers()
+    least = 1 + max(fixed, default=0)
+    if time_steps_of(network).constraint != "simplex":
+        fits = within(figures, profile.accuracy is not None, tolerance)
+        depth = next(k for k, fit in zip(profile.depths, fits, strict=True) if fit and k >= least)
+        return depth, float(figures[profile.depths.index(depth)])
+    for depth in range(least, number):
+        found = figure(range(depth))
+        if good(found):
+            return depth, found
+    return number, whole
+
+
+def _cut(model: nn.Module, keep: Sequence[int], by_stage: bool, calibration: Tensor | None) -> PruneReport:
+    report = prune(model, keep=keep) if by_stage else truncate(model, len(keep))
+    if report and calibration is not None:
+        recalibrate_(model, calibration, within=None if by_stage else getattr(model, "head", None))
+    return report
 
 
 def stages_of(network: nn.Module) -> list[range]:
@@ -174,5 +218,8 @@ def _figure(
     with evaluation(network):
         for x, z in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
             output = network(x)
-            total += float((output.argmax(1) == z).double().sum() if accuracy else loss(output, z).double() * len(x))
+            if accuracy:
+                total += float((output.argmax(1) == z).double().sum())
+            else:
+                total += float(scalar(loss(output, z)).double()) * len(x)
     return total / len(inputs)

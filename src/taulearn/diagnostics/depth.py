@@ -4,10 +4,8 @@ References:
     Püttschneider, Heilig, Fischer, Faulwasser (2025), Towards an optimal control perspective of ResNet training.
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +13,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._calls import milliseconds
-from .._stages import check_has_stages, forward_with_states, stage_outputs
+from .._errors import is_number, positive_integer
+from .._stages import check_has_stages, scalar, stage_outputs
 from .._table import format_table
-from ..calibration import Statistics, statistics_of, using
-from ..nn.early_exit import tail_of
+from ..calibration import Statistics, check_calibration, statistics_of, using
+from ..nn.early_exit import has_classes, tail_of
 from ..nn.network import TimeVariableNetwork
 from ..penalties import time_steps_of
-from ..truncation import truncate
-from ..wrapping.stages import record_states, skipping
-from ._models import check_batch, evaluation, layers_of
+from ..wrapping.stages import record_states
+from ._cuts import parameters, times
+from ._models import check_batch, evaluation
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,8 @@ class DepthProfile:
     Attributes:
         depths: The numbers k: 1 .. N, or 0 .. N where the skips carry the input.
         loss: Loss of the cut networks, (len(depths),).
-        accuracy: Share of samples with the right class, or None if the targets are no classes.
+        accuracy: Share of samples with the right class, or None if the targets are no classes, or the network has no
+            output for each.
         parameters: Numbers of variables of the cut networks.
         milliseconds: Median times of a forward pass of the cut networks, or None without example inputs.
         layers: Numbers of the layers at the start, (N,).
@@ -68,7 +65,7 @@ class DepthProfile:
             A number of layers >= 1.
 
         Raises:
-            ValueError: If the tolerance is negative or not finite.
+            ValueError: If the tolerance is negative or not finite, or the loss of the whole network is not finite.
 
         Example:
             >>> empty = torch.zeros(3)
@@ -103,21 +100,41 @@ def within(figures: Tensor, larger_is_better: bool, tolerance: float) -> list[bo
         tolerance: A number >= 0.
 
     Raises:
-        ValueError: If the tolerance is negative or not finite.
+        ValueError: If the tolerance is negative or not finite, or the last figure is not finite.
 
     Example:
         >>> within(torch.tensor([0.5, 0.89, 0.9]), True, 0.02)
         [False, True, True]
     """
-    if not 0.0 <= tolerance < math.inf:
+    check_tolerance(tolerance)
+    if not math.isfinite(figures[-1]):
         raise ValueError(
-            f"tolerance must be a finite number >= 0, got {tolerance!r}: 0.002 allows to lose 0.2 points of accuracy"
+            f"the loss of the whole network must be finite, got {float(figures[-1])}: no depth can be compared with "
+            "it; look for such numbers in inputs, targets and parameters"
         )
     figures, slack = figures.double(), 1e-9
     if larger_is_better:
         return (figures >= figures[-1] - tolerance - slack).tolist()
     last = figures[-1]
     return (figures <= last + tolerance * last.abs() * (1 + slack)).tolist()
+
+
+def check_tolerance(tolerance: object) -> None:
+    """Refuse what is no tolerance.
+
+    Args:
+        tolerance: What was given.
+
+    Raises:
+        ValueError: If it is no finite number >= 0.
+
+    Example:
+        >>> check_tolerance(0.002)
+    """
+    if not (is_number(tolerance) and 0.0 <= tolerance < math.inf):  # type: ignore[operator]
+        raise ValueError(
+            f"tolerance must be a finite number >= 0, got {tolerance!r}: 0.002 allows to lose 0.2 points of accuracy"
+        )
 
 
 def depth_profile(
@@ -138,21 +155,22 @@ def depth_profile(
     Args:
         network: A TimeVariableNetwork of any scheme, or a wrapped model.
         inputs: (batch, ...).
-        targets: Class numbers (batch,), for which the accuracy is computed too, or anything ``loss`` takes.
+        targets: Class numbers (batch,), for which the accuracy is computed too if there are two outputs or more, or
+            anything ``loss`` takes.
         loss: Maps (output, target) to a scalar, a mean over the batch.
         calibration: Inputs of some hundreds of training samples, on which batch normalisation in skips and head gets
-            statistics of its own for each depth (:func:`depth_statistics`). None: the running ones, which are those of
-            the last state. Not for wrapped models.
+            statistics of its own for each depth before the last (:func:`depth_statistics`). None: the running ones,
+            which are those of the last state. Not for wrapped models.
         example_inputs: A batch on which forward passes of every cut network are timed. None: nothing is timed.
         batch_size: Samples at a time, which bounds memory: all states of a batch are there at once.
 
     Returns:
-        The profile; its last row is the whole network.
+        The profile; its last row is the whole network as it is, with its running statistics.
 
     Raises:
-        TypeError: If ``network`` is neither.
+        TypeError: If ``network`` is neither, or the loss returns no tensor.
         ValueError: If inputs and targets have different numbers of samples, the loss is not a scalar, or a wrapped
-            model is to be calibrated.
+            model is to be calibrated, or the batch for it is empty or gives no finite statistics.
 
     References:
         Püttschneider, Heilig, Fischer, Faulwasser (2025), for the intermediate outputs.
@@ -169,6 +187,9 @@ def depth_profile(
     check_batch(inputs)
     if len(targets) != len(inputs):
         raise ValueError(f"targets must have one entry per sample, got {len(targets)} for {len(inputs)} inputs")
+    batch_size = positive_integer("batch_size", batch_size)
+    if calibration is not None:
+        check_calibration("calibration", calibration)
     classes = targets.ndim == 1 and not targets.is_floating_point()
     depths: tuple[int, ...] = ()
     sums = [torch.zeros(())] * 4
@@ -177,18 +198,19 @@ def depth_profile(
         for x, z in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
             outputs, states, added = _pass(network, x, own)
             depths = tuple(outputs)
-            losses = torch.stack([_scalar(loss(output, z)) for output in outputs.values()]) * len(x)
+            classes = classes and has_classes(outputs[depths[-1]])
+            losses = torch.stack([scalar(loss(output, z)).double() for output in outputs.values()]) * len(x)
             right = torch.stack([(y.argmax(1) == z).double().sum() for y in outputs.values()]) if classes else losses
             squares = [torch.stack([y.double().square().sum() for y in ys]) for ys in (added, states)]
             sums = [total.to(new) + new for total, new in zip(sums, (losses, right, *squares), strict=True)]
-        times = None if example_inputs is None else tuple(_times(network, depths, example_inputs))
+        timed = None if example_inputs is None else tuple(times(network, depths, example_inputs))
     losses, right, of_added, of_states = (total.cpu() / len(inputs) for total in sums)
     return DepthProfile(
         depths=depths,
         loss=losses,
         accuracy=right if classes else None,
-        parameters=tuple(_parameters(network, k) for k in depths),
-        milliseconds=times,
+        parameters=tuple(parameters(network, k) for k in depths),
+        milliseconds=timed,
         layers=time_steps_of(network).origin,
         contribution=of_added.sqrt(),
         relative=(of_added / of_states).sqrt(),
@@ -208,9 +230,11 @@ def depth_statistics(network: nn.Module, inputs: Tensor) -> dict[int, list[Stati
 
     Returns:
         For each number k of layers the statistics of the normalisations behind the state y_k; empty lists without any.
+        Also for k = N, where early exit and profiles go by the running ones, as the network itself does.
 
     Raises:
-        ValueError: If the model is a wrapped one, whose normalisations behind a block cannot be told from others.
+        ValueError: If the model is a wrapped one, whose normalisations behind a block cannot be told from others, or
+            the batch is empty or gives statistics that are not finite.
 
     Example:
         >>> from taulearn.nn import resnet_v2
@@ -225,6 +249,7 @@ def depth_statistics(network: nn.Module, inputs: Tensor) -> dict[int, list[Stati
             "calibration must be None for a wrapped model, whose normalisations cannot be told from those of its "
             "blocks; cut it and call taulearn.calibration.recalibrate_"
         )
+    check_calibration("inputs", inputs)
     with evaluation(network):
         states = network.states(inputs, initial=True)
         first = 0 if network.skips.from_input else 1
@@ -241,69 +266,40 @@ def _pass(
         output, states = record_states(network, x, arrivals=arrivals)
         added = [y - a for y, a in zip(states[1:], arrivals, strict=True)]
     else:
-        values: dict[int, Tensor] = {}
-        with ExitStack() as hooks:
-            for l, layer in enumerate(network.layers):
-                hooks.callback(layer.register_forward_hook(_keep(values, l)).remove)
-            output, states = forward_with_states(network, x)
+        values: list[Tensor] = []
+        start, tau = network.stem(x), network.time_steps.tau
+        recorded = [_Recorded(layer, values) for layer in network.layers]  # one layer may stand in several places
+        states = [start, *network.scheme.states(start, recorded, network.skips, tau)]
+        output = network.head(states[-1])
         power = network.scheme.step_power
-        factors = network.time_steps.tau.abs() ** power * math.gamma(2.0 - power)
-        added = [factors[l].to(values[l].dtype) * values[l] for l in range(number)]
-    if any(own.values()):
-        outputs = outputs_with(network, states, own)
-    else:
-        outputs = {**stage_outputs(network, x, states), number: output}
-    return outputs, states[-number:], added
+        factors = tau.abs() ** power * math.gamma(2.0 - power)
+        added = [factors[l].to(value.dtype) * value for l, value in enumerate(values)]
+    return outputs_at(network, x, states, output, own), states[-number:], added
 
 
-def outputs_with(
-    network: nn.Module, states: Sequence[Tensor], statistics: Mapping[int, Sequence[Statistics]]
+class _Recorded(nn.Module):
+    """A layer that keeps what it answers."""
+
+    def __init__(self, layer: nn.Module, values: list[Tensor]) -> None:
+        super().__init__()
+        self.layer, self.values = layer, values
+
+    def forward(self, y: Tensor) -> Tensor:
+        value: Tensor = self.layer(y)
+        self.values.append(value)
+        return value
+
+
+def outputs_at(
+    network: nn.Module, x: Tensor, states: Sequence[Tensor], output: Tensor, own: Mapping[int, Sequence[Statistics]]
 ) -> dict[int, Tensor]:
-    """Outputs yhat_k from states, with statistics of their own."""
+    """Outputs yhat_k from states, before the last with statistics of their own if there are any; the last as it is."""
+    number = time_steps_of(network).num_steps
+    if not any(own.values()):
+        return {**stage_outputs(network, x, states), number: output}
     assert isinstance(network, TimeVariableNetwork)
-    number = len(network.layers)
     outputs = {}
-    for k, own in statistics.items():
-        with using(own):
+    for k in range(min(own), number):
+        with using(own[k]):
             outputs[k] = nn.Sequential(*tail_of(network, k))(states[k - number - 1])
-    return outputs
-
-
-def _keep(values: dict[int, Tensor], l: int) -> Callable[..., None]:
-    return lambda _module, _arguments, output: values.__setitem__(l, output)
-
-
-def _parameters(network: nn.Module, depth: int) -> int:
-    """Number of variables of the network cut after ``depth`` layers."""
-    layers, values = layers_of(network), time_steps_of(network).values
-    gone = {p for layer in layers[depth:] for p in layer.parameters()}
-    gone -= {p for layer in layers[:depth] for p in layer.parameters()}
-    left = sum(p.numel() for p in network.parameters() if p not in gone)
-    return left - (min(len(layers) - depth, values.numel()) if isinstance(values, nn.Parameter) else 0)
-
-
-def _times(network: nn.Module, depths: tuple[int, ...], inputs: Any) -> Iterator[float]:
-    """Milliseconds of a forward pass of each cut network."""
-    if not isinstance(network, TimeVariableNetwork):
-        for k in depths:
-            with skipping(network, k):
-                yield milliseconds(network, inputs, _REPEATS)
-        return
-    network = copy.deepcopy(network)
-    if network.time_steps.constraint == "dependent":  # a step of another size takes no other time
-        network.time_steps.constraint = "fixed"
-        network.time_steps.values = nn.Parameter(network.time_steps.values.new_ones(len(network.layers)))
-    found: list[float] = []
-    for k in reversed(depths):
-        if k == 0:
-            found.append(milliseconds(nn.Sequential(network.stem, *tail_of(network, 0)), inputs, _REPEATS))
-            continue
-        truncate(network, k)
-        found.append(milliseconds(network, inputs, _REPEATS))
-    yield from reversed(found)
-
-
-def _scalar(value: Tensor) -> Tensor:
-    if value.numel() != 1:
-        raise ValueError(f"loss must return a scalar, got shape {tuple(value.shape)}: take its mean over the batch")
-    return value.double().reshape(())
+    return {**outputs, number: output}

@@ -1,18 +1,20 @@
 """Early exit over thresholds: how accurate a network is, and how deep it goes, when it stops at confident outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .._stages import check_has_stages, forward_with_states, stage_outputs
+from .._errors import positive_integer
+from .._stages import check_has_stages, forward_with_states
 from .._table import format_table
-from ..nn.early_exit import confident
+from ..calibration import check_calibration
+from ..nn.early_exit import check_classes, check_confidence, confident
 from ..penalties import time_steps_of
 from ._models import check_batch, evaluation
-from .depth import depth_statistics, outputs_with
+from .depth import depth_statistics, outputs_at
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
@@ -71,8 +73,9 @@ def early_exit(
         One row per threshold.
 
     Raises:
-        TypeError: If ``network`` is neither, or targets are no class numbers.
-        ValueError: If a threshold lies outside (0, 1], or inputs and targets do not fit.
+        TypeError: If ``network`` is neither, targets are no class numbers, or thresholds no sequence.
+        ValueError: If a threshold lies outside (0, 1], inputs and targets do not fit, or the outputs are not (batch,
+            classes) with at least two classes.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -89,19 +92,23 @@ def early_exit(
         )
     if len(targets) != len(inputs):
         raise ValueError(f"targets must have one entry per sample, got {len(targets)} for {len(inputs)} inputs")
+    if not isinstance(thresholds, Iterable) or isinstance(thresholds, str):
+        raise TypeError(f"thresholds must be a sequence of numbers, got {thresholds!r}: write for instance (0.9, 1.0)")
+    thresholds = tuple(thresholds)
     for threshold in thresholds:
-        if not 0.0 < threshold <= 1.0:
-            raise ValueError(f"thresholds must lie in (0, 1], got {threshold!r}: they are probabilities")
+        check_confidence("thresholds", threshold)
+    batch_size = positive_integer("batch_size", batch_size)
+    if calibration is not None:
+        check_calibration("calibration", calibration)
     number = time_steps_of(network).num_steps
     right = torch.zeros(len(thresholds), dtype=torch.float64)
     stopped = torch.zeros(len(thresholds), number + 1, dtype=torch.float64)
     own = {} if calibration is None else depth_statistics(network, calibration)
-    own = {k: statistics for k, statistics in own.items() if k < number and statistics}
     with evaluation(network), torch.no_grad():
         for x, z in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
             output, states = forward_with_states(network, x)
-            early = outputs_with(network, states, own) if own else stage_outputs(network, x, states)
-            outputs = {**early, number: output}
+            check_classes(output)
+            outputs = outputs_at(network, x, states, output, own)
             depths = torch.tensor(list(outputs), device=x.device)
             correct = torch.stack([y.argmax(1) == z for y in outputs.values()])
             for i, threshold in enumerate(thresholds):

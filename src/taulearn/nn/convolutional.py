@@ -34,6 +34,7 @@ from .._errors import positive_integer
 from ..caputo._arguments import transforming
 from .activations import make_activation
 from .network import TimeVariableNetwork
+from .pooled_head import PooledHead as PooledHead
 from .schemes import Residual
 from .skips import ComposedSkips
 from .time_steps import TimeSteps
@@ -61,7 +62,8 @@ class ConvolutionalStem(nn.Module):
         device: Where the parameters live.
 
     Raises:
-        TypeError: In the forward pass, if the inputs are not floating point.
+        TypeError: In the forward pass, if the inputs are not floating point, or of another type than the parameters
+            (outside autocast).
         ValueError: In the forward pass, if they are not (batch, in_channels, height, width).
 
     Example:
@@ -85,6 +87,12 @@ class ConvolutionalStem(nn.Module):
         if not x.is_floating_point():
             raise TypeError(
                 f"inputs must be floating point, got {x.dtype}: convert them (images: inputs.float() / 255)"
+            )
+        expected = self.convolution.weight.dtype
+        if x.dtype != expected and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"inputs must be {expected} as the parameters of the network, got {x.dtype}: convert them with "
+                f"inputs.to({expected}), or the network with network.to({x.dtype})"
             )
         channels = self.convolution.in_channels
         if x.ndim != 4 or x.shape[1] != channels:
@@ -140,7 +148,7 @@ class PointwiseSkip(nn.Module):
             One tensor per state.
         """
         carried: Tensor = self.convolution(torch.cat([self._taken(y) for y in states]))
-        return list(carried.split(len(states[0])))
+        return list(carried.split([len(y) for y in states]))  # a single length could not be 0
 
     def _taken(self, y: Tensor) -> Tensor:
         # means of single pixels: y[..., ::stride, ::stride] with a backward pass that is three times as fast
@@ -188,71 +196,6 @@ class PreActivationBlock(nn.Module):
         y = self.convolution_1(self.activation_1(self.norm_1(y)))
         f: Tensor = self.convolution_2(self.activation_2(self.norm_2(y)))
         return f
-
-
-class PooledHead(nn.Module):
-    """W mean(sigma(norm(y))) + b, the mean over the pixels.
-
-    Args:
-        channels: Channels of y.
-        num_classes: Number of outputs.
-        activation: sigma, elementwise, by name or as a module.
-        dtype: Floating point type.
-        device: Where the parameters live.
-
-    Example:
-        >>> PooledHead(64, 10)(torch.zeros(5, 64, 7, 7)).shape
-        torch.Size([5, 10])
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        num_classes: int,
-        activation: str | nn.Module = "relu",
-        *,
-        dtype: torch.dtype | None = None,
-        device: Placed = None,
-    ) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels, dtype=dtype, device=device)
-        self.activation = make_activation(activation).to(device=device, dtype=dtype)
-        self.linear = nn.Linear(channels, num_classes, dtype=dtype, device=device)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, y: Tensor) -> Tensor:
-        output: Tensor = self.linear(self.activation(self.norm(y)).mean((2, 3)))
-        return output
-
-    def each(self, states: Sequence[Float[Tensor, "batch channels height width"]]) -> list[Tensor]:
-        """The outputs for several states; in training mode each is normalised by its own statistics, and none is kept.
-
-        Args:
-            states: States of one shape.
-
-        Returns:
-            One output per state, (batch, num_classes).
-        """
-        batch, pixels = len(states[0]), states[0].shape[2:].numel()
-        if not self.norm.training:
-            return list(self(torch.cat(list(states))).split(batch))
-        rows = [y.permute(0, 2, 3, 1).flatten(0, 2) for y in states]  # one per pixel
-        if self._by_state(rows):
-            sums = torch.stack([self._normalised(y, 1).unflatten(0, (batch, -1)).sum(1) for y in rows])
-            return list(self.linear(sums / pixels).unbind())
-        number = len(rows)  # side by side in the channels, the states keep their own statistics
-        sums = self._normalised(torch.cat(rows, 1), number).unflatten(0, (batch, -1)).sum(1)
-        return list(self.linear(sums.unflatten(1, (number, -1)) / pixels).unbind(1))
-
-    def _by_state(self, rows: list[Tensor]) -> bool:
-        """Whether to normalise one after the other: on a CPU states that stay in the cache beat few calls."""
-        return rows[0].device.type == "cpu"
-
-    def _normalised(self, rows: Tensor, number: int) -> Tensor:
-        weight, bias = self.norm.weight.repeat(number), self.norm.bias.repeat(number)
-        normal = nn.functional.batch_norm(rows, None, None, weight, bias, training=True, eps=self.norm.eps)
-        activated: Tensor = self.activation(normal)
-        return activated
 
 
 def resnet_v2(
@@ -304,13 +247,15 @@ def resnet_v2(
         >>> sorted(network.fixed_layers())
         [3, 6]
     """
-    stages = [widths] if isinstance(widths, int) else list(widths)
+    constant = not isinstance(widths, Iterable)
+    stages = [positive_integer("widths", n) for n in (widths if isinstance(widths, Iterable) else [widths])]
     counts = list(blocks_per_stage) if isinstance(blocks_per_stage, Iterable) else [blocks_per_stage] * len(stages)
-    stages = [positive_integer("widths", n) for n in stages]
     counts = [positive_integer("blocks_per_stage", n) for n in counts]
-    if isinstance(widths, int):
+    if not stages:
+        raise ValueError("widths must be an integer or one for each stage, got none: give at least one")
+    if constant and counts:
         counts = [sum(counts)]
-    if not stages or len(counts) != len(stages):
+    if len(counts) != len(stages):
         raise ValueError(
             f"blocks_per_stage must be one integer or one for each of the {len(stages)} widths, got {counts}: change "
             "one of the two"

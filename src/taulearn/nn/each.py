@@ -6,16 +6,17 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
 def apply_to_each(module: nn.Module, states: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a module for several states of one shape, from one call where that is the same.
 
-    The states go through the module as one batch. Batch normalisation in training mode would mix them: a module with a
-    method ``each(states)`` says itself how to keep them apart (:class:`~taulearn.nn.PooledHead` does, in one call), a
-    Sequential is gone through member by member, any other module is called once per state. Each state is normalised by
-    its own statistics, and none of them enters the running ones, which belong to the forward pass.
+    The states go through the module as one batch. Batch normalisation by the statistics of the batch, as in training
+    mode, would mix them: a module with a method ``each(states)`` says itself how to keep them apart
+    (:class:`~taulearn.nn.PooledHead` does, in one call), a Sequential is gone through member by member, any other
+    module is called once per state. Each state is normalised by its own statistics, and none of them enters the running
+    ones, which belong to the forward pass.
 
     Args:
         module: A module that treats the samples of a batch alike, and one by one but for batch normalisation.
@@ -51,6 +52,8 @@ def _split(outputs: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
 def mixing(module: nn.Module) -> list[_NormBase]:
     """The normalisations in a module by which a sample's output depends on the others now, or which keep statistics.
 
+    Batch normalisation without running statistics is one of them also in evaluation mode.
+
     Args:
         module: Any module.
 
@@ -58,7 +61,8 @@ def mixing(module: nn.Module) -> list[_NormBase]:
         >>> len(mixing(nn.BatchNorm1d(1))), len(mixing(nn.BatchNorm1d(1).eval())), len(mixing(nn.LayerNorm(1)))
         (1, 0, 0)
     """
-    return [each for each in module.modules() if isinstance(each, _NormBase) and each.training]
+    norms = [each for each in module.modules() if isinstance(each, _NormBase)]
+    return [each for each in norms if each.training or (isinstance(each, _BatchNorm) and each.running_mean is None)]
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Early exit: each sample stops at the first intermediate output that is confident, and leaves the batch."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Statistics, using
+from .._errors import is_number
+from ..calibration import Statistics, norms_in, using
 
 if TYPE_CHECKING:
     from .network import TimeVariableNetwork
@@ -47,16 +48,19 @@ def predict(
     Each look at the samples that are left waits for the device.
     """
     N, first = len(network.layers), 0 if network.skips.from_input else 1
-    if not 0.0 < confidence <= 1.0:
-        raise ValueError(f"confidence must lie in (0, 1], got {confidence!r}: it is a probability")
-    looks = range(first, N) if depths is None else depths
+    check_confidence("confidence", confidence)
+    if depths is not None and not (isinstance(depths, Iterable) and not isinstance(depths, str)):
+        raise TypeError(f"depths must be a collection of numbers of layers, got {depths!r}: write for instance [2, 4]")
+    looks = list(range(first, N) if depths is None else depths)
     strangers = [k for k in looks if k not in range(first, N + 1)]
     if strangers:
-        raise ValueError(f"depths must be numbers of layers in {first} .. {N}, got {sorted(strangers)}")
-    if confidence == 1.0:
-        looks = ()
+        raise ValueError(
+            f"depths must be numbers of layers in {first} .. {N}, got {sorted(strangers, key=repr)}: leave those out"
+        )
+    looks = [] if confidence == 1.0 else [int(k) for k in looks]
     statistics = {} if statistics is None else statistics
-    if not network.training:
+    _check_statistics(network, statistics, range(first, N + 1))
+    if not any(module.training for module in network.modules()):
         return _predict(network, inputs, confidence, frozenset(looks), statistics)
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
@@ -88,10 +92,7 @@ def _predict(
                 for l, past in maps:
                     output = past(output) if l >= k else output
                 output = network.head(output)
-            if output.ndim != 2:
-                raise ValueError(
-                    f"outputs must have shape (batch, classes) for early exit, got {tuple(output.shape)}: use forward"
-                )
+            check_classes(output)
             if outputs is None:
                 outputs = output.new_empty(len(inputs), output.shape[1])
             done = confident(output, confidence) if k < N else torch.ones_like(left, dtype=torch.bool)
@@ -106,6 +107,56 @@ def _predict(
         states = [*states, y] if network.scheme.remembers else [y]
     assert outputs is not None
     return Prediction(outputs, found)
+
+
+def check_confidence(argument: str, value: object) -> None:
+    """Refuse what is no confidence.
+
+    Args:
+        argument: What the caller calls it.
+        value: What was given.
+
+    Raises:
+        ValueError: If it does not lie in (0, 1].
+
+    Example:
+        >>> check_confidence("confidence", 0.9)
+    """
+    if not (is_number(value) and 0.0 < value <= 1.0):  # type: ignore[operator]
+        raise ValueError(f"{argument} must lie in (0, 1], got {value!r}: it is a probability, such as 0.9")
+
+
+def has_classes(output: object) -> bool:
+    """Whether outputs are figures of two classes or more for each sample.
+
+    Args:
+        output: What a model answered.
+
+    Example:
+        >>> has_classes(torch.zeros(5, 2)), has_classes(torch.zeros(5, 1)), has_classes(torch.zeros(5))
+        (True, False, False)
+    """
+    return isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] >= 2
+
+
+def check_classes(output: object) -> None:
+    """Refuse outputs that have no probabilities of classes.
+
+    Args:
+        output: What a model answered.
+
+    Raises:
+        ValueError: If they are not (batch, classes) with at least two classes.
+
+    Example:
+        >>> check_classes(torch.zeros(5, 2))
+    """
+    if not has_classes(output):
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"outputs must have shape (batch, classes) for early exit, got {found}: it goes by the "
+            "softmax over two classes or more; use forward, or give the network an output for each class"
+        )
 
 
 def confident(output: Tensor, confidence: float) -> Tensor:
@@ -126,6 +177,33 @@ def confident(output: Tensor, confidence: float) -> Tensor:
         return torch.zeros(len(output), dtype=torch.bool, device=output.device)
     dtype = torch.float32 if output.dtype in (torch.float16, torch.bfloat16) else output.dtype
     return output.softmax(1, dtype=dtype).amax(1) >= confidence
+
+
+def _check_statistics(network: "TimeVariableNetwork", statistics: object, depths: range) -> None:
+    """Refuse statistics that would have no effect, or that of another depth: another network's, or older ones."""
+    remedy = "call taulearn.diagnostics.depth_statistics on it again"
+    if not isinstance(statistics, Mapping):
+        raise TypeError(
+            f"statistics must map numbers of layers to statistics, got {type(statistics).__name__}: take those of "
+            "taulearn.diagnostics.depth_statistics"
+        )
+    strangers = [k for k in statistics if k not in depths]
+    if strangers:
+        raise ValueError(
+            f"statistics must be those of this network as it is now, with {depths[-1]} layers, got some for "
+            f"{strangers[0]!r} layers: {remedy}"
+        )
+    skips, norms = network.skips, set(norms_in([network.head]))
+    for k in reversed(depths):
+        if k < depths[-1] and not skips.unchanged(k):
+            norms |= set(norms_in([skips.past(k)]))
+        found = statistics.get(k, ())
+        several = isinstance(found, Iterable) and all(isinstance(each, Statistics) for each in found)
+        if not several or {each.norm for each in found} - norms:
+            raise ValueError(
+                f"statistics must be those of normalisations of this network behind {k} layers, got others (a copy "
+                f"of the network has its own): {remedy}"
+            )
 
 
 def tail_of(network: "TimeVariableNetwork", depth: int) -> list[nn.Module]:

@@ -164,7 +164,9 @@ class TimeVariableNetwork(nn.Module):
             Outputs and the number of layers behind each.
 
         Raises:
-            ValueError: If confidence or depths lie outside their range, or the outputs are not (batch, classes).
+            ValueError: If confidence or depths lie outside their range, the outputs are not (batch, classes) with at
+                least two classes, or the statistics are those of another network or of this one before a deletion.
+            TypeError: If depths are no collection, or statistics no mapping.
 
         Example:
             >>> from taulearn.nn import resnet

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .._errors import unknown_name
-from .._stages import forward_with_states, stage_numbers, stage_outputs
-from .base import Penalty, non_negative
+from .._errors import is_number, unknown_name
+from .._stages import forward_with_states, scalar, stage_numbers, stage_outputs
+from .base import Penalty, non_negative, time_steps_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,12 +39,13 @@ class StageCost(Penalty):
         loss: Maps (output, target) to a scalar, as a rule the data loss.
         schedule: Over training: "constant", "rising" (from 0 to 1), "falling" (from 1 to 0), or a function from the
             share of training that is over, in (0, 1), to a factor. It changes from epoch to epoch.
-        factors: c_k for single outputs, by the number k that the state had at the start; 1 where none is given.
+        factors: c_k for single outputs, by the number k < N that the state had at the start; 1 where none is given.
         terminal_only: Record the losses and add nothing to the objective, which is ordinary training.
 
     Raises:
-        ValueError: If the weight or a factor is negative, a schedule is unknown or answers no finite number >= 0.
-        TypeError: If ``loss`` is no function.
+        ValueError: If the weight or a factor is negative, a schedule is unknown or answers no finite number >= 0. At
+            the first call, if a factor belongs to no intermediate output; at each, if the loss is no scalar.
+        TypeError: If ``loss`` or a schedule is no function, or ``factors`` no mapping.
 
     References:
         Püttschneider, Heilig, Fischer, Faulwasser (2025).
@@ -78,18 +79,25 @@ class StageCost(Penalty):
         if isinstance(schedule, str) and schedule not in SCHEDULES:
             raise unknown_name("schedule", schedule, SCHEDULES)
         self.schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-        self.factors = {} if factors is None else {k: non_negative(f"factors[{k}]", c) for k, c in factors.items()}
+        if not callable(self.schedule):
+            raise TypeError(
+                "schedule must be a name or a function of the share of training that is over, got "
+                f"{schedule!r}: write 'constant' for none"
+            )
+        self.factors = _factors(factors)
+        self._checked = not self.factors
         self.differentiated = not terminal_only
         # a tensor changes without another compilation
         self._share = None if schedule == "constant" else torch.ones(())
         self.scheduled = self._share is not None
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
+        self._checked |= epoch > 0  # a resumed run may have lost layers already
         if self._share is None:
             return
         progress = (epoch + 0.5) / epochs
         share = self.schedule(progress)
-        if not 0.0 <= share < math.inf:
+        if not (is_number(share) and 0.0 <= share < math.inf):
             raise ValueError(f"schedule must answer a finite number >= 0, got {share!r} at {progress:.3g} of training")
         self._share.fill_(share)
 
@@ -125,8 +133,32 @@ class StageCost(Penalty):
         outputs = stage_outputs(model, inputs, states)
         if not outputs:
             return states[-1].new_zeros(()), states[-1].new_zeros(0)
-        losses = torch.stack([self.loss(output, targets) for output in outputs.values()])
-        c = [self.factors.get(k, 1.0) for k in stage_numbers(model, outputs)]
-        total = losses.sum() if set(c) == {1.0} else losses @ losses.new_tensor(c)
+        losses = torch.stack([scalar(self.loss(output, targets)) for output in outputs.values()])
+        numbers = stage_numbers(model, outputs)
+        if not torch.compiler.is_compiling() and not self._checked:
+            self._check(numbers, time_steps_of(model).origin)
+        c = [self.factors.get(k, 1.0) for k in numbers]
+        total = losses.sum() if set(c) == {1.0} else (losses * losses.new_tensor(c)).sum()  # autocast leaves it alone
         value = self.weight * total if self._share is None else self.weight * self._share * total
         return (value if self.differentiated else torch.zeros_like(value.detach())), losses.detach()
+
+    def _check(self, numbers: list[int], origin: tuple[int, ...]) -> None:
+        """Refuse factors without effect, before anything was deleted: later their outputs may be gone rightly."""
+        strangers = sorted(set(self.factors) - set(numbers))
+        if strangers and origin == tuple(range(len(origin))):
+            raise ValueError(
+                f"factors must belong to intermediate outputs, {numbers[0]} .. {numbers[-1]} here, got "
+                f"{strangers}: leave those out (the last output is the data loss itself)"
+            )
+        self._checked = True
+
+
+def _factors(given: Mapping[int, float] | None) -> dict[int, float]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"factors must map numbers of layers to factors, got {given!r}: write for instance {{1: 0.5}}")
+    for k in given:
+        if isinstance(k, bool) or not hasattr(k, "__index__") or k < 0:
+            raise ValueError(f"factors must have numbers of layers >= 0 as keys, got {k!r}: write it as an integer")
+    return {int(k): non_negative(f"factors[{k}]", c) for k, c in given.items()}

@@ -31,12 +31,13 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
     return (output.argmax(1) == target).float().mean()
 
 
-def choose_metrics(metrics: str | Mapping[str, Metric], target: Tensor) -> dict[str, Metric]:
+def choose_metrics(metrics: str | Mapping[str, Metric], target: Tensor, output: object = None) -> dict[str, Metric]:
     """The metrics meant by "auto": accuracy for class numbers, none for anything else.
 
     Args:
         metrics: "auto" or names with functions (output, target) -> mean over the batch.
         target: A sample of the targets.
+        output: The outputs for it, of which a single column is no classes. None: not looked at.
 
     Returns:
         Names with functions.
@@ -47,7 +48,8 @@ def choose_metrics(metrics: str | Mapping[str, Metric], target: Tensor) -> dict[
     if isinstance(metrics, str):
         if metrics != "auto":
             raise ValueError(f"metrics must be 'auto' or a mapping of names to functions, got {metrics!r}")
-        classes = target.ndim == 1 and not target.is_floating_point()
+        single = isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] < 2
+        classes = target.ndim == 1 and not target.is_floating_point() and not single
         return {"accuracy": accuracy} if classes else {}
     return dict(metrics)
 
@@ -69,7 +71,7 @@ def evaluate(
         model: A model with time steps.
         data: A pair of tensors (uint8 images are scaled), a Dataset or a DataLoader.
         loss: Mean over a batch of (output, target). None: left out.
-        metrics: "auto" (accuracy for class numbers) or names with functions like ``loss``.
+        metrics: "auto" (accuracy for class numbers, given two outputs or more) or names with functions like ``loss``.
         batch_size: Samples at a time, which bounds memory.
 
     Returns:
@@ -92,10 +94,10 @@ def evaluate(
     generator = torch.get_rng_state()
     try:
         for inputs, targets in _in_order(batches):
-            functions = choose_metrics(metrics, targets)
+            output = model(as_float(inputs, values.dtype))
+            functions = choose_metrics(metrics, targets, output)
             if loss is not None:
                 functions = {"loss": loss, **functions}
-            output = model(as_float(inputs, values.dtype))
             if loss is not None and are_labels(targets, output) and targets.device.type == "cpu":
                 check_labels(batches.argument, targets, output.shape[1], "of a batch")
             count += len(inputs)

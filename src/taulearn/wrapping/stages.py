@@ -6,7 +6,7 @@ passes its input on, but for the k-th, which answers y_k, only what lies around 
 
 All k at once: the inputs are repeated, one group of samples for each k, and the blocks put y_k into the group it
 belongs to. A host that mixes samples, or has them in another dimension than the first, would notice; so both ways are
-compared once, and a host in which they differ gets one pass for each k.
+compared once, on states that all differ, and a host in which they differ gets one pass for each k.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -184,10 +184,19 @@ def _tails(
     if any(norm not in inside for norm in mixing(model)):
         with running_statistics_held(model):
             return _one_by_one(model, wrapping, seen, inputs, states, depths)
+    if not _in_groups(inputs, states):
+        return _one_by_one(model, wrapping, seen, inputs, states, depths)
     if seen.batches is None:
         seen.batches = _same_in_one_pass(model, wrapping, seen, inputs, states, depths)
     way = _in_one_pass if seen.batches else _one_by_one
     return way(model, wrapping, seen, inputs, states, depths)
+
+
+def _in_groups(inputs: Any, states: Sequence[Tensor]) -> bool:
+    """Whether inputs and states have their samples where one pass would repeat them."""
+    if not isinstance(inputs, Tensor) or inputs.ndim == 0 or len(inputs) == 0:
+        return False
+    return all(y.ndim > 0 and len(y) == len(inputs) for y in states)
 
 
 def _one_by_one(
@@ -246,24 +255,40 @@ def _same_in_one_pass(
     model: nn.Module,
     wrapping: Wrapping,
     seen: Seen,
-    inputs: Any,
+    inputs: Tensor,
     states: Sequence[Tensor],
     depths: Sequence[int],
-) -> bool:
-    """Whether one pass gives what single passes give; tried in evaluation mode, without a trace."""
-    if not isinstance(inputs, Tensor) or not depths or any(len(y) != len(inputs) for y in states):
-        return False
+) -> bool | None:
+    """Whether one pass gives what single passes give; tried in evaluation mode, without a trace.
+
+    The states of the trial are others than the given ones, each with noise of its own: equal states, as steps of zero
+    leave them, would look alike in a host that mixes them.
+
+    Returns:
+        None where it cannot be told: with a single depth, or outputs that are not finite.
+    """
+    if len(depths) < 2:
+        return None
     with undisturbed(model):
-        single = _one_by_one(model, wrapping, seen, inputs, states, depths)
+        apart = [_apart(y) for y in states]
+        single = _one_by_one(model, wrapping, seen, inputs, apart, depths)
         if not all(isinstance(each, Tensor) and len(each) == len(inputs) for each in single.values()):
             return False
+        if not all(bool(torch.isfinite(each).all()) for each in single.values()):
+            return None
         try:
-            together = _in_one_pass(model, wrapping, seen, inputs, states, depths)
+            together = _in_one_pass(model, wrapping, seen, inputs, apart, depths)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False
         return all(
             torch.allclose(together[k], single[k], rtol=1e-3, atol=1e-3 * float(single[k].abs().max())) for k in depths
         )
+
+
+def _apart(y: Tensor) -> Tensor:
+    """A state with noise as large as it is itself."""
+    size = y.detach().abs().mean()
+    return y.detach() + torch.randn_like(y) * torch.where(size > 0, size, torch.ones_like(size))
 
 
 @contextmanager
