@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from small_networks import deleted, network
-from taulearn import contribution, prune, wrap
+from taulearn import Pruning, contribution, fit, parameter_groups, prune, wrap
 from taulearn._contribution import RunningContribution
-from taulearn.nn import fractional_dnn
+from taulearn.nn import fractional_dnn, resnet
 from wrapping.hosts import BY_NAME, Block, Host, every_host
 
 INIT = [0.5, -0.2, 0.4, 0.1, 0.3]
@@ -37,6 +37,20 @@ def test_of_a_residual_network() -> None:
     np.testing.assert_allclose(found.numpy(), by_hand(model, x), rtol=1e-5)
     order = np.argsort(by_hand(model, x)[1:]) + 1  # the first layer must stay
     assert deleted(prune(model, criterion=contribution(x), budget=3)) == order[:2].tolist()
+
+
+@pytest.mark.parametrize("policy", [{"target_blocks": 2}, {"threshold": 0.1, "criterion": "contribution"}])
+def test_in_double_precision_by_default(policy: dict[str, Any]) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, x = resnet(2, 3, 1, 4), torch.rand(16, 2)
+        optimizer = torch.optim.Adam(parameter_groups(model, lr=0.01))
+        options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "progress": False}
+        options |= {"loss": nn.functional.mse_loss, "optimizer": optimizer, "pruning": Pruning(**policy)}
+        fit(model, (x, x[:, :1]), **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.time_steps.values.dtype == torch.float64
 
 
 def test_of_a_fractional_network() -> None:

@@ -71,7 +71,7 @@ class RunningContribution:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         steps = prunable_of(model).time_steps
-        self.values = torch.zeros(steps.num_steps, device=steps.values.device)
+        self.values = torch.zeros(steps.num_steps, dtype=torch.float32, device=steps.values.device)
         self.number = 0
 
     @contextmanager

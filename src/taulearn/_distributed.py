@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
-def refuse_distributed(argument: str, model: nn.Module) -> None:
+def refuse_distributed(argument: str, model: nn.Module, act: str = "prune") -> None:
     """Refuse a wrapper of data parallel training, and a model whose parameters are sharded.
 
     Args:
         argument: The caller's argument name.
         model: What was given.
+        act: What was to be done with it: "prune", "wrap", "save" or "export".
 
     Raises:
         TypeError: If it is a wrapper.
@@ -31,8 +32,15 @@ def refuse_distributed(argument: str, model: nn.Module) -> None:
         ...
         TypeError: model must be the model itself, got it in a DataParallel: hand over wrapper.module
     """
+    model = getattr(model, "_orig_mod", model)
     if isinstance(model, DataParallel):
         raise TypeError(f"{argument} must be the model itself, got it in a DataParallel: hand over wrapper.module")
+    if isinstance(model, DistributedDataParallel) and act != "prune":
+        why = ", which would not average the gradients of the time steps" if act == "wrap" else ""
+        raise TypeError(
+            f"{argument} must be the model itself, got it in a DistributedDataParallel{why}: {act} wrapper.module"
+            f"{', then make the DistributedDataParallel anew' if act == 'wrap' else ''}"
+        )
     if isinstance(model, DistributedDataParallel):
         raise TypeError(
             f"{argument} must be the model itself, got it in a DistributedDataParallel, which would keep averaging the "
@@ -44,9 +52,9 @@ def refuse_distributed(argument: str, model: nn.Module) -> None:
     sharded = _sharded(model)
     if sharded is not None:
         raise ValueError(
-            f"{argument} must not be sharded, got {sharded}: prune before fully_shard; or gather the weights "
+            f"{argument} must not be sharded, got {sharded}: {act} before fully_shard; or gather the weights "
             "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), load them into "
-            "a fresh model, prune that one, and shard it"
+            f"a fresh model, and {act} that one{', then shard it' if act in ('prune', 'wrap') else ''}"
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ._architecture import build, describe, differences
 from ._deletion import all_or_nothing, prunable_of
+from ._distributed import refuse_distributed
 from ._manifest import Manifest, Network, Wrapped, read_manifest, short
 from .files import read_tensors, tensor_bytes, write_bytes
 from .nn.network import TimeVariableNetwork
@@ -44,6 +45,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: If the model has no time steps, or its state dict holds something other than tensors.
+        ValueError: If its parameters are sharded.
         OSError: If the files cannot be written.
 
     Example:
@@ -54,6 +56,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> load_model(folder).time_steps.num_steps
         6
     """
+    refuse_distributed("model", model, "save")
     inner = _check("model", model)
     state = folded_state(inner)
     for name, value in state.items():

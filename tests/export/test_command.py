@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from taulearn import export_model, fit
 from taulearn.cli import main
-from taulearn.experiments import TrainConfig, train
+from taulearn.experiments import TrainConfig, resume, train
+from taulearn.nn import resnet
 from taulearn.saving import load_model
+from taulearn.training import EpochEnd
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -64,6 +67,38 @@ def test_safetensors_and_replacing(run: Path, call: Call, tmp_path: Path) -> Non
     assert code == 1
     assert err.startswith("taulearn: error: out must be a new folder")
     assert call(*options, "--overwrite")[0] == 0
+
+
+def test_a_run_that_goes_on_is_not_exported(call: Call, tmp_path: Path) -> None:
+    """Its network is that of before."""
+
+    def fail(end: EpochEnd) -> None:
+        raise ZeroDivisionError
+
+    run = tmp_path / "run"
+    train(TrainConfig(hidden_layers=2, width=4, epochs=1, run=str(run)), progress=False)
+    assert call("export", run, "--format", "safetensors", "--out", tmp_path / "before")[0] == 0
+    with pytest.raises(ZeroDivisionError):
+        resume(run, epochs=3, progress=False, callbacks=[fail])
+    code, _, err = call("export", run, "--format", "safetensors", "--out", tmp_path / "out")
+    assert code == 1
+    assert "run must be finished" in err
+    assert "is at epoch 1 of 3: `taulearn resume" in err
+    resume(run, progress=False)
+    assert call("export", run, "--format", "safetensors", "--out", tmp_path / "out")[0] == 0
+
+
+def test_a_run_of_fit_is_exported_in_python(call: Call, tmp_path: Path) -> None:
+    model, x = resnet(2, 3, 1, 2), torch.rand(8, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"loss": torch.nn.functional.mse_loss, "optimizer": optimizer, "epochs": 1, "progress": False}
+    fit(model, (x, x[:, :1]), run=tmp_path / "run", **options)
+    code, _, err = call("export", tmp_path / "run")
+    assert code == 1
+    assert "taulearn.load_model(" in err
+    assert "taulearn.export_model(network, out, example_inputs)" in err
+    with pytest.raises(FileExistsError, match=r"path must not be the folder of a run, got .*run', whose network"):
+        export_model(model, tmp_path / "run", x, format="safetensors")
 
 
 def test_bad_input(run: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

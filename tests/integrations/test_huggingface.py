@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import taulearn
 from taulearn import Pruning
 from taulearn.files import read_tensors
+from taulearn.integrations.checkpoints import RECORD, follow_states
 from taulearn.penalties import L1, ElasticNet, StageCost
 from taulearn.training import History
 
@@ -20,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="pip install 'taulearn[huggingface]'")
 pytest.importorskip("accelerate", reason="pip install 'taulearn[huggingface]'")
 
-from taulearn.integrations.huggingface import FILE, TimeStepsCallback  # noqa: E402  it needs what is asked for above
+from taulearn.integrations.huggingface import TimeStepsCallback  # noqa: E402  it needs what is asked for above
 
 BATCH = 20
 
@@ -194,12 +196,97 @@ def test_checkpoints_hold_the_record_and_are_not_taken_for_models(tmp_path: Path
     model, callback = vit(), pruning_callback()
     trainer(model, callback, tmp_path, save_strategy="epoch").train()
     folder = tmp_path / "checkpoint-40"
-    tensors, _ = read_tensors(folder / FILE)
-    np.testing.assert_array_equal(History.from_tensors(tensors).iterations["tau"], callback.history.iterations["tau"])
+    tensors, _ = read_tensors(folder / "model.safetensors")
+    record = History.from_tensors(safetensors.torch.load(tensors[RECORD].numpy().tobytes()))
+    np.testing.assert_array_equal(record.iterations["tau"], callback.history.iterations["tau"])
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         transformers.ViTForImageClassification.from_pretrained(folder)
     with pytest.raises(ValueError, match="the time steps must all be 1 for save_pretrained"):
         model.save_pretrained(tmp_path / "model")
+
+
+def stopping(at: int, *, save: bool = False, error: type[BaseException] | None = None) -> Any:
+    """A callback that ends the training, saves, or fails after a step."""
+
+    class Stopping(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == at:
+                control.should_save = save
+                control.should_training_stop = True
+                if error is not None:
+                    raise error
+
+    return Stopping()
+
+
+@pytest.mark.parametrize("make", [vit, Plain])
+def test_a_checkpoint_is_resumed_from_anywhere_and_saved_at_anybodys_wish(make: Any, tmp_path: Path) -> None:
+    """The record and the state of the target come from a folder that is not Trainer's own."""
+    callback = TimeStepsCallback(pruning=Pruning(target_blocks=3), progress=False)
+    first = trainer(make(), callback, tmp_path / "first", num_train_epochs=6)
+    first.add_callback(stopping(35, save=True))  # after this callback
+    first.train()
+    assert callback.history.deletions
+    folder = (tmp_path / "first" / "checkpoint-35").rename(tmp_path / "elsewhere")
+    model, again = make(), TimeStepsCallback(pruning=Pruning(target_blocks=3), progress=False)
+    trainer(model, again, tmp_path / "second", num_train_epochs=6).train(resume_from_checkpoint=str(folder))
+    assert again.history.num_iterations == 60
+    np.testing.assert_array_equal(again.history.iterations["tau"][:35], callback.history.iterations["tau"])
+    assert again.history.deletions[: len(callback.history.deletions)] == callback.history.deletions
+    assert getattr(model, "network", model).time_steps.num_steps == 3
+    other = make()  # the same callback begins anew with another model
+    trainer(other, again, tmp_path / "third", num_train_epochs=6).train()
+    assert again.history.num_iterations == 60
+    assert [int(each) for each in again.history.epochs["layers"]][::6] == [5, 3]
+
+
+def test_a_checkpoint_without_the_record_is_refused(tmp_path: Path) -> None:
+    model = Plain()
+    training = trainer(model, TimeStepsCallback(), tmp_path, num_train_epochs=1, save_strategy="epoch")
+    training.callback_handler.callbacks = [c for c in training.callback_handler.callbacks if type(c).__name__[0] != "T"]
+    training.train()
+    with pytest.raises(ValueError, match="resume_from_checkpoint must be a checkpoint with the record of the time"):
+        trainer(Plain(), TimeStepsCallback(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+
+
+def test_a_callback_that_trainer_did_not_have_from_the_start(tmp_path: Path) -> None:
+    """It is refused where checkpoints are written, unless the model follows them."""
+
+    arguments = trainer(Plain(), TimeStepsCallback(), tmp_path, num_train_epochs=4, save_strategy="epoch").args
+
+    def late(callback: TimeStepsCallback, *, follow: bool) -> Any:
+        model = Plain()
+        optimizer = optimizer_of(model)
+        if follow:
+            follow_states(model.network, optimizer)
+        training = transformers.Trainer(model, arguments, train_dataset=Items(), optimizers=(optimizer, None))
+        training.add_callback(callback)
+        return training
+
+    training = late(pruning_callback(), follow=False)
+    with pytest.raises(ValueError, match=r"callbacks must hold this callback when Trainer is made, .*follow_states"):
+        training.train()
+    training = late(pruning_callback(), follow=True)
+    training.train()
+    assert training.model.network.time_steps.num_steps < 5
+    callback = pruning_callback()
+    late(callback, follow=True).train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
+    assert callback.history.num_iterations == 40
+
+
+def test_after_ctrl_c_the_model_and_the_optimizer_are_the_users(tmp_path: Path) -> None:
+    model = vit()
+    optimizer = optimizer_of(model)
+    training = trainer(model, pruning_callback(), tmp_path, optimizer=optimizer, num_train_epochs=1)
+    training.add_callback(stopping(3, error=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        training.train()
+    with pytest.raises(ValueError, match="the time steps must all be 1 for save_pretrained"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert "save_pretrained" not in vars(taulearn.unwrap(model, discard_steps=True))
 
 
 def test_nothing_stays_behind(tmp_path: Path) -> None:

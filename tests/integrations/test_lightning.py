@@ -141,6 +141,66 @@ def test_accumulated_gradients_and_counted_iterations() -> None:
     assert all(d.iteration % 3 == 0 for d in callback.history.deletions)
 
 
+def test_contributions_are_measured_while_gradients_accumulate() -> None:
+    """One measurement is open at a time, and none when a layer goes."""
+
+    class Count(lightning.Callback):
+        def __init__(self) -> None:
+            self.hooks: list[int] = []
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            self.hooks.append(sum(len(part._forward_hooks) for part in module.network.modules()))
+
+    module, count = Module(), Count()
+    callback = TimeStepsCallback(pruning=Pruning(0.12, criterion="contribution"), progress=False)
+    defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(
+        callbacks=[callback, count],
+        accumulate_grad_batches=4,
+        max_epochs=4,
+        accelerator="cpu",
+        enable_model_summary=False,
+        **defaults,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(*digits()), batch_size=BATCH))
+    assert module.network.time_steps.num_steps < 5
+    assert max(count.hooks) <= 5
+    assert not any(part._forward_hooks for part in module.network.modules())
+
+
+def test_a_compiled_network_beside_itself_is_one() -> None:
+    class Compiled(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.compiled = torch.compile(self.network)
+
+    callback = TimeStepsCallback()
+    fit(Compiled(), callback, max_epochs=1)
+    assert callback.history.num_iterations == 10
+
+
+def test_weight_decay_on_the_time_steps_is_said() -> None:
+    class Decaying(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.1)
+
+    with pytest.warns(UserWarning, match=r"shrinks the time steps by weight decay, 0\.1: let configure_optimizers"):
+        fit(Decaying(), TimeStepsCallback(), max_epochs=1)
+
+
+def test_a_callback_that_was_resumed_begins_anew(tmp_path: Path) -> None:
+    def callback() -> TimeStepsCallback:
+        return TimeStepsCallback(pruning=Pruning(target_blocks=3), progress=False)
+
+    fit(Module(), callback(), tmp_path, max_epochs=6)
+    again, module = callback(), Module()
+    fit(Module(), again, max_epochs=8, ckpt_path=tmp_path / "epoch=4.ckpt")
+    assert again.history.num_iterations == 80
+    fit(module, again, max_epochs=8)
+    assert again.history.num_iterations == 80
+    assert module.network.time_steps.num_steps == 3
+
+
 def test_a_target_is_reached() -> None:
     module, callback = Module(), TimeStepsCallback(pruning=Pruning(target_blocks=3), progress=False)
     fit(module, callback, max_epochs=8)
@@ -160,6 +220,13 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ValueError, match="automatic_optimization must be True for this callback"):
         fit(ByHand(), TimeStepsCallback())
+
+    class Searching(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.network.parameters())
+
+    with pytest.raises(ValueError, match="must return an optimiser that takes one gradient a step, got LBFGS"):
+        fit(Searching(), TimeStepsCallback())
     with pytest.raises(ValueError, match="must return one optimiser that holds the time steps, got 0"):
         fit(Without(), TimeStepsCallback())
     monkeypatch.setattr(lightning.Trainer, "world_size", property(lambda _: 2))

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 
 import taulearn
 from taulearn import Pruning, parameter_groups
@@ -111,6 +118,29 @@ def sampler(folder: Path) -> None:
     leave(folder, model, run_fit(model, DataLoader(data, batch_size=60 // size, sampler=parts), optimizer), optimizer)
 
 
+def batch_sampler(folder: Path) -> None:
+    """The same with the sampler inside a batch sampler."""
+    model, optimizer = model_and_optimizer()
+    data = TensorDataset(*digits(240, torch.float64))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = BatchSampler(DistributedSampler(data, size, RANK, shuffle=True, seed=1), 60 // size, drop_last=False)
+    leave(folder, model, run_fit(model, DataLoader(data, batch_sampler=parts), optimizer), optimizer)
+
+
+def shuffled_batches(folder: Path) -> None:
+    model, optimizer = model_and_optimizer()
+    data = TensorDataset(*digits(200, torch.float64))
+    batches = BatchSampler(RandomSampler(data), 40, drop_last=False)
+    run_fit(model, DataLoader(data, batch_sampler=batches), optimizer)
+
+
+def odd_batches(folder: Path) -> None:
+    model, optimizer = model_and_optimizer()
+    data = TensorDataset(*digits(200, torch.float64))
+    batches = BatchSampler(SequentialSampler(data), 41, drop_last=False)
+    run_fit(model, DataLoader(data, batch_sampler=batches), optimizer)
+
+
 def shuffled_loader(folder: Path) -> None:
     model, optimizer = model_and_optimizer()
     run_fit(model, DataLoader(TensorDataset(*digits(200, torch.float64)), batch_size=40, shuffle=True), optimizer)
@@ -148,6 +178,9 @@ def wrapped_in_ddp(folder: Path) -> None:
         lambda: taulearn.prune(wrapper, keep=[0, 1, 2]),
         lambda: run_fit(wrapper, (inputs, targets), optimizer),
         lambda: taulearn.prune(model, keep=[0, 1, 2], optimizer=optimizer) and wrapper(inputs),
+        lambda: taulearn.wrap(
+            nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), "0"
+        ),
     ):
         try:
             act()
@@ -174,6 +207,8 @@ def sharded(folder: Path) -> None:
     for act in (
         lambda: taulearn.prune(model, keep=[0, 1, 2]),
         lambda: run_fit(model, digits(20, torch.float64), torch.optim.SGD(model.parameters(), lr=0.1)),
+        lambda: taulearn.save_model(model, folder / "saved"),
+        lambda: taulearn.export_model(model, folder / "exported", inputs, format="torch"),
     ):
         try:
             act()
@@ -211,6 +246,17 @@ def meddling(folder: Path) -> None:
                 end.model.time_steps.values[0] += 1e-12
 
     train(folder, callbacks=[meddle])
+
+
+def meddling_unpruned(folder: Path) -> None:
+    """The same where no layer goes."""
+
+    def meddle(end: EpochEnd) -> None:
+        if end.epoch == 2 and RANK == 1:
+            with torch.no_grad():
+                end.model.time_steps.values[0] += 1e-12
+
+    train(folder, callbacks=[meddle], pruning=None, epochs=3)
 
 
 def stopping(folder: Path) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,27 @@ import torch
 from torch import Tensor
 
 from taulearn.files import read_tensors
-from taulearn.training import History, Run
+from taulearn.training import History, Run, parallel
+from taulearn.training.ranks import Ranks
 from training import parallel_run
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 TESTS = Path(__file__).parents[1]
-SAME = ("train", "adam", "steepest_descent", "uneven", "tiny", "loader", "sampler", "target", "measured")
-REFUSED = ("shuffled_loader", "other_model", "other_arguments", "odd_batch")
-ENDED = ("meddling", "failing", "failing_first", "interrupted")
+SAME = (
+    "train",
+    "adam",
+    "steepest_descent",
+    "uneven",
+    "tiny",
+    "loader",
+    "sampler",
+    "batch_sampler",
+    "target",
+    "measured",
+)
+REFUSED = ("shuffled_loader", "shuffled_batches", "odd_batches", "other_model", "other_arguments", "odd_batch")
+ENDED = ("meddling", "meddling_unpruned", "failing", "failing_first", "interrupted")
 OTHERS = ("other_weights", "dropout", "batch_norm", "stopping", "wrapped_in_ddp", "sharded")
 
 
@@ -127,10 +140,13 @@ def test_any_process_may_end_the_training(two: Path) -> None:
     ("name", "message"),
     [
         ("shuffled_loader", r"ValueError: train must yield the same batches in all 2 processes.*generator="),
+        ("shuffled_batches", r"ValueError: train must yield the same batches .*to its sampler, where you"),
+        ("odd_batches", r"ValueError: batch_size must be a multiple of the number of processes, 2, got 41: .* use 40"),
         ("other_model", "RanksDisagree: the model's tensors must be the same in all processes, got others on rank 1"),
         ("other_arguments", "RanksDisagree: batches must be the same in all processes, got others on rank 1"),
         ("odd_batch", "ValueError: batch_size must be a multiple of the number of processes, 2, got 41: .* use 40"),
         ("meddling", r"RanksDisagree: the time steps after iteration \d+ must be the same .* on rank 1 than on rank 0"),
+        ("meddling_unpruned", "RanksDisagree: the time steps after iteration 20 must be the same"),
         ("interrupted", "training was interrupted after iteration 51: go on with"),
     ],
 )
@@ -151,18 +167,19 @@ def test_a_process_that_fails_ends_the_others(two: Path) -> None:
 
 def test_live_and_stale_wrappers_are_refused(two: Path) -> None:
     for rank in range(2):
-        pruned, fitted, stale = (two / "wrapped_in_ddp" / f"{rank}.said").read_text().splitlines()
+        pruned, fitted, stale, wrapped = (two / "wrapped_in_ddp" / f"{rank}.said").read_text().splitlines()
         for text in (pruned, fitted):
             assert re.match(r"TypeError: model must be the model itself, .* hand over wrapper\.module", text)
+        assert re.search(r"time steps: wrap wrapper\.module, then make the DistributedDataParallel anew$", wrapped)
         assert re.match(r"RuntimeError: this DistributedDataParallel was made before layers were deleted", stale)
 
 
 def test_sharded_models_are_refused_and_the_remedy_works(two: Path) -> None:
     for rank in range(2):
         lines = (two / "sharded" / f"{rank}.said").read_text().splitlines()
-        assert len(lines) == 2
-        for text in lines:
-            assert re.match(r"model must not be sharded, got a FSDP\w+: prune before fully_shard; or gather", text)
+        assert len(lines) == 4
+        for act, text in zip(("prune", "prune", "save", "export"), lines, strict=True):
+            assert re.match(rf"model must not be sharded, got a FSDP\w+: {act} before fully_shard; or gather", text)
 
 
 def start_by_hand(processes: int, folder: Path, name: str) -> "list[subprocess.Popen[str]]":
@@ -268,6 +285,28 @@ def test_a_port_in_use_is_said(tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment(**where), capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert re.search(rf"ConnectionError: localhost:{port}, where .* is in use by another program: choose", done.stderr)
+
+
+def test_processes_wait_for_each_other_as_long_as_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the port belongs to another program, the first process ends at once and the others wait in vain."""
+
+    def refuse(timeout: timedelta) -> None:
+        raise RuntimeError(f"nobody came for {timeout.seconds} s")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConnectionError, match=r"do not find each other at localhost:1: nobody came for 50 s"):
+        parallel._join()
+
+
+def test_a_resumed_run_is_told_numbers_of_processes_alone() -> None:
+    three = Ranks()
+    three.size = 3
+    with pytest.raises(ValueError, match=r"got 200: it is that of all processes together; use 201, or 2 processes"):
+        parallel.check_batch_size(three, 200, 1000)
+    with pytest.raises(ValueError, match=r"together; it cannot change in a run: use 2 processes$"):
+        parallel.check_batch_size(three, 200, 1000, resumed=True)
 
 
 @pytest.mark.long

@@ -22,6 +22,12 @@ def test_wrapping_twice(host: Host) -> None:
         wrap(model, example_inputs=host.inputs())
 
 
+def test_a_model_in_a_wrapper_of_data_parallel_training() -> None:
+    """It would not average the gradients of the time steps (DistributedDataParallel: in the tests of two processes)."""
+    with pytest.raises(TypeError, match=r"model must be the model itself, got it in a DataParallel: hand over wrapper"):
+        wrap(nn.DataParallel(sequential()), example_inputs=X)
+
+
 def shared_called_twice() -> nn.Module:
     block = Block(4)
     return nn.Sequential(block, Block(4), block)

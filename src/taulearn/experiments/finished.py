@@ -6,6 +6,7 @@ from pathlib import Path
 from ..nn.network import TimeVariableNetwork
 from ..saving import load_model
 from ..training import Run
+from ..training.checkpoint import read_start
 from .config import TrainConfig
 from .training import settings_of
 
@@ -23,8 +24,15 @@ def finished_run(
     Raises:
         FileNotFoundError: If the run is not finished.
         FileExistsError: If ``out`` is the folder of a run, or holds something and may not.
+        ValueError: If ``taulearn train`` did not make the run.
     """
     opened = Run.open(run)
+    if not {"data", "network"} <= opened.config.keys():
+        raise ValueError(
+            f"run must have been made by `taulearn train`, got {str(opened.path)!r}, which names no data and no "
+            f"network: in Python, taulearn.load_model({str(opened.path)!r}) is its network, for "
+            "taulearn.export_model(network, out, example_inputs) or taulearn.prune"
+        )
     config = settings_of(opened)
     folder = Path(out)
     if (folder / "run.toml").exists():
@@ -36,5 +44,11 @@ def finished_run(
     if not (opened.path / "model.json").exists():
         raise FileNotFoundError(
             f"run must be finished, got {str(opened.path)!r} without a network: `taulearn resume {opened.path}` goes on"
+        )
+    found = read_start(opened.checkpoints)
+    if found is not None and found[1].epoch < config.epochs and not found[1].stopped:
+        raise FileNotFoundError(
+            f"run must be finished, got {str(opened.path)!r}, which was resumed and is at epoch {found[1].epoch} of "
+            f"{config.epochs}: `taulearn resume {opened.path}` goes on"
         )
     return opened, config, load_model(opened.path)

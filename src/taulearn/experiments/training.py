@@ -187,7 +187,7 @@ def _train(
         loss_name, loss = parts.make_loss(config, classes=splits.classes is not None)
         optimizer = parts.make_optimizer(config, model)
         batch_size = parts.batch_size(config, len(splits.train.inputs))
-        check_batch_size(ranks, batch_size, len(splits.train.inputs))
+        check_batch_size(ranks, batch_size, len(splits.train.inputs), resumed=resume)
         iterations = config.epochs * -(-len(splits.train.inputs) // batch_size)
         scheduler = parts.make_scheduler(config, optimizer, iterations)
         if config.tensorboard and importlib.util.find_spec("tensorboard") is None:

@@ -3,6 +3,7 @@
 arguments    inputs and outputs: names, the batch dimension, random ones like the examples
 trace        the model's graph, as torch.export has it
 onnx_file    that graph as ONNX
+check        that file against the model
 api          the public function
 """
 

@@ -10,9 +10,9 @@ Beside them lies manifest.json: what goes in and comes out, the layers and steps
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from .._deletion import prunable_of
+from .._distributed import refuse_distributed
 from .._errors import unknown_name
 from ..files import write_bytes
 from ..penalties import time_steps_of
 from ..saving import load_model, save_model
-from .arguments import Arguments, answers, arguments, inference_copy, outputs
-from .onnx_file import need_onnx, write_onnx
-from .trace import Runner, output_of, write_program
+from .arguments import answers, arguments, inference_copy
+from .check import compare, outputs_on
+from .onnx_file import need_onnx, output_names, write_onnx
+from .trace import Runner, write_program
 
 FORMATS = ("onnx", "torch", "safetensors")
 MANIFEST = "manifest.json"
 
 _FORMAT = 1
 _BATCHES = (1, 2, 7)
-_TOLERANCE = 1e-5
-_TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def export_model(
         model: A network of the package, or a wrapped model.
         path: The folder, made if missing.
         example_inputs: A tensor, a tuple of arguments or a dictionary of keywords, with the batch in front. They are
-            not written.
+            not written. An input is batched if it has as many entries in front as the first one: choose a number of
+            samples that no other input has there.
         format: "onnx", "torch" (torch.export) or "safetensors".
         dynamic_batch: Whether the file takes batches of any size; otherwise of that of the example.
         about: More entries for the manifest.
@@ -130,9 +131,11 @@ def export_model(
 
     Raises:
         ImportError: If the format needs packages that are not installed.
-        TypeError: If the model has no time steps.
-        ValueError: If the model cannot be expressed in this format (the message names the operator), or the file does
-            not agree with it to 1e-5 (float16: 1e-2); nothing is written then.
+        TypeError: If the model has no time steps, does not take these inputs, or ``about`` holds what JSON does not.
+        ValueError: If the model cannot be expressed in this format (the message names the operator), returns no tensors
+            or NaN alone, or the file does not agree with it: by more than 1e-5 (float16: 1e-2), or that share of the
+            largest output where it exceeds 1. Nothing is written then.
+        OSError: If the folder cannot be made, or is that of a run.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -146,41 +149,84 @@ def export_model(
         raise unknown_name("format", format, FORMATS)
     if format == "onnx":
         need_onnx()
+    refuse_distributed("model", model, "export")
+    try:
+        json.dumps(dict(about or {}))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"about must hold what JSON can, got something else ({error}): use text and numbers") from error
     time_steps_of(getattr(model, "_orig_mod", model))
     twin = inference_copy(model)
-    example = arguments(twin, example_inputs)
+    example = arguments(twin, example_inputs, dynamic_batch=dynamic_batch)
+    returned = outputs_on(twin, example)
+    if format == "onnx":
+        returned = dict(zip(output_names(returned, example.tensors), returned.values(), strict=True))
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"path must be a folder, got the file {folder}: an export is several files")
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
-    try:
+    with _aside(folder) as aside:
         if format == "safetensors":
             run = _write_safetensors(twin, aside)
         else:
             write = write_onnx if format == "onnx" else write_program
             run = write(twin, example, aside, dynamic_batch=dynamic_batch)
         sizes = _BATCHES if dynamic_batch else (example.batch,) * len(_BATCHES)
-        difference, size = _compare(twin, run, example, sizes, format)
+        others = [name for name in FORMATS if name != format]
+        difference, size = compare(twin, run, example, sizes, format, others)
         files = sorted(aside.iterdir())
         exported = Exported(
             folder,
             format,
             tuple(folder / file.name for file in files),
             _signatures(example.tensors, example.batch if dynamic_batch else None),
-            _signatures(outputs(output_of(twin, example)), example.batch if dynamic_batch else None),
+            _signatures(returned, example.batch if dynamic_batch else None),
             sum(sizes),
             difference,
             size,
         )
         manifest = _manifest(twin, exported, {file.name: _digest(file) for file in files}, about or {})
-        exported.manifest.unlink(missing_ok=True)  # it never stands beside another's files
+        _remove_export(exported.manifest)  # it never stands beside another's files
         for file in files:
             file.replace(folder / file.name)
         write_bytes(exported.manifest, manifest)
-    finally:
-        shutil.rmtree(aside)
     return exported
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """Make a folder, and a temporary one in it; take away what was made if the body fails."""
+    if (folder / "run.toml").exists():
+        raise FileExistsError(
+            f"path must not be the folder of a run, got {str(folder)!r}, whose network it would replace: choose "
+            f"another one, {str(folder / 'export')!r} for instance"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"path must be a folder, got the file {folder}: an export is several files")
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = tempfile.TemporaryDirectory(prefix=".export-", dir=folder)
+        except OSError as error:
+            raise type(error)(
+                f"path must be a folder to write into, got {str(folder)!r} ({error.strerror}): choose another place"
+            ) from error
+        with aside:
+            yield Path(aside.name)
+    except BaseException:
+        for each in new:
+            with suppress(OSError):
+                each.rmdir()
+        raise
+
+
+def _remove_export(manifest: Path) -> None:
+    """Delete an earlier export: its manifest, and the files that are still as it says."""
+    try:
+        digests = dict(json.loads(manifest.read_bytes())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        digests = {}
+    manifest.unlink(missing_ok=True)
+    for file in manifest.parent.iterdir():
+        if file.is_file() and file.name in digests and _digest(file) == digests[file.name]:
+            file.unlink()
 
 
 def _write_safetensors(model: nn.Module, folder: Path) -> Runner:
@@ -194,36 +240,6 @@ def _write_safetensors(model: nn.Module, folder: Path) -> Runner:
                 tensor.zero_()  # so that the check sees what the file holds
         loaded = load_model(folder, host=host)
     return lambda inputs: answers(loaded, inputs)
-
-
-@torch.no_grad()
-def _compare(
-    model: nn.Module,
-    run: Runner,
-    example: Arguments,
-    sizes: Sequence[int],
-    format: str,  # noqa: A002
-) -> tuple[float, float]:
-    """Largest difference and largest output on random inputs, or an error if the file does not agree."""
-    difference = size = 0.0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for number in sizes:
-            inputs = example.of_batch(number)
-            for found, expected in zip(run(inputs), answers(model, inputs), strict=True):
-                tolerance = _TOLERANCES.get(expected.dtype, _TOLERANCE)
-                a, b = found.double().nan_to_num(), expected.double().nan_to_num()
-                largest = float(b.abs().amax())
-                apart = float((a - b).abs().amax()) if a.shape == b.shape else float("inf")
-                difference, size = max(difference, apart), max(size, largest)
-                if apart > tolerance * max(1.0, largest):
-                    others = " or ".join(repr(name) for name in FORMATS if name != format)
-                    raise ValueError(
-                        f"the exported file must agree with the model to {tolerance:g} on random inputs, got a "
-                        f"difference of {apart:.2g} in a batch of {number} (outputs up to {largest:.2g}): format "
-                        f"{format!r} does not express this model; use {others}"
-                    )
-    return difference, size
 
 
 def _signatures(tensors: Mapping[str, Tensor], batch: int | None) -> tuple[Signature, ...]:

@@ -50,7 +50,7 @@ class Arguments:
         """Random arguments like these in a batch of another size.
 
         Entries are drawn uniformly between the smallest and the largest of each argument; where floating point entries
-        are all equal, between -1 and 1.
+        are all equal, between -1 and 1. Infinity and NaN stay where they are, in the samples in turn: masks.
 
         Args:
             size: Number of samples.
@@ -61,23 +61,26 @@ class Arguments:
         values = {}
         for name, value in self.values.items():
             shape = (size, *value.shape[1:]) if self.batched(name) else getattr(value, "shape", ())
-            values[name] = _random(value, shape) if isinstance(value, Tensor) else value
+            values[name] = _random(value, tuple(shape)) if isinstance(value, Tensor) else value
         return replace(self, values=values, batch=size)
 
 
-def arguments(model: nn.Module, example_inputs: Any) -> Arguments:
-    """The example inputs as named arguments on the CPU, with at least two samples.
+def arguments(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> Arguments:
+    """The example inputs as named arguments on the CPU, with at least two samples where their number is to be free.
 
-    torch.export takes sizes 0 and 1 for constants, so that a single sample is repeated.
+    torch.export takes sizes 0 and 1 for constants, so that a single sample is repeated then, until their number is that
+    of no other dimension in front.
 
     Args:
         model: The model, whose signature names positional arguments.
         example_inputs: A tensor, a tuple of arguments or a dictionary of keywords.
+        dynamic_batch: Whether the batch may have any size.
 
     Returns:
         The arguments.
 
     Raises:
+        TypeError: If the model does not take such arguments.
         ValueError: If there is no tensor with a batch dimension among them.
 
     Example:
@@ -91,18 +94,34 @@ def arguments(model: nn.Module, example_inputs: Any) -> Arguments:
         given = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
         values = dict(zip(_names(model, len(given)), given, strict=True))
     values = {name: v.detach().cpu() if isinstance(v, Tensor) else v for name, v in values.items()}
-    batch = next((len(v) for v in values.values() if isinstance(v, Tensor) and v.ndim > 0), 0)
+    sizes = [len(v) for v in values.values() if isinstance(v, Tensor) and v.ndim > 0]
+    batch = sizes[0] if sizes else 0
     if batch == 0:
+        found_instead = ", ".join(f"{name}: {_described(value)}" for name, value in values.items())
+        hint = "; convert arrays with torch.from_numpy" if "ndarray" in found_instead else ""
         raise ValueError(
-            f"example_inputs must hold a tensor (batch, ...) with at least one sample, got {type(example_inputs)!r}"
+            f"example_inputs must hold a tensor (batch, ...) with at least one sample, got "
+            f"{found_instead or 'nothing'}: hand over a batch as the model takes it{hint}"
         )
-    if batch == 1:
+    if batch == 1 and dynamic_batch:
+        batch = next(number for number in range(2, len(sizes) + 3) if number not in sizes)
         values = {
-            name: torch.cat([v, v]) if isinstance(v, Tensor) and v.ndim > 0 and len(v) == 1 else v
+            name: torch.cat([v] * batch) if isinstance(v, Tensor) and v.ndim > 0 and len(v) == 1 else v
             for name, v in values.items()
         }
-        batch = 2
-    return Arguments(values, positional, batch)
+    found = Arguments(values, positional, batch)
+    try:
+        inspect.signature(model.forward).bind(*found.args, **found.kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"example_inputs must be what {type(model).__name__}.forward{inspect.signature(model.forward)} takes, got "
+            f"{', '.join(values)}: {error}"
+        ) from error
+    return found
+
+
+def _described(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _names(model: nn.Module, number: int) -> list[str]:
@@ -111,16 +130,20 @@ def _names(model: nn.Module, number: int) -> list[str]:
     return [*named, *(f"input_{i}" for i in range(len(named), number))]
 
 
-def _random(like: Tensor, shape: Iterable[int]) -> Tensor:
-    shape = tuple(shape)
-    low, high = like.min().item(), like.max().item()
+def _random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    pattern = like if like.shape == shape else like[torch.arange(shape[0]) % len(like)]
+    finite = like[like.isfinite()]
+    if not finite.numel():
+        return pattern
+    low, high = finite.min().item(), finite.max().item()
     if like.dtype == torch.bool:
         return torch.rand(shape) < 0.5 if low != high else torch.full(shape, bool(low))
     if not like.is_floating_point():
         return torch.randint(int(low), int(high) + 1, shape, dtype=like.dtype)
     if low == high:
         low, high = -1.0, 1.0
-    return (low + (high - low) * torch.rand(shape, dtype=torch.float64)).to(like.dtype)
+    drawn = (low + (high - low) * torch.rand(shape, dtype=torch.float64)).to(like.dtype)
+    return torch.where(pattern.isfinite(), drawn, pattern)
 
 
 def outputs(output: Any) -> dict[str, Tensor]:

@@ -1,11 +1,8 @@
 """The model's graph as ONNX, with "batch" as the name of the free dimension and nothing of the machine it came from."""
 
 import importlib.util
-import logging
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import torch
 from torch import nn
 
 from .arguments import Arguments, outputs
-from .trace import Runner, output_of, trace, with_constant_steps
+from .trace import Runner, output_of, quiet, trace, with_constant_steps
 
 EMBEDDED = 1_500_000_000
 """Bytes of weights up to which the file holds them itself; protobuf ends at 2 GiB."""
@@ -57,9 +54,9 @@ def write_onnx(model: nn.Module, example: Arguments, folder: Path, *, dynamic_ba
         )
     program = trace(model, example, dynamic_batch=dynamic_batch)
     program = with_constant_steps(program, example, dynamic_batch=dynamic_batch)
-    names = list(outputs(output_of(model, example)))
+    names = output_names(outputs(output_of(model, example)), example.tensors)
     try:
-        with _quiet():
+        with quiet():
             converted = torch.onnx.export(
                 program, dynamo=True, verbose=False, input_names=list(example.tensors), output_names=names
             )
@@ -84,18 +81,14 @@ def write_onnx(model: nn.Module, example: Arguments, folder: Path, *, dynamic_ba
     return run
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the exporter says of its own parts to itself."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+def output_names(names: Iterable[str], inputs: Container[str]) -> list[str]:
+    """Names of the outputs in the file, where none may be that of an input.
+
+    Example:
+        >>> output_names(["x", "y"], ["x"])
+        ['x_output', 'y']
+    """
+    return [f"{name}_output" if name in inputs else name for name in names]
 
 
 def _refusal(error: BaseException) -> str:

@@ -1,8 +1,11 @@
 """The model's graph as torch.export has it, and the file that holds it."""
 
+import io
+import logging
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,22 @@ def trace(model: nn.Module, example: Arguments, *, dynamic_batch: bool) -> torch
     return program
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what torch's exporters say of their own parts to themselves, whole graphs of a refused model among it."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def _traced(module: nn.Module, example: Arguments, dynamic_batch: bool) -> torch.export.ExportedProgram:
     shapes = None
     if dynamic_batch:
@@ -58,8 +77,7 @@ def _traced(module: nn.Module, example: Arguments, dynamic_batch: bool) -> torch
             if example.batched(name):
                 free[value] = {0: batch}
         shapes = free.dynamic_shapes(module, example.args, example.kwargs)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch's own, of its own parts
+    with quiet(), torch.no_grad():
         return torch.export.export(module, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
 
 

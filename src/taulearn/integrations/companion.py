@@ -1,6 +1,7 @@
 """What the callbacks do beside another trainer's loop: penalties, projection, pruning, record."""
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .._distributed import refuse_distributed
 from ..nn.time_steps import TimeSteps
@@ -37,7 +39,11 @@ def model_with_time_steps(module: nn.Module) -> nn.Module:
         >>> type(model_with_time_steps(nn.ModuleDict({"network": resnet(2, 3, 1, 4)}))).__name__
         'TimeVariableNetwork'
     """
-    found = [part for part in module.modules() if isinstance(getattr(part, "time_steps", None), TimeSteps)]
+    found = [
+        part
+        for part in module.modules()
+        if isinstance(getattr(part, "time_steps", None), TimeSteps) and not hasattr(part, "_orig_mod")
+    ]
     if len(found) != 1:
         raise TypeError(
             f"model must contain one model with time steps, got a {type(module).__name__} with {len(found)}: build it "
@@ -74,12 +80,12 @@ class Companion:
         self.losses: dict[int, float | Tensor] = {}
         self.recorder: Recorder | None = None
         self.pruner: Pruner | None = None
-        self._hooks = ExitStack()
+        self._measuring: ExitStack | None = None
 
     def begin(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, epochs: int, per_epoch: int, processes: int
     ) -> None:
-        """Start beside a loop.
+        """Start beside a loop, from the record and the state of a checkpoint where these were set.
 
         Args:
             model: The model with time steps.
@@ -118,13 +124,22 @@ class Companion:
         self.iteration, self.epochs = self.past.num_iterations, epochs
         if past is None:
             self._record_epoch()
-        handle = register_projection(optimizer, model, active)
-        self._hooks.callback(handle.remove)
+        self.past, self.state = History(), None  # another training begins anew
 
-    def weight_decay(self) -> float:
-        """The weight decay that the optimiser applies to the time steps."""
+    def constrained(self) -> RemovableHandle:
+        """Let the optimiser's steps end with the proximal step and the projection, until ``remove()``."""
+        return register_projection(self.optimizer, self.model, self.active)
+
+    def warn_of_decay(self, remedy: str) -> None:
+        """Say that the optimiser shrinks the time steps.
+
+        Args:
+            remedy: What to write instead.
+        """
         group = group_of(self.optimizer, self.steps.values)
-        return 0.0 if group is None else float(group.get("weight_decay", 0.0))
+        decay = 0.0 if group is None else float(group.get("weight_decay", 0.0))
+        if decay:
+            warnings.warn(f"the optimizer shrinks the time steps by weight decay, {decay:g}: {remedy}", stacklevel=3)
 
     def start_epoch(self, epoch: int) -> None:
         """Tell the penalties the epoch, from 0."""
@@ -133,16 +148,21 @@ class Companion:
 
     def start_iteration(self) -> None:
         """Measure the forward passes that follow, where the policy asks for it."""
+        if self._measuring is not None:
+            return  # a trainer that accumulates gradients comes here for each part of a batch
         measuring = None if self.pruner is None else self.pruner.measuring(self.iteration)
         if measuring is not None:
-            self._measuring = self._hooks.enter_context(ExitStack())
+            self._measuring = ExitStack()
             self._measuring.enter_context(measuring)
+
+    def _measured(self) -> None:
+        if self._measuring is not None:
+            self._measuring.close()
+            self._measuring = None
 
     def before_step(self) -> None:
         """Add the penalties' gradients to those of the loss, and record the steps; gradients are complete."""
-        measuring = vars(self).pop("_measuring", None)
-        if measuring is not None:
-            measuring.close()
+        self._measured()
         values = [penalty(self.model) for penalty in self.active]
         differentiated = [v for p, v in zip(self.active, values, strict=True) if p.differentiated and v.requires_grad]
         if differentiated:
@@ -190,6 +210,7 @@ class Companion:
         assert self.pruner is not None
         if not self.pruner.due(self.iteration, epoch_ends=epoch_ends):
             return
+        self._measured()
         recorder = self._flushed()
         report = self.pruner.prune(self.iteration, None)
         if report is not None:
@@ -206,8 +227,8 @@ class Companion:
         return self.recorder
 
     def end(self) -> None:
-        """Leave the optimiser and the model as they were found, but trained."""
-        self._hooks.close()
+        """Leave the model as it was found, but trained."""
+        self._measured()
 
     def history(self) -> History:
         """The record so far; losses that the trainer did not tell are NaN."""

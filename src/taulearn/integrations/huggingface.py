@@ -3,23 +3,20 @@
 import inspect
 import json
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
-from ..files import read_tensors, write_tensors
 from ..penalties import Penalty
 from ..pruning import Pruning
 from ..training.history import History
 from ..training.plain import from_plain, to_plain
 from ..wrapping.transformers import SavePretrained, is_pretrained
-from .checkpoints import follow_states, mark_
+from .checkpoints import Follower, follow_states, follower_of, mark_
 from .companion import Companion, model_with_time_steps
 
 try:
@@ -29,8 +26,13 @@ except ImportError as error:
         "transformers must be installed for this callback: pip install 'taulearn[huggingface]'"
     ) from error
 
-FILE = "time_steps.safetensors"
-"""The record, in the folder of each checkpoint."""
+_PRUNER = "pruner.json"
+_LATE = (
+    "callbacks must hold this callback when Trainer is made, got it added later, or a model made by model_init: such a "
+    "model would not delete the layers that a checkpoint lacks, and no checkpoint could be resumed. Write "
+    "Trainer(model, arguments, callbacks=[callback]), or call taulearn.integrations.checkpoints.follow_states(model, "
+    "optimizer) where they are made (the optimizer where it is you who makes it)"
+)
 
 
 class TimeStepsCallback(TrainerCallback):
@@ -40,9 +42,9 @@ class TimeStepsCallback(TrainerCallback):
     onto the constraint follow it. Layers are deleted at the end of an epoch, or every so many steps, in the model and
     in the optimiser, whose other state stays as it is.
 
-    Trainer's checkpoints hold the time steps and the numbers of the layers that are left: training resumes from them
-    with a model that was built and wrapped as at the start. They are for that alone; ``taulearn.save_model`` writes the
-    model itself.
+    Trainer's checkpoints hold the time steps, the numbers of the layers that are left, and the record: training resumes
+    from them, wherever they lie, with a model that was built and wrapped as at the start. They are for that alone;
+    ``taulearn.save_model`` writes the model itself.
 
     Args:
         penalties: Added to the loss; those that need the states of the forward pass are not possible here.
@@ -55,7 +57,8 @@ class TimeStepsCallback(TrainerCallback):
 
     Raises:
         ValueError: If a penalty needs data; when training starts, if the model cannot be pruned, several processes are
-            to prune it, or it is trained in float16 without clipping.
+            to prune it, it is trained in float16 without clipping, Trainer did not have the callback when it was made,
+            or a checkpoint is resumed that was written without it.
 
     Example:
         >>> from taulearn import Pruning
@@ -73,9 +76,7 @@ class TimeStepsCallback(TrainerCallback):
         progress: bool = True,
     ) -> None:
         self._companion = Companion(penalties, pruning, progress=progress)
-        self._following: RemovableHandle | None = None
-        self._marking: RemovableHandle | None = None
-        self._training = ExitStack()
+        self._training, self._step = ExitStack(), ExitStack()
 
     @property
     def history(self) -> History:
@@ -84,8 +85,7 @@ class TimeStepsCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the model follow a checkpoint that Trainer loads into it."""
-        model = model_with_time_steps(kwargs["model"])
-        self._following = follow_states(model, kwargs.get("optimizer"))
+        follow_states(model_with_time_steps(kwargs["model"]), kwargs.get("optimizer"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start beside the optimiser."""
@@ -96,9 +96,12 @@ class TimeStepsCallback(TrainerCallback):
                 "max_grad_norm must be positive with fp16, got none: without clipping, gradients are still scaled when "
                 "penalties are added to them; clip them, or use bf16"
             )
-        companion = self._companion
+        self._control, companion, follower = control, self._companion, follower_of(model)
+        if follower is None and (state.global_step or args.save_strategy != "no"):
+            raise ValueError(_LATE)
+        companion.past, companion.state = History(), None
         if state.global_step:
-            self._read(_checkpoint(args, state))
+            self._read(follower)
         companion.begin(
             model,
             optimizer,
@@ -107,19 +110,19 @@ class TimeStepsCallback(TrainerCallback):
             processes=args.world_size,
         )
         self._training.callback(companion.end)
-        self._training.callback(optimizer.register_step_pre_hook(lambda *_: companion.before_step()).remove)
+        self._training.callback(self._step.close)
         for module in kwargs["model"].modules():
             guard = vars(module).get("save_pretrained")
+            guard = guard.guard if isinstance(guard, _SaveCheckpoint) else guard  # of a training that failed
             if isinstance(guard, SavePretrained):
-                vars(module)["save_pretrained"] = _SaveCheckpoint(guard, model)
+                vars(module)["save_pretrained"] = _SaveCheckpoint(guard, model, state, self._record)
                 self._training.callback(vars(module).__setitem__, "save_pretrained", guard)
-        decay = companion.weight_decay()
-        if decay:
-            warnings.warn(
-                f"the optimizer shrinks the time steps by weight decay, {decay:g}: hand Trainer optimizers="
-                "(torch.optim.AdamW(taulearn.parameter_groups(model, lr, weight_decay=...)), None)",
-                stacklevel=2,
-            )
+        if not is_pretrained(kwargs["model"]):  # Trainer saves the state dict itself
+            marking = model.register_state_dict_post_hook(lambda *args: self._mark(*args))
+            self._training.callback(marking.remove)
+        companion.warn_of_decay(
+            "hand Trainer optimizers=(torch.optim.AdamW(taulearn.parameter_groups(model, lr, weight_decay=...)), None)"
+        )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the penalties the epoch."""
@@ -129,68 +132,75 @@ class TimeStepsCallback(TrainerCallback):
         """Measure, where the policy asks for it."""
         self._companion.start_iteration()
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the step add the penalties' gradients before it, and end with the projection."""
+        hook = self._companion.optimizer.register_step_pre_hook(lambda *_: self._companion.before_step())
+        self._step.callback(hook.remove)
+        self._step.callback(self._companion.constrained().remove)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the optimiser, whose later steps may be taken outside Trainer."""
+        self._step.close()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prune, where the policy counts iterations."""
+        self._control = control
         self._companion.after_step(None, epoch=math.ceil(state.epoch))
-        self._before_saving(control, kwargs["model"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prune, where the policy counts epochs."""
+        self._control = control
         self._companion.end_epoch(max(1, round(state.epoch)))
-        self._before_saving(control, kwargs["model"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Note the loss."""
         if logs is not None and "loss" in logs:
             self._companion.losses[self._companion.iteration] = float(logs["loss"])
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the record into the checkpoint's folder."""
-        if self._marking is not None:
-            self._marking.remove()
-            self._marking = None
-        folder = _checkpoint(args, state)
-        if state.is_world_process_zero and folder.is_dir():
-            self._write(folder)
-
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the optimiser and the model."""
+        """Leave the model."""
         self._training.close()
 
-    def _before_saving(self, control: Any, model: nn.Module) -> None:
-        """Mark the state of a model that Trainer saves without ``save_pretrained``."""
-        if control.should_save and self._marking is None and not is_pretrained(model):
-            found = model_with_time_steps(model)
-            self._marking = found.register_state_dict_post_hook(
-                lambda _module, state, prefix, _metadata: mark_(found, state, prefix)
-            )
+    def _mark(self, model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        if self._control.should_save:  # whoever asked for it; else somebody else reads the weights
+            mark_(model, state, prefix, record=self._record())
 
-    def _write(self, folder: Path) -> None:
+    def _record(self) -> dict[str, Tensor]:
+        """The record, and how far the policy is, as tensors."""
         companion = self._companion
         tensors = dict(companion.history().tensors())
         pruner = None if companion.pruner is None else to_plain(companion.pruner.state(), "pruner", tensors)
-        metadata = {"kind": "taulearn time steps", "format": "1", "pruner": json.dumps(pruner)}
-        write_tensors(folder / FILE, tensors, metadata)
+        return tensors | {_PRUNER: torch.frombuffer(bytearray(json.dumps(pruner).encode()), dtype=torch.uint8)}
 
-    def _read(self, folder: Path) -> None:
-        """Go on with the record of a checkpoint; without it a new one begins."""
-        if (folder / FILE).is_file():
-            tensors, metadata = read_tensors(folder / FILE)
-            state = json.loads(metadata["pruner"])
-            self._companion.past = History.from_tensors(tensors)
-            self._companion.state = None if state is None else from_plain(state, tensors)
+    def _read(self, follower: Follower | None) -> None:
+        """Go on with the record of the checkpoint that the model loaded."""
+        tensors = None if follower is None else follower.record
+        if follower is None or tensors is None:
+            raise ValueError(
+                "resume_from_checkpoint must be a checkpoint with the record of the time steps, got one that was "
+                "written without this callback: load its weights into the model and begin a new training, or resume "
+                "it without the callback"
+            )
+        follower.record = None
+        state = json.loads(tensors.pop(_PRUNER).numpy().tobytes())
+        self._companion.past = History.from_tensors(tensors)
+        self._companion.state = None if state is None else from_plain(state, tensors)
 
 
 class _SaveCheckpoint:
-    """``save_pretrained`` while Trainer trains: steps other than 1 are saved, for resuming alone."""
+    """``save_pretrained`` while Trainer trains: its checkpoints hold steps other than 1, for resuming alone."""
 
-    def __init__(self, guard: SavePretrained, model: nn.Module) -> None:
-        self.guard, self.model = guard, model
+    def __init__(
+        self, guard: SavePretrained, model: nn.Module, state: Any, record: Callable[[], dict[str, Tensor]]
+    ) -> None:
+        self.guard, self.model, self.state, self.record = guard, model, state, record
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        if Path(save_directory).name != f"checkpoint-{self.state.global_step}":
+            return self.guard(save_directory, *args, **kwargs)
         state = dict(kwargs.pop("state_dict", None) or self.guard.model.state_dict())
         if self.guard.model is self.model:
-            mark_(self.model, state, lifted=True)
+            mark_(self.model, state, record=self.record(), lifted=True)
         if "save_original_format" in inspect.signature(self.guard.inner).parameters:
             # Trainer resumes by load_state_dict, which does not know the names of older checkpoints
             kwargs.setdefault("save_original_format", False)
@@ -203,7 +213,3 @@ def _bare(optimizer: Any) -> torch.optim.Optimizer:
         optimizer = inner
     found: torch.optim.Optimizer = optimizer
     return found
-
-
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -11,6 +11,7 @@ from ..optim import group_of
 from ..penalties import Penalty, time_steps_of
 from ..pruning import Pruning
 from ..training.history import History
+from ..training.step import SEARCHING
 from .checkpoints import follow_states, mark_
 from .companion import Companion, model_with_time_steps
 
@@ -40,7 +41,7 @@ class TimeStepsCallback(Callback):
 
     Raises:
         ValueError: If a penalty needs data; when training starts, if the model cannot be pruned, several processes are
-            to prune it, or the module steps its optimisers by hand.
+            to prune it, the module steps its optimisers by hand, or an optimiser searches along lines (LBFGS).
 
     Example:
         >>> from taulearn import Pruning
@@ -80,6 +81,7 @@ class TimeStepsCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start beside the optimiser that holds the time steps."""
+        self._training.close()  # of a training that failed before its own end
         if not pl_module.automatic_optimization:
             raise ValueError(
                 "automatic_optimization must be True for this callback, got a module that steps its optimisers by "
@@ -94,6 +96,12 @@ class TimeStepsCallback(Callback):
                 "make it from taulearn.parameter_groups(model, lr)"
             )
         self._optimizer = optimizers[0]
+        if isinstance(self._optimizer, SEARCHING):
+            raise ValueError(
+                "configure_optimizers must return an optimiser that takes one gradient a step, got "
+                f"{type(self._optimizer).__name__}, whose trials this callback cannot tell from steps: use another "
+                "one, or train with taulearn.fit"
+            )
         batches = trainer.estimated_stepping_batches
         if batches == float("inf"):
             raise ValueError("max_epochs or max_steps must be set for this callback, got an endless training")
@@ -106,6 +114,8 @@ class TimeStepsCallback(Callback):
             processes=trainer.world_size,
         )
         self._training.callback(self._companion.end)
+        self._training.callback(self._companion.constrained().remove)
+        self._companion.warn_of_decay("let configure_optimizers use taulearn.parameter_groups(model, lr, ...)")
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Tell the penalties the epoch."""

@@ -135,7 +135,7 @@ def fit(
         check_optimizer(optimizer, model, clip_norm)
         check_pruning(pruning, model)
         batches = make_batches(train, batch_size, seed, where)
-        check_shares(ranks, batches, batch_size)
+        check_shares(ranks, batches, batch_size, resumed=resume)
         check_parts(model, optimizer, scheduler, averaged, epochs * len(batches))
         pruner = None if pruning is None else Pruner(pruning, model, optimizer, epochs, len(batches))
         if pruner is not None and pruner.penalty is not None:

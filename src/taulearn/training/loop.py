@@ -28,7 +28,7 @@ from .objective import Objective, StepOptions
 from .parallel import prune_alike
 from .progress import Progress, epoch_line, layers_left
 from .pruner import Pruner
-from .ranks import Ranks
+from .ranks import CHANGED, Ranks
 from .run import Run
 from .step import Engine
 
@@ -228,6 +228,7 @@ class Loop:
             except StopTraining:
                 stop = position.stopped = True
         stop, position.stopped = self.ranks.any(stop), self.ranks.any(position.stopped)
+        self.ranks.same(f"the time steps after iteration {position.iteration}", self.steps.tau.tolist(), CHANGED)
         if stop or interrupted() or (epoch + 1) % self.settings.checkpoint_every == 0:
             self._checkpoint()
         if interrupted() and not stop:

@@ -11,15 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DistributedSampler, RandomSampler
+from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from ..pruning import DeletedLayer, PruneReport
 from .batches import LoaderBatches, TensorBatches
 from .pruner import Pruner
-from .ranks import TIMEOUT, Ranks
+from .ranks import CHANGED, TIMEOUT, Ranks
 from .run import Run
 
 _PATIENCE = timedelta(hours=24)
+_DRAWING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 @contextmanager
@@ -62,7 +63,7 @@ def _initialise() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        dist.init_process_group()
+        dist.init_process_group(timeout=TIMEOUT)
     except RuntimeError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
@@ -71,7 +72,8 @@ def _initialise() -> None:
                 "another port (torchrun --master-port, or MASTER_PORT), or let torchrun find one (--standalone)"
             ) from error
         raise ConnectionError(
-            f"the processes of this training do not find each other at {where}: {_line(error)}"
+            f"the processes of this training do not find each other at {where}: {_line(error)}. Start all of "
+            "them, and choose another MASTER_PORT where another program listens there"
         ) from error
 
 
@@ -79,18 +81,24 @@ def _line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
 
 
+def _sampler(batches: LoaderBatches) -> Any:
+    """What decides the order, also within a batch sampler, beside which ``loader.sampler`` is a mere placeholder."""
+    return getattr(batches.loader.batch_sampler, "sampler", batches.loader.sampler)
+
+
 def has_whole_batches(batches: TensorBatches | LoaderBatches) -> bool:
     """Whether each process has whole batches, to be divided: all but a loader with a DistributedSampler."""
-    return isinstance(batches, TensorBatches) or not isinstance(batches.loader.sampler, DistributedSampler)
+    return isinstance(batches, TensorBatches) or not isinstance(_sampler(batches), DistributedSampler)
 
 
-def check_batch_size(ranks: Ranks, batch_size: int, samples: int) -> None:
+def check_batch_size(ranks: Ranks, batch_size: int, samples: int, *, resumed: bool = False) -> None:
     """Refuse batches that the processes cannot share evenly.
 
     Args:
         ranks: The processes.
         batch_size: Samples per batch, of all processes together.
         samples: Number of samples; all of them at once need not divide evenly.
+        resumed: Whether a run goes on, whose batch size cannot change.
 
     Raises:
         ValueError: If the size is no multiple of the number of processes.
@@ -100,19 +108,24 @@ def check_batch_size(ranks: Ranks, batch_size: int, samples: int) -> None:
     """
     if batch_size < samples and batch_size % ranks.size:
         nearest = max(1, round(batch_size / ranks.size)) * ranks.size
+        fewer = next(number for number in range(ranks.size - 1, 0, -1) if batch_size % number == 0)
+        remedy = "it cannot change in a run: use " if resumed else f"use {nearest}, or "
         raise ValueError(
-            f"batch_size must be a multiple of the number of processes, {ranks.size}, got {batch_size}: the batch is "
-            f"that of all processes together; use {nearest}, or another number of processes"
+            f"batch_size must be a multiple of the number of processes, {ranks.size}, got {batch_size}: it is that of "
+            f"all processes together; {remedy}{fewer} {'process' if fewer == 1 else 'processes'}"
         )
 
 
-def check_shares(ranks: Ranks, batches: TensorBatches | LoaderBatches, batch_size: int) -> None:
+def check_shares(
+    ranks: Ranks, batches: TensorBatches | LoaderBatches, batch_size: int, *, resumed: bool = False
+) -> None:
     """Refuse batches that the processes cannot share evenly, or that would not be the same in all of them.
 
     Args:
         ranks: The processes.
         batches: Where batches come from.
         batch_size: Samples per batch, of all processes together.
+        resumed: Whether a run goes on.
 
     Raises:
         ValueError: If the size is no multiple of the number of processes, or a loader has an order of its own in each.
@@ -120,16 +133,17 @@ def check_shares(ranks: Ranks, batches: TensorBatches | LoaderBatches, batch_siz
     if ranks.size == 1 or not has_whole_batches(batches):
         return
     if isinstance(batches, TensorBatches):
-        check_batch_size(ranks, batch_size, len(batches.inputs))
+        check_batch_size(ranks, batch_size, len(batches.inputs), resumed=resumed)
         return
-    size, sampler = batches.loader.batch_size, batches.loader.sampler
-    if isinstance(sampler, RandomSampler) and sampler.generator is None:
+    size, sampler = getattr(batches.loader.batch_sampler, "batch_size", None), _sampler(batches)
+    if isinstance(sampler, _DRAWING) and sampler.generator is None:
         raise ValueError(
             f"train must yield the same batches in all {ranks.size} processes, got a DataLoader whose order each of "
-            "them draws for itself: pass it generator=torch.Generator().manual_seed(0), or a DistributedSampler"
+            "them draws for itself: pass generator=torch.Generator().manual_seed(0) to it (to its sampler, where you "
+            "made one), or use a DistributedSampler"
         )
     if size is not None:
-        check_batch_size(ranks, size, size * len(batches))
+        check_batch_size(ranks, size, size * len(batches), resumed=resumed)
 
 
 def start_epoch(batches: LoaderBatches, epoch: int) -> None:
@@ -139,8 +153,9 @@ def start_epoch(batches: LoaderBatches, epoch: int) -> None:
         batches: A loader's batches.
         epoch: Number of the epoch.
     """
-    if isinstance(batches.loader.sampler, DistributedSampler):
-        batches.loader.sampler.set_epoch(epoch)
+    sampler = _sampler(batches)
+    if isinstance(sampler, DistributedSampler):
+        sampler.set_epoch(epoch)
 
 
 def begin_pruning(ranks: Ranks, pruner: Pruner, sample: Tensor) -> None:
@@ -201,7 +216,7 @@ def prune_alike(ranks: Ranks, pruner: Pruner, iteration: int, averaged: Averaged
         ranks.same(
             f"the time steps after iteration {iteration}",
             (steps.origin, steps.tau.tolist()),
-            "something changed weights in one process alone, a callback perhaps; change them alike in all of them",
+            CHANGED,
         )
     return reports[0]
 

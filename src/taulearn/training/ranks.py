@@ -27,6 +27,9 @@ from .objective import Objective
 TIMEOUT = timedelta(seconds=50)
 """How long a process waits for the gradients of the others."""
 
+CHANGED = "something changed weights in one process alone, a callback perhaps; change them alike in all of them"
+"""What to do where the processes' weights drift apart."""
+
 _LOOK_EVERY = 32
 
 

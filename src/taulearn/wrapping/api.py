@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._distributed import refuse_distributed
 from .._errors import unknown_name
 from ..nn.time_steps import TimeSteps
 from . import structure, transformers, trial
@@ -66,9 +67,9 @@ def wrap(
         The same model, with ``time_steps``.
 
     Raises:
-        TypeError: If ``model`` is no module.
-        ValueError: If it has time steps already, no block is found (the message says why each module was refused), a
-            name matches nothing, a named module cannot be a block, or the steps contradict each other.
+        TypeError: If ``model`` is no module, or a DistributedDataParallel.
+        ValueError: If it is sharded, or has time steps already, no block is found (the message says why each module was
+            refused), a name matches nothing, a named module cannot be a block, or the steps contradict each other.
 
     Example:
         >>> import taulearn
@@ -214,6 +215,7 @@ def _units(steps: TimeSteps) -> DisplacementUnits:
 def _check_host(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    refuse_distributed("model", model, "wrap")
     if wrapping_of(model) is not None:
         raise ValueError(
             "model must not be wrapped yet, got one that is: use its time_steps, or call taulearn.unwrap first"

@@ -250,5 +250,6 @@ def guard_saving(host: nn.Module, blocks: Sequence[nn.Module]) -> None:
 def release_saving(host: nn.Module) -> None:
     """Undo :func:`guard_saving`."""
     for module in host.modules():
-        if isinstance(vars(module).get(_SAVE), SavePretrained):
+        saving = vars(module).get(_SAVE)
+        if isinstance(getattr(saving, "guard", saving), SavePretrained):  # a trainer's, which holds the guard
             del vars(module)[_SAVE]
