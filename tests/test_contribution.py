@@ -117,3 +117,86 @@ def test_a_model_of_transformers_takes_keywords() -> None:
     host = BY_NAME["gpt2"]
     model = host.wrapped()
     assert len(prune(model, criterion=contribution({"input_ids": host.inputs()}), budget=2).deleted) == 2
+
+
+class Skipping(nn.Module):
+    """A host that leaves blocks out: the last two on demand, each at random in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.blocks = nn.ModuleList(Block(4) for _ in range(6))
+        self.generator, self.drop = torch.Generator().manual_seed(3), [0.0] * 6
+
+    def forward(self, x: torch.Tensor, deep: bool = True) -> torch.Tensor:
+        x = self.first(x)
+        for block, drop in zip(self.blocks, self.drop[: len(self.blocks)], strict=True):
+            taken = not self.training or float(torch.rand((), generator=self.generator)) >= drop
+            if taken and (deep or block not in list(self.blocks)[4:]):
+                x = block(x)
+        return self.last(x)
+
+
+def skipping(*drop: float) -> Any:
+    torch.manual_seed(0)
+    model = wrap(Skipping(), "blocks.*", example_inputs=inputs())
+    model.drop = list(drop) or [0.0] * 6
+    return model
+
+
+def test_layers_that_are_not_called_are_not_deleted_for_it() -> None:
+    model = skipping()
+    with pytest.raises(ValueError, match=r"example_inputs must be such .* on which \[4, 5\] of 6 layers are not"):
+        prune(model, criterion=contribution({"x": inputs(), "deep": False}))
+    with pytest.raises(ValueError, match="example_inputs must be such that every layer is called on at least one"):
+        prune(model, criterion=contribution(inputs(0)))
+    assert model.time_steps.num_steps == 6
+
+
+def test_the_running_mean_of_a_layer_that_is_skipped() -> None:
+    model = skipping().eval()
+    running = RunningContribution(model)
+    for deep in (False, True, False):
+        with running.measuring():
+            model(inputs(), deep=deep)
+        assert running.unseen == ([] if running.number > 1 else [4, 5])
+    assert running.counts == [3, 3, 3, 3, 1, 1]
+    torch.testing.assert_close(running.values, contribution(inputs())(model.time_steps.tau, model))
+    running.keep_([3, 5])
+    assert running.counts == [3, 1]
+
+
+def trained(model: Any, pruning: Pruning) -> Any:
+    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.01))
+    options: dict[str, Any] = {"epochs": 4, "batch_size": 8, "progress": False, "compile": "never"}
+    x = inputs(40)
+    return fit(model, (x, x[:, :2]), loss=nn.functional.mse_loss, optimizer=optimizer, pruning=pruning, **options)
+
+
+def test_blocks_that_are_skipped_at_random_in_training() -> None:
+    model = skipping(*[0.5] * 6)
+    trained(model, Pruning(target_blocks=2, by=2))
+    assert model.time_steps.num_steps == 2
+
+
+def test_a_block_that_training_never_calls() -> None:
+    model = skipping(*[0.0] * 5, 1.0)
+    with pytest.warns(UserWarning, match=r"layers \[5\] were called in none of .* abs\(tau\) take its place"):
+        trained(model, Pruning(target_blocks=2, by=2))
+    assert model.time_steps.num_steps == 2
+    model = skipping(*[0.0] * 5, 1.0)
+    with pytest.warns(UserWarning, match=r"layers \[5\] were called in none of .*nothing is deleted before"):
+        trained(model, Pruning(0.9, every=1, criterion="contribution"))
+    assert model.time_steps.num_steps == 6
+
+
+def test_the_record_tells_the_shares_of_the_criterion() -> None:
+    policy = Pruning(target_blocks=4, by=2, penalised="none", criterion=lambda tau, _: torch.arange(len(tau)) + 1.0)
+    deletions = trained(skipping(), policy).deletions
+    assert [d.share for d in deletions] == pytest.approx([1 / 21, 1 / 15])
+
+
+@pytest.mark.parametrize("scores", [None, "many", [[1.0], [1.0, 2.0]]])
+def test_scores_that_are_no_tensor(scores: Any) -> None:
+    with pytest.raises(ValueError, match="criterion must return 6 finite scores >= 0, one per layer, got"):
+        prune(skipping(), criterion=lambda _tau, _model: scores)

@@ -116,7 +116,14 @@ def scores_of(
     if not callable(criterion):
         raise TypeError(f"criterion must be a name or a function (tau, model) -> scores, got {criterion!r}")
     tau = prunable.time_steps.tau.detach()
-    scores = torch.as_tensor(criterion(tau, model)).detach().double()
+    given = criterion(tau, model)
+    try:
+        scores = torch.as_tensor(given).detach().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"criterion must return {len(tau)} finite scores >= 0, one per layer, got {given!r}: return a tensor "
+            "shaped like tau"
+        ) from error
     if scores.shape != tau.shape or not bool((torch.isfinite(scores) & (scores >= 0)).all()):
         raise ValueError(
             f"criterion must return {len(tau)} finite scores >= 0, one per layer, got "

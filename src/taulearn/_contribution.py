@@ -27,7 +27,8 @@ def contribution(example_inputs: Any) -> Callable[[Tensor, nn.Module], Tensor]:
         example_inputs: A batch, or a tuple of arguments, or a dictionary of keywords; a few hundred samples do.
 
     Returns:
-        A function (tau, model) -> one score per layer, from one forward pass in evaluation mode.
+        A function (tau, model) -> one score per layer, from one forward pass in evaluation mode. It raises
+        ValueError if a layer is not called on any sample, as nothing is known of what it contributes.
 
     Example:
         >>> from taulearn import prune
@@ -50,6 +51,12 @@ def contribution(example_inputs: Any) -> Callable[[Tensor, nn.Module], Tensor]:
         finally:
             for module, training in modes:
                 module.training = training
+        if running.unseen:
+            raise ValueError(
+                f"example_inputs must be such that every layer is called on at least one sample, got inputs on which "
+                f"{running.unseen} of {len(running.counts)} layers are not: what those contribute is unknown; give "
+                "inputs that reach all layers, or another criterion, such as 'share'"
+            )
         return running.values
 
     return criterion
@@ -58,7 +65,8 @@ def contribution(example_inputs: Any) -> Callable[[Tensor, nn.Module], Tensor]:
 class RunningContribution:
     """A running mean of the contributions of all layers, measured in forward passes that take place anyway.
 
-    The figures stay on the device. A measured forward pass reads each layer's values once more.
+    The figures stay on the device. A measured forward pass reads each layer's values once more. A layer that it skips
+    keeps what is known of it.
 
     Args:
         model: A network with time steps, or a wrapped model.
@@ -66,6 +74,7 @@ class RunningContribution:
     Attributes:
         values: Contributions, (num_steps,), float32; 0 before the first measurement.
         number: Number of measured forward passes.
+        counts: In how many of them each layer was called.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,6 +82,12 @@ class RunningContribution:
         steps = prunable_of(model).time_steps
         self.values = torch.zeros(steps.num_steps, dtype=torch.float32, device=steps.values.device)
         self.number = 0
+        self.counts = [0] * steps.num_steps
+
+    @property
+    def unseen(self) -> list[int]:
+        """Positions of the layers of which nothing is known."""
+        return [l for l, count in enumerate(self.counts) if count == 0]
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -94,7 +109,7 @@ class RunningContribution:
         @torch.no_grad()
         def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             value = state_out(output)
-            if value is None:
+            if value is None or value.numel() == 0:
                 return
             if wrapped:
                 x = state_in(args, kwargs)
@@ -106,14 +121,21 @@ class RunningContribution:
         return measure
 
     def _take(self, found: dict[int, Tensor]) -> None:
-        if len(found) == len(self.values):
-            self.number += 1
-            now = torch.stack([found[l] for l in range(len(found))])
-            self.values = torch.lerp(self.values, now, max(_FORGETTING, 1.0 / self.number))
+        if not found:
+            return
+        self.number += 1
+        for l in found:
+            self.counts[l] += 1
+        seen, device = sorted(found), self.values.device
+        weights = torch.tensor([max(_FORGETTING, 1.0 / self.counts[l]) for l in seen], device=device)
+        index = torch.tensor(seen, device=device)
+        now = torch.stack([found[l] for l in seen])
+        self.values = self.values.index_copy(0, index, torch.lerp(self.values[index], now, weights.to(now.dtype)))
 
     def keep_(self, indices: Sequence[int]) -> None:
         """Forget all layers but those at ``indices``."""
         self.values = self.values[torch.tensor(list(indices), dtype=torch.long, device=self.values.device)]
+        self.counts = [self.counts[i] for i in indices]
 
 
 def _mean_norm(values: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class Pruning:
         example_inputs: What the latency is measured on, as for ``taulearn.prune``. None: one training sample.
         by: When the target is reached: a number of epochs, or as a float the share of the run, in (0, 1].
         penalised: What the penalty acts on: "next", the layer to go; "all" layers alike; "none": layers are cut off
-            without a penalty, tau need not train.
+            without a penalty, tau need not train. "all" also shrinks the steps that stay, which have to grow again
+            after the target is reached.
 
     Raises:
         ValueError: If an argument lies outside its range or contradicts another one.
@@ -63,6 +64,11 @@ class Pruning:
         every = self.every
         if every not in ("epoch", None) and (not isinstance(every, int) or every is True or every < 1):
             raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
+        if self.criterion is not None and not isinstance(self.criterion, str) and not callable(self.criterion):
+            raise TypeError(
+                f"criterion must be a name or a function (tau, model) -> scores, got {self.criterion!r}: "
+                "use 'share', 'power' or 'contribution', or leave it out"
+            )
         if isinstance(self.criterion, str) and self.criterion not in ("share", "power", "contribution"):
             raise unknown_name("criterion", self.criterion, ("share", "power", "contribution"))
         if self.targeted:
@@ -101,8 +107,12 @@ class Pruning:
             if self.example_inputs is not None:
                 raise ValueError("example_inputs must be left out with target_blocks: they are for measuring a latency")
         limit = self.target_latency_ms
-        if limit is not None and (isinstance(limit, bool) or not 0.0 < limit < math.inf):
-            raise ValueError(f"target_latency_ms must be a positive number of milliseconds, got {limit!r}")
+        if limit is not None and (
+            isinstance(limit, bool) or not isinstance(limit, int | float) or not 0.0 < limit < math.inf
+        ):
+            raise ValueError(
+                f"target_latency_ms must be a positive number of milliseconds, got {limit!r}: give a float such as 4.0"
+            )
         if isinstance(self.by, bool) or not isinstance(self.by, int | float):
             raise ValueError(f"by must be a number of epochs, or a share of the run in (0, 1], got {self.by!r}")
         if isinstance(self.by, int):

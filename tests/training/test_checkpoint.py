@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taulearn import Pruning, load_model
+from taulearn import Pruning, load_model, wrap
 from taulearn.files import read_tensors
 from taulearn.penalties import L1
-from taulearn.training import History, Run
+from taulearn.training import EpochEnd, History, Run
+from taulearn.wrapping import anneal_to_one
 from training.support import Crash, assert_same_history, assert_same_weights, crash_after, digits, network, run_fit
+from wrapping.hosts import Block
 
 EPOCHS = 3
 
@@ -302,3 +304,39 @@ def test_a_scheduler_that_cannot_be_kept_is_refused_before_training(tmp_path: Pa
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="scheduler/odd holds a object"):
         run_fit(model, digits(), optimizer, scheduler=Odd(optimizer, 1), run=tmp_path / "run")
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["follows", "given"])
+def test_a_run_that_folds_units_on_its_way_can_be_resumed(given: bool, tmp_path: Path) -> None:
+    """The averaged weights follow, whether the callback knows them or not."""
+
+    def anneal(averaged: Any, last: int) -> Any:
+        def callback(end: EpochEnd) -> None:
+            if end.epoch >= 2:
+                anneal_to_one(end.model, {2: 0.5, 3: 1.0}[end.epoch], averaged=averaged if given else None)
+            if end.epoch == last:
+                raise Crash
+
+        return callback
+
+    def run(folder: Path, last: int = 9, **options: Any) -> tuple[nn.Module, Any, History]:
+        torch.manual_seed(0)
+        blocks = [Block(12) for _ in range(3)]
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), *blocks, nn.Linear(12, 10))
+        model = wrap(model, ["2", "3", "4"], init=[0.5, 1.0, 1.5], units="displacement")
+        averaged = torch.optim.swa_utils.AveragedModel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        options |= {"averaged": averaged, "callbacks": [anneal(averaged, last)], "run": folder}
+        return model, averaged, run_fit(model, digits(), optimizer, **options)
+
+    model, averaged, history = run(tmp_path / "whole")
+    assert model.time_steps.tau.tolist() == [1.0] * 3
+    assert not [name for name in averaged.state_dict() if "units" in name]
+    assert bool((averaged.module.time_steps.tau == 1.0).all()) == given
+    for last in (2, 3):
+        with pytest.raises(Crash):
+            run(tmp_path / str(last), last)
+        resumed, resumed_average, record = run(tmp_path / str(last), resume=True)
+        assert_same_weights(resumed, model)
+        assert_same_weights(resumed_average, averaged)
+        assert_same_history(record, history)

@@ -11,6 +11,7 @@ from torch import nn
 from taulearn import Pruning, fit, parameter_groups, wrap
 from taulearn.nn import fractional_dnn, resnet
 from taulearn.penalties import L1, ElasticNet
+from taulearn.training.pruner import Pruner
 from taulearn.training.target import SteeredL1, Target, window
 from training.support import (
     LOSS,
@@ -64,6 +65,19 @@ def test_a_latency_is_reached_by_the_least_share_per_millisecond() -> None:
     assert schedule(controller, [0.3, 0.4, 0.2, 0.9]) == [(370, 1), (400, 2)]
     assert controller.gone == 5.0
     assert controller.reached
+
+
+@pytest.mark.parametrize("penalised", ["next", "all", "none"])
+def test_the_layer_that_stays_is_one_that_may(penalised: str) -> None:
+    """Where the target cannot be reached without the dear layers, a cheap one stays, whatever its score."""
+    controller = target(penalised, costs=[1.0, 5.0], excess=4.5)
+    assert [layer for _, layer in schedule(controller, [0.1, 10.0])] == [1]
+    assert controller.reached
+    controller = target(penalised, costs=[1.0, 5.0, 1.0, 5.0], excess=10.8)
+    assert sorted(layer for _, layer in schedule(controller, [0.1, 10.0, 0.2, 11.0])) == [0, 1, 3]
+    assert controller.reached
+    controller = target(penalised, costs=[1.0, 5.0, 2.0], excess=5.5)
+    assert [layer for _, layer in schedule(controller, [0.1, 10.0, 50.0], fixed=[2])] == [0, 1]
 
 
 def test_alpha_follows_the_rate_at_which_the_step_must_shrink() -> None:
@@ -201,6 +215,18 @@ def test_a_latency_from_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[-1][2] == (3, 1, 8, 8)
 
 
+def test_a_target_that_is_missed_is_said() -> None:
+    model = wrapped()
+    policy = Pruning(target_blocks=3, by=1, penalised="none", criterion="share")
+    pruner = Pruner(policy, model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=2, per_epoch=10)
+    pruner.begin(digits(1)[0])
+    assert pruner.target is not None
+    pruner.target.excess = 9.0
+    with pytest.warns(UserWarning, match="target of pruning is not reached at its time, iteration 10: 5 of 9 went"):
+        pruner.prune(10, None)
+    assert model.time_steps.num_steps == 1
+
+
 def test_a_real_latency_is_measured() -> None:
     model = wrapped()
     history = trained(model, Pruning(target_latency_ms=1e-9 + _half(model)), epochs=3)
@@ -305,6 +331,12 @@ def test_averaged_weights_and_loaders_go_along() -> None:
         ({"target_blocks": 3, "target_latency_ms": 1.0}, "target_latency_ms must be left out with target_blocks"),
         ({"target_latency_ms": -1.0}, "target_latency_ms must be a positive number of milliseconds, got -1.0"),
         ({"target_latency_ms": float("nan")}, "target_latency_ms must be a positive number of milliseconds"),
+        (
+            {"target_latency_ms": "4"},
+            "target_latency_ms must be a positive number of milliseconds, got '4': give a float",
+        ),
+        ({"target_latency_ms": torch.tensor(4.0)}, r"target_latency_ms must be a positive .*got tensor\(4.\)"),
+        ({"criterion": 5}, r"criterion must be a name or a function \(tau, model\) -> scores, got 5"),
         ({"target_blocks": 3, "example_inputs": 1}, "example_inputs must be left out with target_blocks"),
         ({"target_blocks": 3, "by": 1.5}, r"by must lie in \(0, 1\] as a float, got 1.5"),
         ({"target_blocks": 3, "by": 0}, "by must be an integer >= 1"),

@@ -186,7 +186,7 @@ def test_what_cannot_be_unwrapped() -> None:
 
 def test_what_cannot_be_annealed() -> None:
     model = wrap(sequential(), example_inputs=X, init=0.5)
-    for fraction in (-0.1, 1.1, float("nan")):
+    for fraction in (-0.1, 1.1, float("nan"), "x", None):
         with pytest.raises(ValueError, match=r"fraction must lie in \[0, 1\]"):
             anneal_to_one(model, fraction)
     with pytest.raises(ValueError, match="model must be wrapped, got Sequential"):

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from taulearn import wrap
 from wrapping.hosts import Block
@@ -108,3 +110,28 @@ def test_steps_of_another_memory_are_seen() -> None:
             torch.testing.assert_close(wrapped(X), by_hand(wrapped, X))
         double = wrapped.double()
         torch.testing.assert_close(double(X.double()), by_hand(double, X.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_of_single_precision_in_a_model_of_half(dtype: torch.dtype) -> None:
+    wrapped = model().to(dtype)
+    for tau in ([0.3001, 0.7003], [1.001, 0.999], [-0.2007, 1.3009]):
+        wrapped.time_steps.values = nn.Parameter(torch.tensor(tau))
+        x = torch.randn(500, 4, generator=torch.Generator().manual_seed(2)).to(dtype)
+        differentiated = wrapped(x)
+        with torch.no_grad():
+            assert torch.equal(wrapped(x), differentiated.detach())
+
+
+def test_modes_that_look_into_the_computation_see_the_steps() -> None:
+    wrapped = model()
+    with torch.no_grad():
+        traced = make_fx(wrapped)(X)
+        wrapped.time_steps.values.mul_(2.0)
+        torch.testing.assert_close(traced(X), by_hand(wrapped, X))
+    for context in (torch.no_grad, torch.enable_grad):
+        fresh = model()
+        with context():
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                assert fresh(torch.ones(3, 4)).shape == (3, 4)
+            torch.testing.assert_close(fresh(X), by_hand(fresh, X))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from taulearn import load_model, prune, save_model, unwrap, wrap
 from taulearn._calls import call
@@ -102,6 +103,50 @@ def test_the_running_mean_follows_training_only() -> None:
     assert before.tolist()[0] == 0.0
 
 
+def test_a_block_that_starts_as_the_identity_may_grow() -> None:
+    """By hand: r_0 = r is a tenth of the state's 2, then r follows increments other than 0."""
+    units, x = DisplacementUnits(1, dtype=torch.float64), torch.full((6,), 2.0, dtype=torch.float64)
+    square = 0.04
+    for size in (0.0, 0.0, 0.5, 0.0, 0.1):
+        assert float(units.factor(0, torch.full_like(x, size), x)) == pytest.approx((0.04 / square) ** 0.5)
+        square = 0.98 * square + 0.02 * size**2 if size else square
+    assert units.squares.flatten().tolist() == pytest.approx([0.04, square])
+    for size in (0.3, 0.01):
+        others = DisplacementUnits(1, dtype=torch.float64)
+        others.factor(0, torch.full_like(x, size), x)
+        assert others.squares.flatten().tolist() == pytest.approx([size**2, size**2])
+
+
+def test_a_wrapped_block_that_starts_as_the_identity() -> None:
+    torch.manual_seed(0)
+    block, x = Scaled(), torch.randn(64, 4)
+    with torch.no_grad():
+        block.scale.zero_()
+    model = wrap(nn.Sequential(block), "0", units="displacement")
+    assert torch.equal(model(x), x)
+    torch.testing.assert_close(model.time_steps.units.squares[0, 0], 0.01 * x.square().mean())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_takes_the_same_steps(reentrant: bool) -> None:
+    found: list[list[Tensor]] = []
+    for recomputing in (False, True):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(Scaled(), Scaled()), torch.randn(16, 4)
+        wrap(model, example_inputs=x, units="displacement")
+        for _ in range(3):
+            with torch.no_grad():
+                model[0].scale.mul_(4.0)
+            model.zero_grad()
+            y = x.clone().requires_grad_()
+            for block in list(model)[:2]:
+                y = checkpoint(block, y, use_reentrant=reentrant) if recomputing else block(y)
+            y.square().sum().backward()
+        found.append([model.time_steps.units.squares, *(p.grad for p in model.parameters())])  # type: ignore[list-item]
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-6, atol=1e-6)
+
+
 def test_an_increment_of_zero_is_no_trouble() -> None:
     model, x = nn.Sequential(Scaled(), Scaled()), torch.randn(8, 4)
     with torch.no_grad():
@@ -138,6 +183,19 @@ def test_folding_and_unwrapping(host: Host) -> None:
     fold_units(model)
     anneal_to_one(model, 1.0)
     assert type(unwrap(model)) is type(host.make())
+
+
+def test_averaged_weights_are_folded_and_annealed_alike() -> None:
+    model = trained(BY_NAME["encoder"])
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    expected = evaluated(averaged.module, BY_NAME["encoder"].inputs())
+    fold_units(model, averaged=averaged)
+    torch.testing.assert_close(evaluated(averaged.module, BY_NAME["encoder"].inputs()), expected)
+    averaged.update_parameters(model)
+    anneal_to_one(model, 1.0, averaged=averaged)
+    assert bool((averaged.module.time_steps.tau == 1.0).all())
+    with pytest.raises(TypeError, match="averaged must be torch's AveragedModel of the model, got a "):
+        anneal_to_one(model, 0.5, averaged=model)
 
 
 def test_annealing_makes_plain_steps() -> None:
@@ -200,6 +258,34 @@ def test_compiled_is_eager() -> None:
         outputs.append([output.detach(), model.time_steps.units.squares, model[1].inner[0].weight.grad])
     for found, expected in zip(*outputs, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_compiled_inference_leaves_a_tensor_that_trains() -> None:
+    torch.compiler.reset()
+    host = BY_NAME["sequential"]
+    model = host.wrapped(units="displacement").train()
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    with torch.inference_mode():
+        compiled(host.inputs())
+    assert not model.time_steps.units.squares.is_inference()
+    for called in (model, compiled):
+        called(host.inputs()).sum().backward()
+    assert bool((model.time_steps.units.squares > 0).all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("earlier", [0, 3])
+def test_a_batch_that_is_not_finite_leaves_no_trace(bad: float, earlier: int) -> None:
+    found, increments = [], torch.linspace(1.0, 2.0, 6)
+    for spoilt in (False, True):
+        units = DisplacementUnits(2)
+        for k, increment in enumerate(increments):
+            if spoilt and k == earlier:
+                units.factor(1, torch.tensor([1.0, bad]))
+            units.factor(1, increment.expand(4))
+        found.append(units.squares)
+    assert torch.equal(*found)
+    assert float(units.gains()[1]) < 1.0
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..files import read_tensors, write_tensors
 from ..penalties import time_steps_of
 from ..pruning import prune
+from ..wrapping.host import drop_units, wrapping_of
 from .checks import disagreements
 from .history import History
 from .plain import from_plain, to_plain
@@ -226,8 +227,10 @@ def _restore(parts: Parts, tensors: Mapping[str, Tensor], plain: Mapping[str, An
         _check_schedule(parts.scheduler.state_dict(), from_plain(plain["scheduler"], tensors))
     if len(kept) < steps.num_steps:
         prune(model, keep=kept, optimizer=optimizer, averaged=parts.averaged)
+    _follow_folding(model, tensors, "model/")
     _load(model, tensors, "model/")
     if parts.averaged is not None:
+        _follow_folding(parts.averaged.module, tensors, "averaged/module.")
         _load(parts.averaged, tensors, "averaged/")
     named = dict(model.named_parameters())
     groups, saved_groups = optimizer.param_groups, plain["optimizer"]
@@ -272,6 +275,13 @@ def _check_schedule(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
                 f"scheduler must have {name} = {saved[name]!r} as at the start of the run, got {own[name]!r}: "
                 "make it the same, or start a new run"
             )
+
+
+def _follow_folding(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Take off units of displacement that the run had folded into plain steps by then."""
+    wrapping = wrapping_of(model)
+    if wrapping is not None and wrapping.units is not None and f"{prefix}time_steps.units.squares" not in tensors:
+        drop_units(wrapping)
 
 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:

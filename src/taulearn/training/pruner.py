@@ -1,5 +1,6 @@
 """Pruning inside the loop: what a policy asks for, carried out on model, optimiser and record together."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._calls import layer_milliseconds
-from .._choice import scores_of, shares
+from .._choice import Criterion, scores_of, shares
 from .._contribution import RunningContribution
 from .._deletion import Prunable, prunable_of
 from .._policy import Pruning
@@ -19,6 +20,8 @@ from .target import SteeredL1, Target, window
 
 _MEASURE_EVERY = 20
 """Most iterations between two measurements of contributions; one costs about a thirtieth of an iteration."""
+_ENOUGH = 20
+"""Number of measurements after which a layer that was never called is worth a warning."""
 
 
 class Pruner:
@@ -55,6 +58,7 @@ class Pruner:
             self.every = self._window[2]
         self.per_epoch = per_epoch
         self.running = RunningContribution(model) if policy.measured else None
+        self._warned = False
 
     def begin(self, sample: Any) -> None:
         """Find out what has to go; to be called once, before training.
@@ -177,15 +181,13 @@ class Pruner:
         Returns:
             What was deleted, or None if nothing was.
         """
-        if self.running is not None and self.running.number == 0:
+        if self._waits(iteration):
             return None
         options: dict[str, Any] = {"optimizer": self.optimizer, "averaged": averaged}
-        if self.running is not None or self.target is None:
-            options["criterion"] = self.policy.criterion if self.running is None else self._measured
         origin = self.prunable.time_steps.origin
         if self.target is None:
             assert self.policy.threshold is not None
-            report: PruneReport | None = prune(self.model, self.policy.threshold, **options)
+            report: PruneReport | None = prune(self.model, self.policy.threshold, criterion=self._criterion, **options)
         else:
             report = self._reach(iteration, options)
         if report:
@@ -229,10 +231,35 @@ class Pruner:
         """Delete what the target wants gone now."""
         assert self.target is not None
         steps, fixed = self.prunable.time_steps, list(self.prunable.fixed_layers())
-        gone = self.target.deletions(iteration, steps.origin, self._scores(), fixed)
+        scores = self._scores()
+        gone = self.target.deletions(iteration, steps.origin, scores, fixed)
+        if iteration == self.target.deadline and not self.target.reached:
+            warnings.warn(
+                f"the target of pruning is not reached at its time, iteration {iteration}: {self.target.gone:g} of "
+                f"{self.target.excess:g} went, and the layers that are left must stay",
+                stacklevel=2,
+            )
         if not gone:
             return None
-        return prune(self.model, keep=[i for i in range(steps.num_steps) if i not in gone], **options)
+        kept = [i for i in range(steps.num_steps) if i not in gone]
+        return prune(self.model, keep=kept, criterion=lambda *_: torch.tensor(scores, dtype=torch.float64), **options)
+
+    def _waits(self, iteration: int) -> bool:
+        """Whether to put off deletions, since nothing is known yet of what some layers contribute."""
+        running = self.running
+        if running is None or not running.unseen:
+            return False
+        late = self.target is not None and iteration >= self.target.deadline
+        if late or (running.number >= _ENOUGH and not self._warned):
+            self._warned = True
+            otherwise = "shares of abs(tau) take its place" if late else "nothing is deleted before it is known"
+            layers = [self.prunable.time_steps.origin[l] for l in running.unseen]
+            warnings.warn(
+                f"layers {layers} were called in none of {running.number} measured iterations, so that what they "
+                f"contribute is unknown: {otherwise}",
+                stacklevel=2,
+            )
+        return not late
 
     def _steer(self, iteration: int) -> None:
         """Let the target move alpha."""
@@ -254,10 +281,16 @@ class Pruner:
         assert self.running is not None
         return self.running.values
 
+    @property
+    def _criterion(self) -> str | Criterion | None:
+        """What ``taulearn.prune`` takes."""
+        if self.running is None:
+            return self.policy.criterion
+        return None if self.running.unseen else self._measured
+
     def _scores(self) -> list[float]:
         """What shares are taken of, one figure per layer."""
-        criterion = self._measured if self.running is not None else self.policy.criterion
-        scores, power = scores_of(criterion, self.prunable, self.model)
+        scores, power = scores_of(self._criterion, self.prunable, self.model)
         found: list[float] = shares(self.prunable.time_steps, power).tolist() if scores is None else scores
         return found
 
@@ -274,6 +307,7 @@ class Pruner:
             "target": None if self.target is None else self.target.state(),
             "contributions": None if running is None else running.values,
             "measurements": 0 if running is None else running.number,
+            "counts": None if running is None else running.counts,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -290,6 +324,7 @@ class Pruner:
             self.every = self.target.every
         if self.running is not None:
             self.running.values, self.running.number = state["contributions"], state["measurements"]
+            self.running.counts = list(state.get("counts") or [self.running.number] * len(self.running.values))
         if self.penalty is not None:
             self.penalty.resize_(self.prunable.time_steps.values)
             self._set_penalty()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optim import SteepestDescent
+from ..wrapping.folding import fold_average
 from .batches import LoaderBatches, TensorBatches
 from .compiler import compile_once
 from .fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fused, why_not_pure
@@ -90,6 +91,7 @@ class PlainStep:
                 nn.utils.clip_grad_norm_(self.objective.model.parameters(), self.options.clip_norm)
             self.optimizer.step()
         if self.options.averaged is not None:
+            fold_average(self.objective.model, self.options.averaged)
             self.options.averaged.update_parameters(self.objective.model)
         return records[0].unsqueeze(0)
 

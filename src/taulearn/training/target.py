@@ -131,15 +131,23 @@ class Target:
         return min(1.0, max(0.0, (iteration - self.begin) / (self.deadline - self.begin)))
 
     def order(self, origin: Sequence[int], scores: Sequence[float], fixed: Sequence[int]) -> list[int]:
-        """Positions in the order in which they would go, until the target is reached; at least one stays."""
+        """Positions in the order in which they would go, until the target is reached.
+
+        At least one stays, and where all could go that is one cheap enough for the target to be reached.
+        """
         free = [i for i in range(len(origin)) if i not in fixed]
         rank = {layer: place for place, layer in enumerate(self.chosen)} if self.penalised == "next" else {}
+        costs = [self.costs[layer] for layer in origin]
+        spare = self.gone + sum(costs) - self.excess * (1.0 - _SLACK)  # what may stay
         free.sort(key=lambda i: (rank.get(origin[i], len(rank)), scores[i] / self.costs[origin[i]], i))
         result: list[int] = []
         gone = self.gone
         for i in free:
             if gone >= self.excess * (1.0 - _SLACK) or len(result) + 1 == len(origin):
                 break
+            rest = [costs[j] for j in range(len(origin)) if j != i and j not in result]
+            if len(free) == len(origin) and costs[i] <= spare < min(rest):
+                continue  # the last one that may be the one that stays
             result.append(i)
             gone += self.costs[origin[i]]
         return result

@@ -61,7 +61,8 @@ def wrap(
             of parameters and of modules with all they contain, such as ["head", "blocks.*.norm"].
         units: "steps", or "displacement": tau_l is the root mean square of what block l adds to the state, over that
             on the first batch in training (:mod:`taulearn.wrapping.units`), so that no scaling of weights stands in for
-            a step. Saved and unwrapped models have plain steps. Constraint "free" without bound only.
+            a step. Saved and unwrapped models have plain steps. Constraint "free" without bound only. For a block
+            that is the identity at first the unit is a tenth of the state's root mean square.
 
     Returns:
         The same model, with ``time_steps``.

@@ -25,6 +25,8 @@ from ..nn.time_steps import TimeSteps
 from .state import Form, state_in, state_out, with_state
 from .units import DisplacementUnits
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 class Scalars:
     """The steps as scalars, taken apart once for all blocks and all forward passes until they change.
@@ -49,7 +51,7 @@ class Scalars:
         values = self.steps._parameters.get("values")
         if type(values) is not Parameter or (values.requires_grad and torch.is_grad_enabled()):
             return None
-        if self.steps.constraint == "dependent" or transforming():
+        if self.steps.constraint == "dependent" or transforming() or torch._C._len_torch_dispatch_stack():
             return None
         address = values.data_ptr()
         if self._memory[0] != address:
@@ -62,7 +64,12 @@ class Scalars:
     def __getitem__(self, index: int) -> Tensor:
         values = self.steps._parameters.get("values")  # without the detour of Module.__getattr__
         # functional_call puts plain tensors in the place of parameters
-        if self.steps.constraint == "dependent" or type(values) is not Parameter or transforming():
+        if (
+            self.steps.constraint == "dependent"
+            or type(values) is not Parameter
+            or transforming()
+            or torch._C._len_torch_dispatch_stack()
+        ):
             return self.steps.tau[index]
         if values.is_inference():
             return values[index]
@@ -123,10 +130,14 @@ class Step:
             raise ValueError(f"block {self.name!r} must leave its input as it is, but {IN_PLACE}")
         number = self.scalars.number(self.index) if self.units is None else None
         if number is not None:
-            return output if number == 1.0 else with_state(output, torch.lerp(x.to(y.dtype), y, number))
+            if number == 1.0:
+                return output
+            if y.dtype in _HALF:  # rounded as in training
+                number = torch.tensor(number, dtype=y.dtype).item()
+            return with_state(output, torch.lerp(x.to(y.dtype), y, number))
         tau, x = self.scalars[self.index], x.to(y.dtype)
         if self.units is not None:
-            tau = tau * self.units.factor(self.index, y - x)
+            tau = tau * self.units.factor(self.index, y - x, x)
         return with_state(output, torch.lerp(x, y, tau.to(device=y.device, dtype=y.dtype)))
 
     def _wrong(self, x: Tensor | None, y: Tensor | None) -> str:

@@ -4,12 +4,15 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
+from .._deletion import check_averaged
+from .._errors import is_number
 from .host import drop_units, wrapping_of
 
 
 @torch.no_grad()
-def anneal_to_one(model: nn.Module, fraction: float) -> None:
+def anneal_to_one(model: nn.Module, fraction: float, *, averaged: AveragedModel | None = None) -> None:
     """Bring every step of a wrapped model nearer to 1, tau <- tau + fraction (1 - tau), so that it can be unwrapped.
 
     Over the last E epochs, once what is to go has been pruned: fraction 1/E after the first of them, 1/(E-1) after the
@@ -19,10 +22,12 @@ def anneal_to_one(model: nn.Module, fraction: float) -> None:
     Args:
         model: A wrapped model.
         fraction: Part of the way, in [0, 1].
+        averaged: Averaged weights of the model, whose steps are brought nearer to 1 alike.
 
     Raises:
-        ValueError: If the model is not wrapped, the fraction lies outside [0, 1], or the constraint does not allow all
-            steps to be 1.
+        TypeError: If ``averaged`` is no AveragedModel.
+        ValueError: If the model is not wrapped, the fraction is no number in [0, 1], the constraint does not allow all
+            steps to be 1, or ``averaged`` is of another model.
 
     Example:
         >>> import taulearn
@@ -34,7 +39,7 @@ def anneal_to_one(model: nn.Module, fraction: float) -> None:
     wrapping = wrapping_of(model)
     if wrapping is None:
         raise ValueError(f"model must be wrapped, got {type(model).__name__} without time steps of this kind")
-    if not 0.0 <= fraction <= 1.0:
+    if not is_number(fraction) or not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction!r}: it is a part of the way to 1")
     steps = wrapping.time_steps
     number = steps.num_steps
@@ -43,20 +48,23 @@ def anneal_to_one(model: nn.Module, fraction: float) -> None:
             f"the steps must be able to be 1 all at once, got constraint {steps.constraint!r} with horizon "
             f"{steps.horizon:g} for {number} blocks: wrap with constraint='free' to anneal"
         )
-    fold_units(model)
-    values = steps.values
-    values.copy_(torch.ones_like(values) if fraction == 1.0 else values + fraction * (1.0 - values))
+    fold_units(model, averaged=averaged)
+    for values in (steps.values, *(() if averaged is None else (averaged.module.time_steps.values,))):
+        values.copy_(torch.ones_like(values) if fraction == 1.0 else values + fraction * (1.0 - values))
 
 
 @torch.no_grad()
-def fold_units(model: nn.Module) -> None:
+def fold_units(model: nn.Module, *, averaged: AveragedModel | None = None) -> None:
     """Turn steps in units of displacement into plain ones, with which the model computes the same; others stay.
 
     Args:
         model: A wrapped model.
+        averaged: Averaged weights of the model, folded alike, by units of their own. Those given to ``fit`` follow by
+            themselves.
 
     Raises:
-        ValueError: If it is not wrapped.
+        TypeError: If ``averaged`` is no AveragedModel.
+        ValueError: If the model is not wrapped, or ``averaged`` is of another one.
 
     Example:
         >>> import taulearn
@@ -69,9 +77,24 @@ def fold_units(model: nn.Module) -> None:
     wrapping = wrapping_of(model)
     if wrapping is None:
         raise ValueError(f"model must be wrapped, got {type(model).__name__} without time steps of this kind")
-    if wrapping.units is not None:
-        wrapping.time_steps.values.copy_(wrapping.plain_steps())
-        drop_units(wrapping)
+    if averaged is not None:
+        check_averaged(averaged, model)
+    for each in (wrapping, None if averaged is None else wrapping_of(averaged.module)):
+        if each is not None and each.units is not None:
+            each.time_steps.values.copy_(each.plain_steps())
+            drop_units(each)
+
+
+def fold_average(model: nn.Module, averaged: AveragedModel) -> None:
+    """Fold averaged weights whose model has plain steps by now, without which they cannot be updated.
+
+    Args:
+        model: Any model.
+        averaged: Averaged weights of it.
+    """
+    ours, theirs = wrapping_of(model), wrapping_of(averaged.module)
+    if ours is not None and ours.units is None and theirs is not None and theirs.units is not None:
+        fold_units(averaged.module)
 
 
 def folded_state(model: nn.Module) -> dict[str, Tensor]:

@@ -6,9 +6,15 @@ penalty on steps is evaded. In units of displacement the block with the incremen
     x + tau (r_0 / r) d,    r^2 <- (1 - m) r^2 + m mean(d^2)    in training,
 
 with r_0, the root mean square on the first batch in training: tau is the displacement over that at the start, whatever
-the weights do. On the first batch r = r_0 and the block computes x + tau d to the bit. Gradients are those of the
-increment over the root mean square of its own batch, so that they do not try to change its size in vain, as in batch
-renormalisation (Ioffe 2017, Batch renormalization, section 3).
+the weights do. A block that starts as the identity (weights of 0 at its end) would be held at the size of its first
+tiny increment; for it r_0 and r start from a tenth of the root mean square of the state. On the first batch r = r_0 and
+the block computes x + tau d to the bit. Gradients are those of the increment over the root mean square of its own
+batch, so that they do not try to change its size in vain, as in batch renormalisation (Ioffe 2017, Batch
+renormalization, section 3).
+
+r moves with each forward pass in training mode: two passes on the same batch differ, as they do with dropout, so that a
+line search (LBFGS, SteepestDescent) compares values of slightly different objectives. With activation checkpointing
+each forward pass must be followed by its backward pass, before the next one.
 """
 
 from collections.abc import Sequence
@@ -16,7 +22,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..caputo._arguments import transforming
+
 _MOMENTUM = 0.02
+_IDENTITY = 0.1
 
 
 class DisplacementUnits(nn.Module):
@@ -28,7 +37,7 @@ class DisplacementUnits(nn.Module):
         device: Where they live.
 
     Attributes:
-        squares: (2, number): mean squares on the first batch, 0 before there was one; and running ones.
+        squares: (2, number): r_0 squared, 0 before there was a batch; and running mean squares.
 
     Example:
         >>> units = DisplacementUnits(1)
@@ -46,18 +55,24 @@ class DisplacementUnits(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer("squares", torch.zeros(2, number, dtype=dtype, device=device))
+        self._before: dict[int, Tensor] = {}
 
     def gains(self) -> Tensor:
         """What the steps are multiplied with now, r_0 / r for each block, (number,)."""
         start, now = self.squares
         return torch.where(now > 0, (start / now).sqrt(), 1.0)
 
-    def factor(self, index: int, increment: Tensor) -> Tensor:
+    def factor(self, index: int, increment: Tensor, state: Tensor | None = None) -> Tensor:
         """What the step of one block is multiplied with; in training mode the running mean follows afterwards.
+
+        Increments that are 0 or not finite leave no trace in it. What the backward pass computes again (activation
+        checkpointing) takes the factor of the last forward pass.
 
         Args:
             index: Position of the block.
             increment: B(x) - x.
+            state: x, a tenth of whose root mean square is r_0 where the first increment is 0. None: r_0 is then the
+                first one that is not.
 
         Returns:
             r_0 / r, a scalar; in training its gradient is that of r_0 over the batch's own root mean square.
@@ -65,20 +80,30 @@ class DisplacementUnits(nn.Module):
         if not self.training:
             return self.gains()[index]
         square = increment.to(self.squares.dtype).square().mean()
+        differentiated = torch.is_grad_enabled()
         with torch.no_grad():
-            start, now = self.squares[:, index]
-            first = now == 0
-            start, now = torch.where(first, square, start), torch.where(first, square, now)
+            watched = not transforming()
+            recomputed = watched and torch._C._current_graph_task_id() >= 0
+            before = self._before.get(index, self.squares[:, index]) if recomputed else self.squares[:, index]
+            start, now = before
+            first, begin = now == 0, square
+            if state is not None:
+                begin = torch.where(square == 0, _IDENTITY**2 * state.to(square.dtype).square().mean(), square)
+            start, now = torch.where(first, begin, start), torch.where(first, begin, now)
             gain = torch.where(now > 0, (start / now).sqrt(), 1.0)
-            after = torch.stack([start, torch.lerp(now, square, _MOMENTUM)])
-            if torch.compiler.is_compiling():
+            after = torch.stack([start, torch.where(square > 0, torch.lerp(now, square, _MOMENTUM), now)])
+            after = torch.where(begin.isfinite(), after, before)
+            if differentiated and torch.compiler.is_compiling():
                 # a new tensor: of a changed one, compiled functions would take the gain in their backward pass
                 self.squares = torch.select_scatter(self.squares, after, 1, index)
-            else:
+            elif not recomputed:
+                if watched:
+                    self._before[index] = before.clone()
                 self.squares[:, index] = after
         tiny = torch.finfo(square.dtype).tiny
         return gain * ((square.detach() + tiny) / (square + tiny)).sqrt()
 
     def keep_(self, indices: Sequence[int]) -> None:
         """Forget all blocks but those at ``indices``."""
+        self._before = {}
         self.squares = self.squares[:, torch.tensor(list(indices), dtype=torch.long, device=self.squares.device)]
