@@ -70,14 +70,19 @@ def sequential() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 3), *blocks, nn.Tanh(), Block(3), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
+def batches_seen(model: nn.Sequential, x: Tensor) -> list[int]:
+    """Sizes of the batches that reach what follows the blocks, once the trial is over."""
+    sizes: list[int] = []
+    with model[5].register_forward_hook(lambda *arguments: sizes.append(len(arguments[2]))):
+        intermediate_outputs(model, x)
+        sizes.clear()
+        intermediate_outputs(model, x)
+    return sizes
+
+
 def test_all_at_once_where_the_host_allows_it() -> None:
     model, x = wrap(sequential(), ["1", "2", "4"]), torch.randn(5, 2)
-    passes: list[int] = []
-    model[5].register_forward_hook(lambda *arguments: passes.append(len(arguments[2])))
-    intermediate_outputs(model, x)
-    passes.clear()
-    intermediate_outputs(model, x)
-    assert passes == [5, 15]
+    assert batches_seen(model, x) == [5, 15]
 
 
 class SequenceFirst(nn.Module):
@@ -165,12 +170,7 @@ def test_a_first_batch_from_which_nothing_can_be_told(kind: str) -> None:
             assert list(found) == [0, 1, 2, 3]
         cost = StageCost(1.0, cross_entropy)(model, bad, torch.zeros(5, dtype=torch.long))
         assert kind == "inf" or bool(torch.isnan(cost)) or kind in ("tuple", "empty")
-        passes: list[int] = []
-        model[5].register_forward_hook(lambda *arguments: passes.append(len(arguments[2])))
-        intermediate_outputs(model, x)
-        passes.clear()
-        intermediate_outputs(model, x)
-    assert passes == [5, 15]
+        assert batches_seen(model, x) == [5, 15]
 
 
 class Normalised(nn.Module):
