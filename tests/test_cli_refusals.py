@@ -35,6 +35,81 @@ def call(capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("train --hidden-layers 0", r"error: --hidden-layers must be >= 1, got 0"),
+        ("train --hidden-layers 2.5", r"error: --hidden-layers must be an integer, got '2.5'"),
+        ("train --lr fast", r"error: --lr must be a number, got 'fast'"),
+        ("train --width 10,x", r"error: --width must be an integer >= 1, or one for each hidden layer"),
+        ("train --width 10,20", r"error: --width must be one number or 6 \(--hidden-layers\), got 2"),
+        ("train --gamma 1.5", r"error: --gamma must be < 1, got 1.5"),
+        ("train --horizon 0", r"error: --horizon must be > 0"),
+        ("train --prune 1", r"error: --prune must be < 1"),
+        ("train --constraint simplex --lower-bound 0.5", r"error: --lower-bound \* --hidden-layers must not exceed"),
+        ("train --network resnt", r"error: --network must be one of .*did you mean 'resnet'\?"),
+        ("train --prune 0.1 --network densenet", r"error: --prune must be left out with network 'densenet'"),
+        ("train --prune 0.1 --hidden-layers 1", r"error: --prune must be left out with one hidden layer"),
+        ("train --config nowhere.toml", r"error: config must be a TOML file, got 'nowhere.toml'"),
+        ("train --hiden-layers 3", r"error: unknown option --hiden-layers: did you mean --hidden-layers\?\n$"),
+        ("train --lr", r"Missing value for argument '--lr'"),
+        ("trian", r"error: unknown command 'trian': did you mean 'train'\?\n$"),
+        ("resume", r"error: Missing from taulearn resume: RUN"),
+        ("prune a --threshold 0.1 --keep 0", r"error: --threshold and --keep must not be given together"),
+        ("prune a --keep 0 --depth 2", r"error: --keep and --depth must not be given together"),
+        ("prune a --depth few", r"error: --depth must be a number of layers or auto, got 'few'"),
+        ("prune a --tolerance 0.1", r"error: --tolerance must be left out without --depth auto"),
+        ("prune a --depth 2 --by-stage", r"error: --by-stage must be left out without --depth auto"),
+        ("prune a --keep 0,x", r"error: --keep must name layers by number, got 0, x"),
+        ("report", r"error: report needs the folder of a run"),
+        ("data fetch", r"error: data fetch needs the name of a data set"),
+        ("data list mnist", r"error: data list takes no names"),
+    ],
+)
+def test_line_that_does_not_do_is_refused(call, tmp_path, line, message):
+    code, err = call(*line.split())
+    assert code == 2
+    assert re.search(message, err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train --data minst", r"--data must be one of .*did you mean 'mnist'\?"),
+        ("train --activation rleu", r"--activation must be one of .*did you mean 'relu'\?"),
+        ("train --optimizer adm", r"--optimizer must be one of .*did you mean 'adam'\?"),
+        ("train --init 0.5 --constraint simplex", r"--init must sum to horizon"),
+        ("resume nowhere", r"run must be a folder with a run.toml, got 'nowhere'"),
+        ("prune nowhere", r"run must be a folder with a run.toml, got 'nowhere'"),
+        ("report nowhere", r"run must be a folder with a run.toml, got 'nowhere'"),
+        ("data verify minst", r"must be one of .*did you mean 'mnist'\?"),
+        ("data verify mnist --root .", r"MNIST/raw/train-images-idx3-ubyte.gz is not there"),
+    ],
+)
+def test_failure_is_one_line(call, tmp_path, line, message):
+    code, err = call(*line.split())
+    assert code == 1
+    assert re.fullmatch(rf"taulearn: error: .*{message}.*\n", err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hiden_layers = 3", r"a.toml: unknown setting 'hiden_layers': did you mean 'hidden_layers'\?"),
+        ("format = 9\n[config]\n", r"a.toml must have format = 1, got 9"),
+        ("lr = ", r"a.toml must be a TOML file"),
+        ("width = [1, 2]", r"--width must be one number or 6"),
+    ],
+)
+def test_file_of_settings_that_does_not_do_is_refused(call, tmp_path, text, message):
+    (tmp_path / "a.toml").write_text(text)
+    code, err = call("train", "--config", "a.toml")
+    assert code == 2
+    assert re.search(message, err)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
         ("train --hiden-layers 3", "unknown option --hiden-layers: did you mean --hidden-layers?"),
         ("train --hiden_layers=3", "unknown option --hiden-layers: did you mean --hidden-layers?"),
         ("train --epoch 3", "unknown option --epoch: did you mean --epochs?"),

@@ -105,3 +105,23 @@ def crash_after(epoch: int) -> Callable[[EpochEnd], None]:
             raise Crash
 
     return callback
+
+
+class Stubborn(torch.autograd.Function):
+    """tanh, in a form that neither torch.compile nor torch.func takes."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(x) if x.detach().sum().item() < 1e9 else x
+        context.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> Any:
+        (y,) = context.saved_tensors
+        return gradients[0] * (1 - y * y)
+
+
+class StubbornTanh(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Stubborn.apply(x)

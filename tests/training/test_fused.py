@@ -18,7 +18,16 @@ from taulearn.nn import Residual, TimeSteps, TimeVariableNetwork
 from taulearn.penalties import L1, TimeHorizon
 from taulearn.training import History, Run
 from taulearn.training.compiler import COMPILE_PAYS_FROM, compile_once
-from training.support import Crash, assert_same_history, assert_same_weights, crash_after, digits, network, run_fit
+from training.support import (
+    Crash,
+    StubbornTanh,
+    assert_same_history,
+    assert_same_weights,
+    crash_after,
+    digits,
+    network,
+    run_fit,
+)
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 BATCH = 20
@@ -219,26 +228,6 @@ def test_without_a_compiler_training_is_eager_with_one_warning(tmp_path: Path, m
     assert len(caught) == 1
     assert_same_weights(result[0], eager[0])
     assert Run.open(tmp_path / "run").decisions["compile"].startswith("eager: no C++ compiler was found")
-
-
-class Stubborn(torch.autograd.Function):
-    """tanh, in a form that neither torch.compile nor torch.func takes."""
-
-    @staticmethod
-    def forward(context: Any, x: Tensor) -> Tensor:
-        y = torch.tanh(x) if x.detach().sum().item() < 1e9 else x
-        context.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(context: Any, *gradients: Any) -> Any:
-        (y,) = context.saved_tensors
-        return gradients[0] * (1 - y * y)
-
-
-class StubbornTanh(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return Stubborn.apply(x)
 
 
 @needs_compiler
