@@ -111,11 +111,14 @@ def test_table_has_a_row_for_every_member_also_for_those_that_failed(trained, tm
     assert written[0]["layers"] == "2"
 
 
-def test_table_is_parquet_where_it_can_be(trained, tmp_path):
+def test_table_is_parquet_where_it_can_be(trained, tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     sweep, out, outcome = trained
     file = write_table(rows(sweep, Results(out), outcome.failed), tmp_path)
     assert parquet.read_table(file).num_rows == 8
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    write_table(rows(sweep, Results(out), outcome.failed), tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["results.csv"]
 
 
 def test_report_lists_every_member_and_draws_what_can_be_drawn(trained):

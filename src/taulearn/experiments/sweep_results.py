@@ -51,7 +51,7 @@ def rows(sweep: Sweep, results: Results, failed: Mapping[str, str] | None = None
 
 
 def write_table(table: Sequence[Mapping[str, Any]], out: str | Path) -> Path:
-    """Write the rows as results.parquet where pyarrow is there, else as results.csv.
+    """Write the rows as results.parquet where pyarrow is there (extra ``parquet``), else as results.csv.
 
     Args:
         table: The rows.
@@ -72,14 +72,20 @@ def write_table(table: Sequence[Mapping[str, Any]], out: str | Path) -> Path:
 
         content = io.BytesIO()
         pq.write_table(pa.table({n: [row.get(n) for row in table] for n in columns}), content)
-        write_bytes(Path(out) / "results.parquet", content.getvalue())
-        return Path(out) / "results.parquet"
+        return _write(Path(out), "results.parquet", content.getvalue())
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
-    write_bytes(Path(out) / "results.csv", text.getvalue().encode())
-    return Path(out) / "results.csv"
+    return _write(Path(out), "results.csv", text.getvalue().encode())
+
+
+def _write(out: Path, name: str, content: bytes) -> Path:
+    """Write the table, and remove one of the other form that an earlier sweep has left."""
+    write_bytes(out / name, content)
+    for other in {"results.csv", "results.parquet"} - {name}:
+        (out / other).unlink(missing_ok=True)
+    return out / name
 
 
 def curves(sweep: Sweep, results: Results) -> "Figure":
