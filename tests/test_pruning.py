@@ -242,6 +242,15 @@ class TestKeep:
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("other", [{"keep": [0, 1]}, {"budget": 3}], ids=str)
+    def test_a_threshold_beside_what_decides_already(self, other: dict[str, Any]) -> None:
+        model = network()
+        with pytest.raises(
+            ValueError, match=rf"threshold must be left out where {next(iter(other))} is given, got 0.05"
+        ):
+            prune(model, 0.05, **other)
+        assert model.time_steps.num_steps == len(network().time_steps.values)
+
     @pytest.mark.parametrize("threshold", [0.0, 1.0, -0.1, 1.5, float("nan")], ids=repr)
     def test_threshold(self, threshold: float) -> None:
         message = re.escape(f"threshold must lie in (0, 1), got {threshold!r}: it is a share of sum |tau|")

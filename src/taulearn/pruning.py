@@ -23,7 +23,7 @@ from ._choice import Criterion as Criterion, normalised, plan as plan, scores_of
 from ._contribution import contribution as contribution
 from ._deletion import WRAPPING, Prunable as Prunable, all_or_nothing, check_averaged, check_holds, delete, prunable_of
 from ._distributed import expire_wrappers, refuse_distributed
-from ._policy import Pruning as Pruning, check_threshold
+from ._policy import THRESHOLD, Pruning as Pruning, check_threshold
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def check_prunable(model: nn.Module) -> Prunable:
 
 def prune(
     model: nn.Module,
-    threshold: float = 0.01,
+    threshold: float | None = None,
     *,
     keep: Iterable[int] | None = None,
     criterion: str | Criterion | None = None,
@@ -153,12 +153,13 @@ def prune(
 
     Args:
         model: A residual or fractional network with time steps, or a wrapped model.
-        threshold: Layers with a smaller share of sum abs(tau)^p are deleted, see the module's text; in (0, 1).
+        threshold: Layers with a smaller share of sum abs(tau)^p are deleted, see the module's text; in (0, 1). None:
+            0.01, where neither ``keep`` nor ``budget`` is given; one of the three decides.
         keep: Positions (now, from 0) of the layers to keep instead of the rule.
         criterion: What shares are taken of: "share", abs(tau); "power", abs(tau)^gamma with the scheme's gamma (1 for
             the residual scheme); a function (tau, model) -> one score >= 0 per layer, such as
             ``taulearn.contribution(inputs)``. None: "power" for the fractional scheme, else "share".
-        budget: Instead of the threshold: a number of layers to keep, or {"latency_ms": x, "example_inputs": inputs} for
+        budget: A number of layers to keep, or {"latency_ms": x, "example_inputs": inputs} for
             as many as a forward pass allows that takes at most x milliseconds, measured here and now in evaluation
             mode. The layers with the largest shares stay.
         optimizer: The optimiser of the model's parameters, any of torch.optim. None: there is none; one that was made
@@ -172,8 +173,9 @@ def prune(
     Raises:
         TypeError: If the model has no time steps, ``keep`` is no list of integers, ``optimizer`` no optimiser, or
             ``averaged`` no AveragedModel.
-        ValueError: If the threshold lies outside (0, 1), the model cannot be pruned, ``keep`` or ``budget`` leave out a
-            layer that must stay, no deletion meets the latency, or the optimiser does not hold the model's parameters.
+        ValueError: If the threshold lies outside (0, 1) or stands beside ``keep`` or ``budget``, the model cannot be
+            pruned, ``keep`` or ``budget`` leave out a layer that must stay, no deletion meets the latency, or the
+            optimiser does not hold the model's parameters.
 
     References:
         Herberg, Herzog, Koehne (2023), section 3, adaptive pruning.
@@ -185,7 +187,13 @@ def prune(
         >>> [d.layer for d in report.deleted], report.parameters_before - report.parameters_after
         ([4, 2], 20202)
     """
-    check_threshold(threshold)
+    if threshold is not None:
+        check_threshold(threshold)
+        for name, given in (("keep", keep), ("budget", budget)):
+            if given is not None:
+                raise ValueError(
+                    f"threshold must be left out where {name} is given, got {threshold}: one of them decides"
+                )
     prunable = check_prunable(model)
     model = getattr(model, "_orig_mod", model)
     steps, power = prunable.time_steps, prunable.scheme.step_power
@@ -201,7 +209,7 @@ def prune(
             raise ValueError("budget must be None where keep is given: keep names the layers already")
         chosen, note = within_budget(budget, model, steps, exponent, scores, fixed)
     elif keep is None:
-        chosen = plan(steps, threshold, power=exponent, fixed=fixed, scores=scores)
+        chosen = plan(steps, THRESHOLD if threshold is None else threshold, power=exponent, fixed=fixed, scores=scores)
     else:
         kept_positions = _positions(keep)
         if not kept_positions or kept_positions[0] < 0 or kept_positions[-1] >= steps.num_steps:

@@ -117,8 +117,7 @@ class Prune:
         from ..experiments.pruning import prune_run
 
         out = Path(self.run) / "pruned" if self.out is None else Path(self.out)
-        threshold = 0.01 if self.threshold is None else self.threshold
-        result = prune_run(self.run, out, threshold=threshold, keep=keep, overwrite=self.overwrite)
+        result = prune_run(self.run, out, threshold=self.threshold, keep=keep, overwrite=self.overwrite)
         say(result.report)
         if result.report:
             rows = [figure(name, value, result.after[name]) for name, value in reversed(result.before.items())]

@@ -48,7 +48,7 @@ def prune_run(
     run: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    threshold: float = 0.01,
+    threshold: float | None = None,
     keep: Collection[int] | None = None,
     overwrite: bool = False,
 ) -> Pruned:
@@ -57,7 +57,7 @@ def prune_run(
     Args:
         run: The run's folder.
         out: Folder for the pruned network.
-        threshold: Share of the sum of abs(tau) below which layers are deleted, in (0, 1).
+        threshold: Share of the sum of abs(tau) below which layers are deleted, in (0, 1); None: 0.01, unless ``keep``.
         keep: Numbers at the start of the layers to keep, instead of the threshold.
         overwrite: Whether a network in ``out`` is replaced.
 
