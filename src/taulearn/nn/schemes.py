@@ -11,6 +11,7 @@ References:
     Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks, section 5.
 """
 
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ from .skips import Skips
 
 MEMORIES = ("auto", "exact", "fast")
 _BLOCKED_FROM = 8  # fewer layers are no slower without blocks
+_FUSED_UP_TO = 12  # terms of a sum that a compiler fuses
 _FAST_FROM = 256  # measured: benchmarks/fractional_memory.py
 _TOLERANCE = 1e-6
 
@@ -259,9 +261,14 @@ class Fractional(Scheme):
         a = weights[first:l]
         jumps = torch.cat([-a[:1], a[:-1] - a[1:], a[-1:]])
         carried = [skips(y, j, l + 1) for j, y in enumerate(states) if j >= first]
-        present = torch.stack([y for y in carried if y is not None])
+        present = [y for y in carried if y is not None]
+        factors = jumps[len(carried) - len(present) :]
+        if torch.compiler.is_compiling() and len(present) <= _FUSED_UP_TO:
+            # part of the kernel that follows, where a stack would copy all states first
+            return functools.reduce(torch.add, [a * y for a, y in zip(factors.unbind(), present, strict=True)])
+        stacked = torch.stack(present)
         # the states' type, which under autocast is not the input's
-        return torch.tensordot(jumps[len(carried) - len(present) :].to(present.dtype), present, dims=1)
+        return torch.tensordot(factors.to(stacked.dtype), stacked, dims=1)
 
     def extra_repr(self) -> str:
         memory = "" if self.memory == "auto" else f", memory={self.memory!r}"

@@ -53,7 +53,7 @@ def compile_once(
     function: Callable[..., Any],
     *,
     fused: bool = False,
-    forward: bool = False,
+    by_columns: bool = False,
     fallback: Callable[..., Any] | None = None,
     failed: Callable[[str], None] | None = None,
 ) -> Callable[..., Any]:
@@ -67,7 +67,7 @@ def compile_once(
         function: A function or bound method of tensors.
         fused: Whether it is a pure function of tensors, always of the same shapes and types: the C++ wrapper is used,
             and nothing is checked before a call.
-        forward: Whether such a function differentiates nothing.
+        by_columns: Whether such a function stores tall matrices by columns, see training/_layout.py.
         fallback: What computes the same where compilation fails. None: ``function``.
         failed: Told the reason when compilation fails.
 
@@ -91,9 +91,9 @@ def compile_once(
             options["cpp_wrapper"] = True
             options["cpp.min_chunk_size"] = 16384  # smaller kernels are done before a second thread has woken
             with contextlib.suppress(ImportError):  # a part of torch that may move
-                from ._unfuse import UnfuseSums
+                from ._layout import Layout
 
-                options["post_grad_custom_post_pass"] = UnfuseSums(turn=forward)
+                options["post_grad_custom_post_pass"] = Layout(by_columns=by_columns)
         if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # the checks before each call cost as much as a layer
             options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
