@@ -55,7 +55,7 @@ def main() -> None:
     model = taulearn.wrap(ViTForImageClassification(config), example_inputs=train.inputs[:2])
     optimizer = torch.optim.AdamW(taulearn.parameter_groups(model, lr=2e-3, tau_lr=5e-3, weight_decay=0.01))
     callback = TimeStepsCallback(
-        penalties=[penalties.L1(0.45, proximal=True)],
+        penalties=[penalties.L1(0.6, proximal=True)],
         pruning=Pruning(0.05),
     )
     with tempfile.TemporaryDirectory() as folder:
