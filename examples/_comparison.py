@@ -18,6 +18,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -291,7 +292,7 @@ def report(study: Study, found: list[dict[str, Any]], out: Path) -> str:
         accuracy = f"{100 * mean['accuracy']:.2f}" + (f" ± {100 * spread:.2f}" if len(rows) > 1 else "")
         milliseconds = {b: mean[f"relative ms {b}"] * whole[b] for b in BATCHES}
         table.append({"way": way, "target": blocks, "seeds": len(rows), "spread": spread, **mean})
-        cells = [label.get(way, f"Torch-Pruning, as fast as {blocks}"), len(rows), accuracy]
+        cells = [label.get(way, f"Torch-Pruning, towards the speed of {blocks}"), len(rows), accuracy]
         cells += [f"{mean['parameters']:,.0f}", f"{mean['blocks']:g}", *(f"{ms:.2f}" for ms in milliseconds.values())]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [
@@ -329,7 +330,12 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--workers", type=int, default=2, help="members that train side by side, one thread each")
-    options.add_argument("--out", type=Path, required=True, help="folder for members, table.md and record.json")
+    options.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs") / Path(sys.argv[0]).stem.replace("_", "-"),
+        help="folder for members, table.md and record.json (default: %(default)s)",
+    )
     options.add_argument("--data", default="fashion-mnist")
     options.add_argument("--samples", type=int, help="training samples; all unless given")
     options.add_argument("--epochs", type=int)

@@ -18,7 +18,8 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_blocks_run_and_prune(capsys):
+def test_blocks_run_and_prune(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     first, wrapping, loop = blocks("python")
     assert len([line for line in first.splitlines() if line.strip()]) <= 20
     names: dict[str, object] = {}
@@ -27,9 +28,12 @@ def test_blocks_run_and_prune(capsys):
     assert history.epochs["validation.accuracy"][-1] > 0.9
     assert history.deletions
     exec(wrapping, names)
-    assert "4 torch.Size([4, 10, 32])" in capsys.readouterr().out
+    assert names["model"].time_steps.num_steps == 4
+    assert capsys.readouterr().out.endswith("True\n")
     exec(loop, names)
-    assert "deleted layer" in capsys.readouterr().out
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert any("deleted layer" in line for line in lines)
+    assert float(last) > 0.9
     assert names["model"].time_steps.num_steps < 6
 
 

@@ -94,6 +94,34 @@ def check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         )
 
 
+def check_holds_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse an optimiser that leaves time steps that train as they are, as one made before ``wrap`` does.
+
+    Args:
+        optimizer: An optimiser that holds parameters of the model.
+        model: The model.
+
+    Raises:
+        ValueError: If it does not hold the time steps.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(2, 3, 1, 4)
+        >>> check_holds_steps(torch.optim.SGD(network.layers.parameters()), network)
+        Traceback (most recent call last):
+        ...
+        ValueError: optimizer must hold the model's time steps, got one that does not, ...
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    values = getattr(getattr(model, "time_steps", None), "values", None)
+    if isinstance(values, nn.Parameter) and values.requires_grad and id(values) not in held:
+        raise ValueError(
+            "optimizer must hold the model's time steps, got one that does not, so that tau would not train: make it "
+            "after wrap, from taulearn.parameter_groups(model, lr); or freeze them, "
+            "model.time_steps.values.requires_grad_(False)"
+        )
+
+
 def check_averaged(averaged: AveragedModel, model: nn.Module) -> None:
     """Refuse what is no average of this model.
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taulearn import nn as taulearn_nn, prune, unwrap, wrap
+from taulearn import fit, nn as taulearn_nn, prune, unwrap, wrap
+from taulearn.optim import register_projection
 from taulearn.wrapping import anneal_to_one
 from wrapping.hosts import BY_NAME, Block, Host, every_host, sequential
 from wrapping.test_probe import Scaled
@@ -26,6 +27,35 @@ def test_a_model_in_a_wrapper_of_data_parallel_training() -> None:
     """It would not average the gradients of the time steps (DistributedDataParallel: in the tests of two processes)."""
     with pytest.raises(TypeError, match=r"model must be the model itself, got it in a DataParallel: hand over wrapper"):
         wrap(nn.DataParallel(sequential()), example_inputs=X)
+
+
+def test_a_compiled_model() -> None:
+    model = sequential()
+    with pytest.raises(TypeError, match="model must be the model itself, got it compiled: wrap it first, then compile"):
+        wrap(torch.compile(model), example_inputs=X)
+    assert not hasattr(wrap(model, example_inputs=X), "_orig_mod")
+
+
+@pytest.mark.parametrize("constraint", ["free", "simplex"])
+def test_an_optimiser_from_before(constraint: str) -> None:
+    """It holds no time steps, and would leave them as they are without a word."""
+    model = sequential()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrap(model, example_inputs=X, constraint=constraint)
+    acts: list[Callable[[], Any]] = [
+        lambda: register_projection(optimizer, model),
+        lambda: fit(
+            model, (X, torch.zeros(1, 2)), loss=nn.functional.mse_loss, optimizer=optimizer, epochs=1, progress=False
+        ),
+    ]
+    for act in acts:
+        with pytest.raises(
+            ValueError, match=r"optimizer must hold the model's time steps, got one .* make it after wrap"
+        ):
+            act()
+    model.time_steps.values.requires_grad_(False)
+    acts[1]()
+    assert model.time_steps.tau.tolist() == [1.0] * model.time_steps.num_steps or constraint == "simplex"
 
 
 def shared_called_twice() -> nn.Module:

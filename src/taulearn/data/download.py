@@ -47,15 +47,27 @@ def download(file: DataFile, root: Path) -> Path:
             part.replace(destination)
             return destination
         except RequestException as error:
-            failures.append(f"{url}: {error}")
+            failures.append(f"{url}: {_reason(error)}")
         except DataError as error:
             failures.append(f"{url}: {error.reason}")
         finally:
             part.unlink(missing_ok=True)
     raise ConnectionError(
         f"{file.path} could not be downloaded ({'; '.join(failures)}): check the network connection and run "
-        f"`taulearn data fetch {file.dataset}` again, or put the file at {destination}"
+        f"`taulearn data fetch {file.dataset}` again, put the file at {destination}, or set TAULEARN_DATA to a folder "
+        "that has it"
     )
+
+
+def _reason(error: Exception) -> str:
+    """Why a request failed, without the chain of errors that led to it."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"status {response.status_code}"
+    inner = error.args[0] if error.args else error
+    reason = getattr(inner, "reason", inner)
+    text = str(reason) or type(error).__name__
+    return text.rpartition(">: ")[2].rpartition("): ")[2] or text
 
 
 def _transfer(url: str, part: Path, file: DataFile) -> None:

@@ -30,6 +30,9 @@ class Samples(NamedTuple):
     inputs: Num[Tensor, "n ..."]
     targets: Num[Tensor, "n ..."]
 
+    def __repr__(self) -> str:
+        return f"Samples(inputs {tuple(self.inputs.shape)}, targets {tuple(self.targets.shape)})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet(ABC):

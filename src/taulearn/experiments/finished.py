@@ -30,8 +30,9 @@ def finished_run(
     if not {"data", "network"} <= opened.config.keys():
         raise ValueError(
             f"run must have been made by `taulearn train`, got {str(opened.path)!r}, which names no data and no "
-            f"network: in Python, taulearn.load_model({str(opened.path)!r}) is its network, for "
-            "taulearn.export_model(network, out, example_inputs) or taulearn.prune"
+            f"network: in Python, taulearn.load_model({str(opened.path)!r}) is its network (for a wrapped model with "
+            "host=, a fresh model of its kind), for taulearn.export_model(network, out, example_inputs) or "
+            "taulearn.prune"
         )
     config = settings_of(opened)
     folder = Path(out)

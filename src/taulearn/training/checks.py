@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
-from .._deletion import check_averaged, check_holds, prunable_of
+from .._deletion import check_averaged, check_holds, check_holds_steps, prunable_of
 from .._errors import positive_integer, unknown_name
 from ..optim import SteepestDescent
 from ..penalties import Penalty, time_steps_of
@@ -59,6 +59,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, clip_nor
         ValueError: If it does not hold the model's parameters, or does not go with clipping.
     """
     check_holds(optimizer, model)
+    check_holds_steps(optimizer, model)
     if clip_norm is not None and isinstance(optimizer, torch.optim.LBFGS | SteepestDescent):
         name = type(optimizer).__name__
         raise ValueError(f"clip_norm must be None with {name}, whose line search needs the true gradient")

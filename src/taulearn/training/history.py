@@ -57,6 +57,14 @@ class History:
     epochs: dict[str, Array] = field(default_factory=dict)
     deletions: list[Deletion] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        epochs = max(0, len(self.epochs.get("iteration", ())) - 1)
+        columns = ", ".join([*self.iterations, *self.epochs])
+        return (
+            f"History({self.num_iterations} iterations, {epochs} epochs, {len(self.deletions)} deletions; "
+            f"columns {columns or 'none'})"
+        )
+
     @property
     def num_iterations(self) -> int:
         """Number of iterations recorded."""

@@ -98,6 +98,8 @@ class Loop:
                     self._epoch(epoch, interrupted)
                     if self._end_of_epoch(epoch, interrupted):
                         break
+                if self.parts.pruner is not None and not self.recorder.deletions:
+                    self.progress.say(self.parts.pruner.advice())
             finally:
                 hook.remove()
                 self.progress.close(self.position.iteration)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._calls import layer_milliseconds
-from .._choice import Criterion, scores_of, shares
+from .._choice import Criterion, normalised, scores_of, shares
 from .._contribution import RunningContribution
 from .._deletion import Prunable, prunable_of
 from .._policy import Pruning
@@ -195,6 +195,17 @@ class Pruner:
         if self.target is not None:
             self._steer(iteration)
         return report or None
+
+    def advice(self) -> str:
+        """What to say where nothing was deleted in a whole training."""
+        fixed = self.prunable.fixed_layers()
+        found = [share for i, share in enumerate(normalised(self._scores())) if i not in fixed]
+        if self.policy.threshold is None or not found:
+            return "no layer was deleted"
+        return (
+            f"no layer was deleted: the smallest share is {min(found):.2g}, the threshold {self.policy.threshold:g}; "
+            "Pruning(target_blocks=..) finds the weight of the penalty by itself"
+        )
 
     def follow(
         self, kept: Sequence[int] | None, target: Mapping[str, Any] | None, averaged: AveragedModel | None

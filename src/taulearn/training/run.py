@@ -89,8 +89,8 @@ class Run:
             if folder.is_dir() and any(folder.iterdir()):
                 if not overwrite:
                     raise FileExistsError(
-                        f"run {str(folder)!r} exists: choose another folder, pass overwrite (--overwrite), "
-                        f"or go on with it (taulearn resume {folder})"
+                        f"run {str(folder)!r} exists: choose another folder, pass overwrite=True (--overwrite), "
+                        f"or go on with it, resume=True (taulearn resume {folder})"
                     )
                 cls._clear(folder)
             folder.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def wrap(
         The same model, with ``time_steps``.
 
     Raises:
-        TypeError: If ``model`` is no module, or a DistributedDataParallel.
+        TypeError: If ``model`` is no module, compiled, or a DistributedDataParallel.
         ValueError: If it is sharded, or has time steps already, no block is found (the message says why each module was
             refused), a name matches nothing, a named module cannot be a block, or the steps contradict each other.
 
@@ -216,6 +216,8 @@ def _units(steps: TimeSteps) -> DisplacementUnits:
 def _check_host(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise TypeError("model must be the model itself, got it compiled: wrap it first, then compile it")
     refuse_distributed("model", model, "wrap")
     if wrapping_of(model) is not None:
         raise ValueError(
