@@ -11,7 +11,7 @@ from .output import table
 
 @dataclass(frozen=True)
 class Export:
-    """Write the network of a run as a file that runs without this package, and check that file on random inputs."""
+    """Write the network of a run as a file (onnx and torch run without this package) and check it on random inputs."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
     format: Annotated[
