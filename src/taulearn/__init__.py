@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         optim as optim,
         penalties as penalties,
         report as report,
+        training as training,
         wrapping as wrapping,
     )
     from .diagnostics import summary as summary
@@ -69,6 +70,7 @@ __all__ = [
     "report",
     "save_model",
     "summary",
+    "training",
     "truncate",
     "unwrap",
     "wrap",

@@ -127,6 +127,17 @@ def test_damage_on_the_way_sends_to_the_next_mirror(damage: str, mini, miniature
     assert left_in(tmp_path) == [IMAGES, LABELS]
 
 
+def test_without_a_connection_the_reason_is_short(mini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "CATALOGUE", {"mini": replace(mini, mirrors=("http://127.0.0.1:1/",))})
+    with pytest.raises(ConnectionError) as caught:
+        data.load("mini", root=tmp_path)
+    message = str(caught.value)
+    assert "refused" in message
+    assert "Connection object" not in message
+    assert "Max retries" not in message
+    assert "or set TAULEARN_DATA to a folder that has it" in message
+
+
 def test_without_a_good_mirror_every_reason_is_given_and_nothing_is_left(mini, miniature, site, tmp_path: Path) -> None:
     site.content[f"/first/{IMAGES}"] = b"<html>"
     del site.content[f"/second/{IMAGES}"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
-from taulearn import parameter_groups
+from taulearn import Pruning, parameter_groups
 from taulearn.nn import fractional_dnn
 from taulearn.optim import register_projection
 from taulearn.penalties import L1, BiasOrdering, ElasticNet, Penalty, TimeHorizon, WeightElasticNet
@@ -233,3 +233,9 @@ def test_no_hook_is_left_behind() -> None:
         model.time_steps.values.fill_(0.0)
     optimizer.step()
     assert (model.time_steps.values < 0.05).all()
+
+
+def test_a_threshold_that_deleted_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    model = network()
+    run_fit(model, digits(), sgd(model), epochs=1, pruning=Pruning(0.001), progress=True)
+    assert "no layer was deleted: the smallest share is 0.2" in capsys.readouterr().out

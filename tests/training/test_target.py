@@ -307,7 +307,9 @@ def test_fit_that_does_not_go_together() -> None:
     trained(wrapped(), Pruning(target_blocks=3, penalised="none"), penalties=[L1(0.1)], epochs=2)
     model = wrapped()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p is not model.time_steps.values], lr=0.1)
-    with pytest.raises(ValueError, match=r"optimizer must hold the model's time steps, .*parameter_groups\(model, lr\)"):
+    with pytest.raises(
+        ValueError, match=r"optimizer must hold the model's time steps, .*parameter_groups\(model, lr\)"
+    ):
         fit(model, digits(), loss=LOSS, optimizer=optimizer, epochs=1, pruning=Pruning(target_blocks=3))
     fixed = wrapped(constraint="fixed")
     trained(fixed, Pruning(target_blocks=3, penalised="none"), epochs=3)

@@ -23,8 +23,8 @@ class Samples(NamedTuple):
 
     Example:
         >>> import torch
-        >>> Samples(torch.zeros(5, 2), torch.zeros(5, 1)).targets.shape
-        torch.Size([5, 1])
+        >>> Samples(torch.zeros(5, 2), torch.zeros(5, 1))
+        Samples(inputs (5, 2), targets (5, 1))
     """
 
     inputs: Num[Tensor, "n ..."]

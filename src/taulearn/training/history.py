@@ -49,8 +49,8 @@ class History:
         deletions: In the order in which they happened.
 
     Example:
-        >>> History().num_iterations
-        0
+        >>> History()
+        History(0 iterations, 0 epochs, 0 deletions; columns none)
     """
 
     iterations: dict[str, Array] = field(default_factory=dict)
