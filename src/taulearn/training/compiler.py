@@ -53,6 +53,7 @@ def compile_once(
     function: Callable[..., Any],
     *,
     fused: bool = False,
+    by_columns: bool = False,
     fallback: Callable[..., Any] | None = None,
     failed: Callable[[str], None] | None = None,
 ) -> Callable[..., Any]:
@@ -66,6 +67,7 @@ def compile_once(
         function: A function or bound method of tensors.
         fused: Whether it is a pure function of tensors, always of the same shapes and types: the C++ wrapper is used,
             and nothing is checked before a call.
+        by_columns: Whether such a function stores tall matrices by columns, see training/_layout.py.
         fallback: What computes the same where compilation fails. None: ``function``.
         failed: Told the reason when compilation fails.
 
@@ -91,7 +93,7 @@ def compile_once(
             with contextlib.suppress(ImportError):  # a part of torch that may move
                 from ._layout import Layout
 
-                options["post_grad_custom_post_pass"] = Layout()
+                options["post_grad_custom_post_pass"] = Layout(by_columns=by_columns)
         if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # the checks before each call cost as much as a layer
             options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
     compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)

@@ -35,8 +35,8 @@ class CompiledValues:
         self.parameters = {name: t for name, t in tensors.items() if id(t) in used}
         self.constants = {name: t.detach() for name, t in tensors.items() if name not in self.parameters}
         self.fingerprint = fingerprint(objective)
-        self._value = compile_once(self._value_of, fused=True, failed=failed)
-        self._gradient = compile_once(self._gradient_of, fused=True, failed=failed)
+        self._value = compile_once(self._value_of, fused=True, by_columns=True, failed=failed)
+        self._gradient = compile_once(self._gradient_of, fused=True, by_columns=True, failed=failed)
 
     def unchanged(self) -> bool:
         """Whether the objective is as at compilation; to be asked whenever somebody else had control."""
