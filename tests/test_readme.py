@@ -76,12 +76,14 @@ def test_tables_are_those_of_the_records(name):
 
 
 def test_sweep_figures_are_those_of_the_records():
-    """The sentence about Fashion-MNIST."""
+    """The table of the fully connected network."""
     import csv
 
     with (ROOT / "docs" / "results" / "fashion-mnist-pruning" / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    for label, row in re.findall(r"^\| (pruned|l1|free)[^|]*(\|.*)$", README, flags=re.MULTILINE):
+    found = re.findall(r"^\| (pruned|l1|free)[^|]*(\|.*)$", README, flags=re.MULTILINE)
+    assert len(found) == 3
+    for label, row in found:
         of = [each for each in rows if each["label"] == label]
         mean = sum(float(each["test.accuracy"]) for each in of) / len(of)
         assert f"| {100 * mean:.2f}" in row

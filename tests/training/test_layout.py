@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import taulearn
@@ -25,19 +26,20 @@ PERMUTED = {
 }
 
 
-def gradients(model: torch.nn.Module, rows: int) -> tuple[Any, tuple[Any, ...]]:
+def gradients(model: torch.nn.Module, rows: int, loss: Any = half_mse_loss) -> tuple[Any, tuple[Any, ...]]:
     """The gradient of a full-batch loss as a function of the parameters, and its arguments."""
     generator = torch.Generator().manual_seed(0)
     inputs, targets = (torch.randn(rows, n, generator=generator, dtype=torch.float64) for n in (7, 3))
 
     def total(parameters: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        return half_mse_loss(torch.func.functional_call(model, parameters, (inputs,)), targets)
+        return loss(torch.func.functional_call(model, parameters, (inputs,)), targets)
 
     return torch.func.grad_and_value(total), ({n: p.detach() for n, p in model.named_parameters()}, inputs, targets)
 
 
 def passed(function: Any, arguments: tuple[Any, ...], **options: Any) -> torch.fx.GraphModule:
-    module: torch.fx.GraphModule = make_fx(function, decomposition_table=PERMUTED, tracing_mode="fake")(*arguments)
+    table = select_decomp_table() | PERMUTED
+    module: torch.fx.GraphModule = make_fx(function, decomposition_table=table, tracing_mode="fake")(*arguments)
     Layout(**options)(module.graph)
     module.graph.lint()
     module.recompile()
@@ -54,10 +56,11 @@ def tall_products(module: torch.fx.GraphModule) -> int:
 
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("width", [5, 50])
-def test_the_numbers_stay(width: int, by_columns: bool) -> None:
+@pytest.mark.parametrize("loss", [half_mse_loss, torch.nn.functional.mse_loss, torch.nn.functional.cross_entropy])
+def test_the_numbers_stay(loss: Any, width: int, by_columns: bool) -> None:
     torch.manual_seed(0)
     model = resnet(7, width, 3, 4, activation="smooth_relu", dtype=torch.float64)
-    function, arguments = gradients(model, 1200)
+    function, arguments = gradients(model, 1200, loss)
     module = passed(function, arguments, by_columns=by_columns)
     torch.testing.assert_close(module(*arguments), function(*arguments), rtol=1e-12, atol=1e-14)
     assert count(module, ATEN.addmm.default) == 0
@@ -84,7 +87,7 @@ def test_matrices_that_are_stacked_stay() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("build", [resnet, pytest.param(fractional_dnn, marks=pytest.mark.long)])
-def test_a_compiled_line_search_takes_the_same_steps(build: Any) -> None:
+def test_a_compiled_line_search_takes_the_same_steps(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, targets = (each[:1200].double() for each in taulearn.data.load("maxwell"))
 
     def train(how: str) -> tuple[torch.nn.Module, History]:
@@ -94,6 +97,16 @@ def test_a_compiled_line_search_takes_the_same_steps(build: Any) -> None:
         options: dict[str, Any] = {"epochs": 6, "batch_size": 1200, "progress": False, "compile": how}
         return model, taulearn.fit(model, (inputs, targets), loss=half_mse_loss, optimizer=optimizer, **options)
 
+    by_rows: list[int] = []
+    rewrite = Layout.__call__
+
+    def watched(self: Layout, graph: torch.fx.Graph) -> None:
+        rewrite(self, graph)
+        by_rows.append(sum(n.target is ATEN.mm.default and n.meta["val"].shape[0] == 1200 for n in graph.nodes))
+
+    monkeypatch.setattr(Layout, "__call__", watched)
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     (compiled, record), (eager, expected) = train("always"), train("never")
+    assert by_rows == [0, 0]  # the value and the gradient
     np.testing.assert_allclose(record.iterations["total"], expected.iterations["total"], rtol=1e-10)
     torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), rtol=1e-9, atol=1e-11)

@@ -1,9 +1,10 @@
 """Downloads: several mirrors, a progress bar, the content checked before the file gets its name."""
 
 import os
+import re
 import uuid
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .files import DataError, DataFile, check
 
@@ -62,12 +63,16 @@ def download(file: DataFile, root: Path) -> Path:
 def _reason(error: Exception) -> str:
     """Why a request failed, without the chain of errors that led to it."""
     response = getattr(error, "response", None)
-    if response is not None:
-        return f"status {response.status_code}"
-    inner = error.args[0] if error.args else error
-    reason = getattr(inner, "reason", inner)
-    text = str(reason) or type(error).__name__
-    return text.rpartition(">: ")[2].rpartition("): ")[2] or text
+    if response is not None and response.status_code >= 400:
+        return f"status {response.status_code} {response.reason}"
+    inner: Any = error
+    while True:
+        below = getattr(inner, "reason", None) or (inner.args[0] if getattr(inner, "args", None) else None)
+        if not isinstance(below, Exception):
+            break
+        inner = below
+    proxy = "proxy: " if "ProxyError" in repr(error) else ""
+    return proxy + (re.sub(r"^(<[^>]*>|\w+\(.*?\)): ", "", str(inner)) or type(error).__name__)
 
 
 def _transfer(url: str, part: Path, file: DataFile) -> None:

@@ -31,7 +31,8 @@ class Samples(NamedTuple):
     targets: Num[Tensor, "n ..."]
 
     def __repr__(self) -> str:
-        return f"Samples(inputs {tuple(self.inputs.shape)}, targets {tuple(self.targets.shape)})"
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in self]
+        return f"Samples(inputs {shapes[0]}, targets {shapes[1]})"
 
 
 @dataclass(frozen=True, kw_only=True)

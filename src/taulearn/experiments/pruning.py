@@ -79,6 +79,8 @@ def prune_run(
         >>> taulearn.load_model(folder / "small").time_steps.origin
         (0, 5)
     """
+    if threshold is not None and keep is not None:
+        raise ValueError(f"threshold must be left out where keep is given, got {threshold}: one of them decides")
     _, config, model = finished_run(run, out, overwrite=overwrite)
     splits = parts.load_splits(config)
     loss = parts.make_loss(config, classes=splits.classes is not None)[1]

@@ -131,6 +131,16 @@ def draw(
     return files, missing
 
 
+def _with_fewer_colours(png: bytes) -> bytes:
+    """The same picture with a palette of 256 colours, a third of the size."""
+    from PIL import Image  # matplotlib brings it
+
+    content = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as picture:
+        picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT).save(content, format="png", optimize=True)
+    return content.getvalue()
+
+
 def tabulate(suite: Suite, results: Results, only: str | None = None) -> dict[str, str]:
     """The tables of a suite as Markdown, by number; those whose records are missing say so.
 
@@ -198,7 +208,10 @@ def keep(suite: Suite, results: Results, judged: Sequence[Judged], folder: str |
     kept = Path(folder)
     kept.mkdir(parents=True, exist_ok=True)
     files = write_claims(judged, kept)
-    files += draw(suite, results, kept, kinds=("png",), dpi=_SMALL_DPI)[0]
+    figures = draw(suite, results, kept, kinds=("png",), dpi=_SMALL_DPI)[0]
+    for file in figures:
+        write_bytes(file, _with_fewer_colours(file.read_bytes()))
+    files += figures
     for name, text in tabulate(suite, results).items():
         write_bytes(kept / f"table-{name}.md", text.encode())
         files.append(kept / f"table-{name}.md")

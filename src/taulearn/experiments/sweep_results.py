@@ -51,19 +51,19 @@ def rows(sweep: Sweep, results: Results, failed: Mapping[str, str] | None = None
 
 
 def write_table(table: Sequence[Mapping[str, Any]], out: str | Path) -> Path:
-    """Write the rows as results.parquet where pyarrow is there (extra ``parquet``), else as results.csv.
+    """Write the rows as results.csv, and as results.parquet beside it where pyarrow is there (extra ``parquet``).
 
     Args:
         table: The rows.
         out: Folder.
 
     Returns:
-        The file.
+        The CSV file.
 
     Example:
         >>> import tempfile
-        >>> write_table([{"seed": 0, "status": "missing"}], tempfile.mkdtemp()).stem
-        'results'
+        >>> write_table([{"seed": 0, "status": "missing"}], tempfile.mkdtemp()).name
+        'results.csv'
     """
     columns = list(dict.fromkeys(name for row in table for name in row))
     if importlib.util.find_spec("pyarrow") is not None:
@@ -72,20 +72,14 @@ def write_table(table: Sequence[Mapping[str, Any]], out: str | Path) -> Path:
 
         content = io.BytesIO()
         pq.write_table(pa.table({n: [row.get(n) for row in table] for n in columns}), content)
-        return _write(Path(out), "results.parquet", content.getvalue())
+        write_bytes(Path(out) / "results.parquet", content.getvalue())
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
-    return _write(Path(out), "results.csv", text.getvalue().encode())
-
-
-def _write(out: Path, name: str, content: bytes) -> Path:
-    """Write the table, and remove one of the other form that an earlier sweep has left."""
-    write_bytes(out / name, content)
-    for other in {"results.csv", "results.parquet"} - {name}:
-        (out / other).unlink(missing_ok=True)
-    return out / name
+    file = Path(out) / "results.csv"
+    write_bytes(file, text.getvalue().encode())
+    return file
 
 
 def curves(sweep: Sweep, results: Results) -> "Figure":

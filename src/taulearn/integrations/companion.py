@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .._deletion import check_holds, check_holds_steps
 from .._distributed import refuse_distributed
 from ..nn.time_steps import TimeSteps
 from ..optim import group_of, register_projection
@@ -95,7 +96,7 @@ class Companion:
             processes: Number of processes that train the model.
 
         Raises:
-            ValueError: If the model cannot be pruned, or not by this trainer.
+            ValueError: If the model cannot be pruned, or not by this trainer, or the optimiser lacks the time steps.
         """
         refuse_distributed("model", model)
         if self.policy is not None and processes > 1:
@@ -105,6 +106,8 @@ class Companion:
                 "taulearn.fit under torchrun"
             )
         check_pruning(self.policy, model)
+        check_holds(optimizer, model)
+        check_holds_steps(optimizer, model)
         self.model, self.optimizer, self.steps = model, optimizer, time_steps_of(model)
         active = self.penalties
         if self.policy is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._deletion import check_holds, check_holds_steps
+from .._deletion import check_holds
 from ..penalties import Penalty, time_steps_of
 from .projections import Projection
 from .steepest_descent import SteepestDescent
@@ -113,7 +113,6 @@ def register_projection(
         1.0
     """
     check_holds(optimizer, model)
-    check_holds_steps(optimizer, model)
     penalties = [penalties] if isinstance(penalties, Penalty) else penalties
     hook = Projection(model, penalties, lambda: constrain_(model, optimizer, penalties))
     if not isinstance(optimizer, SteepestDescent):

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 _ATEN = torch.ops.aten
 _TALL, _NARROW = 1000, 64
@@ -26,6 +26,12 @@ _FOLLOWING = (
     _ATEN.expand.default,
     _ATEN.sum.default,
     _ATEN.sum.dim_IntList,
+    _ATEN.mean.default,
+    _ATEN.mean.dim,
+    _ATEN.amax.default,
+    _ATEN.gather.default,
+    _ATEN.scatter.value,
+    _ATEN.scatter.src,
     torch.ops.prims.convert_element_type.default,
 )
 """What reads a matrix in any order, besides elementwise functions; others (cat, reshape) would copy it back."""
@@ -49,7 +55,7 @@ class Layout(CustomGraphPass):
 
     def uuid(self) -> Any:
         """What the compiler's cache tells this pass by."""
-        return f"taulearn-layout-1-{self.by_columns}"
+        return get_hash_for_files((__file__,), str(self.by_columns))
 
 
 def _part_sums(graph: fx.Graph) -> None:
@@ -90,7 +96,7 @@ def _store_by_columns(graph: fx.Graph) -> None:
                 back = _transpose(graph, stored)
             for user in [each for each in node.users if each is not turned]:
                 user.replace_input_with(node, back)
-    for node in _calls(graph, _ATEN.sum.default):
+    for node in (*_calls(graph, _ATEN.sum.default), *_calls(graph, _ATEN.mean.default)):
         of = cast(fx.Node, node.args[0])
         if _is_tall(of):
             with graph.inserting_before(node):

@@ -50,7 +50,7 @@ class History:
 
     Example:
         >>> History()
-        History(0 iterations, 0 epochs, 0 deletions; columns none)
+        History(iterations: 0 of nothing; epochs: 0 of nothing; deletions: 0)
     """
 
     iterations: dict[str, Array] = field(default_factory=dict)
@@ -59,10 +59,9 @@ class History:
 
     def __repr__(self) -> str:
         epochs = max(0, len(self.epochs.get("iteration", ())) - 1)
-        columns = ", ".join([*self.iterations, *self.epochs])
         return (
-            f"History({self.num_iterations} iterations, {epochs} epochs, {len(self.deletions)} deletions; "
-            f"columns {columns or 'none'})"
+            f"History(iterations: {self.num_iterations} of {', '.join(self.iterations) or 'nothing'}; "
+            f"epochs: {epochs} of {', '.join(self.epochs) or 'nothing'}; deletions: {len(self.deletions)})"
         )
 
     @property

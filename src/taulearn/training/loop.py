@@ -98,12 +98,12 @@ class Loop:
                     self._epoch(epoch, interrupted)
                     if self._end_of_epoch(epoch, interrupted):
                         break
-                if self.parts.pruner is not None and not self.recorder.deletions:
-                    self.progress.say(self.parts.pruner.advice())
             finally:
                 hook.remove()
                 self.progress.close(self.position.iteration)
             self.ranks.told(self._save)
+        if self.parts.pruner is not None and not self.recorder.deletions and self.parts.pruner.advice:
+            self.progress.say(self.parts.pruner.advice)
         return self.recorder.history()
 
     def _save(self) -> None:

@@ -37,6 +37,7 @@ class Pruner:
     Attributes:
         penalty: The penalty that a target steers, or None.
         every: Iterations between two looks; None: at the end of each epoch.
+        least: The smallest share at the last look of a policy that goes by the steps, or None.
 
     Raises:
         ValueError: If the model, the optimiser or the length of the training does not allow the target.
@@ -59,6 +60,7 @@ class Pruner:
         self.per_epoch = per_epoch
         self.running = RunningContribution(model) if policy.measured else None
         self._warned = False
+        self.least: float | None = None
 
     def begin(self, sample: Any) -> None:
         """Find out what has to go; to be called once, before training.
@@ -188,6 +190,10 @@ class Pruner:
         if self.target is None:
             assert self.policy.threshold is not None
             report: PruneReport | None = prune(self.model, self.policy.threshold, criterion=self._criterion, **options)
+            if not callable(self.policy.criterion) and self.running is None:
+                fixed = self.prunable.fixed_layers()
+                left = [share for i, share in enumerate(normalised(self._scores())) if i not in fixed]
+                self.least = min(left, default=None)
         else:
             report = self._reach(iteration, options)
         if report:
@@ -196,15 +202,15 @@ class Pruner:
             self._steer(iteration)
         return report or None
 
+    @property
     def advice(self) -> str:
-        """What to say where nothing was deleted in a whole training."""
-        fixed = self.prunable.fixed_layers()
-        found = [share for i, share in enumerate(normalised(self._scores())) if i not in fixed]
-        if self.policy.threshold is None or not found:
-            return "no layer was deleted"
+        """What to say where a share of the steps was compared with a threshold, and nothing was ever deleted."""
+        if self.least is None or self.policy.threshold is None:
+            return ""
+        remedy = "; Pruning(target_blocks=..) finds the weight of a penalty by itself"
         return (
-            f"no layer was deleted: the smallest share is {min(found):.2g}, the threshold {self.policy.threshold:g}; "
-            "Pruning(target_blocks=..) finds the weight of the penalty by itself"
+            f"no layer was deleted: the smallest share was {self.least:.3g}, the threshold {self.policy.threshold:g}"
+            f"{remedy if self.prunable.time_steps.values.requires_grad else ''}"
         )
 
     def follow(

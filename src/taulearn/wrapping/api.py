@@ -216,8 +216,10 @@ def _units(steps: TimeSteps) -> DisplacementUnits:
 def _check_host(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        raise TypeError("model must be the model itself, got it compiled: wrap it first, then compile it")
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            what = f"its module {name!r} compiled" if name else "it compiled"
+            raise TypeError(f"model must be the model itself, got {what}: wrap it first, then compile")
     refuse_distributed("model", model, "wrap")
     if wrapping_of(model) is not None:
         raise ValueError(

@@ -106,4 +106,4 @@ def _finest(row: dict[str, Any]) -> float:
 
 
 def _geometric(values: list[float]) -> str:
-    return f"{np.exp(np.mean(np.log(values))):.3g}"
+    return f"{np.exp(np.mean(np.log(values))):.3g}" if min(values) > 0.0 else f"{np.mean(values):.3g}"
