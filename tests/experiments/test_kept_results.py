@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from taulearn.experiments.reproduce import judge
-from taulearn.experiments.results import Results
+from taulearn.experiments.results import NotMeasured, Results
 from taulearn.experiments.suites import load
 
 FOLDERS = [Path(__file__).parent / "stored" / "herberg2023-quick"]
 FOLDERS += sorted(each.parent for each in Path(__file__).parents[2].glob("docs/results/*/records.npz"))
+NEED_THE_NETWORKS = {("antil2022", number) for number in ("2", "4", "5")}
 every_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}/{folder.name}")
 
 
@@ -36,4 +37,10 @@ def test_verdicts_follow_from_the_records(folder):
 def test_records_draw_every_figure(folder):
     results = Results(folder / "records.npz")
     for number, draw in suite_of(folder).figures.items():
-        assert draw(results).axes, number
+        try:
+            assert draw(results).axes, number
+        except NotMeasured as error:
+            # fields and networks themselves are not kept, their pictures are
+            assert "only its results were kept" in str(error)
+            assert (folder.name, number) in NEED_THE_NETWORKS
+            assert (folder / f"figure-{number}.png").exists()
