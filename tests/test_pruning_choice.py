@@ -157,3 +157,12 @@ def test_a_latency_of_a_wrapped_model() -> None:
     report = prune(model, budget={"latency_ms": 11.0, "example_inputs": (torch.ones(1, 1),)})
     assert deleted(report)[:2] == [1, 2]
     assert len(model) == model.time_steps.num_steps + 1
+
+
+def test_a_budget_that_equal_shares_do_not_decide_is_said() -> None:
+    report = prune(network([0.2] * 5), budget=3)
+    assert deleted(report) == [1, 2]
+    assert str(report).endswith("equal shares the first went; criterion=taulearn.contribution(inputs) tells them apart")
+    assert "equal" not in str(prune(steps(), budget=3))
+    assert "equal" not in str(prune(network([0.3, 0.1, 0.1, 0.3, 0.2]), budget=3))
+    assert "equal" in str(prune(network([0.3, 0.1, 0.1, 0.3, 0.2]), budget=4))

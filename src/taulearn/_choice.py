@@ -181,7 +181,16 @@ def within_budget(
             "there is nothing to delete"
         )
     order = plan(steps, 0.5, power=power, fixed=fixed, scores=scores, number=int(number))
-    if not isinstance(budget, Mapping):
-        return order, ""
-    deletions, taken = within_latency(model, [i for i, _ in order], steps.num_steps, budget)
-    return order[:deletions], f"a forward pass takes {taken:.3g} ms, allowed are {float(budget['latency_ms']):g}"
+    notes = []
+    if isinstance(budget, Mapping):
+        deletions, taken = within_latency(model, [i for i, _ in order], steps.num_steps, budget)
+        order = order[:deletions]
+        notes.append(f"a forward pass takes {taken:.3g} ms, allowed are {float(budget['latency_ms']):g}")
+    sizes = shares(steps, power).tolist() if scores is None else scores
+    gone = {i for i, _ in order}
+    left = [size for i, size in enumerate(sizes) if i not in gone and i not in fixed]
+    if gone and left and min(left) <= max(sizes[i] for i in gone) * (1.0 + 1e-9):
+        notes.append(
+            "of layers with equal shares the first went; criterion=taulearn.contribution(inputs) tells them apart"
+        )
+    return order, "; ".join(notes)
