@@ -23,7 +23,7 @@ from ._choice import Criterion as Criterion, normalised, plan as plan, scores_of
 from ._contribution import contribution as contribution
 from ._deletion import WRAPPING, Prunable as Prunable, all_or_nothing, check_averaged, check_holds, delete, prunable_of
 from ._distributed import expire_wrappers, refuse_distributed
-from ._policy import THRESHOLD, Pruning as Pruning, check_threshold
+from ._policy import THRESHOLD, Pruning as Pruning, check_one_decides, check_threshold
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,7 @@ def prune(
     """
     if threshold is not None:
         check_threshold(threshold)
-        for name, given in (("keep", keep), ("budget", budget)):
-            if given is not None:
-                raise ValueError(
-                    f"threshold must be left out where {name} is given, got {threshold}: one of them decides"
-                )
+    check_one_decides(threshold, keep=keep, budget=budget)
     prunable = check_prunable(model)
     model = getattr(model, "_orig_mod", model)
     steps, power = prunable.time_steps, prunable.scheme.step_power

@@ -127,6 +127,15 @@ def test_damage_on_the_way_sends_to_the_next_mirror(damage: str, mini, miniature
     assert left_in(tmp_path) == [IMAGES, LABELS]
 
 
+def test_an_unreachable_proxy_is_named(mini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setattr(catalog, "CATALOGUE", {"mini": replace(mini, mirrors=("http://mirror.invalid/",))})
+    with pytest.raises(ConnectionError, match=r"mirror.invalid/[^ ]*: proxy: .*refused"):
+        data.load("mini", root=tmp_path)
+
+
 def test_without_a_connection_the_reason_is_short(mini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "CATALOGUE", {"mini": replace(mini, mirrors=("http://127.0.0.1:1/",))})
     with pytest.raises(ConnectionError) as caught:

@@ -62,6 +62,8 @@ def download(file: DataFile, root: Path) -> Path:
 
 def _reason(error: Exception) -> str:
     """Why a request failed, without the chain of errors that led to it."""
+    from requests.exceptions import ProxyError
+
     response = getattr(error, "response", None)
     if response is not None and response.status_code >= 400:
         return f"status {response.status_code} {response.reason}"
@@ -71,7 +73,7 @@ def _reason(error: Exception) -> str:
         if not isinstance(below, Exception):
             break
         inner = below
-    proxy = "proxy: " if "ProxyError" in repr(error) else ""
+    proxy = "proxy: " if isinstance(error, ProxyError) else ""
     return proxy + (re.sub(r"^(<[^>]*>|\w+\(.*?\)): ", "", str(inner)) or type(error).__name__)
 
 

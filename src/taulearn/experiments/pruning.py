@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from .._policy import check_one_decides
 from ..calibration import norms_in, recalibrate_
 from ..diagnostics.decision import DepthDecision, choose_layers
 from ..nn.network import TimeVariableNetwork
@@ -79,8 +80,7 @@ def prune_run(
         >>> taulearn.load_model(folder / "small").time_steps.origin
         (0, 5)
     """
-    if threshold is not None and keep is not None:
-        raise ValueError(f"threshold must be left out where keep is given, got {threshold}: one of them decides")
+    check_one_decides(threshold, keep=keep)
     _, config, model = finished_run(run, out, overwrite=overwrite)
     splits = parts.load_splits(config)
     loss = parts.make_loss(config, classes=splits.classes is not None)[1]

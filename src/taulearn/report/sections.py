@@ -141,10 +141,8 @@ def _time_steps(history: HistoryRecord, figures: dict[str, Figure], key: str) ->
 def _losses(history: HistoryRecord, figures: dict[str, Figure], key: str) -> str:
     window = smoothing_window(history)
     smoothed = f" (mean over {window} iterations, or each batch)" if window > 1 else ""
-    penalties = (
-        ", each penalty, and the total that is differentiated (without proximal penalties, which act after a step)"
-    )
-    penalties = penalties if penalty_names(history) else ""
+    total = "the total that is differentiated (without proximal penalties, which act after a step)"
+    penalties = f", each penalty, and {total}" if penalty_names(history) else ""
     figures[key] = loss_curves(history)
     return figure_element(key, figures[key], "Losses", f"Data loss{smoothed}{penalties}.", controls=("x", "y"))
 

@@ -10,7 +10,6 @@ fifths. Inductor would lay them out by rows: each tall matrix that a product rea
 of its transpose, which is then stored as it stands.
 """
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -103,9 +102,9 @@ def _store_by_columns(graph: fx.Graph) -> None:
                 node.update_arg(0, _transpose(graph, of))
 
 
-def _calls(graph: fx.Graph, target: Any) -> Iterator[fx.Node]:
+def _calls(graph: fx.Graph, target: Any) -> list[fx.Node]:
     """The calls of a function that are there now."""
-    return iter([node for node in graph.nodes if node.op == "call_function" and node.target is target])
+    return [node for node in graph.nodes if node.op == "call_function" and node.target is target]
 
 
 def _transpose(graph: fx.Graph, node: fx.Node) -> fx.Node:
