@@ -18,6 +18,7 @@ from taulearn.experiments.results import NotMeasured, Results
 from taulearn.experiments.runner import run_members
 from taulearn.experiments.suite import Member
 from taulearn.experiments.watch import Watch, duration
+from taulearn.saving import load_model
 from taulearn.training import History
 from taulearn.training.thinning import numbers
 
@@ -184,6 +185,27 @@ def test_packed_results_are_the_same_results(tmp_path):
     assert packed.config("a", 0) == folder.config("a", 0)
     assert packed.measurements("b", 0) == folder.measurements("b", 0)
     packed.pack(tmp_path / "again.npz")
+    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "records.npz").read_bytes()
+
+
+def test_what_a_figure_shows_besides_records_is_kept(tmp_path):
+    run_members([member()], tmp_path / "out", engine="serial")
+    folder = Results(tmp_path / "out")
+
+    def weights(results):
+        model = load_model(results.folder("a", 0))
+        return {"head": model.head.weight.detach().numpy(), "tau": np.array(model.time_steps.tau.tolist())}
+
+    folder.pack(tmp_path / "records.npz", {"1": weights, "2": lambda results: {"none": results.folder("b", 0)}})
+    packed = Results(tmp_path / "records.npz")
+    found, again = folder.arrays("1", weights), packed.arrays("1", weights)
+    assert found.keys() == again.keys() == {"head", "tau"}
+    np.testing.assert_allclose(found["head"], weights(folder)["head"], rtol=1e-3, atol=1e-7)
+    for name, array in found.items():
+        np.testing.assert_array_equal(again[name], array)
+    with pytest.raises(NotMeasured, match="figure 2 shows more than records"):
+        packed.arrays("2", weights)
+    packed.pack(tmp_path / "again.npz", {"1": weights})
     assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "records.npz").read_bytes()
 
 

@@ -137,7 +137,9 @@ def _with_fewer_colours(png: bytes) -> bytes:
 
     content = io.BytesIO()
     with Image.open(io.BytesIO(png)) as picture:
-        picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT).save(content, format="png", optimize=True)
+        picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE).save(
+            content, format="png", optimize=True
+        )
     return content.getvalue()
 
 
@@ -215,7 +217,7 @@ def keep(suite: Suite, results: Results, judged: Sequence[Judged], folder: str |
     for name, text in tabulate(suite, results).items():
         write_bytes(kept / f"table-{name}.md", text.encode())
         files.append(kept / f"table-{name}.md")
-    results.pack(kept / PACK)
+    results.pack(kept / PACK, suite.shown)
     write_bytes(kept / "provenance.json", (json.dumps(provenance(suite, results), indent=1) + "\n").encode())
     return [*files, kept / PACK, kept / "provenance.json"]
 

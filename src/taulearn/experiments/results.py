@@ -5,7 +5,8 @@ suite's results are kept: rows per iteration coarsely thinned, time steps as 16 
 What is computed from a folder is therefore what is computed from the file.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,33 @@ class Results:
         except ValidationError as error:
             raise NotMeasured(f"{setting}/seed-{seed}: {explain(error)}") from error
 
-    def pack(self, path: str | Path) -> None:
+    def arrays(self, figure: str, compute: "Callable[[Results], Mapping[str, Array]]") -> dict[str, Array]:
+        """What a figure shows besides records, rounded to 16 bit numbers: networks, fields.
+
+        Args:
+            figure: Its number.
+            compute: Makes the arrays from the members' folders; not called where they were kept.
+
+        Raises:
+            NotMeasured: If only records were kept, or a member is missing.
+        """
+        found = self._source.arrays(figure, lambda: compute(self))
+        return {name: array.astype(np.float16).astype(np.float32) for name, array in found.items()}
+
+    def pack(
+        self, path: str | Path, shown: "Mapping[str, Callable[[Results], Mapping[str, Array]]] | None" = None
+    ) -> None:
         """Write all that is needed to judge and to draw into one file, some kilobytes for each member.
 
         Args:
             path: The file; ``Results(path)`` reads it.
+            shown: What makes the arrays of a figure, by its number; see :meth:`arrays`.
         """
+        figures: dict[str, dict[str, Array]] = {}
+        for number, compute in (shown or {}).items():
+            with contextlib.suppress(NotMeasured):
+                arrays = self.arrays(number, compute)
+                figures[number] = {name: array.astype(np.float16) for name, array in arrays.items()}
         records: dict[str, tuple[History | None, dict[str, Any], dict[str, Any] | None]] = {}
         for setting in self.settings:
             for seed in self.seeds(setting):
@@ -145,7 +167,7 @@ class Results:
                 except NotMeasured:
                     measured = None
                 records[f"{setting}/seed-{seed}"] = (history, note, measured)
-        write_pack(Path(path), records)
+        write_pack(Path(path), records, figures)
 
     def _name(self, setting: str, seed: int) -> str:
         try:

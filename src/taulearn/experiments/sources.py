@@ -5,7 +5,7 @@ import json
 import math
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ FORMAT = 1
 DONE = "done.json"
 MEASUREMENTS = "measurements.json"
 _NOTES = "notes"
+_SHOWN = "shown/"
 
 
 class NotMeasured(LookupError):
@@ -42,6 +43,15 @@ class Source(ABC):
     @abstractmethod
     def content(self, name: str, file: str) -> dict[str, Any]:
         """What a member's file DONE or MEASUREMENTS holds."""
+
+    def arrays(self, figure: str, compute: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]:
+        """What a figure shows besides records, by name.
+
+        Args:
+            figure: Its number.
+            compute: Makes them from the members' folders.
+        """
+        return compute()
 
 
 class FolderSource(Source):
@@ -99,6 +109,7 @@ class PackSource(Source):
             raise ValueError(f"{file} must have format {FORMAT}, got {notes.get('format')!r}: another version wrote it")
         self.notes: dict[str, dict[str, Any]] = notes["members"]
         self.columns: dict[str, dict[str, Array]] = {name: {} for name in self.notes}
+        self.shown = {name: arrays.pop(name) for name in [*arrays] if name.startswith(_SHOWN)}
         for column, array in arrays.items():
             start = 0
             for name, shape in notes["shapes"][column]:
@@ -120,15 +131,25 @@ class PackSource(Source):
             raise NotMeasured(f"{name} has no {file}")
         return content
 
+    def arrays(self, figure: str, compute: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]:
+        prefix = f"{_SHOWN}{figure}/"
+        found = {name.removeprefix(prefix): array for name, array in self.shown.items() if name.startswith(prefix)}
+        if not found:
+            raise NotMeasured(f"figure {figure} shows more than records, and no more was kept")
+        return found
+
 
 def write_pack(
-    file: Path, records: Mapping[str, tuple[History | None, Mapping[str, Any], Mapping[str, Any] | None]]
+    file: Path,
+    records: Mapping[str, tuple[History | None, Mapping[str, Any], Mapping[str, Any] | None]],
+    shown: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> None:
     """Write the results of many members into one compressed file of arrays, each column of all members as one array.
 
     Args:
         file: The file; its name ends in .npz.
         records: By name: the record, what was noted at the end, what was measured.
+        shown: What figures show besides, by their numbers.
 
     Example:
         >>> import tempfile
@@ -146,6 +167,7 @@ def write_pack(
     shapes = {column: [(name, array.shape) for name, array in arrays.items()] for column, arrays in parts.items()}
     notes = json.dumps({"format": FORMAT, "members": members, "shapes": shapes}, sort_keys=True)
     arrays = {column: np.concatenate([a.ravel() for a in each.values()]) for column, each in parts.items()}
+    arrays |= {f"{_SHOWN}{key}/{name}": array for key, each in (shown or {}).items() for name, array in each.items()}
     content = io.BytesIO()
     np.savez_compressed(content, **{_NOTES: np.frombuffer(notes.encode(), dtype=np.uint8)}, **arrays)  # type: ignore[arg-type]
     write_bytes(file, content.getvalue())

@@ -18,6 +18,7 @@ from .config import TrainConfig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..training.history import Array
     from .results import Results
 
 Outcome = Literal["holds", "holds in part", "does not hold", "not measured"]
@@ -194,6 +195,7 @@ class Suite:
         figures: Functions from records to matplotlib figures, by their numbers in the paper.
         tables: Functions from records to Markdown tables, by their numbers in the paper.
         needs: Patterns of the settings that a figure or a table needs, by its number; without any, all of them.
+        shown: What makes the arrays that a figure shows besides records, by its number.
 
     Example:
         >>> from taulearn.experiments.suites import load
@@ -209,6 +211,7 @@ class Suite:
     figures: "Mapping[str, Callable[[Results], Figure]]" = field(default_factory=dict)
     tables: "Mapping[str, Callable[[Results], str]]" = field(default_factory=dict)
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shown: "Mapping[str, Callable[[Results], Mapping[str, Array]]]" = field(default_factory=dict)
 
     def needed(self, members: Sequence[Member], numbers: Collection[str]) -> list[Member]:
         """The members that figures and tables need.

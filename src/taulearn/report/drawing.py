@@ -1,6 +1,7 @@
 """A network drawn as in Antil, Diaz, Herberg (2022), figure 2: weights as lines, biases as dots, the steps above."""
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,30 @@ _MOST_LINES = 2500
 """Lines per pair of layers; of wider layers the largest weights are drawn."""
 
 
+class Parts(NamedTuple):
+    """What is drawn of a network.
+
+    Attributes:
+        weights: Of the hidden layers and of the output, each (outputs, inputs).
+        biases: Of the hidden layers.
+        origin: The layers' numbers at the start of training.
+        tau: Their steps.
+    """
+
+    weights: Sequence[NDArray[Any]]
+    biases: Sequence[NDArray[Any]]
+    origin: Sequence[int]
+    tau: Sequence[float]
+
+    @property
+    def names(self) -> list[str]:
+        """What stands above the columns."""
+        pairs = zip(self.origin, self.tau, strict=True)
+        return ["input", *(f"layer {number}\n$\\tau$ = {tau:.2f}" for number, tau in pairs), "output"]
+
+
 def network(
-    model: "nn.Module",
+    model: "nn.Module | Parts",
     *,
     ax: "Axes | None" = None,
     largest_weight: float | None = None,
@@ -27,7 +50,7 @@ def network(
     output; neurons without a bias (input, output) are empty dots.
 
     Args:
-        model: A network of fully connected layers.
+        model: A network of fully connected layers, or what :func:`parts` says of it.
         ax: Where to draw; None makes a figure.
         largest_weight: Magnitude at the end of the lines' colours. None: the largest one.
         largest_bias: Magnitude at both ends of the dots' colours. None: the largest one.
@@ -50,7 +73,8 @@ def network(
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    weights, biases, names = parts(model)
+    shown = model if isinstance(model, Parts) else parts(model)
+    weights, biases, names = shown.weights, shown.biases, shown.names
     if ax is None:
         ax = Figure(figsize=(1.6 * (len(weights) + 2), 4.0), dpi=150, layout="constrained").subplots()
     top = max(float(np.abs(w).max()) for w in weights) if largest_weight is None else largest_weight
@@ -96,8 +120,8 @@ def _heights(neurons: int) -> NDArray[np.float64]:
     return np.linspace(1.0, 0.0, neurons) if neurons > 1 else np.array([0.5])
 
 
-def parts(model: "nn.Module") -> tuple[list[NDArray[Any]], list[NDArray[Any]], list[str]]:
-    """What is drawn: weights of all layers and of the output, biases of the layers, names of the columns.
+def parts(model: "nn.Module") -> Parts:
+    """What is drawn of a network.
 
     Args:
         model: A network of fully connected layers.
@@ -107,7 +131,7 @@ def parts(model: "nn.Module") -> tuple[list[NDArray[Any]], list[NDArray[Any]], l
 
     Example:
         >>> from taulearn.nn import resnet
-        >>> [w.shape for w in parts(resnet(7, 10, 3, 2))[0]]
+        >>> [w.shape for w in parts(resnet(7, 10, 3, 2)).weights]
         [(10, 7), (10, 10), (3, 10)]
     """
     from torch import nn
@@ -124,6 +148,4 @@ def parts(model: "nn.Module") -> tuple[list[NDArray[Any]], list[NDArray[Any]], l
     weights = [each.weight.detach().double().cpu().numpy() for each in found]
     biases = [each.bias.detach().double().cpu().numpy() for each in found[:-1]]
     steps = cast(Any, model).time_steps
-    taus = steps.tau.detach().tolist()
-    names = [f"layer {number}\n$\\tau$ = {tau:.2f}" for number, tau in zip(steps.origin, taus, strict=True)]
-    return weights, biases, ["input", *names, "output"]
+    return Parts(weights, biases, steps.origin, steps.tau.detach().tolist())

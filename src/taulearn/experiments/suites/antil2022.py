@@ -59,6 +59,7 @@ SUITE = Suite(
         "4": figures.figure_4,
         "5": figures.figure_5,
     },
+    shown=figures.SHOWN,
     tables={"1": tables.table_1, "toys": tables.toys, "optimisers": tables.optimizers},
     needs={
         "1": ("maxwell/6-50/*", "maxwell/*/learned/*"),  # figure 1 and table 1

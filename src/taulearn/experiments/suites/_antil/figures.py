@@ -1,6 +1,6 @@
 """Figures 1 to 5 in the article's form; lines are geometric means over the seeds, bands reach from least to largest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -41,24 +41,20 @@ def figure_2(results: Results) -> "Figure":
 
     Where no step is near zero, without the layers that the article deletes.
     """
-    from ....saving import load_model
-
-    name, seed = _most_telling(results)
-    folder = results.folder(name, seed)
-    networks = [load_model(folder), load_model(folder / REDUCED)]
-    row = results.measurements(name, seed)
-    shown = [drawing.parts(each) for each in networks]
-    limits = {
-        "largest_weight": max(float(np.abs(w).max()) for weights, _, _ in shown for w in weights),
-        "largest_bias": max(float(np.abs(b).max()) for _, biases, _ in shown for b in biases),
-    }
     from matplotlib.figure import Figure
 
-    columns = [len(weights) for weights, _, _ in shown]
+    arrays = results.arrays("2", _networks)
+    networks = [_parts(arrays, which) for which in ("whole", "reduced")]
+    row = results.measurements(*_most_telling(results))
+    limits = {
+        "largest_weight": max(float(np.abs(w).max()) for each in networks for w in each.weights),
+        "largest_bias": max(float(np.abs(b).max()) for each in networks for b in each.biases),
+    }
+    columns = [len(each.weights) for each in networks]
     figure = Figure(figsize=(1.5 * sum(columns) + 3.0, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2, width_ratios=columns)
     errors = row["before"], row["after"][row["shown"]]
-    gone = sorted({*range(len(row["tau"]))} - {*networks[1].time_steps.origin})
+    gone = sorted({*range(len(row["tau"]))} - {*networks[1].origin})
     words = f"{len(row['tau'])} hidden layers", f"without layer{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}"
     for ax, each, error, what in zip(axes, networks, errors, words, strict=True):
         drawing.network(each, ax=ax, **limits, colour_bars=ax is axes[-1])
@@ -87,12 +83,12 @@ def figure_4(results: Results) -> "Figure":
 
     figure, axes = _grid(2, 2, 3.6)
     panels = list(product(SCHEMES, ("fixed", "learned")))
-    fields = {panel: _error_field(results, setting("2-50", *panel, "plain")) for panel in panels}
+    fields = results.arrays("4", _error_fields)
     every = np.concatenate([field.ravel() for field in fields.values()])
     norm = LogNorm(float(np.quantile(every, 0.01)), float(every.max()))
     line = np.linspace(-1, 1, GRID)
     for ax, letter, (scheme, kind) in zip(axes.flat, "abcd", panels, strict=True):
-        picture = ax.pcolormesh(line, line, fields[scheme, kind], norm=norm, cmap="viridis", rasterized=True)
+        picture = ax.pcolormesh(line, line, fields[f"{scheme}/{kind}"], norm=norm, cmap="viridis", rasterized=True)
         _disc(ax, "white")
         ax.set_title(f"({letter}) {NAMES[scheme]}, {_FIXED[kind]}", fontsize="medium")
     figure.colorbar(picture, ax=axes, label=r"$|u - u^{NN}|$, mean over the seeds", shrink=0.8)
@@ -101,11 +97,10 @@ def figure_4(results: Results) -> "Figure":
 
 def figure_5(results: Results) -> "Figure":
     """The exact field and the fractional network 2-50 with learned steps as arrows, and their distance in the disc."""
-    name = setting("2-50", "fractional", "learned", "plain")
-    values = _square(results, name, results.seeds(name)[0])
-    points = square_points()
-    exact = maxwell.solution(points).numpy().reshape(GRID, GRID, 3)
-    inside = maxwell.inside(points).numpy().reshape(GRID, GRID)
+    difference = results.arrays("5", _difference)["difference"].astype(np.float64)
+    exact = _exact()
+    values = exact + difference
+    inside = maxwell.inside(square_points()).numpy().reshape(GRID, GRID)
     line = np.linspace(-1, 1, GRID)
     figure, axes = _grid(1, 3, 4.0)
     some = slice(GRID // 16, None, GRID // 13)
@@ -119,7 +114,7 @@ def figure_5(results: Results) -> "Figure":
         ax.quiver(x, y, first, second, color=PALETTE[0], angles="xy", scale_units="xy", scale=3.2, width=0.005)
         ax.set_title(title, fontsize="medium")
         _disc(ax, "0.5")
-    error = np.where(inside, np.linalg.norm((values - exact)[..., :2], axis=-1), np.nan)
+    error = np.where(inside, np.linalg.norm(difference[..., :2], axis=-1), np.nan)
     picture = axes[0, 2].pcolormesh(line, line, error, cmap="viridis", rasterized=True)
     figure.colorbar(picture, ax=axes[0, 2], label=r"$|(u_1, u_2) - (u_1, u_2)^{NN}|$", shrink=0.8)
     axes[0, 2].set_title("pointwise error in the cylinder", fontsize="medium")
@@ -195,12 +190,52 @@ def _square(results: Results, name: str, seed: int) -> NDArray[np.float64]:
     return tensors["values"].double().numpy().reshape(GRID, GRID, 3)
 
 
-def _error_field(results: Results, name: str) -> NDArray[np.float64]:
-    """abs(u - u^NN) on the square, mean over the seeds."""
-    exact = maxwell.solution(square_points()).numpy().reshape(GRID, GRID, 3)
-    fields = [np.linalg.norm(_square(results, name, seed) - exact, axis=-1) for seed in results.seeds(name)]
-    mean: NDArray[np.float64] = np.mean(fields, axis=0)
-    return mean
+def _exact() -> NDArray[np.float64]:
+    """u on the square, (GRID, GRID, 3)."""
+    values: NDArray[np.float64] = maxwell.solution(square_points()).numpy().reshape(GRID, GRID, 3)
+    return values
+
+
+def _error_fields(results: Results) -> dict[str, NDArray[Any]]:
+    """abs(u - u^NN) on the square, mean over the seeds, of four networks 2-50."""
+    exact, fields = _exact(), {}
+    for scheme, kind in product(SCHEMES, STEPS):
+        name = setting("2-50", scheme, kind, "plain")
+        errors = [np.linalg.norm(_square(results, name, seed) - exact, axis=-1) for seed in results.seeds(name)]
+        fields[f"{scheme}/{kind}"] = np.mean(errors, axis=0)
+    return fields
+
+
+def _difference(results: Results) -> dict[str, NDArray[Any]]:
+    """u^NN - u on the square, of the first fractional network 2-50 with learned steps."""
+    name = setting("2-50", "fractional", "learned", "plain")
+    return {"difference": _square(results, name, results.seeds(name)[0]) - _exact()}
+
+
+def _networks(results: Results) -> dict[str, NDArray[Any]]:
+    """Weights, biases and steps of the network of figure 2, whole and reduced."""
+    from ....saving import load_model
+
+    folder = results.folder(*_most_telling(results))
+    arrays: dict[str, NDArray[Any]] = {}
+    for which, path in (("whole", folder), ("reduced", folder / REDUCED)):
+        shown = drawing.parts(load_model(path))
+        arrays |= {f"{which}/weight.{number}": w for number, w in enumerate(shown.weights)}
+        arrays |= {f"{which}/bias.{number}": b for number, b in enumerate(shown.biases)}
+        arrays |= {f"{which}/origin": np.array(shown.origin), f"{which}/tau": np.array(shown.tau)}
+    return arrays
+
+
+def _parts(arrays: Mapping[str, NDArray[Any]], which: str) -> drawing.Parts:
+    """What :func:`_networks` noted of one of the two networks."""
+    origin = [int(number) for number in arrays[f"{which}/origin"]]
+    weights = [arrays[f"{which}/weight.{number}"] for number in range(len(origin) + 1)]
+    biases = [arrays[f"{which}/bias.{number}"] for number in range(len(origin))]
+    return drawing.Parts(weights, biases, origin, arrays[f"{which}/tau"].tolist())
+
+
+SHOWN = {"2": _networks, "4": _error_fields, "5": _difference}
+"""What makes the arrays that figures show besides records."""
 
 
 def _disc(ax: "Axes", colour: str) -> None:
