@@ -32,12 +32,25 @@ def shares(steps: TimeSteps, power: float = 1.0) -> Tensor:
         >>> shares(TimeSteps(2, init=[3.0, -1.0])).tolist()
         [0.75, 0.25]
     """
-    magnitude = steps.tau.double().abs() ** power
-    if not bool(torch.isfinite(magnitude).all()):
+    if not bool(torch.isfinite(steps.tau).all()):
         raise ValueError(
             f"tau must be finite, got {steps.tau.tolist()}: training has diverged; lower the learning rate"
         )
-    return magnitude / magnitude.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return shares_of(steps.tau, power)
+
+
+def shares_of(tau: Tensor, power: float) -> Tensor:
+    """The shares of any numbers of steps.
+
+    Args:
+        tau: Steps (..., num_steps).
+        power: As for :func:`shares`.
+
+    Returns:
+        Shares (..., num_steps), float64.
+    """
+    magnitude = tau.double().abs() ** power
+    return magnitude / magnitude.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def plan(

@@ -5,7 +5,7 @@ objective as a pure function of the parameters, SGD's update rule is written out
 inductor turns the whole into one call; the optimiser's state stays in the optimiser.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -96,6 +96,16 @@ def fingerprint(objective: Objective) -> tuple[Any, ...]:
     return options, [p.requires_grad for p in objective.parameters()]
 
 
+def put_back(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Undo steps.
+
+    Args:
+        copies: What :meth:`FusedSGD.copies` made before them.
+    """
+    for tensor, copy in copies:
+        tensor.copy_(copy)
+
+
 class FusedSGD:
     """``steps`` iterations of torch.optim.SGD in one compiled call.
 
@@ -145,6 +155,12 @@ class FusedSGD:
             not groups[i]["momentum"] or state[self.parameters[name]].get("momentum_buffer") is not None
             for name, i in self.group_of.items()
         )
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """What the steps change, each tensor with a copy of it, for :func:`put_back`."""
+        state = [self.optimizer.state[p].get("momentum_buffer") for p in self.parameters.values()]
+        changing = [*(p.detach() for p in self.parameters.values()), *(b for b in state if b is not None)]
+        return [(tensor, tensor.clone()) for tensor in changing]
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Take the steps.

@@ -197,6 +197,9 @@ class Loop:
 
     def _prune(self, pruner: Pruner, epoch: int) -> None:
         """Delete what the policy deletes; the record, the compiled step and the optimiser follow."""
+        idle = pruner.by_steps and pruner.idle(self.steps.tau.detach()[None])
+        if idle and self.ranks.size == 1:
+            return
         self._flush()
         self._check([self.steps.values])
         report = prune_alike(self.ranks, pruner, self.position.iteration, self.parts.averaged)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._calls import layer_milliseconds
-from .._choice import Criterion, normalised, scores_of, shares
+from .._choice import Criterion, scores_of, shares, shares_of
 from .._contribution import RunningContribution
 from .._deletion import Prunable, prunable_of
 from .._policy import Pruning
@@ -166,6 +166,24 @@ class Pruner:
         """Whether to look at the layers after this iteration, counted from 1."""
         return not self.over and (epoch_ends if self.every is None else iteration % self.every == 0)
 
+    @property
+    def by_steps(self) -> bool:
+        """Whether the steps alone decide, by a threshold: a record of them tells when a layer had to go."""
+        return not self.policy.targeted and self.running is None and not callable(self.policy.criterion)
+
+    def idle(self, tau: Tensor) -> bool:
+        """Whether, as the policy goes by the steps, no layer has to go with any of these.
+
+        Args:
+            tau: Steps, (times, layers); where one is not finite, the answer is no.
+        """
+        assert self.policy.threshold is not None
+        prunable, fixed = self.prunable, self.prunable.fixed_layers()
+        _, power = scores_of(self.policy.criterion, prunable, self.model)
+        found = shares_of(tau.cpu(), power)[:, [i for i in range(tau.shape[1]) if i not in fixed]]
+        self.least = float(found[-1].min()) if found.numel() else None
+        return bool((found >= self.policy.threshold).all())
+
     def measuring(self, iteration: int) -> AbstractContextManager[None] | None:
         """In what to take the iteration of this number (from 0), where contributions are measured in it."""
         every = self.measure_every
@@ -190,10 +208,6 @@ class Pruner:
         if self.target is None:
             assert self.policy.threshold is not None
             report: PruneReport | None = prune(self.model, self.policy.threshold, criterion=self._criterion, **options)
-            if not callable(self.policy.criterion) and self.running is None:
-                fixed = self.prunable.fixed_layers()
-                left = [share for i, share in enumerate(normalised(self._scores())) if i not in fixed]
-                self.least = min(left, default=None)
         else:
             report = self._reach(iteration, options)
         if report:
