@@ -8,9 +8,9 @@ from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
-from .._deletion import check_averaged, check_holds, check_holds_steps, prunable_of
+from .._deletion import Prunable, check_averaged, check_holds, check_holds_steps, prunable_of
 from .._errors import positive_integer, unknown_name
-from ..optim import SteepestDescent
+from ..optim import SteepestDescent, group_of
 from ..penalties import Penalty, time_steps_of
 from ..pruning import Pruning, check_prunable
 
@@ -81,6 +81,38 @@ def check_pruning(pruning: Pruning | None, model: nn.Module) -> None:
     if not isinstance(pruning, Pruning):
         raise TypeError(f"pruning must be a Pruning policy, got {pruning!r}: write pruning=taulearn.Pruning(0.01)")
     check_prunable(model)
+
+
+def check_penalised(policy: Pruning, prunable: Prunable, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a policy whose penalty on the steps could not lead to its target.
+
+    Args:
+        policy: One with a target.
+        prunable: What is pruned.
+        optimizer: Its optimiser.
+
+    Raises:
+        ValueError: If the steps do not change, their sum is constant, or the optimiser does not hold them.
+    """
+    steps = prunable.time_steps
+    if policy.penalised == "none":
+        return
+    remedy = "or cut layers off without a penalty, penalised='none'"
+    if steps.constraint == "fixed":
+        raise ValueError(
+            "constraint must not be 'fixed' where a penalty on the steps leads to the target: they do not change; "
+            f"use 'free', {remedy}"
+        )
+    if steps.constraint == "simplex" and policy.penalised == "all":
+        raise ValueError(
+            "constraint must not be 'simplex' with penalised='all': the sum of the steps is constant; "
+            "use penalised='next', or constraint 'free'"
+        )
+    if not steps.values.requires_grad or group_of(optimizer, steps.values) is None:
+        raise ValueError(
+            "optimizer must hold the time steps where a penalty on them leads to the target, got one that does "
+            f"not: make it from taulearn.parameter_groups(model, lr), {remedy}"
+        )
 
 
 def check_callbacks(callbacks: Sequence[Callable[..., Any]], metrics: object) -> None:

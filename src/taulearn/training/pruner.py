@@ -16,6 +16,7 @@ from .._deletion import Prunable, prunable_of
 from .._policy import Pruning
 from ..optim import group_of
 from ..pruning import PruneReport, check_prunable, prune
+from .checks import check_penalised
 from .target import SteeredL1, Target, window
 
 _MEASURE_EVERY = 20
@@ -52,7 +53,7 @@ class Pruner:
         self.target: Target | None = None
         self.every = policy.every if isinstance(policy.every, int) else None
         if policy.targeted:
-            self._check_target()
+            check_penalised(policy, self.prunable, optimizer)
             if policy.penalised != "none":
                 self.penalty = SteeredL1(self.prunable.time_steps.values)
             self._window = window(policy.by, policy.every, epochs, per_epoch)
@@ -96,27 +97,6 @@ class Pruner:
         self.target = Target(
             self.policy.penalised, *self._window, [by_number.get(l, 0.0) for l in numbers], excess, whole
         )
-
-    def _check_target(self) -> None:
-        steps = self.prunable.time_steps
-        if self.policy.penalised == "none":
-            return
-        remedy = "or cut layers off without a penalty, penalised='none'"
-        if steps.constraint == "fixed":
-            raise ValueError(
-                "constraint must not be 'fixed' where a penalty on the steps leads to the target: they do not change; "
-                f"use 'free', {remedy}"
-            )
-        if steps.constraint == "simplex" and self.policy.penalised == "all":
-            raise ValueError(
-                "constraint must not be 'simplex' with penalised='all': the sum of the steps is constant; "
-                "use penalised='next', or constraint 'free'"
-            )
-        if not steps.values.requires_grad or group_of(self.optimizer, steps.values) is None:
-            raise ValueError(
-                "optimizer must hold the time steps where a penalty on them leads to the target, got one that does "
-                f"not: make it from taulearn.parameter_groups(model, lr), {remedy}"
-            )
 
     def _measure(self, sample: Any) -> tuple[tuple[float, ...], float]:
         inputs = sample if self.policy.example_inputs is None else self.policy.example_inputs
