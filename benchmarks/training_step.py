@@ -94,21 +94,31 @@ def bare_products(inputs: torch.Tensor) -> Callable[[], float]:
     return epoch
 
 
-def steps_alone(make: Callable[[], nn.Module], images: torch.Tensor, targets: torch.Tensor) -> Callable[[], float]:
-    """The steps of (a) without record, progress and hooks: what these cost is the difference."""
+def steps_alone(
+    make: Callable[[], nn.Module], images: torch.Tensor, targets: torch.Tensor, *, looking: bool = False
+) -> Callable[[], float]:
+    """The steps of (a) without record, progress and hooks: what these cost is the difference.
+
+    With ``looking``, after each of them it is asked whether a layer has to go, as ``Pruning(every=1)`` does.
+    """
+    from taulearn import Pruning
     from taulearn.training.batches import TensorBatches
     from taulearn.training.objective import Objective, StepOptions
+    from taulearn.training.pruner import Pruner
     from taulearn.training.step import Engine
 
     network = make()
     objective = Objective(network, nn.functional.cross_entropy, ())
     batches = TensorBatches(images, targets, BATCH, 0)
-    engine = Engine(objective, torch.optim.SGD(network.parameters(), lr=LR), batches, StepOptions(), compiled=True)
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
+    pruner = Pruner(Pruning(every=1), network, optimizer, 1, len(batches)) if looking else None
+    engine = Engine(objective, optimizer, batches, StepOptions(), compiled=True, pruner=pruner)
 
     def epoch() -> float:
         began = time.perf_counter()
         for _ in engine.epoch(0, 0, 0):
-            pass
+            if pruner is not None and not pruner.idle(network.time_steps.tau.detach()[None]):
+                raise RuntimeError("a layer would be deleted: the loops are no longer alike")
         return time.perf_counter() - began
 
     return epoch
@@ -221,6 +231,7 @@ def main() -> None:
         "b plain loop": plain_loop(make, inputs, targets),
         "d matrix products": bare_products(inputs),
         "a without record": steps_alone(make, images, targets),
+        "a looking each step": steps_alone(make, images, targets, looking=True),
     }
     if not options.skip_published:
         loops["c published loop"] = published_loop(make, images, targets)
