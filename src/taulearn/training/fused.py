@@ -5,7 +5,7 @@ objective as a pure function of the parameters, SGD's update rule is written out
 inductor turns the whole into one call; the optimiser's state stays in the optimiser.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,16 +96,6 @@ def fingerprint(objective: Objective) -> tuple[Any, ...]:
     return options, [p.requires_grad for p in objective.parameters()]
 
 
-def put_back(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Undo steps.
-
-    Args:
-        copies: What :meth:`FusedSGD.copies` made before them.
-    """
-    for tensor, copy in copies:
-        tensor.copy_(copy)
-
-
 class FusedSGD:
     """``steps`` iterations of torch.optim.SGD in one compiled call.
 
@@ -156,11 +146,22 @@ class FusedSGD:
             for name, i in self.group_of.items()
         )
 
-    def copies(self) -> list[tuple[Tensor, Tensor]]:
-        """What the steps change, each tensor with a copy of it, for :func:`put_back`."""
-        state = [self.optimizer.state[p].get("momentum_buffer") for p in self.parameters.values()]
+    def undo(self) -> Callable[[], None]:
+        """What puts parameters, momentum and random numbers back to where they are now."""
+        state = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in self.parameters.values()]
         changing = [*(p.detach() for p in self.parameters.values()), *(b for b in state if b is not None)]
-        return [(tensor, tensor.clone()) for tensor in changing]
+        copies = [(tensor, tensor.clone()) for tensor in changing]
+        devices = {tensor.device for tensor in changing if tensor.is_cuda}
+        random, random_on = torch.get_rng_state(), {each: torch.cuda.get_rng_state(each) for each in devices}
+
+        def put_back() -> None:
+            for tensor, copy in copies:
+                tensor.copy_(copy)
+            torch.set_rng_state(random)
+            for device, numbers in random_on.items():
+                torch.cuda.set_rng_state(numbers, device)
+
+        return put_back
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Take the steps.

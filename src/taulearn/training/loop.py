@@ -166,7 +166,7 @@ class Loop:
         for penalty in self.objective.penalties:
             penalty.start_epoch(epoch, self.settings.epochs)
         position, pruner = self.position, self.parts.pruner
-        began, before, pending = time.perf_counter(), position.seconds, 0
+        began, before, pending, looked = time.perf_counter(), position.seconds, 0, False
         for rows in self.engine.epoch(epoch, position.batch, position.iteration):
             position.iteration += len(rows)
             position.batch += len(rows)
@@ -176,7 +176,8 @@ class Loop:
                 _step(self.parts.scheduler)
             ends = position.batch >= len(self.batches)
             if pruner is not None and pruner.due(position.iteration, epoch_ends=ends):
-                self._prune(pruner, epoch)
+                self._prune(pruner, epoch, trusting=looked)
+                looked = True
             if pending >= _FLUSH_EVERY:
                 self._flush()
                 pending = 0
@@ -195,10 +196,13 @@ class Loop:
         self._check(self.model.parameters())
         position.seconds = before + time.perf_counter() - began
 
-    def _prune(self, pruner: Pruner, epoch: int) -> None:
-        """Delete what the policy deletes; the record, the compiled step and the optimiser follow."""
+    def _prune(self, pruner: Pruner, epoch: int, *, trusting: bool) -> None:
+        """Delete what the policy deletes; the record, the compiled step and the optimiser follow.
+
+        Trusting that the optimiser still holds the model's parameters, the steps are looked at first.
+        """
         idle = pruner.by_steps and pruner.idle(self.steps.tau.detach()[None])
-        if idle and self.ranks.size == 1:
+        if idle and trusting and self.ranks.size == 1:
             return
         self._flush()
         self._check([self.steps.values])

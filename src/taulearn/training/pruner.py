@@ -162,7 +162,7 @@ class Pruner:
         _, power = scores_of(self.policy.criterion, prunable, self.model)
         found = shares_of(tau.cpu(), power)[:, [i for i in range(tau.shape[1]) if i not in fixed]]
         self.least = float(found[-1].min()) if found.numel() else None
-        return bool((found >= self.policy.threshold).all())
+        return bool((found >= float(self.policy.threshold)).all())
 
     def measuring(self, iteration: int) -> AbstractContextManager[None] | None:
         """In what to take the iteration of this number (from 0), where contributions are measured in it."""

@@ -20,7 +20,7 @@ from ..penalties import time_steps_of
 from ..wrapping.folding import fold_average
 from .batches import LoaderBatches, TensorBatches
 from .compiler import compile_once
-from .fused import UNROLL, FusedSGD, has_hooks, put_back, steps_per_call, why_not_fused, why_not_pure
+from .fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fused, why_not_pure
 from .line_search import CompiledValues
 from .objective import Objective, StepOptions
 from .parallel import has_whole_batches, start_epoch
@@ -159,7 +159,8 @@ class Engine:
         self.ranks, self.whole = Ranks() if ranks is None else ranks, has_whole_batches(batches)
         self.plain = PlainStep(objective, optimizer, options, self.ranks)
         self.pruner, self.failed = pruner, failed
-        intervals = () if pruner is None or pruner.by_steps else (pruner.every, pruner.measure_every)
+        self.looks_back = pruner is not None and pruner.by_steps and pruner.every is not None
+        intervals = () if pruner is None or self.looks_back else (pruner.every, pruner.measure_every)
         self.intervals = [every for every in intervals if every is not None]
         self.most = 1 if single else min(UNROLL, *self.intervals, UNROLL)
         if isinstance(batches, TensorBatches):
@@ -223,15 +224,13 @@ class Engine:
         evaluate = self.evaluate
         if isinstance(evaluate, CompiledValues) and not evaluate.unchanged():
             evaluate = None
-        singly = iteration  # steps are taken one by one until then
         while batch < len(self.batches):
             until_stop = min((every - iteration % every for every in self.intervals), default=self.unroll)
-            fits = batch + self.unroll <= self.batches.full and self.unroll <= until_stop and iteration >= singly
+            fits = batch + self.unroll <= self.batches.full and self.unroll <= until_stop
             measured, rows = self._measured(iteration), None
             if measured is None and self.fused is not None and unchanged and fits and self.fused.ready():
                 inputs, targets = self.batches.gather(order[batch * size : (batch + self.unroll) * size])
                 rows = self._together(self.fused, inputs, targets, iteration)
-                singly = iteration if rows is not None else iteration + self.unroll
             if rows is None:
                 (index,), samples = self.ranks.share((order[batch * size : (batch + 1) * size],))
                 inputs, targets = self.batches.gather(index)
@@ -242,18 +241,18 @@ class Engine:
 
     def _together(self, fused: FusedSGD, inputs: Tensor, targets: Tensor, iteration: int) -> Tensor | None:
         """Fused steps; None, with all as before them, where a layer has to go in their midst."""
-        every = None if self.pruner is None or self.pruner.over else self.pruner.every
-        looks = () if every is None else [i for i in range(1, self.unroll) if (iteration + i) % every == 0]
-        if not looks:
+        pruner, looks = self.pruner, []
+        if pruner is not None and pruner.every is not None and self.looks_back and not pruner.over:
+            looks = [i for i in range(1, self.unroll) if (iteration + i) % pruner.every == 0]
+        if pruner is None or not looks:
             return fused(inputs, targets)
-        assert self.pruner is not None
-        before = fused.copies()
+        put_back = fused.undo()
         rows = fused(inputs, targets)
         first = len(self.objective.columns)
         tau = rows[looks, first : first + time_steps_of(self.objective.model).num_steps]  # each row is before its step
-        if self.pruner.idle(tau):
+        if pruner.idle(tau):
             return rows
-        put_back(before)
+        put_back()
         return None
 
     def _measured(self, iteration: int) -> contextlib.AbstractContextManager[None] | None:

@@ -22,7 +22,6 @@ from torch.nn import Parameter
 
 from ..caputo._arguments import transforming
 from ..nn.time_steps import TimeSteps
-from .residual import interpolate
 from .state import Form, state_in, state_out, with_state
 from .units import DisplacementUnits
 
@@ -139,7 +138,7 @@ class Step:
         tau, x = self.scalars[self.index], x.to(y.dtype)
         if self.units is not None:
             tau = tau * self.units.factor(self.index, y - x, x)
-        return with_state(output, interpolate(x, y, tau.to(device=y.device, dtype=y.dtype)))
+        return with_state(output, torch.lerp(x, y, tau.to(device=y.device, dtype=y.dtype)))
 
     def _wrong(self, x: Tensor | None, y: Tensor | None) -> str:
         if x is not None and x.is_nested:
