@@ -3,7 +3,7 @@
 Nothing is compiled here: the functions that would be are run as they are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,10 @@ def trained(
     momentum: float = 0.9,
     dropout: float = 0.0,
     penalties: tuple[Any, ...] = (),
-    network_options: dict[str, Any] = {},  # noqa: B006
+    network_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Any, History]:
-    model = network(**{**OPTIONS, "dropout": dropout, **network_options})
+    model = network(**{**OPTIONS, "dropout": dropout, **(network_options or {})})
     optimizer = torch.optim.SGD(parameter_groups(model, lr=0.05, tau_lr=0.02), lr=0.05, momentum=momentum)
     torch.manual_seed(5)
     history = run_fit(

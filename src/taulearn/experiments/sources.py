@@ -135,7 +135,9 @@ class PackSource(Source):
         prefix = f"{_SHOWN}{figure}/"
         found = {name.removeprefix(prefix): array for name, array in self.shown.items() if name.startswith(prefix)}
         if not found:
-            raise NotMeasured(f"figure {figure} shows more than records, and no more was kept")
+            raise NotMeasured(
+                f"figure {figure} shows more than records, and no more was kept: draw it from the suite's folder"
+            )
         return found
 
 
