@@ -47,6 +47,8 @@ class ConvolutionalBlock(nn.Module):
 class ResNet(nn.Module):
     """A pre-activation ResNet of one stage."""
 
+    side = 32
+
     def __init__(self, width: int = 64, blocks: int = 12) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
@@ -57,8 +59,27 @@ class ResNet(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
+class ResNet34(nn.Module):
+    """ResNet-34 (He et al., 2016) as transformers builds it: 13 of its 16 blocks keep the shape of their input."""
+
+    side = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import ResNetConfig, ResNetForImageClassification
+
+        widths, depths = [64, 128, 256, 512], [3, 4, 6, 3]
+        config = ResNetConfig(layer_type="basic", depths=depths, hidden_sizes=widths, num_labels=10)
+        self.model = ResNetForImageClassification(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).logits
+
+
 class ViT(nn.Module):
     """The encoder of a vision transformer, of torch's own layers."""
+
+    side = 32
 
     def __init__(self, width: int = 192, blocks: int = 12, patch: int = 4) -> None:
         super().__init__()
@@ -75,13 +96,13 @@ class ViT(nn.Module):
         return self.head(self.encoder(y).mean(1))
 
 
-def images(batch: int) -> Tensor:
-    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+def images(batch: int, side: int = 32) -> Tensor:
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def training(model: nn.Module, batch: int) -> Callable[[], None]:
+def training(model: nn.Module, batch: int, side: int = 32) -> Callable[[], None]:
     """One step of SGD with momentum."""
-    x, z = images(batch), torch.arange(batch) % 10
+    x, z = images(batch, side), torch.arange(batch) % 10
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
@@ -93,8 +114,8 @@ def training(model: nn.Module, batch: int) -> Callable[[], None]:
     return run
 
 
-def inference(model: nn.Module, batch: int) -> Callable[[], None]:
-    x = images(batch)
+def inference(model: nn.Module, batch: int, side: int = 32) -> Callable[[], None]:
+    x = images(batch, side)
     model.eval()
 
     @torch.inference_mode()
@@ -131,14 +152,14 @@ def row(*cells: object) -> None:
 
 def measure_overhead(seconds: float) -> None:
     row("wrapped over bare", "batch", "bare ms", "shortest", "median", f"bar {OVERHEAD}")
-    for make in (ViT, ResNet):
+    for make in (ViT, ResNet, ResNet34):
         for batch in BATCHES:
             for kind in (training, inference):
                 torch.manual_seed(0)
                 bare = make()
-                wrapped = wrap(copy.deepcopy(bare), example_inputs=images(1))
+                wrapped = wrap(copy.deepcopy(bare), example_inputs=images(1, make.side))
                 for name, model in (("noise", copy.deepcopy(bare)), (kind.__name__, wrapped)):
-                    ms, shortest, median = compare(kind(model, batch), kind(bare, batch), seconds)
+                    ms, shortest, median = compare(kind(model, batch, make.side), kind(bare, batch, make.side), seconds)
                     verdict = "" if name == "noise" else "met" if median <= OVERHEAD else "missed"
                     row(f"{make.__name__}, {name}", batch, f"{ms:.2f}", f"{shortest:.3f}", f"{median:.3f}", verdict)
 

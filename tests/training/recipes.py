@@ -14,11 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from taulearn import Pruning, parameter_groups
 from taulearn.penalties import L1
 from taulearn.training import History
-from training.support import (
-    digits,
-    network,
-    run_fit,
-)
+from training.support import digits, network, run_fit
 
 EPOCHS = 5
 Options = dict[str, Any]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from taulearn import data
+from taulearn import data, parameter_groups
 from taulearn.nn import resnet
 from taulearn.penalties import Penalty
 from taulearn.training import EpochEnd, History, fit
@@ -33,6 +33,16 @@ def network(hidden_layers: int = 5, *, seed: int = 0, dropout: float = 0.0, **op
     torch.manual_seed(seed)
     activation = nn.Sequential(nn.Tanh(), nn.Dropout(dropout)) if dropout else "tanh"
     return resnet(64, 12, 10, hidden_layers, **{"activation": activation} | options)
+
+
+def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
+    """Plain steepest descent."""
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def momentum(model: nn.Module) -> torch.optim.Optimizer:
+    """Nesterov's momentum, a learning rate for the steps, decay of the weights."""
+    return torch.optim.SGD(parameter_groups(model, 0.05, 0.01, 1e-3), momentum=0.9, nesterov=True)
 
 
 def run_fit(model: Any, train: Any, optimizer: torch.optim.Optimizer, **options: Any) -> History:

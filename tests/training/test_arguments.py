@@ -16,13 +16,9 @@ from taulearn import Pruning, prune
 from taulearn.nn import resnet
 from taulearn.optim import register_projection
 from taulearn.penalties import L1
-from training.support import assert_same_history, assert_same_weights, digits, network, run_fit
+from training.support import assert_same_history, assert_same_weights, digits, network, run_fit, sgd
 
 X, Z = digits()
-
-
-def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=lr)
 
 
 class Dictionaries(Dataset[Any]):

@@ -16,11 +16,7 @@ from taulearn import Pruning
 from taulearn.nn import densenet, feedforward
 from taulearn.penalties import L1
 from taulearn.training import Diverged, History, Run
-from training.support import assert_same_weights, digits, network, run_fit
-
-
-def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=lr)
+from training.support import assert_same_weights, digits, network, run_fit, sgd
 
 
 class Endless(IterableDataset[Any]):

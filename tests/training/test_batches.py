@@ -10,13 +10,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from taulearn.training import accuracy, evaluate
 from taulearn.training.batches import make_batches
-from training.support import LOSS, assert_same_history, assert_same_weights, digits, network, plain_loop, run_fit
+from training.support import LOSS, assert_same_history, assert_same_weights, digits, network, plain_loop, run_fit, sgd
 
 CPU = torch.device("cpu")
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05)
 
 
 def test_images_kept_as_bytes_train_alike() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,7 +15,7 @@ from taulearn.nn import resnet
 from taulearn.training import Diverged
 from taulearn.training.batches import TensorBatches
 from taulearn.training.inspection import bad_tensor_sample
-from training.support import digits, network, run_fit
+from training.support import digits, network, run_fit, sgd
 
 X, Z = digits()
 
@@ -24,10 +24,6 @@ def spoiled(at: int, value: float) -> Tensor:
     inputs = X.clone()
     inputs[at:, 0, 3, 3] = value
     return inputs
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)

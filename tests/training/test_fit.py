@@ -10,23 +10,25 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
-from taulearn import Pruning, parameter_groups
+from taulearn import Pruning
 from taulearn.nn import fractional_dnn
 from taulearn.optim import register_projection
 from taulearn.penalties import L1, BiasOrdering, ElasticNet, Penalty, TimeHorizon, WeightElasticNet
 from taulearn.training.batches import make_batches
-from training.support import LOSS, assert_same_history, assert_same_weights, digits, network, plain_loop, run_fit
+from training.support import (
+    LOSS,
+    assert_same_history,
+    assert_same_weights,
+    digits,
+    momentum,
+    network,
+    plain_loop,
+    run_fit,
+    sgd,
+)
 
 CPU = torch.device("cpu")
 EPOCHS = 3
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05)
-
-
-def momentum(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameter_groups(model, 0.05, 0.01, 1e-3), momentum=0.9, nesterov=True)
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:

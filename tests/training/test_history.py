@@ -5,22 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from taulearn import Pruning, parameter_groups, prune
+from taulearn import Pruning, prune
 from taulearn.penalties import L1, TimeHorizon
 from taulearn.training import EpochEnd, History, StopTraining, evaluate, fit
-from training.support import LOSS, assert_same_history, digits, network, run_fit
+from training.support import LOSS, assert_same_history, digits, momentum, network, run_fit, sgd
 
 CPU = torch.device("cpu")
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05)
-
-
-def momentum(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameter_groups(model, 0.05, 0.01, 1e-3), momentum=0.9, nesterov=True)
 
 
 def test_the_record_of_losses_and_epochs() -> None:

@@ -12,13 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from taulearn import fit
 from taulearn.nn import resnet
 from taulearn.training import evaluate
-from training.support import assert_same_weights, digits, network, run_fit
+from training.support import assert_same_weights, digits, network, run_fit, sgd
 
 X, Z = digits()
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05)
 
 
 def refused(train: Any, tmp_path: Path, error: type[Exception], message: str, **options: Any) -> None:
