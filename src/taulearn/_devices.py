@@ -1,4 +1,8 @@
-"""Whether a device is there and computes."""
+"""Whether a device is there and computes, and on what machine."""
+
+import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -29,6 +33,28 @@ def usable_device(argument: str, device: torch.device | str) -> torch.device:
             f"{'cpu and cuda are' if torch.cuda.is_available() else 'cpu is'} there; or leave it out"
         ) from error
     return found
+
+
+def machine() -> str:
+    """What computes: system, processor, cores, GPU.
+
+    Example:
+        >>> machine().startswith(platform.system())
+        True
+    """
+    parts = [f"{platform.system()} {platform.machine()}", _processor(), f"{os.cpu_count()} cores"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(filter(None, parts))
+
+
+def _processor() -> str:
+    """The processor's model: Linux says it in a file, elsewhere Python may know."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _reason(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import made_up_gradients
 import taulearn
 from taulearn.data import maxwell
 from taulearn.experiments import TrainConfig, train
@@ -222,6 +223,10 @@ def article(out: Path, seeds: int = 3) -> Results:
         finish(out, m.mesh(n), 0, {"n": n, "h": math.sqrt(3) / n, "l2": error, "hcurl": 5 * error, "dofs": 1})
     rows = [{"problem": "linear", "gamma": 0.5, "lipschitz": 1.0, "ratio": 1.0, "bound": 1.1, "printed": 1.2}]
     finish(out, "stability", 0, {"rows": rows})
+    finish(out, "gradients/examples", 0, made_up_gradients.examples())
+    for seed in range(seeds):
+        for setting, row in made_up_gradients.members(seed).items():
+            finish(out, setting, seed, row)
     return Results(out)
 
 
@@ -232,7 +237,7 @@ class TestJudges:
         assert {name: verdict.outcome for name, verdict in verdicts.items()} == dict.fromkeys(verdicts, "holds"), [
             verdict.sentence for verdict in verdicts.values()
         ]
-        assert list(verdicts) == ["A1", "A2", "A3", "A4", "A5", "A6", "A8"]
+        assert list(verdicts) == ["A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8"]
         for verdict in verdicts.values():
             json.dumps(dict(verdict.figures), allow_nan=False)
 

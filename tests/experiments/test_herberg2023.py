@@ -14,6 +14,19 @@ from taulearn.training import History
 from taulearn.training.history import Deletion
 from taulearn.training.thinning import numbers, thinned
 
+HUMP = 1.0 + 0.25 * np.exp(-(((np.log(I) - np.log(2500)) / 0.6) ** 2))
+RIPPLE = 0.04 * np.sin(I / 400) * (I > 900) * (I < 9000)
+
+
+def with_sum(total):
+    """Steps with a given sum, nearly all of it in the first."""
+    return np.where(np.arange(6) == 0, total - 0.05, np.where(np.arange(6) == 5, 0.04, 0.0025))
+
+
+def steps(*last):
+    """Steps that go from 1/6 to these."""
+    return 1 / 6 + (np.array(last) - 1 / 6) * (I / I[-1])
+
 
 @pytest.fixture(scope="module")
 def as_claimed():
@@ -23,12 +36,7 @@ def as_claimed():
     near = bounded / bounded.sum(1, keepdims=True)
     sparse = np.where(np.arange(6) == 3, 1e-5, near)
     sparse = sparse / sparse.sum(1, keepdims=True)
-    hump = (
-        1.0
-        + 0.25 * np.exp(-(((np.log(I) - np.log(2500)) / 0.6) ** 2))
-        + 0.02 * np.sin(I / 400) * (I > 900) * (I < 9000)
-    )
-    small = np.where(np.arange(6) == 0, hump - 0.05, np.where(np.arange(6) == 5, 0.04, 0.0025))
+    small = with_sum(HUMP + RIPPLE)
     sinking = np.where(np.arange(6) == 5, 1 / 6 - I / 1000.0, GROWN)
     records = {}
     for data in DATA:
@@ -51,7 +59,7 @@ def as_claimed():
     for depth in (12, 24):
         for name in ("l1", "l1-pruned"):
             records[setting(DATA[0], f"resnet-{depth}", name)] = of(GROWN, accuracy=0.897, deletions=gone)
-    times = {"never": 1.0, "each epoch": 1.01, "each iteration": 1.5, "2 layers": 0.5, "4 layers": 0.8}
+    times = {"never": 1.0, "each epoch": 1.01, "each iteration": 1.02, "2 layers": 0.5, "4 layers": 0.8}
     measured = {f"time/resnet-{n}": times | {"never": n / 6} for n in (6, 12, 24)}
     measured["time/resnet-6"]["each epoch"] = 1.01
     return MadeUp(records, measured)
@@ -93,6 +101,13 @@ def test_no_claim_is_judged_without_records(claim):
         ("H7", "mnist/fractional/l1", {"accuracy": 0.79}, "fractional with l1 on mnist"),
         ("H2", "mnist/resnet/l1", {"accuracy": 0.87, "loss": 0.33, "penalty": 0.02}, "similar accuracy on mnist"),
         ("H2", "mnist/resnet/l1", {"accuracy": 0.897, "loss": 0.29}, "larger test loss with l1 and horizon on mnist"),
+        ("H2", "mnist/resnet/l1", {"accuracy": 0.897, "loss": 0.29}, "larger training loss with penalties with l1"),
+        (
+            "H2",
+            "mnist/resnet/l1",
+            {"accuracy": 0.897, "loss": 0.29, "penalty": 0.1},
+            "larger training loss on the data",
+        ),
         ("H3", "mnist/fractional/horizon", {"loss": 0.35}, "lower accuracy in the first half of the epochs on mnist"),
         ("H3", "mnist/fractional/horizon", {"loss": 0.35}, "smallest largest step on mnist"),
         ("H3", "mnist/fractional/horizon", {"accuracy": 0.85, "loss": 0.29}, "larger test loss throughout on mnist"),
@@ -102,11 +117,28 @@ def test_no_claim_is_judged_without_records(claim):
         ("H5", "fashion-mnist/fractional/horizon", {}, "the sum comes back to 1 (horizon)"),
         ("H5", "fashion-mnist/fractional/horizon", {}, "horizon damps the growth"),
         ("H5", "fashion-mnist/fractional/l1", {"accuracy": 0.95}, "better without l1"),
+        ("H5", "fashion-mnist/fractional/horizon", {"accuracy": 0.95}, "better without horizon"),
+        ("H5", "fashion-mnist/fractional/l1-horizon", {"accuracy": 0.95}, "better without l1-horizon"),
+        ("H5", "fashion-mnist/fractional/dependent", {"accuracy": 0.85}, "it does not blow up"),
         ("H5", "fashion-mnist/fractional/dependent", {}, "the raw dependent step passes through zero"),
         ("H5", "fashion-mnist/fractional/l1-horizon", {}, "tau_1 to tau_4 get close to zero (l1-horizon)"),
         ("H6", "fashion-mnist/resnet/l1-pruned", {"accuracy": 0.897}, "layers are deleted (l1)"),
+        ("H6", "fashion-mnist/resnet/l1-pruned", {"accuracy": 0.897}, "each deletion removes 10,101 variables"),
+        (
+            "H6",
+            "fashion-mnist/resnet/l1-pruned",
+            {"accuracy": 0.897},
+            "the network that pruning leaves with l1 is faster",
+        ),
         ("H6", "fashion-mnist/resnet/l1-pruned", {"accuracy": 0.88}, "accuracy is kept within a point (l1)"),
         ("H8", "fashion-mnist/resnet-24/l1-pruned", {"accuracy": 0.897}, "the number of layers left does not depend"),
+        (
+            "H8",
+            "fashion-mnist/resnet-12/l1-pruned",
+            {"accuracy": 0.88},
+            "from 12 layers accuracy is kept within a point",
+        ),
+        ("H8", "fashion-mnist/resnet-12/l1-pruned", {"accuracy": 0.88}, "neither does the accuracy"),
     ],
 )
 def test_a_part_that_is_not_as_claimed_is_found(as_claimed, claim, name, instead, fails):
@@ -115,6 +147,57 @@ def test_a_part_that_is_not_as_claimed_is_found(as_claimed, claim, name, instead
     after = JUDGES[claim](changed(as_claimed, name, of(GROWN, **instead)))
     assert after.outcome == "holds in part"
     assert fails in parts_of(after)[1]
+
+
+@pytest.mark.parametrize(
+    ("claim", "name", "tau", "fails"),
+    [
+        ("H4", "resnet/free", steps(*[0.3] * 6), "tau_0 far larger (free)"),
+        ("H4", "resnet/dependent", steps(-9, 0.1, 0.1, 0.1, 0.1, 0.1), "tau_0 far larger (dependent)"),
+        ("H4", "resnet/l1-horizon", GROWN, "sum = 1 in most iterations (l1-horizon)"),
+        ("H5", "fractional/free", steps(3, 1, 1, 1, 0.1, 1), "all steps grow without regularisation"),
+        ("H5", "fractional/free", steps(3, 1, 4, 1, 1, 1), "tau_0 is the largest without regularisation"),
+        ("H5", "fractional/l1", GROWN * 1.1, "l1 damps the growth"),
+        ("H5", "fractional/l1", np.where(np.arange(6) == 2, 1 / (1 + I), GROWN * 0.8), "l1 brings no step to zero"),
+        ("H5", "fractional/horizon", with_sum(HUMP), "the sum oscillates on its way (horizon)"),
+        (
+            "H5",
+            "fractional/horizon",
+            with_sum(1 + (HUMP + RIPPLE - 1) * (I > 3000)),
+            "the sum exceeds 1 near iteration",
+        ),
+        ("H5", "fractional/horizon", with_sum(0.98 + RIPPLE * 0.8), "the sum comes back to 1 (horizon)"),
+        ("H5", "fractional/horizon", with_sum(0.98 + RIPPLE * 0.8), "the sum oscillates on its way (horizon)"),
+    ],
+)
+def test_steps_that_are_not_as_claimed_are_found(as_claimed, claim, name, tau, fails):
+    treatment = name.partition("/")[2]
+    records = of(tau, accuracy={"free": 0.9}.get(treatment, 0.887))
+    after = JUDGES[claim](changed(as_claimed, f"fashion-mnist/{name}", records))
+    assert fails in parts_of(after)[1]
+
+
+def test_negative_step_of_large_magnitude_is_small(as_claimed):
+    records = of(steps(3.5, 1.5, 1.5, 1.4, 1.3, -8.2), accuracy=0.897)
+    verdict = JUDGES["H4"](changed(as_claimed, "fashion-mnist/resnet/dependent", records))
+    assert verdict.outcome == "holds"
+    assert verdict.figures["tau_0 over the next largest step, dependent"].startswith("2.33")
+    assert verdict.figures["|tau_0| over the next largest magnitude, dependent"].startswith("0.42")
+
+
+@pytest.mark.parametrize(
+    ("claim", "network", "times", "fails"),
+    [
+        ("H6", 6, {"each iteration": 1.2}, "after each iteration costs nothing noticeable"),
+        ("H6", 6, {"each epoch": 1.2}, "after each epoch costs nothing noticeable"),
+        ("H6", 6, {"2 layers": 0.99}, "the network that pruning leaves with l1 is faster"),
+        ("H8", 6, {"2 layers": 0.99}, "time is saved from every size"),
+        ("H8", 24, {"never": 2.0}, "the time saved grows with the size"),
+    ],
+)
+def test_times_are_looked_at(as_claimed, claim, network, times, fails):
+    measured = as_claimed.measured | {f"time/resnet-{network}": as_claimed.measured[f"time/resnet-{network}"] | times}
+    assert fails in parts_of(JUDGES[claim](MadeUp(as_claimed.records, measured)))[1]
 
 
 @pytest.mark.parametrize(

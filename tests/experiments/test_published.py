@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from made_up_results import GROWN, MadeUp, record
 from taulearn import caputo
 from taulearn.experiments import TrainConfig, parts, train
 from taulearn.experiments.published import PublishedFractional, PublishedSteps, make_ordinary_, pruning
+from taulearn.experiments.suites._herberg import published as suite
+from taulearn.experiments.suites._herberg.members import PUBLISHED
 from taulearn.nn import TimeSteps, fractional_dnn, resnet
 from taulearn.pruning import prune
 from taulearn.saving import load_model
@@ -121,3 +124,66 @@ def test_published_training_differs_and_leaves_an_ordinary_network(tmp_path):
 def test_settings_that_the_faults_do_not_touch_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(as_published=True, **settings)
+
+
+class Uneven(MadeUp):
+    """Results in memory whose settings have different numbers of seeds."""
+
+    def seeds(self, *names):
+        super().seeds(*names)
+        return list(range(min(len(self.records[name]) for name in names)))
+
+
+def made_up_results():
+    """All settings of the table, five seeds by the formulas and three as published, which lose 0.1."""
+    found = {}
+    for _, own, published in suite.pairs():
+        formulas = [(0, 0.80), (1, 0.81), (2, 0.82), (3, 0.95), (4, 0.95)]
+        found[own] = [record(GROWN, accuracy=each, seed=seed, loss=0.3, penalty=0.02) for seed, each in formulas]
+        found[published] = [
+            record(GROWN, accuracy=each - 0.1, seed=seed, loss=0.4, penalty=0.05) for seed, each in formulas[:3]
+        ]
+    return Uneven(found)
+
+
+def columns_of(table):
+    head, _, *lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()]
+    assert {len(line) for line in lines} == {len(head)}
+    return head, lines
+
+
+def test_table_averages_over_the_seeds_that_both_have():
+    head, lines = columns_of(suite.table(made_up_results()))
+    assert len(lines) == len(PUBLISHED)
+    at, difference = head.index("at the end, formulas"), head.index("difference")
+    for line in lines:
+        own, published = float(line[at]), float(line[at + 1])
+        assert (own, published) == (pytest.approx(0.81, abs=5e-4), pytest.approx(0.71, abs=5e-4))
+        assert float(line[difference].split()[0]) == pytest.approx(published - own, abs=2e-4)
+
+
+def test_table_shows_the_test_loss_without_and_with_penalties():
+    head, lines = columns_of(suite.table(made_up_results()))
+    at = head.index("test loss at the end, formulas")
+    assert head[at + 1 : at + 3] == ["as published", "as published, penalties included"]
+    for line in lines:
+        formulas, without, including = map(float, line[at : at + 3])
+        assert (formulas, without) == (pytest.approx(0.3, abs=4e-3), pytest.approx(0.4, abs=4e-3))
+        assert including - without == pytest.approx(0.05, abs=2e-4)
+
+
+def test_table_names_what_is_not_measured():
+    results = made_up_results()
+    _, _, published = suite.pairs()[0]
+    del results.records[published]
+    _, lines = columns_of(suite.table(results))
+    assert lines[0][1] == f"no finished member of {[published]}"
+    assert "no finished" not in lines[1][1]
+
+
+def test_figure_draws_the_seeds_that_both_have():
+    """The line by the formulas ends at the mean of three seeds."""
+    ax = suite.figure(made_up_results()).axes[0]
+    ends = {line.get_label(): float(line.get_ydata()[-1]) for line in ax.lines}
+    assert ends["formulas"] == pytest.approx(0.81, abs=1e-3)
+    assert ends["as published"] == pytest.approx(0.71, abs=1e-3)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from taulearn.experiments import TrainConfig
+from taulearn.experiments.engines import ray as engine
 from taulearn.experiments.engines.ray import check_answers
 from taulearn.experiments.runner import run_members
 from taulearn.experiments.suite import Member
@@ -20,6 +21,33 @@ def test_address_that_does_not_answer_is_named_soon():
         port = free.getsockname()[1]
     with pytest.raises(ConnectionError, match=f"127.0.0.1:{port} did not answer .* `ray start --head`"):
         check_answers(f"ray://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_address_that_listens_but_is_not_ray_is_named_soon(monkeypatch, scheme):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(engine, "JOIN_SECONDS", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"{scheme}127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=f"{address} did not answer within 2 s .* `ray start --head`"):
+            check_answers(address)
+
+
+def test_cluster_that_cannot_be_joined_says_why(monkeypatch):
+    monkeypatch.setattr(engine, "_JOIN", "print('it has another version'); raise SystemExit(1)")
+    with pytest.raises(ConnectionError, match=r"at auto cannot be joined \(it has another version\): start it"):
+        check_answers("auto")
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*accelerator devices")
+def test_address_of_a_cluster_is_taken():
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        check_answers(ray.get_runtime_context().gcs_address)
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.parametrize("address", ["nowhere", "host:port", ":6379", "ray://host"])

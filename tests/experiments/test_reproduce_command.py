@@ -1,13 +1,18 @@
 """`taulearn reproduce`: what it refuses, and what it writes from records that are there."""
 
 import json
+import re
 import shutil
+import tomllib
+from html import unescape
 from pathlib import Path
 
 import pytest
 
 from taulearn.cli import main
-from taulearn.experiments import suites
+from taulearn.experiments import TrainConfig, suites
+from taulearn.experiments.reproduce import _facets
+from taulearn.experiments.results import Results
 from taulearn.experiments.suite import Claim, Member, Suite, Verdict
 
 STORED = Path(__file__).parent / "stored" / "herberg2023-quick" / "records.npz"
@@ -34,6 +39,10 @@ def call(capsys, tmp_path, monkeypatch):
         ("herberg2023 --workers 0", "--workers must be >= 1"),
         ("herberg2023 --engine serial --workers 2", "--workers must be left out with --engine serial"),
         ("herberg2023 --address localhost:6379", "--address must be left out with --engine processes"),
+        (
+            "herberg2023 --engine ray --address localhost:6379 --workers 2",
+            "--workers must be left out with --address, got 2",
+        ),
         ("herberg2023 --engine threads", "threads"),
         ("herberg2023 --all --figure 4.1", "--all must stand without --figure and --table"),
     ],
@@ -79,14 +88,30 @@ def test_one_figure_is_drawn_alone_and_the_same_each_time(call, tmp_path):
     assert drawn[0] == drawn[1]
 
 
-def test_small_suite_is_trained_judged_and_gone_on_with(call, tmp_path, monkeypatch):
-    from taulearn.experiments import TrainConfig
+def sick(folder):
+    raise ValueError("it is sick")
 
-    def members(quick, seeds):
-        return [Member("a", s, TrainConfig(width=8, epochs=1, seed=s)) for s in range(seeds or 2)]
 
-    claim = Claim("X1", "it learns", lambda results: Verdict.of({"two seeds": len(results.seeds("a")) == 2}, {}))
-    monkeypatch.setattr(suites, "load", lambda name: Suite(name, "Small", members, (claim,)))
+@pytest.fixture
+def small(monkeypatch):
+    """In the place of a suite, one of two short trainings; with one that fails, "b/seed-1", where ``failing``."""
+
+    def put(failing=False):
+        def members(quick, seeds):
+            trained = [Member("a", s, TrainConfig(width=8, epochs=1, l1=0.1, seed=s)) for s in range(seeds or 2)]
+            return [*trained, *[Member("b", 1, TrainConfig(width=8, epochs=1, seed=1), sick)] * failing]
+
+        claims = (
+            Claim("X1", "it learns", lambda results: Verdict.of({"two seeds": len(results.seeds("a")) == 2}, {})),
+            Claim("X2", "all learn", lambda results: Verdict.of({"both": results.seeds("a") + results.seeds("b")}, {})),
+        )
+        monkeypatch.setattr(suites, "load", lambda name: Suite(name, "Small", members, claims[: 1 + failing]))
+
+    return put
+
+
+def test_small_suite_is_trained_judged_and_gone_on_with(call, tmp_path, small):
+    small()
     code, out, _ = call("beyond", "--engine", "serial", "--quick")
     assert code == 0
     assert "2 trained" in out
@@ -94,3 +119,67 @@ def test_small_suite_is_trained_judged_and_gone_on_with(call, tmp_path, monkeypa
     assert (tmp_path / "results/beyond-quick/report.html").exists()
     assert "2 finished before" in call("beyond", "--engine", "serial", "--quick")[1]
     assert "1 trained, 2 finished before" in call("beyond", "--engine", "serial", "--quick", "--seeds", "3")[1]
+
+
+def test_failed_members_are_said_with_every_verdict_that_lacks_them(call, tmp_path, small):
+    small(failing=True)
+    arguments = ("beyond", "--engine", "serial", "--out", "out")
+    code, out, err = call(*arguments)
+    assert code == 1
+    assert "1 members failed" in err
+    assert "it is sick" in out
+    assert "X2     not measured" in out
+    assert (tmp_path / "out/report.html").exists()
+    code, out, _ = call(*arguments, "--no-train", "--seeds", "4")
+    assert code == 0
+    assert "preliminary, 2 of 4 members are missing: a/seed-2, a/seed-3" in out.replace("\n", " ")
+    claims = json.loads((tmp_path / "out/claims.json").read_text())
+    assert claims[0]["verdict"]["sentence"].startswith("preliminary, 2 of 4")
+
+
+@pytest.mark.parametrize("fault", ["version", "record", "note"])
+def test_members_that_cannot_be_read_are_left_out_of_the_rest(call, tmp_path, small, fault):
+    small()
+    arguments = ("beyond", "--engine", "serial", "--out", "out")
+    assert call(*arguments)[0] == 0
+    spoiled = tmp_path / "out/a/seed-1"
+    if fault == "record":
+        (spoiled / "history.safetensors").write_bytes(b"damaged")
+    elif fault == "note":
+        (spoiled / "done.json").write_text("{")
+    else:
+        note = json.loads((spoiled / "done.json").read_text())
+        (spoiled / "done.json").write_text(json.dumps(note | {"format": 99}))
+    code, out, _ = call(*arguments, "--no-train", "--keep", "kept")
+    assert code == 0
+    assert "a/seed-1 is left out of report and kept records: " in out
+    report = (tmp_path / "out/report.html").read_text()
+    assert "a/seed-0" in report
+    assert "a/seed-1" not in report
+    assert Results(tmp_path / "kept/records.npz").seeds("a") == [0]
+    assert json.loads((tmp_path / "kept/provenance.json").read_text())["settings"] == {"a": 1}
+
+
+def test_recipe_and_filters_come_from_what_was_trained(call, tmp_path, small):
+    small()
+    assert call("beyond", "--engine", "serial", "--out", "out", "--keep", "kept")[0] == 0
+    recipe = tomllib.loads((tmp_path / "kept/recipe.toml").read_text())
+    assert recipe == {"a": {"seeds": [0, 1], "width": 8, "epochs": 1, "l1": 0.1}}
+    facets = unescape(re.search("data-facets='([^']*)'", (tmp_path / "out/report.html").read_text())[1])
+    expected = {"data": "digits", "network": "resnet", "depth": "6", "steps": "free", "penalty": "l1", "pruned": "no"}
+    assert json.loads(facets) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"penalty": "none", "steps": "free"}),
+        ({"l1": 0.1, "proximal": True, "prune": 0.1}, {"penalty": "l1, proximal", "pruned": "yes"}),
+        ({"l1": 0.1, "time_horizon": 1.0}, {"penalty": "l1 + time horizon"}),
+        ({"constraint": "fixed", "as_published": True}, {"network": "resnet, as published", "steps": "fixed"}),
+        ({"hidden_layers": 12, "group_lasso": 0.1}, {"penalty": "group lasso", "depth": "12"}),
+    ],
+)
+def test_filters(options, expected):
+    found = _facets(TrainConfig(**options))
+    assert {name: found[name] for name in expected} == expected

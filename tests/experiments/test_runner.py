@@ -158,9 +158,12 @@ def test_thinned_record_is_small_and_holds_the_first_and_the_last_iteration(tmp_
 def test_results_of_another_version_are_not_measured(tmp_path):
     run_members([member()], tmp_path, engine="serial")
     file = tmp_path / "a/seed-0/done.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
-    with pytest.raises(NotMeasured, match="must have format 1, got 99"):
-        Results(tmp_path).config("a", 0)
+    note = json.loads(file.read_text())
+    file.write_text(json.dumps(note | {"format": 99}))
+    for look in (Results(tmp_path).config, Results(tmp_path).history):
+        with pytest.raises(NotMeasured, match="must have format 1, got 99"):
+            look("a", 0)
+    file.write_text(json.dumps(note))
     (tmp_path / "a/seed-0/history.safetensors").write_bytes(b"damaged")
     with pytest.raises(NotMeasured, match="damaged"):
         Results(tmp_path).history("a", 0)

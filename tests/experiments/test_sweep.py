@@ -3,6 +3,7 @@
 import csv
 import re
 import tomllib
+from html import escape
 
 import pytest
 
@@ -63,6 +64,18 @@ def test_values_of_any_kind_make_names():
         ("seeds = true", "seeds must be a number"),
         ("list = 3", "one table for each entry"),
         ("[grid]\nl1 = [0.1, 0.1]", "every training must differ"),
+        (
+            "[grid]\nl1 = [0.0, 0.1]\n[[list]]\nlabel = 'plain'\n[[list]]\nlabel = 'strong'\nl1 = 0.5",
+            "l1 must stand in [grid] or in the entries of [[list]], got both, in entry 2 ('strong'): every entry is "
+            "combined with the whole grid; leave l1 out of one",
+        ),
+        ("[grid]\nl1 = [0.1]\n[[list]]\nl1 = 0.5", "got both, in entry 1: every entry"),
+        (
+            "[base]\nlabel = 'a'\n[[list]]\nlabel = 'a'",
+            "label must be left out of [base]: it names an entry of [[list]]",
+        ),
+        ("[base]\nlabel = 'a'", "label must be left out of [base]"),
+        ("[grid]\nlabel = ['a']\n[[list]]\nlabel = ['a']", "label must be left out of [grid]"),
         (f"seeds = 200\n[grid]\nepochs = {list(range(1, 100))}", "at most 10,000"),
         ("[grid]\nnetwork = ['resnet', 'densenet']\n[base]\nprune = 0.1", "network=densenet: prune must be left out"),
         (
@@ -76,6 +89,33 @@ def test_values_of_any_kind_make_names():
 def test_mistakes_are_named_before_anything_is_trained(text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         sweep_of(text)
+
+
+def test_settings_in_base_and_an_entry_are_those_of_the_entry():
+    sweep = sweep_of("[base]\nl1 = 0.1\n[[list]]\nlabel = 'as base'\n[[list]]\nlabel = 'strong'\nl1 = 0.5")
+    assert [member.config.l1 for member in sweep.members] == [0.1, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("spec", "number"),
+    [
+        ({"seeds": 99_999_999_999}, "99,999,999,999 (1 setting, 99,999,999,999 seeds)"),
+        ({"seeds": 10**30}, f"{10**30:,} (1 setting"),
+        (
+            {"seeds": 2, "grid": dict.fromkeys(("l1", "l2", "lr", "gamma", "momentum"), [0.1] * 1000)},
+            f"{2 * 10**15:,} ({10**15:,} settings, 2 seeds)",
+        ),
+    ],
+    ids=["seeds", "more seeds than a range can count", "grid"],
+)
+def test_too_many_trainings_are_counted_before_they_are_made(spec, number, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("made before it was counted")
+
+    monkeypatch.setattr("taulearn.experiments.sweep.range", refuse, raising=False)
+    monkeypatch.setattr("itertools.product", refuse)
+    with pytest.raises(ValueError, match=re.escape(f"must have at most 10,000 trainings, got {number}")):
+        make_sweep("test", spec)
 
 
 def test_file_that_is_not_there_or_no_toml(tmp_path):
@@ -106,6 +146,8 @@ def test_table_has_a_row_for_every_member_also_for_those_that_failed(trained, tm
         ("2", "1e+30", "0"),
     ]
     assert [row["status"] for row in written].count("failed") == 4
+    assert [row["error"] for row in written] == [outcome.failed.get(member.name, "") for member in sweep.members]
+    assert all(row["error"].startswith("Diverged: ") == (row["status"] == "failed") for row in written)
     history = Results(out).history("hidden_layers=2/lr=0.05", 0)
     assert float(written[0]["test.accuracy"]) == pytest.approx(history.epochs["validation.accuracy"][-1], abs=1e-6)
     assert written[0]["layers"] == "2"
@@ -119,6 +161,7 @@ def test_table_is_parquet_too_where_it_can_be(trained, tmp_path):
     written = list(csv.DictReader(file.read_text().splitlines()))
     assert [str(row["lr"]) for row in found] == [row["lr"] for row in written]
     assert len(found) == 8
+    assert [row["error"] for row in found] == [row["error"] for row in written]
 
 
 def test_report_lists_every_member_and_draws_what_can_be_drawn(trained):
@@ -128,6 +171,15 @@ def test_report_lists_every_member_and_draws_what_can_be_drawn(trained):
     assert page.count("data:image/png") == 2
     assert "href='hidden_layers=2/lr=0.05/seed-0/report.html'" in page
     assert "href='hidden_layers=2/lr=1e" not in page
+    assert all(escape(text) in page for text in outcome.failed.values())
+    assert "<th scope='col'>error</th>" in page
+
+
+def test_report_has_no_column_of_errors_where_none_failed(trained, tmp_path):
+    sweep, out, _ = trained
+    page = write_report(sweep, Results(out), rows(sweep, Results(out)), tmp_path).read_text()
+    assert "<th scope='col'>status</th>" in page
+    assert "<th scope='col'>error</th>" not in page
 
 
 def test_command_trains_skips_and_refuses(tmp_path, capsys, monkeypatch):

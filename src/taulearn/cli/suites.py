@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from .options import UsageError
-from .output import say, table
+from .output import complain, say, table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from ..experiments.suite import Member, Suite
 
@@ -75,16 +75,16 @@ class Reproduce:
         if self.train and out.is_file():
             raise UsageError(f"--out must be a folder, got the file {str(out)!r}: --no-train judges kept records")
         numbers = [number for number in (self.figure, self.table) if number is not None]
+        members = suite.needed(suite.members(self.quick, self.seeds), numbers)
+        failed: dict[str, str] = {}
         if self.train:
-            self._train(suite, suite.needed(suite.members(self.quick, self.seeds), numbers), out)
+            say(f"{suite.title}\n{len(members)} members in {out}")
+            failed = train_members(members, out, engine=self.engine, workers=self.workers, address=self.address)
         if numbers:
             self._draw(suite, out)
         else:
-            self._judge(suite, out)
-
-    def _train(self, suite: "Suite", members: "Sequence[Member]", out: Path) -> None:
-        say(f"{suite.title}\n{len(members)} members in {out}")
-        train_members(members, out, engine=self.engine, workers=self.workers, address=self.address)
+            self._judge(suite, out, members)
+        fail_with(failed)
 
     def _draw(self, suite: "Suite", out: Path) -> None:
         """One figure, one table, or one of each."""
@@ -98,7 +98,7 @@ class Reproduce:
         if self.table is not None:
             say(tabulate(suite, results, self.table)[self.table].rstrip())
 
-    def _judge(self, suite: "Suite", out: Path) -> None:
+    def _judge(self, suite: "Suite", out: Path, members: "Sequence[Member]") -> None:
         """Everything: verdicts, figures, report."""
         from ..experiments.reproduce import draw, judge, keep, tabulate, write_claims, write_report
         from ..experiments.results import Results
@@ -107,7 +107,7 @@ class Reproduce:
         results = Results(out)
         folder = _folder(out)
         folder.mkdir(parents=True, exist_ok=True)
-        judged = judge(suite, results)
+        judged = judge(suite, results, members)
         write_claims(judged, folder)
         _, missing = draw(suite, results, folder / "figures")
         for number, text in tabulate(suite, results).items():
@@ -121,6 +121,8 @@ class Reproduce:
         say("")
         for number, reason in missing.items():
             say(f"figure {number} is missing: {reason}")
+        for name, reason in results.unreadable.items():
+            say(f"{name} is left out of report and kept records: {reason}")
         if self.keep is not None:
             files = keep(suite, results, judged, self.keep)
             say(f"kept: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e3:,.0f} kB in {self.keep}")
@@ -158,6 +160,17 @@ def train_members(
     return outcome.failed
 
 
+def fail_with(failed: "Collection[str]") -> None:
+    """End with exit code 1 if members failed.
+
+    Raises:
+        SystemExit: If they did.
+    """
+    if failed:
+        complain("error", f"{len(failed)} members failed, see above: the same command trains them anew")
+        raise SystemExit(1)
+
+
 def check_engine(engine: str, workers: int | None, address: str | None) -> None:
     """Refuse options that do not fit the engine.
 
@@ -170,6 +183,11 @@ def check_engine(engine: str, workers: int | None, address: str | None) -> None:
         raise UsageError(f"--workers must be left out with --engine {engine}, which uses this process alone")
     if address is not None and engine != "ray":
         raise UsageError(f"--address must be left out with --engine {engine}: it is that of a Ray cluster")
+    if address is not None and workers is not None:
+        raise UsageError(
+            f"--workers must be left out with --address, got {workers}: a cluster uses all of its cores, "
+            "whose number `ray start --num-cpus` sets"
+        )
 
 
 @dataclass(frozen=True)
@@ -201,3 +219,4 @@ class Sweep:
         results = Results(out)
         rows_ = rows(sweep, results, failed)
         say(f"table: {write_table(rows_, out)}\nreport: {write_report(sweep, results, rows_, out)}")
+        fail_with(failed)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 
 class Interval(NamedTuple):
@@ -21,6 +22,33 @@ class Interval(NamedTuple):
     low: float
     high: float
     n: int
+
+    @property
+    def worst(self) -> float:
+        """The lower end from three pairs on; the mean of fewer, whose interval says little."""
+        return self.mean if self.n < 3 else self.low
+
+    @property
+    def positive(self) -> bool:
+        """Whether the difference counts as positive: its mean is, and from three pairs on its whole interval."""
+        return self.worst > 0
+
+    @property
+    def negative(self) -> bool:
+        """Whether the difference counts as negative."""
+        return (-self).positive
+
+    def within(self, bound: float) -> bool:
+        """Whether the difference counts as smaller than a bound, in either direction.
+
+        Example:
+            >>> Interval(0.004, -0.002, 0.010, 3).within(0.01), Interval(0.004, -0.002, 0.009, 3).within(0.01)
+            (False, True)
+        """
+        return self.worst > -bound and (-self).worst > -bound
+
+    def __neg__(self) -> "Interval":
+        return Interval(-self.mean, -self.high, -self.low, self.n)
 
     def __str__(self) -> str:
         bounds = "no interval" if math.isnan(self.low) else f"{self.low:+.4g} .. {self.high:+.4g}"
@@ -47,8 +75,24 @@ def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 1 or not len(x):
         raise ValueError(f"a and b must hold one value for each of the same seeds, got shapes {x.shape} and {y.shape}")
-    difference, n = x - y, len(x)
-    mean = float(difference.mean())
+    return interval_of(x - y)
+
+
+def interval_of(differences: Sequence[float] | Float[np.ndarray, " pairs"]) -> Interval:
+    """The mean of differences with its 95 % interval, after Student.
+
+    Args:
+        differences: One for each pair.
+
+    Returns:
+        Mean and interval; with one pair the interval is NaN.
+
+    Example:
+        >>> print(interval_of([0.10, 0.09, 0.11]))
+        +0.1 (+0.07516 .. +0.1248, n = 3)
+    """
+    difference = np.asarray(differences, dtype=np.float64)
+    mean, n = float(difference.mean()), len(difference)
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
     from scipy.stats import t

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import os
 import platform
 import shutil
 import time
@@ -155,6 +154,7 @@ def _note(member: Member, test: dict[str, float], seconds: float) -> dict[str, A
     import torch
 
     from .. import __version__
+    from .._devices import machine
 
     return {
         "format": FORMAT,
@@ -165,7 +165,7 @@ def _note(member: Member, test: dict[str, float], seconds: float) -> dict[str, A
         "test": test,
         "seconds": round(seconds, 1),
         "versions": {"taulearn": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
     }
 
 

@@ -1,7 +1,8 @@
-"""The faults of the published code of Herberg et al., imitated, so that a reader sees what they changed.
+"""Faults of the published code of Herberg et al., imitated, so that a reader sees what they changed.
 
-Herberg, Herzog, Koehne (2023) printed their curves from a program that differs from their formulas. A training with
-``as_published`` differs from one without in these points, and in no other:
+Herberg, Herzog, Koehne (2023) printed their curves from a program that differs from their formulas. Imitated is what
+changes how a network trains. A training with ``as_published`` differs from one without in these points, and in no
+other:
 
     fixed        in the residual network the first step alone is fixed, the others train
     dependent    the last step is copied after each update: no gradient flows through T - sum of the others
@@ -10,7 +11,17 @@ Herberg, Herzog, Koehne (2023) printed their curves from a program that differs 
     pruning      once an epoch; the smallest magnitude decides whether a layer goes, but the layer with the most
                  negative step is the one that does
 
-The test loss of that program contains the penalties; here it never does, and a figure that compares can add them.
+Not imitated is what changes a figure or a file but no training, or what no training here meets:
+
+    test loss    contains the penalties there, in a record never; the table ``as-published`` of the suite
+                 ``herberg2023`` adds them
+    record       shows T - sum of the others for a bounded dependent step, not the step that is used; here both are
+                 kept, as ``raw_tau`` and ``tau``
+    projection   of the fractional steps to at least 1e-4 before each forward pass; here after each update, by formulas
+                 and as published, so that every forward pass sees the same steps
+    state dict   lacks a fixed step; here it is there
+    start        an initial step of 0.0 becomes random; here it is 0.0, and no setting of the suite starts there
+
 The outputs of a network do not depend on any of this: what is saved is an ordinary network.
 """
 

@@ -3,17 +3,20 @@
 import csv
 import io
 import json
-import os
-import platform
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tomli_w
+
+from .._devices import machine
 from .._errors import unknown_name
 from ..files import write_bytes
+from .config import TrainConfig
 from .results import NotMeasured, Results
-from .suite import Suite, Verdict
+from .suite import SEPARATOR, Member, Suite, Verdict
 
 if TYPE_CHECKING:
     from ..report.catalogue import RunRow
@@ -37,19 +40,38 @@ class Judged:
     verdict: Verdict
 
 
-def judge(suite: Suite, results: Results) -> list[Judged]:
+def judge(suite: Suite, results: Results, members: Sequence[Member] = ()) -> list[Judged]:
     """The verdicts on all claims of a suite.
 
     Args:
         suite: The suite.
         results: The records.
+        members: Those that there should be: a verdict that lacks some of them, because their training failed or has
+            not ended, says so.
 
     Example:
         >>> from taulearn.experiments.suites import load
         >>> judge(load("herberg2023"), Results("nowhere"))[0].verdict.outcome
         'not measured'
     """
-    return [Judged(claim.id, claim.statement, claim.verdict(results)) for claim in suite.claims]
+    judged = []
+    for claim in suite.claims:
+        results.asked.clear()
+        verdict = claim.verdict(results)
+        if verdict.outcome != "not measured" and (lacking := _lacking(results, members)):
+            verdict = replace(verdict, sentence=f"{lacking}{SEPARATOR}{verdict.sentence}")
+        judged.append(Judged(claim.id, claim.statement, verdict))
+    return judged
+
+
+def _lacking(results: Results, members: Sequence[Member]) -> str:
+    """Which of the members that were asked for are not there, in words; empty if all are."""
+    wanted = [member for member in members if member.setting in results.asked]
+    missing = [member.name for member in wanted if not results.has(member.setting, member.seed)]
+    if not missing:
+        return ""
+    more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
+    return f"preliminary, {len(missing)} of {len(wanted)} members are missing: {', '.join(missing[:2])}{more}"
 
 
 def write_claims(judged: Sequence[Judged], out: str | Path) -> list[Path]:
@@ -188,7 +210,7 @@ def write_report(suite: Suite, results: Results, judged: Sequence[Judged], out: 
         for name, function in suite.figures.items()
         if (file := Path(out) / "figures" / f"figure-{name}.png").exists()
     ]
-    runs = [_run_row(results, setting, seed) for setting in results.settings for seed in results.seeds(setting)]
+    runs = [_run_row(results, setting, seed) for setting, seed in results.readable]
     subtitle = f"{suite.title}: {len(runs)} members with {len(results.settings)} settings"
     tables = {f"Table {name}": text for name, text in tabulate(suite, results).items()}
     file = Path(out) / "report.html"
@@ -219,7 +241,32 @@ def keep(suite: Suite, results: Results, judged: Sequence[Judged], folder: str |
         files.append(kept / f"table-{name}.md")
     results.pack(kept / PACK, suite.shown)
     write_bytes(kept / "provenance.json", (json.dumps(provenance(suite, results), indent=1) + "\n").encode())
-    return [*files, kept / PACK, kept / "provenance.json"]
+    write_bytes(kept / "recipe.toml", tomli_w.dumps(recipe(results)).encode())
+    return [*files, kept / PACK, kept / "provenance.json", kept / "recipe.toml"]
+
+
+def recipe(results: Results) -> dict[str, dict[str, Any]]:
+    """What was trained: for each setting its seeds and the options that are not at their defaults.
+
+    Args:
+        results: The records.
+
+    Example:
+        >>> recipe(Results("nowhere"))
+        {}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for setting, seed in results.readable:
+        if setting not in found:
+            options = {}
+            if results.done(setting, seed).get("config") is not None:
+                config = results.config(setting, seed)
+                options = config.model_dump(
+                    mode="json", exclude_defaults=True, exclude_none=True, exclude={"run", "overwrite", "seed"}
+                )
+            found[setting] = {"seeds": [], **options}
+        found[setting]["seeds"].append(seed)
+    return found
 
 
 def provenance(suite: Suite, results: Results) -> dict[str, Any]:
@@ -229,16 +276,16 @@ def provenance(suite: Suite, results: Results) -> dict[str, Any]:
         suite: The suite.
         results: The records.
     """
-    notes = [results.done(setting, seed) for setting in results.settings for seed in results.seeds(setting)]
+    notes = [results.done(setting, seed) for setting, seed in results.readable]
     versions = sorted({json.dumps(note.get("versions", {}), sort_keys=True) for note in notes})
     return {
         "suite": suite.name,
         "members": len(notes),
-        "settings": {setting: len(results.seeds(setting)) for setting in results.settings},
+        "settings": Counter(setting for setting, _ in results.readable),
         "versions": [json.loads(each) for each in versions],
         "machines": sorted({str(note.get("machine", "unknown")) for note in notes}),
         "hours of training": round(sum(float(note.get("seconds", 0.0)) for note in notes) / 3600, 2),
-        "written on": f"{platform.machine()}, {os.cpu_count()} cores",
+        "written on": machine(),
     }
 
 
@@ -285,16 +332,33 @@ def _number(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
+_PENALTIES = (
+    "l1", "l2", "elastic_net", "weight_elastic_net", "group_lasso", "time_horizon", "bias_ordering", "stage_cost"
+)  # fmt: skip
+
+
+def _facets(config: TrainConfig) -> dict[str, str]:
+    """What the runs of a suite differ in, for the filters of its report."""
+    penalties = [name.replace("_", " ") for name in _PENALTIES if getattr(config, name)]
+    return {
+        "data": config.data,
+        "network": config.network + ", as published" * config.as_published,
+        "depth": str(config.hidden_layers),
+        "steps": config.constraint,
+        "penalty": " + ".join(penalties).replace("l1", "l1, proximal" if config.proximal else "l1") or "none",
+        "pruned": "yes" if config.prune or config.prune_blocks else "no",
+    }
+
+
 def _run_row(results: Results, setting: str, seed: int) -> "RunRow":
     from ..report.catalogue import RunRow
 
     note = results.done(setting, seed)
-    config = note.get("config") or {}
-    facets = {"data": str(config.get("data", "")), "network": str(config.get("network", ""))}
-    facets["penalty"] = setting.rpartition("/")[2]
+    trained = note.get("config") is not None
+    facets = _facets(results.config(setting, seed)) if trained else {}
     values: dict[str, float | int | str | None] = {"seed": seed}
     values |= {f"test {name}": value for name, value in note.get("test", {}).items()}
-    if config:
+    if trained:
         layers = results.history(setting, seed).epochs["layers"]
         values |= {"layers": f"{layers[0]} → {layers[-1]}"}
     values["seconds"] = note.get("seconds")

@@ -44,6 +44,8 @@ class Results:
         self.out = Path(out)
         self._source: Source = PackSource(self.out) if self.out.is_file() else FolderSource(self.out)
         self._histories: dict[tuple[str, int], History] = {}
+        self.asked: set[str] = set()
+        """The settings whose seeds were asked for; whoever wants to know what a judge looked at clears it before."""
 
     @cached_property
     def _members(self) -> Mapping[str, Mapping[int, str]]:
@@ -63,6 +65,7 @@ class Results:
         Raises:
             NotMeasured: If there is none.
         """
+        self.asked |= set(settings)
         common = sorted(set.intersection(*(set(self._members.get(setting, ())) for setting in settings)))
         if not common:
             missing = [setting for setting in settings if setting not in self._members]
@@ -70,6 +73,10 @@ class Results:
                 f"no finished member of {', '.join(missing)}" if missing else f"no common seed of {', '.join(settings)}"
             )
         return common
+
+    def has(self, setting: str, seed: int) -> bool:
+        """Whether a member is finished."""
+        return seed in self._members.get(setting, ())
 
     def folder(self, setting: str, seed: int) -> Path:
         """The folder of a finished member.
@@ -89,6 +96,7 @@ class Results:
             NotMeasured: If it is not finished, or its record is missing, damaged or of another version.
         """
         if (setting, seed) not in self._histories:
+            self.done(setting, seed)
             self._histories[setting, seed] = _in_one_form(self._source.history(self._name(setting, seed)))
         return self._histories[setting, seed]
 
@@ -126,6 +134,26 @@ class Results:
         except ValidationError as error:
             raise NotMeasured(f"{setting}/seed-{seed}: {explain(error)}") from error
 
+    @cached_property
+    def unreadable(self) -> dict[str, str]:
+        """Why members cannot be looked at, by name: notes or records that are damaged or of another version."""
+        found = {}
+        for setting, seeds in self._members.items():
+            for seed, name in seeds.items():
+                try:
+                    if self.done(setting, seed).get("config") is not None:
+                        self.config(setting, seed)
+                        self.history(setting, seed)
+                except NotMeasured as reason:
+                    found[name] = str(reason)
+        return found
+
+    @property
+    def readable(self) -> list[tuple[str, int]]:
+        """Setting and seed of the finished members that can be looked at, sorted."""
+        names = ((setting, seed) for setting, seeds in sorted(self._members.items()) for seed in sorted(seeds))
+        return [(setting, seed) for setting, seed in names if self._name(setting, seed) not in self.unreadable]
+
     def arrays(self, figure: str, compute: "Callable[[Results], Mapping[str, Array]]") -> dict[str, Array]:
         """What a figure shows besides records, rounded to 16 bit numbers: networks, fields.
 
@@ -154,19 +182,18 @@ class Results:
                 arrays = self.arrays(number, compute)
                 figures[number] = {name: array.astype(np.float16) for name, array in arrays.items()}
         records: dict[str, tuple[History | None, dict[str, Any], dict[str, Any] | None]] = {}
-        for setting in self.settings:
-            for seed in self.seeds(setting):
-                note = dict(self.done(setting, seed))
-                history = None
-                if note.get("config") is not None:
-                    config = self.config(setting, seed)
-                    note["config"] = config.model_dump(mode="json", exclude_defaults=True, exclude={"run", "overwrite"})
-                    history = self.history(setting, seed)
-                try:
-                    measured: dict[str, Any] | None = self.measurements(setting, seed)
-                except NotMeasured:
-                    measured = None
-                records[f"{setting}/seed-{seed}"] = (history, note, measured)
+        for setting, seed in self.readable:
+            note = dict(self.done(setting, seed))
+            history = None
+            if note.get("config") is not None:
+                config = self.config(setting, seed)
+                note["config"] = config.model_dump(mode="json", exclude_defaults=True, exclude={"run", "overwrite"})
+                history = self.history(setting, seed)
+            try:
+                measured: dict[str, Any] | None = self.measurements(setting, seed)
+            except NotMeasured:
+                measured = None
+            records[f"{setting}/seed-{seed}"] = (history, note, measured)
         write_pack(Path(path), records, figures)
 
     def _name(self, setting: str, seed: int) -> str:

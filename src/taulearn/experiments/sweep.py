@@ -14,11 +14,13 @@
     label = "fractional"
     network = "fractional"
 
-With both, each entry of the list is combined with the whole grid.
+With both, each entry of the list is combined with the whole grid; a setting stands in one of the two. What an entry or
+the grid says goes before what the base says.
 """
 
 import difflib
 import itertools
+import math
 import os
 import re
 import tomllib
@@ -109,26 +111,27 @@ def make_sweep(name: str, spec: Mapping[str, Any]) -> Sweep:
             raise ValueError(
                 f"unknown key {key!r}: {_nearest(key, _KEYS)}; settings of trainings go into [base] or [grid]"
             )
-    seeds, base = _seeds(spec.get("seeds", 1)), _table(spec, "base")
-    grid = _table(spec, "grid")
+    seeds = _seeds(spec.get("seeds", 1))
+    base, grid = _table(spec, "base"), _table(spec, "grid")
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"grid.{key} must be a list of values, got {values!r}")
     entries = spec.get("list", [{}])
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("list must hold one table for each entry: write [[list]]")
-    for settings in (base, grid, *entries):
-        _check_names(settings, label=settings in entries)
+    _check_names(base, "[base]")
+    _check_names(grid, "[grid]")
+    for number, entry in enumerate(entries, 1):
+        _check_names(entry, "[[list]]")
+        _check_apart(entry, grid, number)
+    _check_number(len(entries) * math.prod(map(len, grid.values())), seeds if isinstance(seeds, int) else len(seeds))
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    if len(entries) * len(combinations) * len(seeds) > MOST:
-        number = len(entries) * len(combinations) * len(seeds)
-        raise ValueError(f"the sweep must have at most {MOST:,} trainings, got {number:,}: vary less")
     points = {_name(entry | chosen): entry | chosen for entry in entries for chosen in combinations}
     if len(points) < len(entries) * len(combinations):
         raise ValueError("every training must differ from the others, got some twice: give entries of the list labels")
     members = [
         Member(setting, seed, _config(setting, base | point | {"seed": seed}))
-        for seed in seeds
+        for seed in (range(seeds) if isinstance(seeds, int) else seeds)
         for setting, point in points.items()
     ]
     varied = tuple(dict.fromkeys(key for point in points.values() for key in point))
@@ -142,12 +145,18 @@ def _config(setting: str, values: Mapping[str, Any]) -> TrainConfig:
         raise ValueError(f"{setting or 'base'}: {explain(error)}") from error
 
 
-def _seeds(value: Any) -> list[int]:
-    seeds = list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
-    good = isinstance(seeds, list) and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)
-    if not good or not seeds or len(set(seeds)) < len(seeds):
+def _seeds(value: Any) -> int | list[int]:
+    """The number of seeds, or the seeds: a number may be too large to count up to."""
+    if _is_integer(value) and value >= 1:
+        return int(value)
+    good = isinstance(value, list) and all(_is_integer(seed) and seed >= 0 for seed in value)
+    if not good or not value or len(set(value)) < len(value):
         raise ValueError(f"seeds must be a number >= 1, or a list of different seeds >= 0, got {value!r}")
-    return list(seeds)
+    return list(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _table(spec: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -157,12 +166,34 @@ def _table(spec: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
-def _check_names(settings: Mapping[str, Any], *, label: bool) -> None:
+def _check_names(settings: Mapping[str, Any], table: str) -> None:
     for key in settings:
         if key in _FIXED:
             raise ValueError(f"{key} must be left out: the sweep decides it")
-        if key not in TrainConfig.model_fields and not (label and key == "label"):
+        if key == "label":
+            if table != "[[list]]":
+                raise ValueError(f"label must be left out of {table}: it names an entry of [[list]]")
+        elif key not in TrainConfig.model_fields:
             raise ValueError(f"unknown setting {key!r}: {_nearest(key, TrainConfig.model_fields)}")
+
+
+def _check_apart(entry: Mapping[str, Any], grid: Mapping[str, Any], number: int) -> None:
+    for key in entry:
+        if key in grid:
+            which = f"{number} ({entry['label']!r})" if "label" in entry else f"{number}"
+            raise ValueError(
+                f"{key} must stand in [grid] or in the entries of [[list]], got both, in entry {which}: every entry is "
+                f"combined with the whole grid; leave {key} out of one"
+            )
+
+
+def _check_number(settings: int, seeds: int) -> None:
+    """Whether so many can be meant, before they are made."""
+    if settings * seeds > MOST:
+        words = f"{settings:,} setting{'s' * (settings > 1)}, {seeds:,} seed{'s' * (seeds > 1)}"
+        raise ValueError(
+            f"the sweep must have at most {MOST:,} trainings, got {settings * seeds:,} ({words}): vary less"
+        )
 
 
 def _nearest(key: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ CURVES = 12
 
 
 def rows(sweep: Sweep, results: Results, failed: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """One row for each member: what varies, the seed, and what came of it.
+    """One row for each member: what varies, the seed, and what came of it or what went wrong.
 
     Args:
         sweep: The sweep.
@@ -31,19 +31,20 @@ def rows(sweep: Sweep, results: Results, failed: Mapping[str, str] | None = None
     Example:
         >>> from taulearn.experiments.sweep import make_sweep
         >>> rows(make_sweep("depth", {"grid": {"hidden_layers": [2]}}), Results("nowhere"))
-        [{'hidden_layers': 2, 'seed': 0, 'status': 'missing'}]
+        [{'hidden_layers': 2, 'seed': 0, 'status': 'missing', 'error': ''}]
     """
     table = []
     for member in sweep.members:
         point = sweep.points[member.setting]
         row: dict[str, Any] = {name: _cell(point.get(name)) for name in sweep.varied}
-        row |= {"seed": member.seed, "status": "failed" if member.name in (failed or {}) else "missing"}
+        error = (failed or {}).get(member.name)
+        row |= {"seed": member.seed, "status": "missing" if error is None else "failed", "error": error or ""}
         try:
             note, history = results.done(member.setting, member.seed), results.history(member.setting, member.seed)
         except NotMeasured:
             table.append(row)
             continue
-        row["status"] = "finished"
+        row |= {"status": "finished", "error": ""}
         row |= {f"test.{name}": value for name, value in note.get("test", {}).items()}
         row |= {name: column[-1].item() for name, column in history.epochs.items() if not name.startswith("validation")}
         table.append(row | {"seconds": note.get("seconds")})
@@ -169,9 +170,10 @@ def write_report(sweep: Sweep, results: Results, table: Sequence[Mapping[str, An
         write_bytes(Path(out) / f"{title.lower()}.png", content.getvalue())
         caption = (function.__doc__ or "").partition("\n")[0]
         pictures.append(Picture(title, caption, content.getvalue()))
+    left_out = {*sweep.varied} if any(row.get("error") for row in table) else {*sweep.varied, "error"}
     runs = []
     for member, row in zip(sweep.members, table, strict=True):
-        values = {name: value for name, value in row.items() if name not in sweep.varied}
+        values = {name: value for name, value in row.items() if name not in left_out}
         link = f"{member.name}/report.html"
         there = (Path(out) / link).exists()
         facets = {name: str(row[name]) for name in sweep.varied}

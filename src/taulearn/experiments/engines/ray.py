@@ -9,6 +9,8 @@ import importlib.util
 import logging
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,19 @@ from . import Options
 from .processes import ATTEMPTS
 
 ANSWER_SECONDS = 10.0
-"""How long a cluster may take to answer."""
+"""How long the machine of a cluster may take to answer."""
+
+JOIN_SECONDS = 30.0
+"""How long it may take to join the cluster."""
+
+_JOIN = """
+import logging, sys, ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.CRITICAL)
+except Exception as error:
+    print(" ".join(str(error).split()))
+    sys.exit(1)
+"""
 
 
 def run(members: Sequence[Member], out: Path, report: Report, options: Options) -> None:
@@ -79,7 +93,7 @@ def _cluster(options: Options) -> Iterator[Any]:
     """The cluster, left as it was found: one that was made here is stopped."""
     if importlib.util.find_spec("ray") is None:
         raise ImportError("ray must be installed for this engine: pip install 'taulearn[ray]'")
-    if options.address is not None and options.address != "auto":
+    if options.address is not None:
         check_answers(options.address)
     import ray
 
@@ -104,27 +118,48 @@ def _cluster(options: Options) -> Iterator[Any]:
 
 
 def check_answers(address: str) -> None:
-    """Refuse the address of a cluster that does not answer, in seconds rather than minutes.
+    """Refuse the address of a cluster that does not answer, or cannot be joined, in seconds rather than minutes.
 
     Args:
-        address: HOST:PORT, or ray://HOST:PORT.
+        address: HOST:PORT, ray://HOST:PORT or "auto".
 
     Raises:
         ValueError: If it is no address.
-        ConnectionError: If nothing answers there.
+        ConnectionError: If no cluster answers there.
 
     Example:
         >>> check_answers("nowhere")
         Traceback (most recent call last):
         ValueError: address must be HOST:PORT, ray://HOST:PORT or 'auto', got 'nowhere'
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"address must be HOST:PORT, ray://HOST:PORT or 'auto', got {address!r}")
+    if address != "auto":
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"address must be HOST:PORT, ray://HOST:PORT or 'auto', got {address!r}")
+        try:
+            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise _no_cluster(address, f"did not answer within {ANSWER_SECONDS:.0f} s ({error})") from error
     try:
-        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise ConnectionError(
-            f"the Ray cluster at {address} did not answer within {ANSWER_SECONDS:.0f} s ({error}): "
-            "start it with `ray start --head`, or leave the address out for one on this machine"
-        ) from error
+        _join(address)
+    except subprocess.TimeoutExpired:
+        reason = "something listens there, which may not be Ray"
+        raise _no_cluster(address, f"did not answer within {JOIN_SECONDS:.0f} s ({reason})") from None
+
+
+def _join(address: str) -> None:
+    """Join a cluster and leave it, in a process that can be ended: ray.init has no time limit, and may abort."""
+    command = [sys.executable, "-P", "-c", _JOIN, address]
+    joined = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=JOIN_SECONDS, text=True, check=False
+    )
+    if joined.returncode:
+        reason = joined.stdout.strip() or f"ray.init ended its process with status {joined.returncode}"
+        raise _no_cluster(address, f"cannot be joined ({reason})")
+
+
+def _no_cluster(address: str, what: str) -> ConnectionError:
+    return ConnectionError(
+        f"the Ray cluster at {address} {what}: "
+        "start it with `ray start --head`, or leave the address out for one on this machine"
+    )

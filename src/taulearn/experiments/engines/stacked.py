@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from ..._choice import shares_of
 from ...nn.network import TimeVariableNetwork
 from ...training.batches import TensorBatches
 from ...training.compiler import compile_once
@@ -150,13 +151,35 @@ class Stack:
             p = penalty.proximal(p, rates[1])
         return self.steps.projected(p)
 
-    def smallest_shares(self, power: float) -> Float[Tensor, " members"]:
-        """The smallest share of the sum of abs(tau)^power in each network."""
+    @property
+    def tau(self) -> Float[Tensor, "members layers"]:
+        """The steps of each network."""
         tau = self.values[self.step_name or ""]  # steps that do not train are not pruned
-        if self.steps.constraint == "dependent":
-            tau = torch.cat([tau, (self.steps.horizon - tau.sum(1, keepdim=True))], dim=1)
-        magnitude = tau.double().abs() ** power
-        return (magnitude / magnitude.sum(1, keepdim=True)).amin(1)
+        if self.steps.constraint != "dependent":
+            return tau
+        last = self.steps.horizon - tau.sum(1, keepdim=True)
+        return torch.cat([tau, last if self.steps.lower_bound is None else last.clamp(min=self.steps.lower_bound)], 1)
+
+    def small(self, tau: Float[Tensor, "*times members layers"], threshold: float) -> Bool[Tensor, "*times members"]:
+        """Whether a layer that can be deleted has a smaller share of the steps than a threshold.
+
+        Args:
+            tau: Steps of each network, once or several times.
+            threshold: Of the share.
+        """
+        model = self.trainees[0].model
+        fixed = model.fixed_layers()
+        shares = shares_of(tau, model.scheme.step_power)
+        return (shares[..., [layer for layer in range(self.depth) if layer not in fixed]] < threshold).any(-1)
+
+    def copy(self) -> dict[str, Tensor]:
+        """The parameters of all networks as they are now, for :meth:`restore`."""
+        return {name: value.clone() for name, value in self.values.items()}
+
+    def restore(self, values: dict[str, Tensor]) -> None:
+        """Undo the steps since :meth:`copy`; parameters stay where they are, so that CUDA graphs find them."""
+        for name, value in values.items():
+            self.values[name].copy_(value)
 
     def unstack(self) -> None:
         """Bring the parameters back into the networks."""

@@ -1,12 +1,14 @@
 """Members of equal structure trained at once in this process, which fills a GPU that one small network leaves idle.
 
 Members that differ in nothing but seed and learning rates form a group. When layers of some are deleted, those are
-trained on with others of their new depth. Members whose training is not plain SGD on whole batches are run one by one.
-There are no checkpoints on the way: an interrupted group begins anew.
+trained on with others of their new depth. Members whose training is not plain SGD on whole batches are run one by one,
+as are those of a group that cannot go on together. There are no checkpoints on the way: an interrupted group begins
+anew.
 """
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +29,7 @@ from ...training.objective import Objective, StepOptions
 from ...training.thinning import thinned
 from .. import parts
 from ..members import Busy, Event, Report, conclude, is_finished, locked
+from ..published import make_ordinary_
 from ..suite import Member
 from . import Options
 from .serial import attempt
@@ -50,11 +53,9 @@ def run(members: Sequence[Member], out: Path, report: Report, options: Options) 
     try:
         for group in grouped(members):
             # on a GPU a single one gains, too: its steps are CUDA graphs
-            if why_alone(group[0]) is not None or (len(group) == 1 and not torch.cuda.is_available()):
-                for member in group:
-                    report(attempt(member, out, report))
-            else:
-                _run_group(group, out, report)
+            together = why_alone(group[0]) is None and (len(group) > 1 or torch.cuda.is_available())
+            for member in _run_group(group, out, report) if together else group:
+                report(attempt(member, out, report))
     finally:
         torch.set_num_threads(before)
 
@@ -105,7 +106,6 @@ def why_alone(member: Member) -> str | None:
         "it has mixed precision": config.precision == "bf16",
         "its weights are averaged": config.average_weights,
         "it writes events for TensorBoard": config.tensorboard,
-        "it imitates published code": config.as_published,
         "it has a stage cost": bool(config.stage_cost) or config.depth_losses,
         "its network keeps statistics of batches": config.network == "resnet-v2",
         "its stage cost changes over training": config.stage_cost_schedule != "constant",
@@ -116,38 +116,37 @@ def why_alone(member: Member) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _run_group(group: Sequence[Member], out: Path, report: Report) -> None:
+def _run_group(group: Sequence[Member], out: Path, report: Report) -> list[Member]:
+    """Train members at once; returns those that are left to be run one by one, when their locks are free again."""
     with contextlib.ExitStack() as locks:
         mine = []
         for member in group:
             try:
                 member.folder(out).parent.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(locked(member, out))
+                mine += [] if is_finished(member, out) else [member]
             except Busy:
                 report(Event("skipped", member.name, text="another process trains it"))
-                continue
-            if not is_finished(member, out):
-                mine.append(member)
+            except Exception as error:  # noqa: BLE001  the others are trained
+                report(Event("failed", member.name, text=_words(error)))
         if not mine:
-            return
+            return []
         for member in mine:
             report(Event("started", member.name))
         ended: set[str] = set()
 
         def followed(event: Event) -> None:
-            ended.update([event.member] if event.kind == "finished" else [])
+            ended.update([event.member] if event.kind in ("finished", "failed") else [])
             report(event)
 
-        reasons: dict[str, str] = {}
         try:
-            group_ = Group(mine, followed)
-            group_.train(out)
-            reasons = {each.member.name: each.error or "" for each in group_.everyone}
+            Group(mine, followed).train(out)
         except Exception as error:  # noqa: BLE001  what goes wrong in one group must not end the others
-            reasons = {member.name: f"{type(error).__name__}: {error}" for member in mine}
-        for member in mine:
-            if member.name not in ended:
-                report(Event("failed", member.name, text=reasons[member.name]))
+            left = [member for member in mine if member.name not in ended]
+            count = f"{len(left)} of {len(mine)} members"
+            warnings.warn(f"trained one by one instead of at once: {count} ({_words(error)})", stacklevel=2)
+            return left
+    return []
 
 
 class Group:
@@ -168,12 +167,16 @@ class Group:
         train = [tensor.to(self.device) for tensor in self.splits.train]
         self.held_out = [tensor.to(self.device) for tensor in self.splits.validation]
         self.policy: Pruning | None = parts.make_pruning(first)
-        self.everyone = [self._trainee(member, loss, train) for member in members]
-        self.trainees = list(self.everyone)
-        self.per_epoch = len(self.trainees[0].batches)
-        reason = why_not_pure(self.trainees[0].objective, StepOptions(), self.trainees[0].batches)
-        if reason is not None:
-            raise ValueError(f"the engine vmap cannot train these members: {reason}; use another engine")
+        self.trainees: list[Trainee] = []
+        for member in members:
+            try:
+                self.trainees.append(self._trainee(member, loss, train))
+            except Exception as error:  # noqa: BLE001  the others are trained
+                self.report(Event("failed", member.name, text=_words(error)))
+        self.per_epoch = len(self.trainees[0].batches) if self.trainees else 0
+        for each in self.trainees[:1]:
+            if (reason := why_not_pure(each.objective, StepOptions(), each.batches)) is not None:
+                raise ValueError(f"the step is not a pure function, {reason}")
 
     def _trainee(self, member: Member, loss: Callable[[Tensor, Tensor], Tensor], train: list[Tensor]) -> Trainee:
         config = member.config
@@ -206,7 +209,11 @@ class Group:
             self.trainees = [each for stack in done for each in stack.trainees]
             self._end_of_epoch(done, epoch + 1)
         for each in self.trainees:
-            self._finish(each, out)
+            try:
+                event = self._finish(each, out)
+            except Exception as error:  # noqa: BLE001  the others are finished
+                event = Event("failed", each.member.name, text=_words(error))
+            self.report(event)
 
     def _stacks(self, epoch: int, trainees: Sequence[Trainee] | None = None) -> list[Stack]:
         """The networks by their depth."""
@@ -220,6 +227,9 @@ class Group:
     def _restacked(self, stack: Stack, epoch: int) -> list[Stack]:
         """The same stack, or what is left of it by depth, where networks were pruned or have diverged."""
         alive = [each for each in stack.trainees if each.error is None]
+        for each in stack.trainees:
+            if each.error is not None:
+                self.report(Event("failed", each.member.name, text=each.error))
         if len(alive) == len(stack.trainees) and len(set(map(_depth, alive))) == 1:
             return [stack] if stack.depth == _depth(alive[0]) else self._stacks(epoch, alive)
         return self._stacks(epoch, alive)
@@ -228,14 +238,13 @@ class Group:
         """Train to the end of the epoch, or to the next deletion; returns the number of batches that are done."""
         began, batches = time.perf_counter(), stack.trainees[0].batches
         orders = torch.stack([each.batches.order(epoch) for each in stack.trainees])
-        every = self.policy.every if self.policy is not None and isinstance(self.policy.every, int) else None
         pruned = False
         while batch < self.per_epoch and not pruned:
             at = epoch * self.per_epoch + batch
             steps = 1 if batch >= batches.full else min(GRAPH_STEPS, batches.full - batch)
-            steps = steps if every is None else min(steps, every - at % every)
             index = orders[:, batch * batches.batch_size : (batch + steps) * batches.batch_size]
-            rows = stack.advance(index.unflatten(1, (steps, -1)).movedim(1, 0))
+            rows = self._advance(stack, index.unflatten(1, (steps, -1)).movedim(1, 0), at)
+            steps = len(rows)
             for k, each in enumerate(stack.trainees):
                 each.recorder.add(rows[:, k])
             batch, at = batch + steps, at + steps
@@ -248,14 +257,29 @@ class Group:
             each.seconds += (time.perf_counter() - began) / len(stack.trainees)
         return batch
 
+    def _advance(self, stack: Stack, index: Tensor, at: int) -> Tensor:
+        """Take steps, but none beyond the first after which a network has to be pruned; returns their records.
+
+        Most often none has to be: so they are taken at once, and again up to there where the records say otherwise.
+        """
+        policy = self.policy
+        if policy is None or policy.threshold is None or policy.every == "epoch":
+            return stack.advance(index)
+        before = stack.copy()
+        rows = stack.advance(index)
+        start = len(stack.objective.columns)
+        tau = rows[1:, :, start : start + stack.depth]  # after each step but the last
+        small = stack.small(tau, policy.threshold).any(1)
+        for step in small.nonzero().flatten().tolist():
+            if policy.due(iteration=at + step + 1, epoch_ends=False):
+                stack.restore(before)
+                return stack.advance(index[: step + 1])
+        return rows
+
     def _prune(self, stack: Stack, policy: Pruning, epoch: int, at: int) -> bool:
         """Delete layers of the networks that have small shares; the stack is then to be made anew."""
         assert policy.threshold is not None
-        model = stack.trainees[0].model
-        if model.time_steps.num_steps == 1:
-            return False
-        small = stack.smallest_shares(model.scheme.step_power) < policy.threshold
-        if not bool(small.any()):
+        if not bool(stack.small(stack.tau, policy.threshold).any()):
             return False
         stack.unstack()
         deleted = False
@@ -286,8 +310,8 @@ class Group:
                 if epoch:
                     self.report(Event("epoch", each.member.name, epoch, time.perf_counter() - self.began))
 
-    def _finish(self, each: Trainee, out: Path) -> None:
-        """The files of one member, as if it had been trained alone."""
+    def _finish(self, each: Trainee, out: Path) -> Event:
+        """The files of one member, as if it had been trained alone; returns what to report."""
         config, folder = each.member.config, each.member.folder(out)
         assert config is not None
         run = Run.create(folder, config.record(), overwrite=True)
@@ -295,11 +319,17 @@ class Group:
         run.decide("step", f"one of {len(self.trainees)} networks trained at once")
         history = each.recorder.history()
         (thinned(history) if config.trace == "thinned" else history).save(run.history_path)
+        if config.as_published:
+            make_ordinary_(each.model)
         save_model(each.model, folder)
         loss = each.objective.loss
         test = evaluate(each.model, tuple(tensor.to(self.device) for tensor in self.splits.test), loss=loss)
         write_html(run, run.report_path)
-        self.report(conclude(each.member, folder, test, time.perf_counter() - self.began))
+        return conclude(each.member, folder, test, time.perf_counter() - self.began)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _depth(trainee: Trainee) -> int:

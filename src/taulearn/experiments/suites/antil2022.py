@@ -1,10 +1,7 @@
-"""Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks: A1 to A6 and A8.
-
-Claim A7, on the propagation of gradients, is an identity that the tests check to rounding.
-"""
+"""Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks: A1 to A8."""
 
 from ..suite import Claim, Suite
-from ._antil import figures, judges, judges_of_errors, tables
+from ._antil import figures, judges, judges_of_errors, judges_of_gradients, tables
 from ._antil.members import members
 
 SUITE = Suite(
@@ -44,6 +41,12 @@ SUITE = Suite(
             "In the cylinder the fractional network 2-50 keeps u3 within [-0.0051, 0.0077], and its arrows coincide "
             "with the exact ones; the residual network with learned steps does better (figure 5).",
             judges_of_errors.third_component_is_small,
+        ),
+        Claim(
+            "A7",
+            "The gradients follow the recursions, and learned steps damp vanishing and exploding gradients (section 6, "
+            "examples 6.3 and 6.8).",
+            judges_of_gradients.gradients_are_damped,
         ),
         Claim(
             "A8",

@@ -10,13 +10,13 @@ import numpy as np
 
 from ...report.bands import epoch_bands
 from ..config import TrainConfig
-from ..intervals import paired_interval
+from ..intervals import interval_of, paired_interval
 from ..measures import generalisation
 from ..results import Results
 from ..suite import Claim, Member, Suite, Verdict
 from ._herberg import quantities as q
 from ._herberg.figures import new_axes, records
-from ._herberg.judges import SIMILAR, Figures, Parts, describe, difference, final_accuracy, mean, values
+from ._herberg.judges import SIMILAR, Figures, Parts, describe, difference, final_accuracy, values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,16 +75,20 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
 def which_horizon(results: Results) -> Verdict:
     """B1: whether learned steps make the choice of T matter less than fixed ones do."""
     spread, figures = {}, Figures()
+    seeds = results.seeds(*(f"horizon/T={T:g}/{name}" for T in HORIZONS for name in TREATMENTS))
     for name in TREATMENTS:
-        finals = {T: mean(results, f"horizon/T={T:g}/{name}", final_accuracy) for T in HORIZONS}
-        spread[name] = max(finals.values()) - min(finals.values())
-        figures |= {f"final accuracy, T = {T:g}, {name}": value for T, value in finals.items()}
-        figures[f"spread over T, {name}"] = spread[name]
+        finals = {T: values(results, f"horizon/T={T:g}/{name}", seeds, final_accuracy) for T in HORIZONS}
+        spread[name] = np.ptp(list(finals.values()), axis=0)
+        figures |= {f"final accuracy, T = {T:g}, {name}": describe(each) for T, each in finals.items()}
+    over = {name: interval_of(each - SIMILAR) for name, each in spread.items()}
+    less = interval_of(spread["free"] - spread["fixed"])
+    figures |= {f"spread over T less one point, {name}": str(found) for name, found in over.items()}
+    figures["spread over T, free - fixed"] = str(less)
     return Verdict.of(
         {
-            "free steps make T matter less than a point": spread["free"] < SIMILAR,
-            "free steps make T matter less than fixed ones": spread["free"] < spread["fixed"],
-            "T matters by more than a point where the sum is held at it": spread["simplex"] > SIMILAR,
+            "free steps make T matter less than a point": over["free"].negative,
+            "free steps make T matter less than fixed ones": less.negative,
+            "T matters by more than a point where the sum is held at it": over["simplex"].positive,
         },
         figures,
     )
@@ -101,7 +105,7 @@ def which_penalty(results: Results) -> Verdict:
         figures[f"layers left, {name}"] = describe(remaining)
         figures[f"final accuracy, {name}, pruned - whole"] = str(gap)
         if left[name] < 6:
-            parts[f"pruning with {name} keeps the accuracy within a point"] = gap.mean > -SIMILAR
+            parts[f"pruning with {name} keeps the accuracy within a point"] = gap.worst > -SIMILAR
     parts["l1 deletes layers and l2 does not"] = left["l1"] < 6 and left["l2"] == 6
     parts["the proximal step deletes at least as many as the subgradient"] = left["l1-proximal"] <= left["l1"]
     parts["the group lasso deletes layers"] = left["group-lasso"] < 6
@@ -114,7 +118,7 @@ def fractional_pruning(results: Results) -> Verdict:
     left = values(results, pruned, results.seeds(pruned), lambda history: float(len(q.layers_left(history))))
     gap = difference(results, pruned, whole, final_accuracy)
     return Verdict.of(
-        {"layers are deleted": max(left) < 6, "accuracy is kept within a point": gap.mean > -SIMILAR},
+        {"layers are deleted": max(left) < 6, "accuracy is kept within a point": gap.worst > -SIMILAR},
         {"layers left": describe(left), "final accuracy, pruned - whole": str(gap)},
     )
 
@@ -127,7 +131,7 @@ def gap_after_pruning(results: Results) -> Verdict:
         seeds = results.seeds(pruned, whole)
         gaps = {each: [_gap(results, each, seed) for seed in seeds] for each in (pruned, whole)}
         found = paired_interval(gaps[pruned], gaps[whole])
-        parts[f"smaller gap, {name}"] = found.mean < 0 and (found.n < 3 or found.high < 0)
+        parts[f"smaller gap, {name}"] = found.negative
         figures |= {f"train - test accuracy, {each}": describe(gap) for each, gap in gaps.items()}
         figures[f"difference of the gaps, pruned - whole, {name}"] = str(found)
     return Verdict.of(parts, figures)

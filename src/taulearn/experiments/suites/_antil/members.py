@@ -1,4 +1,4 @@
-"""The members of the suite: networks on the Maxwell problem, the finite elements beside them, toy problems.
+"""The members of the suite: networks on the Maxwell problem, finite elements beside them, toys, growth of gradients.
 
 Setting of the paper (section 7): 12,000 samples, smoothed ReLU, J = 1/(2m) sum norm(y - u)^2, full-batch steepest
 descent, bias ordering with beta = 10 or without. Not printed there, and chosen here: tau = 1 at the start, also the
@@ -14,7 +14,7 @@ from typing import Any
 from ...config import TrainConfig
 from ...measures import generalisation
 from ...suite import Member
-from . import measures, stability
+from . import gradients, measures, stability
 
 SIZES = ("6-50", "2-50")
 SCHEMES = ("resnet", "fractional")
@@ -97,11 +97,12 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
 
     Args:
         quick: 100 steps instead of 1000, few epochs on the toys, coarse meshes only; nothing is compiled.
-        seeds: Number of seeds for every setting. None: 5, where quick 2; toys and other optimisers 3, where quick 1.
+        seeds: Number of seeds for every setting. None: 5, where quick 2; toys, other optimisers and the growth of
+            gradients 3, where quick 1.
 
     Example:
         >>> len(members()), len(members(quick=True))
-        (151, 59)
+        (164, 64)
     """
     meshes = tuple(QUICK_MESHES if quick else MESHES)
     own = QUICK_SEEDS if quick else FULL_SEEDS
@@ -113,7 +114,7 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
         if seed < (seeds or (1 if quick else SIDE_SEEDS)):
             found += _optimizers(seed, meshes, quick)
             found += _toys(seed, QUICK_TOY_EPOCHS if quick else TOY_EPOCHS)
-    return found
+    return [*found, *gradients.members(quick, seeds)]
 
 
 def network(size: str, scheme: str) -> dict[str, Any]:

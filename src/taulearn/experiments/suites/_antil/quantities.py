@@ -24,7 +24,7 @@ Figure = Callable[[Results, str, int], float]
 
 def smaller(interval: Interval) -> bool:
     """Whether a difference of logarithms counts as negative."""
-    return interval.mean < 0 and (interval.n < 3 or interval.high < 0)
+    return interval.negative
 
 
 def log_ratio(results: Results, a: str, b: str, figure: Figure) -> Interval:

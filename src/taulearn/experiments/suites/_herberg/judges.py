@@ -6,11 +6,13 @@ differences is positive and, with three pairs or more, that their 95 % interval 
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import combinations
 
 import numpy as np
+from jaxtyping import Float
 
 from ....training import History
-from ...intervals import Interval, paired_interval
+from ...intervals import Interval, interval_of, paired_interval
 from ...results import Results
 from ...suite import Verdict
 from . import quantities as q
@@ -46,11 +48,6 @@ def difference(results: Results, a: str, b: str, figure: Callable[[History], flo
 def mean(results: Results, name: str, figure: Callable[[History], float]) -> float:
     """The mean of a figure over all seeds of a setting."""
     return float(np.mean(values(results, name, results.seeds(name), figure)))
-
-
-def higher(interval: Interval) -> bool:
-    """Whether a difference counts as positive."""
-    return interval.mean > 0 and (interval.n < 3 or interval.low > 0)
 
 
 def final_accuracy(history: History) -> float:
@@ -100,7 +97,7 @@ def _beats_fixed(results: Results, data: str, network: str, treatment: str) -> t
     found = {f"after epoch {n}": difference(results, a, b, accuracy_after(n)) for n in EARLY_EPOCHS if n < shortest}
     found["mean over all epochs"] = difference(results, a, b, lambda h: q.mean_after_start(q.accuracy(h)))
     figures: Figures = {f"{treatment} - fixed, {network}, {data}, {name}": str(each) for name, each in found.items()}
-    return all(map(higher, found.values())), figures
+    return all(each.positive for each in found.values()), figures
 
 
 LOSSES = {
@@ -115,59 +112,67 @@ def similar_accuracy_larger_loss(results: Results) -> Verdict:
     parts: Parts = {}
     figures: Figures = {}
     for data in DATA:
-        finals = {name: mean(results, setting(data, "resnet", name), final_accuracy) for name in LEARNED}
-        spread = max(finals.values()) - min(finals.values())
-        parts[f"similar accuracy on {data}"] = spread < SIMILAR
-        figures |= {f"final accuracy, {name}, {data}": value for name, value in finals.items()}
-        figures[f"spread of the final accuracies, {data}"] = spread
+        gaps = {
+            (a, b): difference(results, setting(data, "resnet", a), setting(data, "resnet", b), final_accuracy)
+            for a, b in combinations(LEARNED, 2)
+        }
+        parts[f"similar accuracy on {data}"] = all(gap.within(SIMILAR) for gap in gaps.values())
+        for name in LEARNED:
+            figures[f"final accuracy, {name}, {data}"] = mean(results, setting(data, "resnet", name), final_accuracy)
+        figures |= {f"final accuracy, {a} - {b}, {data}": str(gap) for (a, b), gap in gaps.items()}
         for words, column in LOSSES.items():
             larger = True
             for a in ("l1", "horizon"):
                 for b in ("free", "dependent"):
                     names = setting(data, "resnet", a), setting(data, "resnet", b)
                     found = difference(results, *names, mean_of(column))
-                    larger = larger and higher(found)
+                    larger = larger and found.positive
                     figures[f"{words}, {a} - {b}, {data}, mean over all epochs"] = str(found)
             parts[f"larger {words} with l1 and horizon on {data}"] = larger
     return Verdict.of(parts, figures)
 
 
 def horizon_restricts_fractional(results: Results) -> Verdict:
-    """H3: fractional network, horizon penalty against free, l1, dependent, epoch by epoch in the means over seeds."""
+    """H3: fractional network, horizon penalty against free, l1, dependent.
+
+    Judged epoch by epoch in the means over seeds, and by the paired means over epochs.
+    """
     parts: Parts = {}
     figures: Figures = {}
-    others = ("free", "l1", "dependent")
     for data in DATA:
-        horizon = setting(data, "fractional", "horizon")
-        names = [setting(data, "fractional", name) for name in others]
-        lower, larger = {}, {}
-        for name in names:
-            seeds = results.seeds(horizon, name)
-            gaps = np.mean(
-                [q.accuracy(results.history(horizon, s)) - q.accuracy(results.history(name, s)) for s in seeds], axis=0
-            )
-            half = 1 + max(1, (len(gaps) - 1) // 2)
-            lower[name] = float(np.mean(gaps[1:half] < 0))
+        lower, larger, smallest = True, dict.fromkeys(LOSSES, True), True
+        for other in ("free", "l1", "dependent"):
+            a, b = setting(data, "fractional", "horizon"), setting(data, "fractional", other)
+            against = f"horizon - {other}, {data}"
+            gaps = _gaps(results, a, b, "validation.accuracy")
+            half = gaps[:, : max(1, gaps.shape[1] // 2)]
+            found, share = interval_of(half.mean(1)), float(np.mean(half.mean(0) < 0))
+            lower = lower and found.negative and share >= MOST_EPOCHS
+            figures[f"accuracy, {against}, mean over the first half of the epochs"] = str(found)
+            figures[f"share of the first half of the epochs with lower accuracy, {against}"] = share
             for words, column in LOSSES.items():
-                loss = np.mean(
-                    [
-                        results.history(horizon, s).epochs[column] - results.history(name, s).epochs[column]
-                        for s in seeds
-                    ],
-                    axis=0,
-                )
-                larger[words, name] = float(np.mean(loss[1:] > 0))
-            figures[f"accuracy, horizon - {name}, mean over the first half of the epochs"] = float(gaps[1:half].mean())
-            figures[f"share of the first half of the epochs with lower accuracy, against {name}"] = lower[name]
-        figures |= {f"share of epochs with larger {words}, against {n}": v for (words, n), v in larger.items()}
-        parts[f"lower accuracy in the first half of the epochs on {data}"] = min(lower.values()) >= MOST_EPOCHS
-        for words in LOSSES:
-            share = min(value for (each, _), value in larger.items() if each == words)
-            parts[f"larger {words} throughout on {data}"] = share >= MOST_EPOCHS
-        largest = {n: mean(results, n, lambda h: float(np.nanmax(q.last_taus(h)))) for n in (horizon, *names)}
-        figures |= {f"largest step at the end, {name}": value for name, value in largest.items()}
-        parts[f"smallest largest step on {data}"] = min(largest, key=lambda n: largest[n]) == horizon
+                gaps = _gaps(results, a, b, column)
+                found, share = interval_of(gaps.mean(1)), float(np.mean(gaps.mean(0) > 0))
+                larger[words] = larger[words] and found.positive and share >= MOST_EPOCHS
+                figures[f"{words}, {against}, mean over all epochs"] = str(found)
+                figures[f"share of epochs with larger {words}, {against}"] = share
+            found = difference(results, a, b, lambda history: float(np.nanmax(q.last_taus(history))))
+            smallest = smallest and found.negative
+            figures[f"largest step at the end, {against}"] = str(found)
+        parts[f"lower accuracy in the first half of the epochs on {data}"] = lower
+        parts |= {f"larger {words} throughout on {data}": each for words, each in larger.items()}
+        parts[f"smallest largest step on {data}"] = smallest
     return Verdict.of(parts, figures)
+
+
+def _gaps(results: Results, a: str, b: str, column: str) -> Float[np.ndarray, "seeds epochs"]:
+    """The difference a - b of a column after each epoch, one row for each common seed."""
+    seeds = results.seeds(a, b)
+    first, second = (
+        np.array([results.history(name, seed).epochs[column][1:] for seed in seeds], dtype=np.float64)
+        for name in (a, b)
+    )
+    return np.asarray(first - second)
 
 
 def describe(all_: Iterable[float]) -> str:

@@ -9,11 +9,14 @@ from ....training.thinning import numbers
 from ...results import Results
 from ...suite import Verdict
 from . import quantities as q
-from .judges import FASHION, SIMILAR, Figures, Parts, describe, difference, final_accuracy, higher, values
+from .judges import FASHION, SIMILAR, Figures, Parts, describe, difference, final_accuracy, values
 from .members import THRESHOLD, TREATMENTS, setting
 
 FAR_LARGER = 2.0
 """A step is "far larger" than the next from twice its size on: its line then stands clear of the others."""
+
+SMALLEST = 1e-3
+"""Ratios are formed to no smaller step: records hold three digits."""
 
 NEAR_HORIZON = 0.05
 """The sum "is" the horizon within a twentieth of it, what can be read off figures 4.4 and 4.5; beyond, it exceeds."""
@@ -33,14 +36,21 @@ STAYS = 0.1
 CLOSE_TO_ZERO = 0.05
 """In the fractional figures, whose axes span about one: a line that cannot be told from the axis."""
 
-TOOTH = 0.01
-"""An oscillation turns by at least one percent of the horizon; smaller turns are noise of the batches."""
+TOOTH = NEAR_HORIZON
+"""An oscillation turns by at least so much, which can be read off figure 4.5. The noise of the batches stays below: it
+still moves the sum by 0.03 in the last half of the iterations, and would count as some thirty turns of one percent."""
 
 
 def next_largest_ratio(history: History) -> float:
+    """tau_0 over the largest of the others at the end; a negative step is small, whatever its magnitude."""
+    tau = q.last_taus(history)
+    return float(tau[0] / max(np.nanmax(tau[1:]), SMALLEST))
+
+
+def largest_magnitude_ratio(history: History) -> float:
     """|tau_0| over the largest magnitude of the others, at the end."""
     magnitude = np.abs(q.last_taus(history))
-    return float(magnitude[0] / max(np.nanmax(magnitude[1:]), np.finfo(float).tiny))
+    return float(magnitude[0] / max(np.nanmax(magnitude[1:]), SMALLEST))
 
 
 def share_at_horizon(history: History) -> float:
@@ -68,6 +78,8 @@ def residual_steps(results: Results) -> Verdict:
         ratios = values(results, name, seeds, next_largest_ratio)
         parts[f"tau_0 far larger ({treatment})"] = min(ratios) >= FAR_LARGER
         figures[f"tau_0 over the next largest step, {treatment}"] = describe(ratios)
+        magnitudes = values(results, name, seeds, largest_magnitude_ratio)
+        figures[f"|tau_0| over the next largest magnitude, {treatment}"] = describe(magnitudes)
         if "horizon" in treatment:
             near = values(results, name, seeds, share_at_horizon)
             parts[f"sum = 1 in most iterations ({treatment})"] = min(near) > MOST_ITERATIONS
@@ -131,7 +143,7 @@ def _damped_steps(results: Results, free: str, l1: str, horizon: str) -> tuple[P
     figures: Figures = {}
     for word, name in (("l1", l1), ("horizon", horizon)):
         found = difference(results, free, name, total)
-        parts[f"{word} damps the growth"] = higher(found)
+        parts[f"{word} damps the growth"] = found.positive
         figures[f"sum at the end, free - {word}"] = str(found)
     count = values(results, l1, results.seeds(l1), driven_to_zero)
     parts["l1 brings no step to zero"] = max(count) == 0
@@ -145,13 +157,14 @@ def _sum_with_horizon(results: Results, horizon: str) -> tuple[Parts, Figures]:
     peaks = [float(q.sums(record).max()) for record in records]
     ends = [float(q.sums(record)[-1]) for record in records]
     highest = [float(numbers(record)[np.argmax(q.sums(record))]) for record in records]
-    turns = [q.reversals(q.sums(record)[_from_first_above(record) :], TOOTH) for record in records]
+    turns = [_turns(record) for record in records]
+    noise = [float(np.ptp(q.sums(record)[numbers(record) > numbers(record)[-1] // 2])) for record in records]
     return {
         "the sum exceeds 1 near iteration 1000 (horizon)": all(
             not math.isnan(n) and NEAR_1000[0] <= n <= NEAR_1000[1] for n in first
         ),
         "the sum comes back to 1 (horizon)": all(
-            abs(end - 1.0) < NEAR_HORIZON and end < peak for end, peak in zip(ends, peaks, strict=True)
+            abs(end - 1.0) < NEAR_HORIZON and not math.isnan(n) for end, n in zip(ends, first, strict=True)
         ),
         "the sum oscillates on its way (horizon)": min(turns) >= 2,
     }, {
@@ -159,24 +172,25 @@ def _sum_with_horizon(results: Results, horizon: str) -> tuple[Parts, Figures]:
         "iteration with the largest sum, horizon": describe(highest),
         "largest sum, horizon": describe(peaks),
         "sum at the end, horizon": describe(ends),
-        "turns by more than a percent after the sum is clearly above 1, horizon": describe(map(float, turns)),
+        f"turns by more than {TOOTH:g} once the sum is clearly above 1, horizon": describe(map(float, turns)),
+        "range of the sum over the last half of the iterations, horizon": describe(noise),
     }
 
 
-def _from_first_above(record: History) -> int:
-    rows = np.flatnonzero(q.sums(record) > 1.0 + NEAR_HORIZON)
-    return int(rows[0]) if len(rows) else 0
+def _turns(record: History) -> int:
+    """How often the sum turns from where it first is clearly above 1; 0 if it never is."""
+    above = np.flatnonzero(q.sums(record) > 1.0 + NEAR_HORIZON)
+    return q.reversals(q.sums(record)[above[0] :], TOOTH) if len(above) else 0
 
 
 def _dependent_step(results: Results, free: str, dependent: str) -> tuple[Parts, Figures]:
     seeds = results.seeds(dependent)
     lowest = values(results, dependent, seeds, lambda history: float(np.nanmin(q.taus(history, raw=True)[:, -1])))
     last = values(results, dependent, seeds, lambda history: float(q.taus(history, raw=True)[-1, -1]))
-    loss = values(results, dependent, seeds, lambda history: float(np.max(history.epochs["train.loss"][1:])))
     gap = difference(results, dependent, free, final_accuracy)
     return {
         "the raw dependent step passes through zero": max(lowest) < 0,
-        "it does not blow up": all(map(math.isfinite, loss)) and gap.mean > -SIMILAR,
+        "it does not blow up": gap.worst > -SIMILAR,
     }, {
         "smallest raw dependent step": describe(lowest),
         "raw dependent step at the end": describe(last),
@@ -195,6 +209,6 @@ def _worse_with_penalty(results: Results, free: str, regularised: dict[str, str]
     figures: Figures = {}
     for word, name in regularised.items():
         found = difference(results, free, name, final_accuracy)
-        parts[f"better without {word}"] = higher(found)
+        parts[f"better without {word}"] = found.positive
         figures[f"final accuracy, free - {word}"] = str(found)
     return parts, figures

@@ -34,9 +34,7 @@ def first_blocks_suffice(results: Results) -> Verdict:
         parts[f"{pair.title}: the first {M} blocks reach nearly the full accuracy"] = (
             float(np.mean(losses["stage"])) <= NEARLY
         )
-        parts[f"{pair.title}: they lose less than without stage cost"] = difference.mean > 0 and (
-            difference.n < 3 or difference.low > 0
-        )
+        parts[f"{pair.title}: they lose less than without stage cost"] = difference.positive
         figures |= {
             f"{pair.title}: accuracy lost by keeping {M} blocks, with stage cost": float(np.mean(losses["stage"])),
             f"{pair.title}: the same without": float(np.mean(losses["plain"])),
