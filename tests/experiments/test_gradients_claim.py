@@ -10,6 +10,7 @@ import torch
 from torch.func import jacrev
 
 import made_up_gradients
+from made_up_gradients import PARTS
 from taulearn import data
 from taulearn.experiments.intervals import paired_interval
 from taulearn.experiments.suites._antil import gradient_examples, gradient_recursions, gradients
@@ -179,16 +180,29 @@ class TestJudge:
         name = "log10 growth over the depth, fixed, learned, difference, dense from 1, W"
         assert "N = 32: +9.93, +9.33" in str(gradients_are_damped(results).figures[name])  # 29 log10(2) = 8.73
 
-    def test_seeds_that_are_not_finite_are_left_out(self):
+    def test_fixed_steps_that_are_not_finite_are_left_out_and_said(self):
         results = MadeUp()
-        results.rows("dense")[0]["learned"]["growth"]["W"] = None
+        results.rows("dense")[0]["fixed"]["growth"]["W"] = None
         for row in results.rows("dense"):
             row["fixed"]["growth"]["b"] = None
+            row["fixed"]["growth"]["tau"] = None if row["depth"] == 32 else 20.0
         verdict = gradients_are_damped(results)
         name = "log10 growth over the depth, fixed, learned, difference, dense beyond 2^(N-j-2) from 1, "
         assert "n = 2)" in str(verdict.figures[name + "W"])
         assert verdict.figures[name + "b"] == "N = 8: not finite; N = 32: not finite"
+        assert "learned steps damp exploding gradients (dense, tau, not finite for N = 32)" in verdict.sentence
         assert failing(results) == set()
+
+    def test_learned_steps_that_are_not_finite_damp_nothing(self):
+        results = MadeUp()
+        results.rows("feedforward")[0]["learned"]["growth"]["W"] = None
+        assert failing(results) == {"learned steps damp vanishing gradients (feedforward, W)"}
+
+    def test_training_that_diverged_says_nothing_about_the_recursions(self):
+        results = MadeUp()
+        results.rows("feedforward")[0]["learned"] |= {"loss": None, "errors": dict.fromkeys(PARTS)}
+        assert failing(results) == set()
+        assert gradients_are_damped(results).figures["trainings that diverged, feedforward"] == 1.0
 
     def test_examples(self):
         results = MadeUp()

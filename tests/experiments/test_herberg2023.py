@@ -220,6 +220,33 @@ def test_difference_within_the_noise_of_three_seeds_does_not_count(as_claimed):
     assert "resnet on mnist" in parts_of(verdict)[1]
 
 
+@pytest.mark.parametrize(
+    ("claim", "name", "fails"),
+    [
+        ("H2", "resnet/l1", "similar accuracy on fashion-mnist"),
+        ("H5", "fractional/dependent", "it does not blow up"),
+        ("H6", "resnet/l1-pruned", "accuracy is kept within a point (l1)"),
+        ("H8", "resnet-12/l1-pruned", "from 12 layers accuracy is kept within a point"),
+        ("H8", "resnet-12/l1-pruned", "neither does the accuracy"),
+    ],
+)
+def test_accuracy_is_not_kept_where_the_interval_reaches_a_point(as_claimed, claim, name, fails):
+    name = f"fashion-mnist/{name}"
+    changes = (0.013, -0.013, 0.0)  # the mean stays
+    shaken = [
+        record(
+            I * 0 + as_claimed.records[name][0].iterations["tau"],
+            accuracy=0.897 + change,
+            seed=seed,
+            loss=0.33 if claim == "H2" else 0.3,
+            penalty=0.02 * (claim == "H2"),
+            deletions=as_claimed.records[name][seed].deletions,
+        )
+        for seed, change in enumerate(changes)
+    ]
+    assert fails in parts_of(JUDGES[claim](changed(as_claimed, name, shaken)))[1]
+
+
 @pytest.mark.parametrize("total", [1, 150, 3000, 120_000])
 def test_thinning_twice_is_thinning_once(total):
     tau = np.sin(np.arange(total)[:, None] / 300.0 + np.arange(3))

@@ -35,7 +35,9 @@ def test_address_that_listens_but_is_not_ray_is_named_soon(monkeypatch, scheme):
 
 def test_cluster_that_cannot_be_joined_says_why(monkeypatch):
     monkeypatch.setattr(engine, "_JOIN", "print('it has another version'); raise SystemExit(1)")
-    with pytest.raises(ConnectionError, match=r"at auto cannot be joined \(it has another version\): start it"):
+    with pytest.raises(
+        ConnectionError, match=r"at auto cannot be joined \(it has another version\): give all machines the same"
+    ):
         check_answers("auto")
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from taulearn.cli import main
 from taulearn.experiments import TrainConfig, suites
-from taulearn.experiments.reproduce import _facets
 from taulearn.experiments.results import Results
 from taulearn.experiments.suite import Claim, Member, Suite, Verdict
+from taulearn.experiments.suite_report import facets
 
 STORED = Path(__file__).parent / "stored" / "herberg2023-quick" / "records.npz"
 
@@ -165,9 +165,9 @@ def test_recipe_and_filters_come_from_what_was_trained(call, tmp_path, small):
     assert call("beyond", "--engine", "serial", "--out", "out", "--keep", "kept")[0] == 0
     recipe = tomllib.loads((tmp_path / "kept/recipe.toml").read_text())
     assert recipe == {"a": {"seeds": [0, 1], "width": 8, "epochs": 1, "l1": 0.1}}
-    facets = unescape(re.search("data-facets='([^']*)'", (tmp_path / "out/report.html").read_text())[1])
+    shown = unescape(re.search("data-facets='([^']*)'", (tmp_path / "out/report.html").read_text())[1])
     expected = {"data": "digits", "network": "resnet", "depth": "6", "steps": "free", "penalty": "l1", "pruned": "no"}
-    assert json.loads(facets) == expected
+    assert json.loads(shown) == expected
 
 
 @pytest.mark.parametrize(
@@ -181,5 +181,5 @@ def test_recipe_and_filters_come_from_what_was_trained(call, tmp_path, small):
     ],
 )
 def test_filters(options, expected):
-    found = _facets(TrainConfig(**options))
+    found = facets(TrainConfig(**options))
     assert {name: found[name] for name in expected} == expected

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from taulearn.experiments import TrainConfig
-from taulearn.experiments.intervals import paired_interval
+from taulearn.experiments.intervals import interval_of, paired_interval
 from taulearn.experiments.reproduce import as_markdown, judge, write_claims
 from taulearn.experiments.results import NotMeasured, Results
 from taulearn.experiments.suite import Claim, Member, Suite, Verdict, digest
@@ -29,6 +29,30 @@ def test_interval_of_one_pair_says_that_it_knows_no_spread():
     assert found.mean == 0.5
     assert math.isnan(found.low)
     assert "no interval" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("differences", "positive", "within"),
+    [
+        ([0.004], True, True),
+        ([0.004, 0.003], True, True),
+        ([-0.03, 0.04], True, True),  # two pairs: the mean decides
+        ([0.003, 0.004, 0.005], True, True),
+        ([-0.004, 0.004, 0.006], False, False),  # -0.011 .. +0.015
+        ([-0.001, 0.002, 0.002], False, True),
+        ([0.006, 0.008, 0.009], True, False),  # reaches the bound above
+        ([-0.03, 0.02], False, True),
+    ],
+)
+def test_from_three_pairs_on_the_whole_interval_decides(differences, positive, within):
+    found = interval_of(differences)
+    assert found.positive is positive
+    assert found.within(0.01) is within
+    mirrored = interval_of([-each for each in differences])
+    np.testing.assert_equal(tuple(mirrored), tuple(-found))
+    assert mirrored.negative is positive
+    assert mirrored.within(0.01) is within
+    assert found.worst == (found.mean if found.n < 3 else found.low)
 
 
 @pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 2.0])])

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import tomllib
 from html import escape
 
@@ -132,6 +133,16 @@ def trained(tmp_path_factory):
     text = "seeds = 2\n[base]\nepochs = 2\nwidth = 8\n[grid]\nhidden_layers = [2, 3]\nlr = [0.05, 1e30]"
     sweep = sweep_of(text)
     return sweep, out, run_members(sweep.members, out, engine="serial")
+
+
+def test_row_of_a_member_that_cannot_be_read_says_why(trained, tmp_path):
+    sweep, out, _ = trained
+    shutil.copytree(out, tmp_path / "out")
+    member = sweep.members[0]
+    (member.folder(tmp_path / "out") / "history.safetensors").write_bytes(b"damaged")
+    found = rows(sweep, Results(tmp_path / "out"))[0]
+    assert found["status"] == "unreadable"
+    assert "damaged" in found["error"]
 
 
 def test_table_has_a_row_for_every_member_also_for_those_that_failed(trained, tmp_path, monkeypatch):

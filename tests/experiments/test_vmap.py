@@ -62,7 +62,7 @@ def test_pruned_members_are_regrouped_and_go_on(tmp_path, every):
         assert gone[0] == gone[1] != []
         np.testing.assert_array_equal(np.isnan(together.iterations["tau"]), np.isnan(alone.iterations["tau"]))
         assert abs(alone.epochs["train.total"][-1] - together.epochs["train.total"][-1]) < 1e-3
-        courses.add(tuple(gone[1]))
+        courses.add(tuple(d.iteration for d in together.deletions))
     assert len(courses) > 1, "the members must have differed in depth on the way, or nothing was regrouped"
 
 
@@ -94,6 +94,15 @@ def test_member_that_diverges_leaves_the_others_alone(tmp_path):
     outcome = run_members([good[0], bad, good[1]], tmp_path, engine="vmap")
     assert set(outcome.finished) == {"a/seed-0", "a/seed-1"}
     assert "not finite" in outcome.failed["b/seed-0"]
+
+
+def test_last_step_of_a_run_is_looked_at_too(tmp_path):
+    settings = {"width": 12, "hidden_layers": 4, "epochs": 1, "batch_size": "full", "l1": 1e30}
+    some = [Member(name, 0, TrainConfig(**settings, lr=lr)) for name, lr in (("a", 1e-30), ("b", 1e30))]
+    for engine in ("serial", "vmap"):
+        outcome = run_members(some, tmp_path / engine, engine=engine)
+        assert outcome.finished == ["a/seed-0"]
+        assert "not finite" in outcome.failed["b/seed-0"]
 
 
 def no_measurement(folder):

@@ -100,9 +100,11 @@ class Reproduce:
 
     def _judge(self, suite: "Suite", out: Path, members: "Sequence[Member]") -> None:
         """Everything: verdicts, figures, report."""
-        from ..experiments.reproduce import draw, judge, keep, tabulate, write_claims, write_report
+        from ..experiments.keeping import keep
+        from ..experiments.reproduce import draw, judge, tabulate, write_claims
         from ..experiments.results import Results
         from ..experiments.suite import SEPARATOR
+        from ..experiments.suite_report import write_report
 
         results = Results(out)
         folder = _folder(out)

@@ -1,28 +1,16 @@
-"""A suite from its records to its results: verdicts, figures, tables, the report, and what is kept of them."""
+"""A suite from its records to its results: verdicts, figures, tables."""
 
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import tomli_w
-
-from .._devices import machine
 from .._errors import unknown_name
 from ..files import write_bytes
-from .config import TrainConfig
 from .results import NotMeasured, Results
 from .suite import SEPARATOR, Member, Suite, Verdict
-
-if TYPE_CHECKING:
-    from ..report.catalogue import RunRow
-
-PACK = "records.npz"
-_SMALL_DPI = 80
 
 
 @dataclass(frozen=True)
@@ -153,18 +141,6 @@ def draw(
     return files, missing
 
 
-def _with_fewer_colours(png: bytes) -> bytes:
-    """The same picture with a palette of 256 colours, a third of the size."""
-    from PIL import Image  # matplotlib brings it
-
-    content = io.BytesIO()
-    with Image.open(io.BytesIO(png)) as picture:
-        picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE).save(
-            content, format="png", optimize=True
-        )
-    return content.getvalue()
-
-
 def tabulate(suite: Suite, results: Results, only: str | None = None) -> dict[str, str]:
     """The tables of a suite as Markdown, by number; those whose records are missing say so.
 
@@ -191,102 +167,6 @@ def tabulate(suite: Suite, results: Results, only: str | None = None) -> dict[st
             except NotMeasured as error:
                 texts[name] = f"not measured: {error}\n"
     return texts
-
-
-def write_report(suite: Suite, results: Results, judged: Sequence[Judged], out: str | Path) -> Path:
-    """Write the suite's report.html: claims, figures, tables, and every run with a link.
-
-    Args:
-        suite: The suite.
-        results: The records.
-        judged: The claims with their verdicts.
-        out: Folder that holds the figures, drawn before.
-    """
-    from ..report.catalogue import ClaimRow, Picture, write_catalogue
-
-    verdicts = [ClaimRow(j.id, j.statement, j.verdict.outcome, j.verdict.sentence, j.verdict.figures) for j in judged]
-    pictures = [
-        Picture(f"Figure {name}", (function.__doc__ or "").strip().partition("\n")[0], file.read_bytes())
-        for name, function in suite.figures.items()
-        if (file := Path(out) / "figures" / f"figure-{name}.png").exists()
-    ]
-    runs = [_run_row(results, setting, seed) for setting, seed in results.readable]
-    subtitle = f"{suite.title}: {len(runs)} members with {len(results.settings)} settings"
-    tables = {f"Table {name}": text for name, text in tabulate(suite, results).items()}
-    file = Path(out) / "report.html"
-    return write_catalogue(file, suite.name, subtitle, claims=verdicts, pictures=pictures, tables=tables, runs=runs)
-
-
-def keep(suite: Suite, results: Results, judged: Sequence[Judged], folder: str | Path) -> list[Path]:
-    """Write what stays of a suite's results: verdicts, small figures, tables, and the records they are made from.
-
-    Args:
-        suite: The suite.
-        results: The records.
-        judged: The claims with their verdicts.
-        folder: Where; made if missing. ``Results(folder / "records.npz")`` reads the records again.
-
-    Returns:
-        The files.
-    """
-    kept = Path(folder)
-    kept.mkdir(parents=True, exist_ok=True)
-    files = write_claims(judged, kept)
-    figures = draw(suite, results, kept, kinds=("png",), dpi=_SMALL_DPI)[0]
-    for file in figures:
-        write_bytes(file, _with_fewer_colours(file.read_bytes()))
-    files += figures
-    for name, text in tabulate(suite, results).items():
-        write_bytes(kept / f"table-{name}.md", text.encode())
-        files.append(kept / f"table-{name}.md")
-    results.pack(kept / PACK, suite.shown)
-    write_bytes(kept / "provenance.json", (json.dumps(provenance(suite, results), indent=1) + "\n").encode())
-    write_bytes(kept / "recipe.toml", tomli_w.dumps(recipe(results)).encode())
-    return [*files, kept / PACK, kept / "provenance.json", kept / "recipe.toml"]
-
-
-def recipe(results: Results) -> dict[str, dict[str, Any]]:
-    """What was trained: for each setting its seeds and the options that are not at their defaults.
-
-    Args:
-        results: The records.
-
-    Example:
-        >>> recipe(Results("nowhere"))
-        {}
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for setting, seed in results.readable:
-        if setting not in found:
-            options = {}
-            if results.done(setting, seed).get("config") is not None:
-                config = results.config(setting, seed)
-                options = config.model_dump(
-                    mode="json", exclude_defaults=True, exclude_none=True, exclude={"run", "overwrite", "seed"}
-                )
-            found[setting] = {"seeds": [], **options}
-        found[setting]["seeds"].append(seed)
-    return found
-
-
-def provenance(suite: Suite, results: Results) -> dict[str, Any]:
-    """Under what a suite's members were trained: versions, machines, time.
-
-    Args:
-        suite: The suite.
-        results: The records.
-    """
-    notes = [results.done(setting, seed) for setting, seed in results.readable]
-    versions = sorted({json.dumps(note.get("versions", {}), sort_keys=True) for note in notes})
-    return {
-        "suite": suite.name,
-        "members": len(notes),
-        "settings": Counter(setting for setting, _ in results.readable),
-        "versions": [json.loads(each) for each in versions],
-        "machines": sorted({str(note.get("machine", "unknown")) for note in notes}),
-        "hours of training": round(sum(float(note.get("seconds", 0.0)) for note in notes) / 3600, 2),
-        "written on": machine(),
-    }
 
 
 def as_markdown(judged: Sequence[Judged]) -> str:
@@ -330,38 +210,3 @@ def _cell(text: str) -> str:
 
 def _number(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
-
-
-_PENALTIES = (
-    "l1", "l2", "elastic_net", "weight_elastic_net", "group_lasso", "time_horizon", "bias_ordering", "stage_cost"
-)  # fmt: skip
-
-
-def _facets(config: TrainConfig) -> dict[str, str]:
-    """What the runs of a suite differ in, for the filters of its report."""
-    penalties = [name.replace("_", " ") for name in _PENALTIES if getattr(config, name)]
-    return {
-        "data": config.data,
-        "network": config.network + ", as published" * config.as_published,
-        "depth": str(config.hidden_layers),
-        "steps": config.constraint,
-        "penalty": " + ".join(penalties).replace("l1", "l1, proximal" if config.proximal else "l1") or "none",
-        "pruned": "yes" if config.prune or config.prune_blocks else "no",
-    }
-
-
-def _run_row(results: Results, setting: str, seed: int) -> "RunRow":
-    from ..report.catalogue import RunRow
-
-    note = results.done(setting, seed)
-    trained = note.get("config") is not None
-    facets = _facets(results.config(setting, seed)) if trained else {}
-    values: dict[str, float | int | str | None] = {"seed": seed}
-    values |= {f"test {name}": value for name, value in note.get("test", {}).items()}
-    if trained:
-        layers = results.history(setting, seed).epochs["layers"]
-        values |= {"layers": f"{layers[0]} → {layers[-1]}"}
-    values["seconds"] = note.get("seconds")
-    name = f"{setting}/seed-{seed}"
-    link = f"{name}/report.html" if (results.out / name / "report.html").exists() else None
-    return RunRow(name, facets, values, link)

@@ -41,7 +41,9 @@ def rows(sweep: Sweep, results: Results, failed: Mapping[str, str] | None = None
         row |= {"seed": member.seed, "status": "missing" if error is None else "failed", "error": error or ""}
         try:
             note, history = results.done(member.setting, member.seed), results.history(member.setting, member.seed)
-        except NotMeasured:
+        except NotMeasured as reason:
+            if results.has(member.setting, member.seed):
+                row |= {"status": "unreadable", "error": str(reason)}
             table.append(row)
             continue
         row |= {"status": "finished", "error": ""}

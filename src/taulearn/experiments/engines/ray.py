@@ -155,11 +155,11 @@ def _join(address: str) -> None:
     )
     if joined.returncode:
         reason = joined.stdout.strip() or f"ray.init ended its process with status {joined.returncode}"
-        raise _no_cluster(address, f"cannot be joined ({reason})")
+        remedy = "give all machines the same versions of Python and Ray, and the same token"
+        raise _no_cluster(address, f"cannot be joined ({reason})", remedy)
 
 
-def _no_cluster(address: str, what: str) -> ConnectionError:
+def _no_cluster(address: str, what: str, remedy: str = "start it with `ray start --head`") -> ConnectionError:
     return ConnectionError(
-        f"the Ray cluster at {address} {what}: "
-        "start it with `ray start --head`, or leave the address out for one on this machine"
+        f"the Ray cluster at {address} {what}: {remedy}, or leave the address out for one on this machine"
     )

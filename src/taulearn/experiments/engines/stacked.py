@@ -181,6 +181,11 @@ class Stack:
         for name, value in values.items():
             self.values[name].copy_(value)
 
+    def finite(self) -> list[bool]:
+        """Whether all parameters of each network are finite."""
+        found = torch.stack([value.flatten(1).isfinite().all(1) for value in self.values.values()])
+        return [bool(each) for each in found.all(0).tolist()]
+
     def unstack(self) -> None:
         """Bring the parameters back into the networks."""
         with torch.no_grad():

@@ -39,6 +39,9 @@ MOST = 128
 """Members in one group, which bounds memory."""
 
 
+DIVERGED = "the loss or a parameter is not finite: lower the learning rate, clip gradients, or bound the steps"
+
+
 def run(members: Sequence[Member], out: Path, report: Report, options: Options) -> None:
     """Run all members, group by group.
 
@@ -124,7 +127,10 @@ def _run_group(group: Sequence[Member], out: Path, report: Report) -> list[Membe
             try:
                 member.folder(out).parent.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(locked(member, out))
-                mine += [] if is_finished(member, out) else [member]
+                if is_finished(member, out):
+                    report(Event("finished", member.name, member.epochs))
+                else:
+                    mine.append(member)
             except Busy:
                 report(Event("skipped", member.name, text="another process trains it"))
             except Exception as error:  # noqa: BLE001  the others are trained
@@ -252,6 +258,8 @@ class Group:
                 pruned = self._prune(stack, self.policy, epoch, at)
         if not pruned:
             stack.unstack()
+            for each, finite in zip(stack.trainees, stack.finite(), strict=True):
+                each.error = each.error if finite else DIVERGED
         for each in stack.trainees:
             _flush(each)
             each.seconds += (time.perf_counter() - began) / len(stack.trainees)
@@ -340,4 +348,4 @@ def _flush(trainee: Trainee) -> None:
     """Bring the record to the host; a network whose objective is no longer finite ends here."""
     total = trainee.recorder.flush(trainee.model.time_steps.origin)
     if not np.isfinite(total).all() and trainee.error is None:
-        trainee.error = "the loss is not finite: lower the learning rate, clip gradients, or bound the steps"
+        trainee.error = DIVERGED

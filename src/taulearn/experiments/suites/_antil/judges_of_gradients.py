@@ -59,6 +59,8 @@ def _rows(results: Results, scheme: str) -> dict[tuple[str, int], list[Row]]:
 
 def _recursions(scheme: str, cases: dict[tuple[str, int], list[Row]], parts: Parts, figures: Figures) -> None:
     every = [each for rows in cases.values() for row in rows for each in _errors(row)]
+    diverged = sum(row[kind]["loss"] is None for rows in cases.values() for row in rows for kind in KINDS)
+    figures[f"trainings that diverged, {scheme}"] = float(diverged)
     worst = {part: _worst(each[part] for each in every) for part in every[0]}
     parts[f"the recursions are exact to {EXACT:g} ({scheme})"] = max(worst[part] for part in PARTS) <= EXACT
     for part, error in worst.items():
@@ -68,7 +70,7 @@ def _recursions(scheme: str, cases: dict[tuple[str, int], list[Row]], parts: Par
 
 
 def _errors(row: Row) -> list[dict[str, float | None]]:
-    return [row["errors before"], *(row[kind]["errors"] for kind in KINDS)]
+    return [row["errors before"], *(row[kind]["errors"] for kind in KINDS if row[kind]["loss"] is not None)]
 
 
 def _worst(errors: Iterator[float | None]) -> float:
@@ -77,12 +79,16 @@ def _worst(errors: Iterator[float | None]) -> float:
 
 
 def _pairs(cases: dict[tuple[str, int], list[Row]], part: str, *, structural: bool) -> Pairs:
-    """Orders of magnitude of fixed and of learned steps, of the seeds with both; with the structural growth or not."""
+    """Orders of magnitude of fixed and of learned steps, of the seeds in which those of fixed steps are finite.
+
+    Learned steps whose orders are not finite where those of fixed steps are count as infinitely many.
+    """
     found: Pairs = {}
     for (start, depth), rows in cases.items():
         more = (depth - (2 if part == "propagator" else 3)) * math.log10(2) if structural else 0.0
         both = ([row[kind]["growth"][part] for kind in KINDS] for row in rows)
-        found[start, depth] = np.array([pair for pair in both if None not in pair], dtype=float).reshape(-1, 2) + more
+        finite = [(a, math.inf if b is None else b) for a, b in both if a is not None]
+        found[start, depth] = np.array(finite, dtype=float).reshape(-1, 2) + more
     return found
 
 
@@ -90,18 +96,22 @@ def _damping(scheme: str, part: str, pairs: Pairs, parts: Parts, figures: Figure
     """Whether every start and depth at which the gradients of fixed steps vanish (explode) is damped."""
     damped: dict[str, list[bool]] = {"vanishing": [], "exploding": []}
     lines: dict[str, list[str]] = {}
+    lacking = [str(depth) for (_, depth), each in pairs.items() if not len(each)]
+    but = [f"not finite for N = {' and '.join(lacking)}"] if lacking else []
     for (start, depth), (fixed, learned) in ((case, each.T) for case, each in pairs.items()):
         if not len(fixed):
             lines.setdefault(start, []).append(f"N = {depth}: not finite")
             continue
-        change = paired_interval(np.abs(learned).tolist(), np.abs(fixed).tolist())
+        finite = bool(np.isfinite(learned).all())
+        change = paired_interval(np.abs(learned).tolist(), np.abs(fixed).tolist()) if finite else None
         if abs(fixed.mean()) >= NOTABLE:
-            damped["exploding" if fixed.mean() > 0 else "vanishing"].append(is_damped(change, np.abs(fixed).mean()))
-        words = f"N = {depth}: {fixed.mean():+.3g}, {learned.mean():+.3g}, of absolute values {change}"
+            less = change is not None and is_damped(change, np.abs(fixed).mean())
+            damped["exploding" if fixed.mean() > 0 else "vanishing"].append(less)
+        words = f"N = {depth}: {fixed.mean():+.3g}, {learned.mean():+.3g}, of absolute values {change or 'not finite'}"
         lines.setdefault(start, []).append(words)
     for kind, found in damped.items():
         if found:
-            parts[f"learned steps damp {kind} gradients ({scheme}, {part})"] = all(found)
+            parts[f"learned steps damp {kind} gradients ({', '.join([scheme, part, *but])})"] = all(found)
     for start, words_of in lines.items():
         name = f"log10 growth over the depth, fixed, learned, difference, {scheme} from {start}, {part}"
         figures[name] = "; ".join(words_of)

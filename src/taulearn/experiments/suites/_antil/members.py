@@ -36,7 +36,7 @@ REDUCTION_STEPS = 1000  # printed for this network, and quick anyway
 FURTHER_STEPS = 200
 FULL_SEEDS, QUICK_SEEDS = 5, 2
 SIDE_SEEDS = 3
-"""Seeds of toys and other optimisers: no claim of the article depends on them."""
+"""Seeds of toys, other optimisers and the growth of gradients."""
 TOY_EPOCHS, QUICK_TOY_EPOCHS = 1500, 20
 
 BETA = 10.0
@@ -106,15 +106,16 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
     """
     meshes = tuple(QUICK_MESHES if quick else MESHES)
     own = QUICK_SEEDS if quick else FULL_SEEDS
+    few = seeds or (1 if quick else SIDE_SEEDS)
     found = [Member("stability", 0, None, stability.measure)]
     found += [Member(mesh(n), 0, None, partial(measures.finite_elements, n=n)) for n in reversed((*COARSER, *meshes))]
     for seed in range(seeds or own):
         found += _maxwell(seed, meshes, QUICK_STEPS if quick else FULL_STEPS)
         found += _reductions(seed)
-        if seed < (seeds or (1 if quick else SIDE_SEEDS)):
+        if seed < few:
             found += _optimizers(seed, meshes, quick)
             found += _toys(seed, QUICK_TOY_EPOCHS if quick else TOY_EPOCHS)
-    return [*found, *gradients.members(quick, seeds)]
+    return [*found, *gradients.members(quick, few)]
 
 
 def network(size: str, scheme: str) -> dict[str, Any]:
