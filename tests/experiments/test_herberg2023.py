@@ -23,6 +23,11 @@ def with_sum(total):
     return np.where(np.arange(6) == 0, total - 0.05, np.where(np.arange(6) == 5, 0.04, 0.0025))
 
 
+def turns(times):
+    """Three turns, all alike up to a machine that gets slower."""
+    return {name: [seconds, 1.1 * seconds, 1.2 * seconds] for name, seconds in times.items()}
+
+
 def steps(*last):
     """Steps that go from 1/6 to these."""
     return 1 / 6 + (np.array(last) - 1 / 6) * (I / I[-1])
@@ -60,8 +65,7 @@ def as_claimed():
         for name in ("l1", "l1-pruned"):
             records[setting(DATA[0], f"resnet-{depth}", name)] = of(GROWN, accuracy=0.897, deletions=gone)
     times = {"never": 1.0, "each epoch": 1.01, "each iteration": 1.02, "2 layers": 0.5, "4 layers": 0.8}
-    measured = {f"time/resnet-{n}": times | {"never": n / 6} for n in (6, 12, 24)}
-    measured["time/resnet-6"]["each epoch"] = 1.01
+    measured = {f"time/resnet-{n}": turns(times | {"never": n / 6}) for n in (6, 12, 24)}
     return MadeUp(records, measured)
 
 
@@ -196,8 +200,18 @@ def test_negative_step_of_large_magnitude_is_small(as_claimed):
     ],
 )
 def test_times_are_looked_at(as_claimed, claim, network, times, fails):
-    measured = as_claimed.measured | {f"time/resnet-{network}": as_claimed.measured[f"time/resnet-{network}"] | times}
+    measured = as_claimed.measured | {
+        f"time/resnet-{network}": as_claimed.measured[f"time/resnet-{network}"] | turns(times)
+    }
     assert fails in parts_of(JUDGES[claim](MadeUp(as_claimed.records, measured)))[1]
+
+
+def test_cost_that_turns_do_not_tell_from_a_noticeable_one_counts(as_claimed):
+    never = as_claimed.measured["time/resnet-6"]["never"]
+    shaken = {"each iteration": [a * b for a, b in zip(never, (1.0, 1.06, 1.0), strict=True)]}
+    measured = as_claimed.measured | {"time/resnet-6": as_claimed.measured["time/resnet-6"] | shaken}
+    fails = "after each iteration costs nothing noticeable"
+    assert fails in parts_of(JUDGES["H6"](MadeUp(as_claimed.records, measured)))[1]
 
 
 @pytest.mark.parametrize(
