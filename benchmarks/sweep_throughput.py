@@ -4,7 +4,7 @@
     python benchmarks/sweep_throughput.py --gpu          on a machine with a GPU: whole trainings, see below
 
 The network is 784-100x6-10 with batches of 100, in compiled steps; an epoch is 600 steps on MNIST. What is compared
-takes turns, and of each the best round counts, because the machine may be doing other things. Compilation and the start
+takes turns, and medians over the rounds count, because the machine may be doing other things. Compilation and the start
 of processes are left out: a sweep pays for them once (the compiled code is kept on disk, and so shared).
 
 With --gpu: seconds of a whole training of 200 epochs as CUDA graphs, of 64 of them at once, and of the suite
@@ -58,17 +58,17 @@ def on_cpu(rounds: int, together: int, epochs: int) -> None:
             {"engine": "vmap", "threads": cores},
         ),
     }
-    best = dict.fromkeys(ways, 0.0)
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name, (members, options) in ways.items():
             with tempfile.TemporaryDirectory() as folder:
                 found = rate(members, Path(folder), at_once=options["engine"] == "vmap", **options)
-            best[name] = max(best[name], found)
+            rates[name].append(found)
             print(f"  round {number + 1}, {name}: {found:.2f} epochs/s", flush=True)
-    first = next(iter(best.values()))
-    print(f"{'':42}epochs/s  / one run")
-    for name, value in best.items():
-        print(f"{name:<42}{value:8.2f}  {value / first:9.2f}")
+    first = next(iter(rates.values()))
+    print(f"{'':42}epochs/s  / one run  (median of the rounds, median of the ratios in each)")
+    for name, found in rates.items():
+        print(f"{name:<42}{np.median(found):8.2f}  {np.median(np.divide(found, first)):9.2f}")
 
 
 def on_gpu(epochs: int) -> None:
