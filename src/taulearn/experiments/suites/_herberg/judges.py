@@ -1,11 +1,10 @@
 """The judges of claims H1 to H8, with their thresholds, which were written down before the full runs.
 
-Some rules were mended when two seeds of the full runs had been seen, because they did not measure the claim: steps are
+Some rules were mended after records of the full runs had been seen, because they did not measure the claim: steps are
 compared as they are, not by magnitude (H4, H5); an oscillation turns by more than the noise of the batches (H5); the
 cost of looking for layers is judged after each iteration, too, and by its interval over turns, and the time saved is
-that of the layers left (H6, H8);
-"similar" and "within a point" ask for whole intervals instead of means (H2, H3, H5, H8). The page on claims says which
-verdicts that changed.
+that of the layers left (H6, H8); "similar" and "within a point" ask for whole intervals instead of means (H2, H3, H5,
+H8). The page on claims says which verdicts that changed.
 
 Accuracy is that on the test data after each epoch. Where a claim compares, "higher" means that the mean of the paired
 differences is positive and, with three pairs or more, that their 95 % interval does not reach zero.
