@@ -126,7 +126,7 @@ def test_failed_members_are_said_with_every_verdict_that_lacks_them(call, tmp_pa
     arguments = ("beyond", "--engine", "serial", "--out", "out")
     code, out, err = call(*arguments)
     assert code == 1
-    assert "1 members failed" in err
+    assert "1 member failed" in err
     assert "it is sick" in out
     assert "X2     not measured" in out
     assert (tmp_path / "out/report.html").exists()

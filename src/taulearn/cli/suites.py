@@ -169,7 +169,10 @@ def fail_with(failed: "Collection[str]") -> None:
         SystemExit: If they did.
     """
     if failed:
-        complain("error", f"{len(failed)} members failed, see above: the same command trains them anew")
+        complain(
+            "error",
+            f"{len(failed)} member{'s' * (len(failed) > 1)} failed, see above: the same command trains them anew",
+        )
         raise SystemExit(1)
 
 

@@ -80,7 +80,10 @@ class FolderSource(Source):
         except FileNotFoundError:
             raise NotMeasured(f"{path} is missing") from None
         except ValueError as error:
-            raise NotMeasured(f"{path} must be a JSON file, got a damaged one ({error})") from error
+            raise NotMeasured(
+                f"{path} must be a JSON file, got a damaged one ({error}): delete its folder, and the same command "
+                "trains the member anew"
+            ) from error
         if not isinstance(content, dict):
             raise NotMeasured(f"{path} must hold an object, got {type(content).__name__}")
         return content
