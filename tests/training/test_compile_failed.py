@@ -37,13 +37,14 @@ def test_a_run_that_is_uncompiled_does_not_say_that_it_is_fused(attempts: list[i
         model = fit_into(tmp_path / "run", "always")
     step = Run.open(tmp_path / "run").decisions["step"]
     assert step == "eager: compilation failed (no such instruction: vaddpd)"
-    assert len(attempts) == 1
+    assert len(attempts) in (1, 2)  # without products.cpp a second time
     assert_same_weights(model, fit_into(tmp_path / "eager", "never"))
 
 
 def test_a_resumed_run_does_not_try_again(attempts: list[int], tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="training goes on uncompiled"), pytest.raises(Crash):
         fit_into(tmp_path / "run", "always", callbacks=[crash_after(2)])
+    attempts.clear()
     model = fit_into(tmp_path / "run", "always", resume=True)
-    assert len(attempts) == 1
+    assert not attempts
     assert_same_weights(model, fit_into(tmp_path / "eager", "never"))

@@ -105,8 +105,8 @@ def test_a_compiled_line_search_takes_the_same_steps(build: Any, monkeypatch: py
         by_rows.append(sum(n.target is ATEN.mm.default and n.meta["val"].shape[0] == 1200 for n in graph.nodes))
 
     monkeypatch.setattr(Layout, "__call__", watched)
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    (compiled, record), (eager, expected) = train("always"), train("never")
+    with torch._inductor.config.patch(force_disable_caches=True):
+        (compiled, record), (eager, expected) = train("always"), train("never")
     assert by_rows == [0, 0]  # the value and the gradient
     np.testing.assert_allclose(record.iterations["total"], expected.iterations["total"], rtol=1e-10)
     torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), rtol=1e-9, atol=1e-11)

@@ -1,4 +1,4 @@
-"""A pass over inductor's graph for small layers: sums apart from products, tall matrices stored by columns.
+"""A pass over inductor's graph for small layers: sums apart, tall matrices by columns, products of products.cpp.
 
 addmm copies its summand into the result and lets the product read it back. Apart, the sum becomes part of the
 elementwise kernel that follows the product anyway; with layers of width 100 this saves 7 % of a training step.
@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from . import _products
 
 _ATEN = torch.ops.aten
 _TALL, _NARROW = 1000, 64
@@ -37,24 +39,27 @@ _FOLLOWING = (
 
 
 class Layout(CustomGraphPass):
-    """Replaces addmm(c, a, b) by mm(a, b) + c, and, where asked for, stores tall and narrow matrices by columns.
+    """Replaces addmm(c, a, b) by mm(a, b) + c, and does what else it is asked for.
 
     Args:
-        by_columns: Whether to do the latter.
+        by_columns: Whether to store tall and narrow matrices by columns.
+        products: Whether to compute small products by products.cpp.
     """
 
-    def __init__(self, *, by_columns: bool = False) -> None:
-        self.by_columns = by_columns
+    def __init__(self, *, by_columns: bool = False, products: bool = False) -> None:
+        self.by_columns, self.products = by_columns, products
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite the graph in place."""
         _part_sums(graph)
         if self.by_columns and all(_follows(user) for node in graph.nodes if _is_tall(node) for user in node.users):
             _store_by_columns(graph)
+        if self.products:
+            _products.call_small_products(graph)
 
     def uuid(self) -> Any:
         """What the compiler's cache tells this pass by."""
-        return get_hash_for_files((__file__,), str(self.by_columns))
+        return get_hash_for_files((__file__, _products.__file__), str((self.by_columns, self.products)))
 
 
 def _part_sums(graph: fx.Graph) -> None:

@@ -43,6 +43,9 @@ def worth_compiling(mode: str, ahead: int) -> tuple[bool, str]:
     return answer, f"{kind}: {ahead} iterations ahead, compiling pays from {COMPILE_PAYS_FROM}"
 
 
+_OPTIONS: dict[str, Any] = {"fallback_random": True}
+
+
 def _compiler_found() -> bool:
     if torch.cuda.is_available():
         return True
@@ -85,33 +88,45 @@ def compile_once(
     own = types.FunctionType(
         call.__code__.replace(co_name=f"taulearn_step_{next(_COUNT)}"), call.__globals__, None, None, call.__closure__
     )
-    options: dict[str, Any] = {"fallback_random": True}
-    if fused:
-        if not torch.cuda.is_available():
-            options["cpp_wrapper"] = True
-            options["cpp.min_chunk_size"] = 16384  # smaller kernels are done before a second thread has woken
-            with contextlib.suppress(ImportError):  # a part of torch that may move
-                from ._layout import Layout
-
-                options["post_grad_custom_post_pass"] = Layout(by_columns=by_columns)
-        if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # the checks before each call cost as much as a layer
-            options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    ways = [
+        torch.compile(own, fullgraph=True, dynamic=False, options=options)
+        for options in (_options_of_fused(by_columns=by_columns) if fused else [_OPTIONS])
+    ]
     plain = function if fallback is None else fallback
-    gave_up = False
 
     def run(*args: Any) -> Any:
-        nonlocal gave_up
-        if gave_up:
-            return plain(*args)
-        try:
-            return compiled(*args)
-        except Exception as error:  # noqa: BLE001  compilers raise anything; what is not their fault comes again
-            gave_up = True
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            if failed is not None:
-                failed(reason)
-            warnings.warn(f"training goes on uncompiled, because compilation failed: {reason}", stacklevel=2)
+        while ways:
+            try:
+                return ways[0](*args)
+            except Exception as error:  # noqa: BLE001  compilers raise anything; what is not their fault comes again
+                del ways[0]
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if not ways:
+                if failed is not None:
+                    failed(reason)
+                warnings.warn(f"training goes on uncompiled, because compilation failed: {reason}", stacklevel=2)
         return plain(*args)
 
     return run
+
+
+def _options_of_fused(*, by_columns: bool) -> list[dict[str, Any]]:
+    """The options of torch.compile for fused steps, the fastest first; the next are for where those fail."""
+    options = dict(_OPTIONS)
+    if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # the checks before each call cost as much as a layer
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+    if torch.cuda.is_available():
+        return [options]
+    options["cpp_wrapper"] = True
+    options["cpp.min_chunk_size"] = 4096  # smaller kernels are done before a second thread has begun
+    with contextlib.suppress(ImportError):  # parts of torch that may move
+        from . import _products
+        from ._layout import Layout
+
+        own = _products.options()
+        kinds = [(own, True), ({}, False)] if own else [({}, False)]
+        return [
+            options | more | {"post_grad_custom_post_pass": Layout(by_columns=by_columns, products=products)}
+            for more, products in kinds
+        ]
+    return [options]
