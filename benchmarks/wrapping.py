@@ -7,10 +7,15 @@
 Both models of (a) and (b) take turns in one process; given are the ratio of the shortest times and the median of the
 ratios of neighbouring turns; "noise" is a bare model against a copy of itself. With one thread the processor's time is
 taken, which other processes disturb less than that of the clock. ``python benchmarks/wrapping.py [--seconds 20]``.
+
+The process keeps its memory. glibc gives the top of its heap back to the system when a step ends, and of two models
+that take turns only the larger one, which reaches the top, pays for taking it anew at each step; alone in a process the
+bare one pays as much. ``--give-back`` leaves that as it is.
 """
 
 import argparse
 import copy
+import ctypes
 import gc
 import os
 import platform
@@ -176,6 +181,14 @@ def measure_half(seconds: float) -> None:
             row(f"{make.__name__}, inference", batch, f"{ms:.2f}", f"{shortest:.3f}", f"{median:.3f}", verdict)
 
 
+def keep_memory() -> None:
+    """Let glibc keep the memory that it once took; elsewhere nothing happens."""
+    trim_threshold, most_mapped = -1, -4
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(trim_threshold, 2**31 - 1)
+        library.mallopt(most_mapped, 0)
+
+
 def resident() -> int:
     """Bytes of memory in use, and a new start for the peak."""
     gc.collect()
@@ -210,12 +223,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="per comparison")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--give-back", action="store_true", help="let glibc give memory back after each step")
     parser.add_argument("--large", action="store_true", help="the deletion of (c) alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.large:
         large_deletion()
         return
+    if not options.give_back:
+        keep_memory()
     print(f"torch {torch.__version__}, {options.threads} thread(s), {platform.machine()}, {os.cpu_count()} cores\n")
     measure_overhead(options.seconds)
     print()

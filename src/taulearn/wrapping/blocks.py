@@ -40,44 +40,49 @@ class Scalars:
 
     def __init__(self, steps: TimeSteps) -> None:
         self.steps = steps
-        self._found: tuple[tuple[Any, ...], tuple[Tensor, ...]] = ((), ())
+        self._found: tuple[Any, ...] = (None, 0, 0, (), ())
         self._memory: tuple[int, memoryview | None] = (0, None)
 
-    def number(self, index: int) -> float | None:
-        """A step as a number, where nobody differentiates or traces it and reading it waits for no device; else None.
+    def step(self, index: int, *, as_tensor: bool = False) -> float | Tensor:
+        """A step: a number where nobody differentiates or traces it and reading it waits for no device, else a tensor.
 
-        It is read from the memory of the parameter each time: it follows all changes, those of ``.data`` too.
+        Blocks are called with cold caches: whatever is asked here costs five times what a loop around it would show.
+
+        Args:
+            index: The block's position.
+            as_tensor: Whether it must be a tensor.
         """
-        values = self.steps._parameters.get("values")
-        if type(values) is not Parameter or (values.requires_grad and torch.is_grad_enabled()):
-            return None
-        if self.steps.constraint == "dependent" or transforming() or torch._C._len_torch_dispatch_stack():
-            return None
+        values = self.steps._parameters.get("values")  # without the detour of Module.__getattr__
+        # functional_call puts plain tensors in the place of parameters
+        if (
+            type(values) is not Parameter
+            or self.steps.constraint == "dependent"
+            or transforming()
+            or torch._C._len_torch_dispatch_stack()
+        ):
+            return self.steps.tau[index]
+        differentiated = values.requires_grad and torch.is_grad_enabled()
+        if not differentiated and not as_tensor:
+            memory = self._numbers(values)
+            if memory is not None:
+                return memory[index]
+        if values.is_inference():
+            return values[index]
+        kind = (differentiated, not differentiated and torch.is_inference_mode_enabled())
+        of, version, address, found, scalars = self._found
+        if of is not values or version != values._version or address != values.data_ptr() or found != kind:
+            scalars = values.unbind()
+            self._found = (values, values._version, values.data_ptr(), kind, scalars)
+        return scalars[index]
+
+    def _numbers(self, values: Parameter) -> memoryview | None:
+        """The memory of the parameter, which is read each time: it follows all changes, those of ``.data`` too."""
         address = values.data_ptr()
         if self._memory[0] != address:
             # numpy has no bfloat16
             readable = values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
             self._memory = (address, values.detach().numpy().data if readable else None)
-        memory = self._memory[1]
-        return None if memory is None else memory[index]
-
-    def __getitem__(self, index: int) -> Tensor:
-        values = self.steps._parameters.get("values")  # without the detour of Module.__getattr__
-        # functional_call puts plain tensors in the place of parameters
-        if (
-            self.steps.constraint == "dependent"
-            or type(values) is not Parameter
-            or transforming()
-            or torch._C._len_torch_dispatch_stack()
-        ):
-            return self.steps.tau[index]
-        if values.is_inference():
-            return values[index]
-        kind = torch.is_inference_mode_enabled(), values.requires_grad and torch.is_grad_enabled()
-        key = (id(values), values._version, values.data_ptr(), *kind)
-        if self._found[0] != key:
-            self._found = (key, values.unbind())
-        return self._found[1][index]
+        return self._memory[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Scalars":
         return Scalars(copy.deepcopy(self.steps, memo))
@@ -128,17 +133,19 @@ class Step:
             raise ValueError(self._wrong(x, y))
         if watched and x._version != version:
             raise ValueError(f"block {self.name!r} must leave its input as it is, but {IN_PLACE}")
-        number = self.scalars.number(self.index) if self.units is None else None
-        if number is not None:
-            if number == 1.0:
-                return output
-            if y.dtype in _HALF:  # rounded as in training
-                number = torch.tensor(number, dtype=y.dtype).item()
-            return with_state(output, torch.lerp(x.to(y.dtype), y, number))
-        tau, x = self.scalars[self.index], x.to(y.dtype)
-        if self.units is not None:
-            tau = tau * self.units.factor(self.index, y - x, x)
-        return with_state(output, torch.lerp(x, y, tau.to(device=y.device, dtype=y.dtype)))
+        tau = self.scalars.step(self.index, as_tensor=self.units is not None)
+        if x.dtype != y.dtype:
+            x = x.to(y.dtype)
+        if isinstance(tau, Tensor):
+            if self.units is not None:
+                tau = tau * self.units.factor(self.index, y - x, x)
+            if tau.dtype != y.dtype or tau.device != y.device:
+                tau = tau.to(device=y.device, dtype=y.dtype)
+        elif tau == 1.0:
+            return output
+        elif y.dtype in _HALF:  # rounded as in training
+            tau = torch.tensor(tau, dtype=y.dtype).item()
+        return with_state(output, torch.lerp(x, y, tau))
 
     def _wrong(self, x: Tensor | None, y: Tensor | None) -> str:
         if x is not None and x.is_nested:
