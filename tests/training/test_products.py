@@ -1,5 +1,6 @@
 """Small products of the compiled step, against NumPy in float64 and against themselves on other numbers of threads."""
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,29 @@ def test_products_with_shorter_vectors_and_without_any(bits: str) -> None:
     assert "1 passed" in done.stdout
 
 
+@needs_compiler
+def test_matrices_that_come_in_another_layout_than_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor expands single rows and columns with strides 0, whatever torch's own expansion has."""
+    monkeypatch.setattr(_products, "_pays", lambda _: True)
+
+    def changes(x: Tensor, w: Tensor) -> Tensor:
+        gradient = torch.func.grad(lambda v: torch.mm(x, v).sum())(w)
+        w.sub_(gradient)
+        return torch.mm(x, x.sum().reshape(1, 1).expand(5, 1))
+
+    x, w = torch.randn(100, 5), torch.randn(5, 1)
+    results = [(function(x, v := w.clone()), v) for function in (compile_once(changes, fused=True), changes)]
+    torch.testing.assert_close(results[0], results[1])
+
+
+@needs_compiler
+def test_what_is_compiled_with_them_can_be_cached() -> None:
+    """Keys of the compiler's caches are pickles, which operators have none of."""
+    options = _products.options()
+    assert pickle.loads(pickle.dumps(options)) == options
+    assert options
+
+
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [
@@ -110,6 +134,7 @@ def test_products_with_shorter_vectors_and_without_any(bits: str) -> None:
         (torch.zeros(100, 1025), torch.zeros(1025, 8), False),
         (torch.zeros(100, 100, dtype=torch.float64), torch.zeros(100, 100, dtype=torch.float64), False),
         (torch.zeros(100, 100), torch.zeros(200, 200)[::2, ::2], False),
+        (torch.zeros(100, 100), torch.zeros(100, 1).expand(100, 100), False),
     ],
 )
 def test_a_product_is_replaced_where_it_was_measured_to_pay(a: Tensor, b: Tensor, expected: bool) -> None:
@@ -154,7 +179,10 @@ def test_a_compiler_that_does_not_find_them_gets_another_chance(
         return run
 
     monkeypatch.setattr(torch, "compile", compile_)
-    double = compile_once(lambda x: 2 * x, fused=True, failed=lambda _: pytest.fail("it did not fail"))
-    assert [double(1), double(2)] == [2, 4]
+    half = compile_once(lambda x: 2 / x, fused=True, failed=lambda _: pytest.fail("it did not fail"))
+    assert [half(1), half(2)] == [2, 1]
     assert asked == [True, False, False]
+    with pytest.raises(ZeroDivisionError):  # nothing is taken twice once it works
+        half(0)
+    assert asked == [True, False, False, False]
     assert not [each for each in recwarn if "uncompiled" in str(each.message)]

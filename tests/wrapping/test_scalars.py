@@ -135,3 +135,11 @@ def test_modes_that_look_into_the_computation_see_the_steps() -> None:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 assert fresh(torch.ones(3, 4)).shape == (3, 4)
             torch.testing.assert_close(fresh(X), by_hand(fresh, X))
+
+
+def test_what_inference_mode_took_apart_is_not_trained_with() -> None:
+    wrapped = model()
+    with torch.inference_mode(), torch.enable_grad():
+        wrapped(X)
+    wrapped(X).sum().backward()
+    assert wrapped.time_steps.values.grad is not None

@@ -59,7 +59,9 @@ class Layout(CustomGraphPass):
 
     def uuid(self) -> Any:
         """What the compiler's cache tells this pass by."""
-        return get_hash_for_files((__file__, _products.__file__), str((self.by_columns, self.products)))
+        return get_hash_for_files(
+            (__file__, _products.__file__, str(_products.SOURCE)), str((self.by_columns, self.products))
+        )
 
 
 def _part_sums(graph: fx.Graph) -> None:

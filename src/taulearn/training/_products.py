@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 _MM = torch.ops.aten.mm.default
-_SOURCE = Path(__file__).with_name("products.cpp")
+SOURCE = Path(__file__).with_name("products.cpp")
 _SHIM = "AOTITorchError aoti_torch_cpu_small_product(AtenTensorHandle a, AtenTensorHandle b, AtenTensorHandle* c)"
 _LONGEST, _FEWEST = 1024, 64
 
@@ -39,23 +39,38 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
+class _Shims(dict[Any, list[str]]):
+    """Operators and the declarations of what computes them; pickled by name, so that compiled code can be cached."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _shims, ()
+
+
+def _shims() -> _Shims:
+    return _Shims({torch.ops.taulearn.small_product.default: [_SHIM]})
+
+
 @functools.cache
 def options() -> dict[str, Any]:
     """What torch.compile must be told to call products.cpp, which is compiled here unless it was before.
 
     Returns:
-        Options of torch.compile; none where products.cpp cannot be compiled, of which a warning tells.
+        Options of torch.compile; none where torch is too old, or products.cpp cannot be compiled, of which a warning
+        tells.
     """
+    from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
 
+    if not hasattr(config.aot_inductor, "custom_ops_to_c_shims"):
+        return {}
     try:
-        library = CppCodeCache.load(_SOURCE.read_text("utf-8"), device_type="cpu")
+        library = CppCodeCache.load(SOURCE.read_text("utf-8"), device_type="cpu")
         ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)  # where code that is compiled later looks for it
     except Exception as error:  # noqa: BLE001  compilers raise anything, and torch has products, too
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"products of matrices are torch's own, a few per cent slower: {reason}", stacklevel=2)
         return {}
-    return {"aot_inductor.custom_ops_to_c_shims": {torch.ops.taulearn.small_product.default: [_SHIM]}}
+    return {"aot_inductor.custom_ops_to_c_shims": _shims()}
 
 
 def call_small_products(graph: fx.Graph) -> None:
@@ -73,6 +88,8 @@ def _pays(node: fx.Node) -> bool:
     """
     a, b = (cast(fx.Node, each).meta["val"] for each in node.args)
     (rows, k), by_rows = a.shape, b.stride(1) == 1
-    if a.dtype is not torch.float32 or a.device.type != "cpu" or 1 not in b.stride() or k > _LONGEST:
+    if a.dtype is not torch.float32 or a.device.type != "cpu" or k > _LONGEST:
+        return False
+    if 1 not in b.stride() or 0 in b.stride():
         return False
     return bool(by_rows or rows >= _FEWEST or k >= 4 * rows)

@@ -88,18 +88,25 @@ def compile_once(
     own = types.FunctionType(
         call.__code__.replace(co_name=f"taulearn_step_{next(_COUNT)}"), call.__globals__, None, None, call.__closure__
     )
-    ways = [
-        torch.compile(own, fullgraph=True, dynamic=False, options=options)
-        for options in (_options_of_fused(by_columns=by_columns) if fused else [_OPTIONS])
-    ]
+    ways = _options_of_fused(by_columns=by_columns) if fused else [_OPTIONS]
     plain = function if fallback is None else fallback
+    compiled: Callable[..., Any] | None = None
+    works = False
 
     def run(*args: Any) -> Any:
+        nonlocal compiled, works
         while ways:
             try:
-                return ways[0](*args)
-            except Exception as error:  # noqa: BLE001  compilers raise anything; what is not their fault comes again
+                if compiled is None:
+                    compiled = torch.compile(own, fullgraph=True, dynamic=False, options=ways[0])
+                result = compiled(*args)
+                works = True
+                return result
+            except Exception as error:  # compilers raise anything; what is not their fault comes again
+                if fused and works:  # it may have changed its arguments, and nothing is compiled any more
+                    raise
                 del ways[0]
+                compiled = None
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if not ways:
                 if failed is not None:

@@ -10,10 +10,12 @@
 // A transposed B is otherwise turned strip by strip into a buffer of the thread. Every element of C is summed in an
 // order that depends on the shapes alone: the result is the same on any number of threads.
 
+#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <omp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -103,14 +105,14 @@ INLINE void in_parts(int64_t size, Work work) {
 template <int N, bool ragged>
 void strip_of(int64_t M, int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t last) {
   in_parts<rows_of(N)>(M, [=](int64_t i, auto rows) {
-    tile<rows, N, ragged>(K, a.from_row(i), b, b_row, c + i * c_row, c_row, last);
+    tile<decltype(rows)::value, N, ragged>(K, a.from_row(i), b, b_row, c + i * c_row, c_row, last);
   });
 }
 
 void by_dots(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t c_row) {
   in_parts<SIDE>(M, [&](int64_t i, auto rows) {
     in_parts<SIDE>(N, [&](int64_t j, auto columns) {
-      dots<rows, columns>(K, a.from_row(i), b.from_column(j), c + i * c_row + j, c_row);
+      dots<decltype(rows)::value, decltype(columns)::value>(K, a.from_row(i), b.from_column(j), c + i * c_row + j, c_row);
     });
   });
 }
@@ -141,7 +143,7 @@ void by_tiles(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int
       turn(K, columns, strip, turned.data(), width);
       strip = {turned.data(), width, 1};
     }
-    auto tiles = last < LANES ? strip_of<vectors, true> : strip_of<vectors, false>;
+    auto tiles = last < LANES ? strip_of<decltype(vectors)::value, true> : strip_of<decltype(vectors)::value, false>;
     tiles(M, K, a, strip.data, strip.row, c + j, c_row, last);
   });
 }
@@ -149,7 +151,7 @@ void by_tiles(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int
 void product(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t c_row) {
   auto rows = b.column != 1 && a.column == 1 && K >= LONG * M ? by_dots : by_tiles;
   int64_t useful = omp_in_parallel() ? 1 : std::min(M, M * N * K / WORTH_A_THREAD);
-  int threads = std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), useful));
+  int threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), useful));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     int64_t of = omp_get_num_threads(), i = omp_get_thread_num() * M / of, end = (omp_get_thread_num() + 1) * M / of;
@@ -170,20 +172,21 @@ bool view(AtenTensorHandle tensor, int64_t** sizes, Matrix& matrix) {
 
 }  // namespace
 
-// What compiled code calls for torch.ops.taulearn.small_product(a, b): matrices of float32, b stored by rows or by columns.
+// What compiled code calls for torch.ops.taulearn.small_product(a, b), matrices of float32. Where b turns out to be stored
+// neither by rows nor by columns (expanded from one number, say) the product is torch's.
 extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_small_product(
     AtenTensorHandle a, AtenTensorHandle b, AtenTensorHandle* result) {
   Matrix left, right;
   int64_t *left_sizes, *right_sizes;
   if (!view(a, &left_sizes, left) || !view(b, &right_sizes, right)) return AOTI_TORCH_FAILURE;
   int64_t sizes[] = {left_sizes[0], right_sizes[1]}, strides[] = {right_sizes[1], 1};
-  if (right.row != 1 && right.column != 1) return AOTI_TORCH_FAILURE;
   void* data;
   if (aoti_torch_empty_strided(
           2, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, result) ||
       aoti_torch_get_data_ptr(*result, &data)) {
     return AOTI_TORCH_FAILURE;
   }
+  if (right.row != 1 && right.column != 1) return aoti_torch_cpu_mm_out(*result, a, b);
   product(sizes[0], sizes[1], left_sizes[1], left, right, static_cast<float*>(data), sizes[1]);
   return AOTI_TORCH_SUCCESS;
 }

@@ -68,7 +68,7 @@ class Scalars:
                 return memory[index]
         if values.is_inference():
             return values[index]
-        kind = (differentiated, not differentiated and torch.is_inference_mode_enabled())
+        kind = differentiated, torch.is_inference_mode_enabled()
         of, version, address, found, scalars = self._found
         if of is not values or version != values._version or address != values.data_ptr() or found != kind:
             scalars = values.unbind()
