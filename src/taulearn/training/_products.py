@@ -68,7 +68,11 @@ def options() -> dict[str, Any]:
         ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)  # where code that is compiled later looks for it
     except Exception as error:  # noqa: BLE001  compilers raise anything, and torch has products, too
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"products of matrices are torch's own, a few per cent slower: {reason}", stacklevel=2)
+        warnings.warn(
+            f"compiled steps use torch's matrix products, up to a quarter slower, as others did not compile: {reason}"
+            " (install a current g++, or set CXX)",
+            stacklevel=2,
+        )
         return {}
     return {"aot_inductor.custom_ops_to_c_shims": _shims()}
 

@@ -130,10 +130,9 @@ def _options_of_fused(*, by_columns: bool) -> list[dict[str, Any]]:
         from . import _products
         from ._layout import Layout
 
-        own = _products.options()
-        kinds = [(own, True), ({}, False)] if own else [({}, False)]
+        products = _products.options()
         return [
-            options | more | {"post_grad_custom_post_pass": Layout(by_columns=by_columns, products=products)}
-            for more, products in kinds
+            options | more | {"post_grad_custom_post_pass": Layout(by_columns=by_columns, products=bool(more))}
+            for more in ([products, {}] if products else [{}])
         ]
     return [options]
