@@ -7,12 +7,13 @@ by the compiler that torch.compile needs anyway, and the code that torch.compile
 
 import ctypes
 import functools
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+
+from .. import _native
 
 _MM = torch.ops.aten.mm.default
 SOURCE = Path(__file__).with_name("products.cpp")
@@ -59,20 +60,12 @@ def options() -> dict[str, Any]:
         tells.
     """
     from torch._inductor import config
-    from torch._inductor.codecache import CppCodeCache
 
     if not hasattr(config.aot_inductor, "custom_ops_to_c_shims"):
         return {}
-    try:
-        library = CppCodeCache.load(SOURCE.read_text("utf-8"), device_type="cpu")
-        ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)  # where code that is compiled later looks for it
-    except Exception as error:  # noqa: BLE001  compilers raise anything, and torch has products, too
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(
-            f"compiled steps use torch's matrix products, up to a quarter slower, as others did not compile: {reason}"
-            " (install a current g++, or set CXX)",
-            stacklevel=2,
-        )
+    without = "compiled steps use torch's matrix products, up to a quarter slower"
+    # global, as code that is compiled later looks for it there
+    if _native.load(SOURCE, lambda path: ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL), without) is None:
         return {}
     return {"aot_inductor.custom_ops_to_c_shims": _shims()}
 

@@ -2,14 +2,14 @@
 
 import contextlib
 import itertools
-import os
-import shutil
 import types
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from .._native import compiler_found
 
 _COUNT = itertools.count()
 
@@ -47,9 +47,7 @@ _OPTIONS: dict[str, Any] = {"fallback_random": True}
 
 
 def _compiler_found() -> bool:
-    if torch.cuda.is_available():
-        return True
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))
+    return torch.cuda.is_available() or compiler_found()
 
 
 def compile_once(

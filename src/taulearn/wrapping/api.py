@@ -11,6 +11,7 @@ from .._errors import unknown_name
 from ..nn.time_steps import TimeSteps
 from . import structure, transformers, trial
 from .blocks import NESTED, PassingTimeSteps, Step
+from .compiled import COMPILE
 from .host import Wrapping, install, uninstall, wrapping_of
 from .names import matching, nearest_names
 from .probe import Call, Probe, find, probe, refusal
@@ -37,6 +38,7 @@ def wrap(
     lower_bound: float | None = None,
     train: str | Iterable[str] = "all",
     units: str = "steps",
+    compile: str = "auto",  # noqa: A002  as in fit
 ) -> M:
     """Give an existing model time steps: each block B becomes x + tau (B(x) - x), which is B(x) at tau = 1.
 
@@ -63,6 +65,9 @@ def wrap(
             on the first batch in training (:mod:`taulearn.wrapping.units`), so that no scaling of weights stands in for
             a step. Saved and unwrapped models have plain steps. Constraint "free" without bound only. For a block
             that is the identity at first the unit is a tenth of the state's root mean square.
+        compile: Whether training steps on a CPU are taken in place and in one pass (:mod:`taulearn.wrapping.compiled`), by
+            code that is compiled where the first is taken: some 10 s, once on a machine. "always", "never", or "auto":
+            for states of 8,192 elements and more, where there is a compiler. Results agree up to rounding.
 
     Returns:
         The same model, with ``time_steps``.
@@ -85,6 +90,8 @@ def wrap(
     """
     _check_host(model)
     _check_units(units, constraint, lower_bound)
+    if compile not in COMPILE:
+        raise unknown_name("compile", compile, COMPILE)
     result = None if example_inputs is None else probe(model, example_inputs)
     if blocks is None:
         if result is None:
@@ -117,7 +124,8 @@ def wrap(
             keep,
             {p: p.requires_grad for p, flag in trained.items() if p.requires_grad != flag},
             _units(steps) if units == "displacement" else None,
-        )
+        ),
+        compile,
     )
     for parameter, flag in trained.items():
         parameter.requires_grad_(flag)

@@ -6,14 +6,18 @@ A block B whose output has the shape of its input is one explicit Euler step of 
 
 which is B(x) to the bit at tau = 1, and x at tau = 0.
 
+In training on a CPU the step is taken in place where it can be (:mod:`taulearn.wrapping.compiled`); all else, and all
+that needs more than first derivatives along one state, is torch's.
+
 The step replaces ``forward`` on the instance of the block. A forward hook would do the same, but torch's
 TransformerEncoderLayer leaves its fast path as soon as one of its modules has a hook, and hooks that others registered
 before would see the output without the step.
 """
 
 import copy
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ from torch.nn import Parameter
 
 from ..caputo._arguments import transforming
 from ..nn.time_steps import TimeSteps
+from . import compiled
 from .state import Form, state_in, state_out, with_state
 from .units import DisplacementUnits
 
@@ -36,10 +41,15 @@ class Scalars:
 
     Args:
         steps: The time steps.
+        least: Elements of a state from which its step is taken in place, in training on a CPU.
+
+    Attributes:
+        in_place: The function that does so; None: it is not known yet, :meth:`load` finds it.
     """
 
-    def __init__(self, steps: TimeSteps) -> None:
-        self.steps = steps
+    def __init__(self, steps: TimeSteps, least: float = float("inf")) -> None:
+        self.steps, self.least = steps, least
+        self.in_place: Callable[..., bool] | None = None
         self._found: tuple[Any, ...] = (None, 0, 0, (), ())
         self._memory: tuple[int, memoryview | None] = (0, None)
 
@@ -84,11 +94,34 @@ class Scalars:
             self._memory = (address, values.detach().numpy().data if readable else None)
         return self._memory[1]
 
+    def load(self) -> Callable[..., bool]:
+        """What takes steps in place; where it must not now, something that does not."""
+        if transforming() or torch._C._len_torch_dispatch_stack() or not torch.is_grad_enabled():
+            return _not_in_place
+        self.in_place = _in_place()
+        return self.in_place
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Scalars":
-        return Scalars(copy.deepcopy(self.steps, memo))
+        return Scalars(copy.deepcopy(self.steps, memo), self.least)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Scalars, (self.steps,)
+        return Scalars, (self.steps, self.least)
+
+
+def _not_in_place(*_: Any) -> bool:
+    return False
+
+
+@functools.cache
+def _in_place() -> Callable[..., bool]:
+    """The function of step.cpp. On its first call it counts how often a state is referred to that nobody else holds."""
+    function = compiled.load()
+    if function is None:
+        return _not_in_place
+    scalars = Scalars(TimeSteps(1), least=0)
+    scalars.in_place = function
+    Step(lambda x: x + x, scalars, 0, "", own=False)(torch.ones(1, requires_grad=True))
+    return function
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +135,8 @@ class Step:
         name: The block's name in the host when it was wrapped.
         own: Whether ``inner`` was an attribute of the instance already.
         units: Units of displacement, or None.
+        seen: What became of the block's output until its gradient came: 0 nothing yet, 1 it was left as it was, 2 it
+            was changed in place.
     """
 
     inner: Callable[..., Any]
@@ -110,6 +145,7 @@ class Step:
     name: str
     own: bool
     units: DisplacementUnits | None = None
+    seen: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.uint8, device="cpu"))
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -141,6 +177,10 @@ class Step:
                 tau = tau * self.units.factor(self.index, y - x, x)
             if tau.dtype != y.dtype or tau.device != y.device:
                 tau = tau.to(device=y.device, dtype=y.dtype)
+            if watched and y.requires_grad and y.numel() >= self.scalars.least:
+                in_place = self.scalars.in_place or self.scalars.load()
+                if in_place(x, y, tau, self.seen):
+                    return output
         elif tau == 1.0:
             return output
         elif y.dtype in _HALF:  # rounded as in training

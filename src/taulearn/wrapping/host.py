@@ -11,6 +11,7 @@ from ..nn.schemes import Residual, Scheme
 from ..nn.time_steps import TimeSteps
 from . import structure, transformers
 from .blocks import Scalars, Step
+from .compiled import least_elements
 from .state import Form
 from .units import DisplacementUnits
 
@@ -98,13 +99,13 @@ def wrapping_of(model: nn.Module) -> Wrapping | None:
     return found if isinstance(found, Wrapping) else None
 
 
-def install(wrapping: Wrapping) -> None:
-    """Put steps and blocks' forwards in place."""
+def install(wrapping: Wrapping, compile: str = "auto") -> None:  # noqa: A002  as in fit
+    """Put steps and blocks' forwards in place; ``compile`` is that of :func:`taulearn.wrap`."""
     host = wrapping.host
     host.add_module("time_steps", wrapping.time_steps)
     if wrapping.units is not None:
         wrapping.time_steps.add_module("units", wrapping.units)
-    scalars = Scalars(wrapping.time_steps)
+    scalars = Scalars(wrapping.time_steps, least_elements(compile))
     for l, block in enumerate(wrapping.layers):
         own = "forward" in vars(block)
         vars(block)["forward"] = Step(block.forward, scalars, l, wrapping.names[l], own, wrapping.units)

@@ -1,0 +1,274 @@
+// A training step of a wrapped block on a CPU: y <- x + tau (y - x) in the place of y = B(x), and its gradient in one pass.
+//
+// torch's own operations write a state where none was, and go six times through states that have left the cache since
+// the forward pass. Here, with g the gradient of the result z,
+//
+//     dtau = <g, y - x> = <g, z - x> / tau,    dy = tau g,    dx = (1 - tau) g,
+//
+// so that y need not be kept; and where the block ends in y = x + r, r gets tau g and x the whole of g, for its part by
+// way of y is tau g. Nothing is done where anyone else could see y, or might want something else: `step` returns
+// false, and the caller takes torch's operations.
+
+#include <Python.h>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/clone.h>
+#include <ATen/ops/div.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/rsub.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/sub.h>
+#include <ATen/ops/sum.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <cstring>
+#include <numeric>
+#include <typeindex>
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::Edge;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+constexpr int64_t PART = 1 << 13;      // elements of a sum that one thread takes at a time
+constexpr double SMALLEST = 1.0 / 16;   // |tau| from which z - x, divided by tau, is as good as y - x
+enum Seen : uint8_t { NOTHING, LEFT, CHANGED };  // what became of a block's output until its gradient came
+
+template <typename T>
+struct Vector {
+  typedef T type __attribute__((vector_size(64)));
+};
+template <typename T>
+using Lanes = typename Vector<T>::type;
+template <typename T>
+constexpr int64_t WIDTH = sizeof(Lanes<T>) / sizeof(T);
+
+template <typename T>
+Lanes<T> at(const T* address) {
+  Lanes<T> lanes;
+  std::memcpy(&lanes, address, sizeof lanes);
+  return lanes;
+}
+
+// y <- x + tau (y - x), in the two forms of torch.lerp, and to the same bits.
+template <typename T>
+void blend(const Tensor& state, const Tensor& output, double tau) {
+  const T* x = state.const_data_ptr<T>();
+  T *y = output.mutable_data_ptr<T>(), factor = tau;
+  bool small = std::abs(factor) < T(0.5);
+  T by = small ? factor : factor - 1;
+  const T* base = small ? x : y;
+  at::parallel_for(0, state.numel(), 4 * PART, [=](int64_t i, int64_t end) {
+    for (; i + WIDTH<T> <= end; i += WIDTH<T>) {
+      Lanes<T> from = at<T>(x + i), to = at<T>(y + i), result = by * (to - from) + at<T>(base + i);
+      std::memcpy(y + i, &result, sizeof result);
+    }
+    for (; i < end; i++) y[i] = by * (y[i] - x[i]) + base[i];
+  });
+}
+
+// to = tau g; returns <g, z - x> / tau, summed in an order that depends on the size alone.
+template <typename T>
+double scale_and_sum(const Tensor& gradient, const Tensor& result, const Tensor& state, const Tensor& tau, Tensor& scaled) {
+  const T *g = gradient.const_data_ptr<T>(), *z = result.const_data_ptr<T>(), *x = state.const_data_ptr<T>();
+  T *to = scaled.mutable_data_ptr<T>(), factor = *tau.const_data_ptr<T>();
+  int64_t size = gradient.numel();
+  std::vector<double> sums((size + PART - 1) / PART);
+  at::parallel_for(0, sums.size(), 2, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; part++) {
+      int64_t i = part * PART, end = std::min(size, i + PART);
+      Lanes<T> lanes[4] = {};
+      for (; i + 4 * WIDTH<T> <= end; i += 4 * WIDTH<T>) {
+        for (int k = 0; k < 4; k++) {
+          int64_t here = i + k * WIDTH<T>;
+          Lanes<T> slope = at<T>(g + here);
+          lanes[k] += slope * (at<T>(z + here) - at<T>(x + here));
+          slope *= factor;
+          std::memcpy(to + here, &slope, sizeof slope);
+        }
+      }
+      Lanes<T> all = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+      double sum = 0;
+      for (int k = 0; k < WIDTH<T>; k++) sum += all[k];
+      for (; i < end; i++) {
+        sum += g[i] * (z[i] - x[i]);
+        to[i] = factor * g[i];
+      }
+      sums[part] = sum;
+    }
+  });
+  return std::accumulate(sums.begin(), sums.end(), 0.0) / factor;
+}
+
+struct StepBackward : Node {
+  SavedVariable x, z, tau;
+  Tensor copy;                         // of z, until the flag says that nobody changes z; or undefined
+  uint32_t version = 0;                // of z
+  c10::VariableVersion now;            // likewise, as it goes on
+  Tensor seen;                         // one Seen, of the block
+  decltype(Edge::function) sum;        // the node of y = x + r, or null
+  int of_x = 0;                        // which of its inputs is x
+
+  std::string name() const override { return "StepBackward"; }
+
+  // Gradients of x, of y (or of r, where y = x + r), of tau.
+  variable_list apply(variable_list&& gradients) override {
+    Tensor g = gradients[0];
+    if (!g.defined()) return variable_list(3);
+    bool unchanged = now.current_version() == version;
+    uint8_t& flag = *seen.mutable_data_ptr<uint8_t>();
+    if (flag != CHANGED) flag = unchanged ? LEFT : CHANGED;
+    bool differentiable = at::GradMode::is_enabled();
+    TORCH_CHECK(
+        unchanged || (copy.defined() && !differentiable),
+        "the output of a wrapped block was changed in place before its gradient was computed, and was not in the first "
+        "pass: change it out of place, or wrap with compile='never'");
+    Tensor from = x.unpack(), to = differentiable || !copy.defined() ? z.unpack(getptr()) : copy, step = tau.unpack();
+    Tensor scaled, dtau;
+    if (differentiable || g.strides() != to.strides()) {
+      scaled = at::mul(g, step);
+      dtau = at::div(at::sum(at::mul(g, at::sub(to, from))), step);
+    } else {
+      scaled = at::empty_like(g);
+      auto pass = g.scalar_type() == at::kFloat ? scale_and_sum<float> : scale_and_sum<double>;
+      dtau = at::scalar_tensor(pass(g, to, from, step, scaled), g.options());
+    }
+    auto passed_by = [&] { return at::mul(g, at::rsub(step, 1)); };
+    if (!sum) return {task_should_compute_output(0) ? passed_by() : Tensor(), scaled, dtau};
+    variable_list both = (*sum)({scaled});  // as torch does it: factors, broadcast inputs
+    Tensor dx = both[of_x];
+    if (dx.defined()) dx = dx.is_same(scaled) ? g : at::add(dx, passed_by());
+    return {dx, both[1 - of_x], dtau};
+  }
+
+  void release_variables() override {
+    x.reset_data();
+    z.reset_data();
+    tau.reset_data();
+    copy.reset();
+  }
+};
+
+// Nodes were shared pointers in older versions of torch.
+template <typename T>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>) {
+    return c10::make_intrusive<T>();
+  } else {
+    return std::make_shared<T>();
+  }
+}
+
+// A dense tensor on the CPU, outside of all transforms and modes, and the same as `like` in type and layout.
+bool plain(const Tensor& x, const Tensor& like) {
+  return x.key_set() == like.key_set() && x.scalar_type() == like.scalar_type() && x.sizes() == like.sizes() &&
+      x.strides() == like.strides() && !x._fw_grad(0).defined();
+}
+
+bool nobody_transforms() {
+  auto local = c10::impl::tls_local_dispatch_key_set();
+  return local.included_ == c10::default_included_set && local.excluded_ == c10::default_excluded_set;
+}
+
+bool has_hooks(Node& node) {
+  return !node.pre_hooks().empty() || !node.post_hooks().empty() || !node.tensor_pre_hooks().empty() ||
+      !node.retains_grad_hooks().empty();
+}
+
+// How often a tensor that nobody else holds is referred to where `step` is called: by Python, and by C++.
+struct References {
+  Py_ssize_t python = 0;
+  size_t native = 0;
+} alone;
+
+std::type_index addition(typeid(void));  // the node of x + r
+
+bool step(const Tensor& x, const Tensor& y, const Tensor& tau, const Tensor& seen) {
+  if (!at::GradMode::is_enabled() || !nobody_transforms()) return false;
+  if (!x.device().is_cpu() || tau.dim() != 0 || x.key_set() != tau.key_set() || tau.scalar_type() != x.scalar_type()) return false;
+  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble) return false;
+  if (!plain(y, x) || x._fw_grad(0).defined() || tau._fw_grad(0).defined() || !x.is_non_overlapping_and_dense()) return false;
+  if (!y.grad_fn() || y.is_view() || has_hooks(*y.grad_fn())) return false;
+  bool single = x.scalar_type() == at::kFloat;
+  double t = single ? *tau.const_data_ptr<float>() : *tau.const_data_ptr<double>();
+  if (!(std::abs(t) >= SMALLEST)) return false;
+
+  auto node = make_node<StepBackward>();
+  node->seen = seen;
+  node->x = SavedVariable(x, false);
+  node->tau = SavedVariable(tau, false);
+  auto before = y.grad_fn();
+  Edge to_x = torch::autograd::impl::gradient_edge(x), to_y = {before, static_cast<uint32_t>(y.output_nr())};
+  if (to_x.is_valid() && std::type_index(typeid(*before)) == addition) {
+    for (int i : {0, 1}) {
+      if (!node->sum && before->next_edge(i) == to_x) {
+        node->sum = before;
+        node->of_x = i;
+        to_y = before->next_edge(1 - i);
+      }
+    }
+  }
+  node->set_next_edges({to_x, to_y, torch::autograd::impl::gradient_edge(tau)});
+  (single ? blend<float> : blend<double>)(x, y, t);
+  torch::autograd::impl::bump_version(y);
+  auto number = node->add_input_metadata(y);
+  torch::autograd::impl::set_gradient_edge(y, {node, number});
+  node->z = SavedVariable(y, true);
+  node->now = torch::autograd::impl::version_counter(y);
+  node->version = node->now.current_version();
+  if (*seen.const_data_ptr<uint8_t>() != LEFT) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    node->copy = y.clone();
+  }
+  return true;
+}
+
+// The tensor in a Python object that is a torch.Tensor, or a Parameter where it may be; else an undefined one. The headers
+// that know how Python holds a tensor take longer to compile than all others together; `_cdata` is its address.
+Tensor tensor_of(PyObject* object) {
+  static PyObject* name = PyUnicode_InternFromString("_cdata");
+  PyObject* number = PyObject_GetAttr(object, name);
+  auto* address = static_cast<c10::TensorImpl*>(PyLong_AsVoidPtr(number));
+  Py_XDECREF(number);
+  return address ? Tensor(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::unsafe_reclaim_from_nonowning(address))
+                 : Tensor();
+}
+
+// step(x, y, tau, seen): whether y now is x + tau (y - x). It is called from one place in Python alone, where
+// `alone` counts the references; while it is 0 they are counted.
+PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+  try {
+    Tensor x = tensor_of(arguments[0]), y = tensor_of(arguments[1]), tau = tensor_of(arguments[2]), seen = tensor_of(arguments[3]);
+
+    if (PyErr_Occurred()) return nullptr;
+    References found{Py_REFCNT(arguments[1]), y.use_count()};
+    if (alone.python == 0) {
+      alone = found;
+      addition = typeid(*y.grad_fn());
+      Py_RETURN_FALSE;
+    }
+    if (found.python != alone.python || found.native != alone.native || y.storage().use_count() != 1) Py_RETURN_FALSE;
+    if (step(x, y, tau, seen)) Py_RETURN_TRUE;
+    Py_RETURN_FALSE;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+PyMethodDef methods[] = {
+    {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call)), METH_FASTCALL, nullptr}, {nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "taulearn_step", nullptr, -1, methods};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit_taulearn_step() { return PyModule_Create(&module); }
