@@ -65,9 +65,10 @@ def wrap(
             on the first batch in training (:mod:`taulearn.wrapping.units`), so that no scaling of weights stands in for
             a step. Saved and unwrapped models have plain steps. Constraint "free" without bound only. For a block
             that is the identity at first the unit is a tenth of the state's root mean square.
-        compile: Whether training steps on a CPU are taken in place and in one pass (:mod:`taulearn.wrapping.compiled`), by
-            code that is compiled where the first is taken: some 10 s, once on a machine. "always", "never", or "auto":
-            for states of 8,192 elements and more, where there is a compiler. Results agree up to rounding.
+        compile: Whether training steps on a CPU are taken in place and in one pass, by code that is compiled where the
+            first is taken (:mod:`taulearn.wrapping.compiled`): some 10 s, once on a machine. "always", "never", or
+            "auto": for states of 8,192 elements and more, where there is a compiler. Results agree up to
+            rounding, outputs at steps of 1 to the bit.
 
     Returns:
         The same model, with ``time_steps``.

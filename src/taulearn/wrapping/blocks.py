@@ -6,8 +6,7 @@ A block B whose output has the shape of its input is one explicit Euler step of 
 
 which is B(x) to the bit at tau = 1, and x at tau = 0.
 
-In training on a CPU the step is taken in place where it can be (:mod:`taulearn.wrapping.compiled`); all else, and all
-that needs more than first derivatives along one state, is torch's.
+In training on a CPU the step is taken in place (:mod:`taulearn.wrapping.compiled`) where nobody can tell.
 
 The step replaces ``forward`` on the instance of the block. A forward hook would do the same, but torch's
 TransformerEncoderLayer leaves its fast path as soon as one of its modules has a hook, and hooks that others registered
@@ -94,9 +93,10 @@ class Scalars:
             self._memory = (address, values.detach().numpy().data if readable else None)
         return self._memory[1]
 
-    def load(self) -> Callable[..., bool]:
-        """What takes steps in place; where it must not now, something that does not."""
-        if transforming() or torch._C._len_torch_dispatch_stack() or not torch.is_grad_enabled():
+    def load(self, state: Tensor) -> Callable[..., bool]:
+        """What takes steps in place; for states that it does not take, something that never does."""
+        plain = state.is_cpu and state.dtype in (torch.float32, torch.float64) and type(state) is Tensor
+        if not plain or not torch.is_grad_enabled() or transforming() or torch._C._len_torch_dispatch_stack():
             return _not_in_place
         self.in_place = _in_place()
         return self.in_place
@@ -114,7 +114,7 @@ def _not_in_place(*_: Any) -> bool:
 
 @functools.cache
 def _in_place() -> Callable[..., bool]:
-    """The function of step.cpp. On its first call it counts how often a state is referred to that nobody else holds."""
+    """The function of step.cpp, which has seen how often a state is referred to that nobody else holds."""
     function = compiled.load()
     if function is None:
         return _not_in_place
@@ -178,7 +178,7 @@ class Step:
             if tau.dtype != y.dtype or tau.device != y.device:
                 tau = tau.to(device=y.device, dtype=y.dtype)
             if watched and y.requires_grad and y.numel() >= self.scalars.least:
-                in_place = self.scalars.in_place or self.scalars.load()
+                in_place = self.scalars.in_place or self.scalars.load(y)
                 if in_place(x, y, tau, self.seen):
                     return output
         elif tau == 1.0:

@@ -1,7 +1,7 @@
 """Training steps of wrapped blocks on a CPU, in place and in one pass, by step.cpp.
 
-By torch's operations a step goes six times through the state of a block, and keeps one more state for the backward pass;
-beside small convolutions that is 3 to 7 % of a training step.
+By torch's operations a step goes six times through the state of a block, and keeps one state more for the backward
+pass; beside small convolutions that is 3 to 7 % of a training step.
 """
 
 import functools

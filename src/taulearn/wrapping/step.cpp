@@ -1,4 +1,5 @@
-// A training step of a wrapped block on a CPU: y <- x + tau (y - x) in the place of y = B(x), and its gradient in one pass.
+// A training step of a wrapped block on a CPU: y <- x + tau (y - x) in the place of y = B(x), and its gradient in one
+// pass.
 //
 // torch's own operations write a state where none was, and go six times through states that have left the cache since
 // the forward pass. Here, with g the gradient of the result z,
@@ -12,6 +13,7 @@
 #include <Python.h>
 
 #include <ATen/Parallel.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/clone.h>
@@ -39,10 +41,11 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-constexpr int64_t PART = 1 << 13;      // elements of a sum that one thread takes at a time
+constexpr int64_t PART = 1 << 13;       // elements of a sum that one thread takes at a time
 constexpr double SMALLEST = 1.0 / 16;   // |tau| from which z - x, divided by tau, is as good as y - x
 enum Seen : uint8_t { NOTHING, LEFT, CHANGED };  // what became of a block's output until its gradient came
 
+// Vectors of 64 bytes, whatever the processor has.
 template <typename T>
 struct Vector {
   typedef T type __attribute__((vector_size(64)));
@@ -78,7 +81,8 @@ void blend(const Tensor& state, const Tensor& output, double tau) {
 
 // to = tau g; returns <g, z - x> / tau, summed in an order that depends on the size alone.
 template <typename T>
-double scale_and_sum(const Tensor& gradient, const Tensor& result, const Tensor& state, const Tensor& tau, Tensor& scaled) {
+double scale_and_sum(
+    const Tensor& gradient, const Tensor& result, const Tensor& state, const Tensor& tau, Tensor& scaled) {
   const T *g = gradient.const_data_ptr<T>(), *z = result.const_data_ptr<T>(), *x = state.const_data_ptr<T>();
   T *to = scaled.mutable_data_ptr<T>(), factor = *tau.const_data_ptr<T>();
   int64_t size = gradient.numel();
@@ -111,12 +115,12 @@ double scale_and_sum(const Tensor& gradient, const Tensor& result, const Tensor&
 
 struct StepBackward : Node {
   SavedVariable x, z, tau;
-  Tensor copy;                         // of z, until the flag says that nobody changes z; or undefined
-  uint32_t version = 0;                // of z
-  c10::VariableVersion now;            // likewise, as it goes on
-  Tensor seen;                         // one Seen, of the block
-  decltype(Edge::function) sum;        // the node of y = x + r, or null
-  int of_x = 0;                        // which of its inputs is x
+  Tensor copy;                   // of z, until it was seen that nobody changes z; or undefined
+  c10::VariableVersion version;  // of z, as it goes on
+  uint32_t at_first = 0;
+  Tensor seen;                   // one Seen, of the block
+  decltype(Edge::function) sum;  // the node of y = x + r, or null
+  int of_x = 0;                  // which of its inputs is x
 
   std::string name() const override { return "StepBackward"; }
 
@@ -124,7 +128,7 @@ struct StepBackward : Node {
   variable_list apply(variable_list&& gradients) override {
     Tensor g = gradients[0];
     if (!g.defined()) return variable_list(3);
-    bool unchanged = now.current_version() == version;
+    bool unchanged = version.current_version() == at_first;
     uint8_t& flag = *seen.mutable_data_ptr<uint8_t>();
     if (flag != CHANGED) flag = unchanged ? LEFT : CHANGED;
     bool differentiable = at::GradMode::is_enabled();
@@ -132,8 +136,8 @@ struct StepBackward : Node {
         unchanged || (copy.defined() && !differentiable),
         "the output of a wrapped block was changed in place before its gradient was computed, and was not in the first "
         "pass: change it out of place, or wrap with compile='never'");
-    Tensor from = x.unpack(), to = differentiable || !copy.defined() ? z.unpack(getptr()) : copy, step = tau.unpack();
-    Tensor scaled, dtau;
+    Tensor from = x.unpack(), step = tau.unpack(), scaled, dtau;
+    Tensor to = differentiable || !copy.defined() ? z.unpack(getptr()) : copy;
     if (differentiable || g.strides() != to.strides()) {
       scaled = at::mul(g, step);
       dtau = at::div(at::sum(at::mul(g, at::sub(to, from))), step);
@@ -168,36 +172,38 @@ auto make_node() {
   }
 }
 
-// A dense tensor on the CPU, outside of all transforms and modes, and the same as `like` in type and layout.
-bool plain(const Tensor& x, const Tensor& like) {
-  return x.key_set() == like.key_set() && x.scalar_type() == like.scalar_type() && x.sizes() == like.sizes() &&
-      x.strides() == like.strides() && !x._fw_grad(0).defined();
-}
-
-bool nobody_transforms() {
-  auto local = c10::impl::tls_local_dispatch_key_set();
-  return local.included_ == c10::default_included_set && local.excluded_ == c10::default_excluded_set;
-}
-
 bool has_hooks(Node& node) {
   return !node.pre_hooks().empty() || !node.post_hooks().empty() || !node.tensor_pre_hooks().empty() ||
       !node.retains_grad_hooks().empty();
 }
 
-// How often a tensor that nobody else holds is referred to where `step` is called: by Python, and by C++.
-struct References {
+// What is known from a state that nobody else holds: how often it is referred to where `call` is called, by Python and
+// by C++; what kind of tensor it is; and the type of the node of x + r.
+struct Example {
   Py_ssize_t python = 0;
   size_t native = 0;
-} alone;
+  c10::DispatchKeySet keys;
+  std::type_index addition = typeid(void);
+} example;
 
-std::type_index addition(typeid(void));  // the node of x + r
+// A dense tensor on the CPU, of single or double precision, outside of all transforms, without a tangent.
+bool plain(const Tensor& x) {
+  return x.key_set() == example.keys && !x._fw_grad(0).defined() &&
+      (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
+}
+
+bool ordinary_times() {
+  auto local = c10::impl::tls_local_dispatch_key_set();
+  return at::GradMode::is_enabled() && !at::SavedTensorDefaultHooks::get_hooks() &&
+      local.included_ == c10::default_included_set && local.excluded_ == c10::default_excluded_set;
+}
 
 bool step(const Tensor& x, const Tensor& y, const Tensor& tau, const Tensor& seen) {
-  if (!at::GradMode::is_enabled() || !nobody_transforms()) return false;
-  if (!x.device().is_cpu() || tau.dim() != 0 || x.key_set() != tau.key_set() || tau.scalar_type() != x.scalar_type()) return false;
-  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble) return false;
-  if (!plain(y, x) || x._fw_grad(0).defined() || tau._fw_grad(0).defined() || !x.is_non_overlapping_and_dense()) return false;
-  if (!y.grad_fn() || y.is_view() || has_hooks(*y.grad_fn())) return false;
+  if (!ordinary_times() || !plain(x) || !plain(y) || !plain(tau) || tau.dim() != 0) return false;
+  if (x.scalar_type() != y.scalar_type() || x.scalar_type() != tau.scalar_type()) return false;
+  if (x.sizes() != y.sizes() || x.strides() != y.strides() || !x.is_non_overlapping_and_dense()) return false;
+  auto before = y.grad_fn();
+  if (!before || y.is_view() || has_hooks(*before)) return false;
   bool single = x.scalar_type() == at::kFloat;
   double t = single ? *tau.const_data_ptr<float>() : *tau.const_data_ptr<double>();
   if (!(std::abs(t) >= SMALLEST)) return false;
@@ -206,9 +212,8 @@ bool step(const Tensor& x, const Tensor& y, const Tensor& tau, const Tensor& see
   node->seen = seen;
   node->x = SavedVariable(x, false);
   node->tau = SavedVariable(tau, false);
-  auto before = y.grad_fn();
   Edge to_x = torch::autograd::impl::gradient_edge(x), to_y = {before, static_cast<uint32_t>(y.output_nr())};
-  if (to_x.is_valid() && std::type_index(typeid(*before)) == addition) {
+  if (to_x.is_valid() && example.addition == typeid(*before)) {
     for (int i : {0, 1}) {
       if (!node->sum && before->next_edge(i) == to_x) {
         node->sum = before;
@@ -223,8 +228,8 @@ bool step(const Tensor& x, const Tensor& y, const Tensor& tau, const Tensor& see
   auto number = node->add_input_metadata(y);
   torch::autograd::impl::set_gradient_edge(y, {node, number});
   node->z = SavedVariable(y, true);
-  node->now = torch::autograd::impl::version_counter(y);
-  node->version = node->now.current_version();
+  node->version = torch::autograd::impl::version_counter(y);
+  node->at_first = node->version.current_version();
   if (*seen.const_data_ptr<uint8_t>() != LEFT) {
     at::AutoDispatchBelowADInplaceOrView guard;
     node->copy = y.clone();
@@ -232,32 +237,31 @@ bool step(const Tensor& x, const Tensor& y, const Tensor& tau, const Tensor& see
   return true;
 }
 
-// The tensor in a Python object that is a torch.Tensor, or a Parameter where it may be; else an undefined one. The headers
-// that know how Python holds a tensor take longer to compile than all others together; `_cdata` is its address.
+// The tensor in a Python object. The headers that know how Python holds one take longer to compile than all others
+// together; `_cdata` is its address.
 Tensor tensor_of(PyObject* object) {
   static PyObject* name = PyUnicode_InternFromString("_cdata");
   PyObject* number = PyObject_GetAttr(object, name);
   auto* address = static_cast<c10::TensorImpl*>(PyLong_AsVoidPtr(number));
   Py_XDECREF(number);
-  return address ? Tensor(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::unsafe_reclaim_from_nonowning(address))
-                 : Tensor();
+  using Pointer = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+  return address ? Tensor(Pointer::unsafe_reclaim_from_nonowning(address)) : Tensor();
 }
 
-// step(x, y, tau, seen): whether y now is x + tau (y - x). It is called from one place in Python alone, where
-// `alone` counts the references; while it is 0 they are counted.
+// step(x, y, tau, seen): whether y now is x + tau (y - x). It is called from one place in Python alone, for the first
+// time with an example y = x + x.
 PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t) {
   try {
-    Tensor x = tensor_of(arguments[0]), y = tensor_of(arguments[1]), tau = tensor_of(arguments[2]), seen = tensor_of(arguments[3]);
-
+    Tensor x = tensor_of(arguments[0]), y = tensor_of(arguments[1]), tau = tensor_of(arguments[2]);
+    Tensor seen = tensor_of(arguments[3]);
     if (PyErr_Occurred()) return nullptr;
-    References found{Py_REFCNT(arguments[1]), y.use_count()};
-    if (alone.python == 0) {
-      alone = found;
-      addition = typeid(*y.grad_fn());
+    Py_ssize_t python = Py_REFCNT(arguments[1]);
+    if (example.python == 0) {
+      example = {python, y.use_count(), y.key_set(), typeid(*y.grad_fn())};
       Py_RETURN_FALSE;
     }
-    if (found.python != alone.python || found.native != alone.native || y.storage().use_count() != 1) Py_RETURN_FALSE;
-    if (step(x, y, tau, seen)) Py_RETURN_TRUE;
+    bool alone = python == example.python && y.use_count() == example.native && y.storage().use_count() == 1;
+    if (alone && step(x, y, tau, seen)) Py_RETURN_TRUE;
     Py_RETURN_FALSE;
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
