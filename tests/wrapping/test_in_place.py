@@ -423,7 +423,7 @@ def test_small_states_are_torchs_unless_asked() -> None:
 
 
 def test_bad_value() -> None:
-    with pytest.raises(ValueError, match="compile must be one of .*'never'.*, got 'yes'"):
+    with pytest.raises(ValueError, match=r"compile must be one of .*'never'.*, got 'yes'"):
         wrap(nn.Sequential(nn.Linear(2, 2)), "0", compile="yes")
 
 
