@@ -36,8 +36,9 @@ def load(source: Path, use: Callable[[str], T], without: str, **options: Any) ->
 
         known = inspect.signature(CppCodeCache.load_async).parameters
         options = {name: value for name, value in options.items() if name in known}
-        versions = f"// torch {torch.__version__}, Python {sys.version.split()[0]}\n"  # what is kept is found by the text
-        return use(CppCodeCache.load(versions + source.read_text("utf-8"), device_type="cpu", **options)._name)
+        # kept libraries are found by the text and the options alone
+        text = f"// torch {torch.__version__}, Python {sys.version.split()[0]}\n{source.read_text('utf-8')}"
+        return use(CppCodeCache.load(text, device_type="cpu", **options)._name)
     except Exception as error:  # noqa: BLE001  compilers raise anything, and torch does without
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "error: " in line), lines[0])
