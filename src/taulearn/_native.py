@@ -2,8 +2,8 @@
 
 import inspect
 import os
+import platform
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -37,12 +37,16 @@ def load(source: Path, use: Callable[[str], T], without: str, **options: Any) ->
         known = inspect.signature(CppCodeCache.load_async).parameters
         options = {name: value for name, value in options.items() if name in known}
         # kept libraries are found by the text and the options alone
-        text = f"// torch {torch.__version__}, Python {sys.version.split()[0]}\n{source.read_text('utf-8')}"
+        processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        key = f"// torch {torch.__version__}, Python {platform.python_version()}, {processor}\n"
+        text = key + source.read_text("utf-8")
         return use(CppCodeCache.load(text, device_type="cpu", **options)._name)
     except Exception as error:  # noqa: BLE001  compilers raise anything, and torch does without
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "error: " in line), lines[0])
         warnings.warn(
-            f"{without}, as {source.name} did not compile: {reason} (install a current g++, or set CXX)", stacklevel=3
+            f"{without}, as {source.name} did not compile: {reason} (install a current g++ or set CXX; set "
+            "TORCHINDUCTOR_CACHE_DIR where the cache cannot be written)",
+            stacklevel=3,
         )
         return None

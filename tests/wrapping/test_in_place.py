@@ -161,7 +161,7 @@ def test_states_in_containers(kind: Callable[[Any], Any]) -> None:
         output = wrapped(x)
         state, other = output.values() if isinstance(output, dict) else output
         assert type(output) is type(kind(()) if kind in (tuple, list) else {})
-        assert taken(state) is not twice
+        assert not taken(state)  # others may hold the container
         torch.testing.assert_close(state, torch.lerp(x, x + block.linear(x), 0.7))
         assert other == "rest" if not twice else torch.equal(other, x + block.linear(x))
 
@@ -366,13 +366,12 @@ def test_gradients_of_two_passes_at_once_and_in_threads() -> None:
     assert all(torch.equal(each, single) for each in found)
 
 
-def test_copies_and_deletions_keep_what_was_seen() -> None:
+def test_deletions_keep_what_was_seen() -> None:
     wrapped, x = model(TAKEN["sum"]), states(5, 9, dtype=torch.float32)
     wrapped(x).sum().backward()
-    for twin in (copy.deepcopy(wrapped), wrapped):
+    for twin, seen in ((copy.deepcopy(wrapped), 0), (wrapped, 1)):  # copies see for themselves
         prune(twin, keep=[1])
-        step = vars(twin[0])["forward"]
-        assert step.seen.item() == 1
+        assert vars(twin[0])["forward"].seen.item() == seen
         assert taken(twin(x))
     step = vars(wrap(nn.Sequential(nn.Linear(2, 2)), "0", compile="always")[0])["forward"]
     assert pickle.loads(pickle.dumps(step)).scalars.least == 0

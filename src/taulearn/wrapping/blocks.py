@@ -15,6 +15,7 @@ before would see the output without the step.
 
 import copy
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,8 +96,9 @@ class Scalars:
 
     def load(self, state: Tensor) -> Callable[..., bool]:
         """What takes steps in place; for states that it does not take, something that never does."""
-        plain = state.is_cpu and state.dtype in (torch.float32, torch.float64) and type(state) is Tensor
-        if not plain or not torch.is_grad_enabled() or transforming() or torch._C._len_torch_dispatch_stack():
+        plain = type(state) is Tensor and state.is_cpu and state.dtype in (torch.float32, torch.float64)
+        modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+        if not plain or modes or transforming() or not torch.is_grad_enabled():
             return _not_in_place
         self.in_place = _in_place()
         return self.in_place
@@ -112,15 +114,25 @@ def _not_in_place(*_: Any) -> bool:
     return False
 
 
+def _nothing_seen() -> Tensor:
+    return torch.zeros(1, dtype=torch.uint8, device="cpu")
+
+
 @functools.cache
 def _in_place() -> Callable[..., bool]:
     """The function of step.cpp, which has seen how often a state is referred to that nobody else holds."""
     function = compiled.load()
     if function is None:
         return _not_in_place
-    scalars = Scalars(TimeSteps(1), least=0)
+    scalars = Scalars(TimeSteps(1, dtype=torch.float32, device="cpu"), least=0)
     scalars.in_place = function
-    Step(lambda x: x + x, scalars, 0, "", own=False)(torch.ones(1, requires_grad=True))
+    example = torch.ones(1, dtype=torch.float32, device="cpu", requires_grad=True)
+    tracing = sys.gettrace()
+    sys.settrace(None)  # debuggers refer to what they show
+    try:
+        Step(lambda x: x + x, scalars, 0, "", own=False)(example)
+    finally:
+        sys.settrace(tracing)
     return function
 
 
@@ -145,7 +157,7 @@ class Step:
     name: str
     own: bool
     units: DisplacementUnits | None = None
-    seen: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.uint8, device="cpu"))
+    seen: Tensor = field(default_factory=_nothing_seen)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -177,7 +189,7 @@ class Step:
                 tau = tau * self.units.factor(self.index, y - x, x)
             if tau.dtype != y.dtype or tau.device != y.device:
                 tau = tau.to(device=y.device, dtype=y.dtype)
-            if watched and y.requires_grad and y.numel() >= self.scalars.least:
+            if watched and output is y and y.requires_grad and y.numel() >= self.scalars.least:
                 in_place = self.scalars.in_place or self.scalars.load(y)
                 if in_place(x, y, tau, self.seen):
                     return output
@@ -186,6 +198,13 @@ class Step:
         elif y.dtype in _HALF:  # rounded as in training
             tau = torch.tensor(tau, dtype=y.dtype).item()
         return with_state(output, torch.lerp(x, y, tau))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what was seen: a copy sees for itself, on whatever device it comes to be."""
+        return {name: value for name, value in vars(self).items() if name != "seen"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, seen=_nothing_seen())
 
     def _wrong(self, x: Tensor | None, y: Tensor | None) -> str:
         if x is not None and x.is_nested:

@@ -8,14 +8,15 @@
 //
 // so that y need not be kept; and where the block ends in y = x + r, r gets tau g and x the whole of g, for its part by
 // way of y is tau g. Nothing is done where anyone else could see y, or might want something else: `step` returns
-// false, and the caller takes torch's operations.
+// false, and the caller takes torch's operations. What is left: who changes z behind torch's back (by z.data, by NumPy)
+// gets another gradient of tau.
 
 #include <Python.h>
 
 #include <ATen/Parallel.h>
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/clone.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/empty_like.h>
@@ -24,12 +25,14 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/sub.h>
 #include <ATen/ops/sum.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <cstring>
+#include <mutex>
 #include <numeric>
 #include <typeindex>
 
@@ -79,7 +82,7 @@ void blend(const Tensor& state, const Tensor& output, double tau) {
   });
 }
 
-// to = tau g; returns <g, z - x> / tau, summed in an order that depends on the size alone.
+// to = tau g; returns <g, z - x>, summed in an order that depends on the size alone.
 template <typename T>
 double scale_and_sum(
     const Tensor& gradient, const Tensor& result, const Tensor& state, const Tensor& tau, Tensor& scaled) {
@@ -110,55 +113,94 @@ double scale_and_sum(
       sums[part] = sum;
     }
   });
-  return std::accumulate(sums.begin(), sums.end(), 0.0) / factor;
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+// What is known from a state that nobody else holds: its type in Python; how often it is referred to where `call` is
+// called, by Python and by C++, and its node; what kind of tensor it is; and the type of the node of x + r.
+struct Example {
+  PyTypeObject* type = nullptr;
+  Py_ssize_t python = 0;
+  size_t native = 0, node = 0;
+  c10::DispatchKeySet keys;
+  std::type_index addition = typeid(void);
+} example;
+
+// A dense tensor on the CPU, of single or double precision, without a tangent.
+bool plain(const Tensor& x) {
+  return x.key_set() == example.keys && !x._fw_grad(0).defined() &&
+      (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
+}
+
+bool alike(const Tensor& x, const Tensor& y) {
+  return x.scalar_type() == y.scalar_type() && x.sizes() == y.sizes() && x.strides() == y.strides();
+}
+
+// Neither transforms nor modes.
+bool ordinary_times() {
+  auto local = c10::impl::tls_local_dispatch_key_set();
+  return local.included_ == c10::default_included_set && local.excluded_ == c10::default_excluded_set;
 }
 
 struct StepBackward : Node {
   SavedVariable x, z, tau;
+  double t = 0;                  // tau in the forward pass
   Tensor copy;                   // of z, until it was seen that nobody changes z; or undefined
   c10::VariableVersion version;  // of z, as it goes on
   uint32_t at_first = 0;
   Tensor seen;                   // one Seen, of the block
-  decltype(Edge::function) sum;  // the node of y = x + r, or null
-  int of_x = 0;                  // which of its inputs is x
+  bool by_sum = false;           // whether y = x + r
 
   std::string name() const override { return "StepBackward"; }
 
   // Gradients of x, of y (or of r, where y = x + r), of tau.
   variable_list apply(variable_list&& gradients) override {
-    Tensor g = gradients[0];
+    std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor& g = gradients[0];
     if (!g.defined()) return variable_list(3);
-    bool unchanged = version.current_version() == at_first;
+    bool unchanged = version.current_version() == at_first, differentiable = at::GradMode::is_enabled();
     uint8_t& flag = *seen.mutable_data_ptr<uint8_t>();
     if (flag != CHANGED) flag = unchanged ? LEFT : CHANGED;
-    bool differentiable = at::GradMode::is_enabled();
-    TORCH_CHECK(
-        unchanged || (copy.defined() && !differentiable),
-        "the output of a wrapped block was changed in place before its gradient was computed, and was not in the first "
-        "pass: change it out of place, or wrap with compile='never'");
-    Tensor from = x.unpack(), step = tau.unpack(), scaled, dtau;
-    Tensor to = differentiable || !copy.defined() ? z.unpack(getptr()) : copy;
-    if (differentiable || g.strides() != to.strides()) {
-      scaled = at::mul(g, step);
-      dtau = at::div(at::sum(at::mul(g, at::sub(to, from))), step);
-    } else {
+    if (!unchanged && !copy.defined()) {
+      throw std::runtime_error(
+          "the output of a wrapped block was changed in place before its gradient was computed, and earlier ones were "
+          "not: repeat this step (from now on outputs are copied), or wrap with compile='never'");
+    }
+    Tensor from = x.unpack(), step = tau.unpack(), to = result(differentiable), scaled, dtau;
+    if (!differentiable && ordinary_times() && plain(g) && alike(g, to)) {
       scaled = at::empty_like(g);
       auto pass = g.scalar_type() == at::kFloat ? scale_and_sum<float> : scale_and_sum<double>;
-      dtau = at::scalar_tensor(pass(g, to, from, step, scaled), g.options());
+      dtau = at::scalar_tensor(pass(g, to, from, step, scaled) / t, g.options());
+    } else {
+      scaled = at::mul(g, step);
+      Tensor by = differentiable ? step : at::scalar_tensor(t, step.options());
+      dtau = at::div(at::sum(at::mul(g, at::sub(to, from))), by);
     }
-    auto passed_by = [&] { return at::mul(g, at::rsub(step, 1)); };
-    if (!sum) return {task_should_compute_output(0) ? passed_by() : Tensor(), scaled, dtau};
-    variable_list both = (*sum)({scaled});  // as torch does it: factors, broadcast inputs
-    Tensor dx = both[of_x];
-    if (dx.defined()) dx = dx.is_same(scaled) ? g : at::add(dx, passed_by());
-    return {dx, both[1 - of_x], dtau};
+    if (by_sum) return {g, scaled, dtau};
+    return {task_should_compute_output(0) ? at::mul(g, at::rsub(step, 1)) : Tensor(), scaled, dtau};
   }
 
   void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
     x.reset_data();
     z.reset_data();
     tau.reset_data();
     copy.reset();
+  }
+
+  // Of torch's compiled backward passes, where it has them.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const {
+    throw std::runtime_error("compiled autograd does not know the steps of wrapped blocks: wrap with compile='never'");
+  }
+
+ private:
+  // z; to be differentiated again, it is the output of this node.
+  Tensor result(bool differentiable) {
+    if (!copy.defined()) return z.unpack(getptr());
+    if (!differentiable) return copy;
+    Tensor again = copy.detach();
+    torch::autograd::impl::set_gradient_edge(again, {getptr(), 0});
+    return again;
   }
 };
 
@@ -172,57 +214,48 @@ auto make_node() {
   }
 }
 
-bool has_hooks(Node& node) {
+// Whether someone is told when a node is run.
+bool watched(Node& node) {
   return !node.pre_hooks().empty() || !node.post_hooks().empty() || !node.tensor_pre_hooks().empty() ||
       !node.retains_grad_hooks().empty();
 }
 
-// What is known from a state that nobody else holds: how often it is referred to where `call` is called, by Python and
-// by C++; what kind of tensor it is; and the type of the node of x + r.
-struct Example {
-  Py_ssize_t python = 0;
-  size_t native = 0;
-  c10::DispatchKeySet keys;
-  std::type_index addition = typeid(void);
-} example;
-
-// A dense tensor on the CPU, of single or double precision, outside of all transforms, without a tangent.
-bool plain(const Tensor& x) {
-  return x.key_set() == example.keys && !x._fw_grad(0).defined() &&
-      (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
-}
-
-bool ordinary_times() {
-  auto local = c10::impl::tls_local_dispatch_key_set();
-  return at::GradMode::is_enabled() && !at::SavedTensorDefaultHooks::get_hooks() &&
-      local.included_ == c10::default_included_set && local.excluded_ == c10::default_excluded_set;
+// Which input of the node of y is x, where y = x + r without a factor and only y knows it; else -1. A factor shows in
+// what the node makes of a gradient.
+int of_sum(Node& node, const Edge& to_x, const Tensor& x) {
+  if (!to_x.is_valid() || example.addition != typeid(node)) return -1;
+  at::AutoGradMode off(false);
+  Tensor one = at::scalar_tensor(1, x.options());
+  auto both = node({one});
+  for (int i : {0, 1}) {
+    Edge other = node.next_edge(1 - i);
+    if (node.next_edge(i) == to_x && both[i].is_same(one) && (!other.is_valid() || both[1 - i].is_same(one))) return i;
+  }
+  return -1;
 }
 
 bool step(const Tensor& x, const Tensor& y, const Tensor& tau, const Tensor& seen) {
-  if (!ordinary_times() || !plain(x) || !plain(y) || !plain(tau) || tau.dim() != 0) return false;
-  if (x.scalar_type() != y.scalar_type() || x.scalar_type() != tau.scalar_type()) return false;
-  if (x.sizes() != y.sizes() || x.strides() != y.strides() || !x.is_non_overlapping_and_dense()) return false;
-  auto before = y.grad_fn();
-  if (!before || y.is_view() || has_hooks(*before)) return false;
+  if (!at::GradMode::is_enabled() || !ordinary_times() || at::SavedTensorDefaultHooks::get_hooks()) return false;
+  if (!plain(x) || !plain(y) || !plain(tau) || !alike(x, y) || !x.is_non_overlapping_and_dense()) return false;
+  if (tau.dim() != 0 || !tau.requires_grad() || tau.scalar_type() != x.scalar_type()) return false;
+  if (seen.key_set() != example.keys || y.is_view()) return false;
+  if (y.storage().data_ptr().get_deleter() != c10::GetCPUAllocator()->raw_deleter()) return false;  // memory of others
+  if (!y.grad_fn() || watched(*y.grad_fn())) return false;
   bool single = x.scalar_type() == at::kFloat;
   double t = single ? *tau.const_data_ptr<float>() : *tau.const_data_ptr<double>();
   if (!(std::abs(t) >= SMALLEST)) return false;
 
   auto node = make_node<StepBackward>();
+  bool known_elsewhere = y.grad_fn().use_count() != example.node;
+  auto before = y.grad_fn();
+  Edge to_x = torch::autograd::impl::gradient_edge(x), to_y = {before, static_cast<uint32_t>(y.output_nr())};
+  int sum = known_elsewhere ? -1 : of_sum(*before, to_x, x);
+  node->by_sum = sum >= 0;
+  node->set_next_edges({to_x, sum < 0 ? to_y : before->next_edge(1 - sum), torch::autograd::impl::gradient_edge(tau)});
   node->seen = seen;
+  node->t = t;
   node->x = SavedVariable(x, false);
   node->tau = SavedVariable(tau, false);
-  Edge to_x = torch::autograd::impl::gradient_edge(x), to_y = {before, static_cast<uint32_t>(y.output_nr())};
-  if (to_x.is_valid() && example.addition == typeid(*before)) {
-    for (int i : {0, 1}) {
-      if (!node->sum && before->next_edge(i) == to_x) {
-        node->sum = before;
-        node->of_x = i;
-        to_y = before->next_edge(1 - i);
-      }
-    }
-  }
-  node->set_next_edges({to_x, to_y, torch::autograd::impl::gradient_edge(tau)});
   (single ? blend<float> : blend<double>)(x, y, t);
   torch::autograd::impl::bump_version(y);
   auto number = node->add_input_metadata(y);
@@ -237,31 +270,48 @@ bool step(const Tensor& x, const Tensor& y, const Tensor& tau, const Tensor& see
   return true;
 }
 
-// The tensor in a Python object. The headers that know how Python holds one take longer to compile than all others
-// together; `_cdata` is its address.
+// The tensor in a Python object of the very type torch.Tensor, while no mode looks on. The headers that know how Python
+// holds one take longer to compile than all others together; `_cdata` is its address.
 Tensor tensor_of(PyObject* object) {
   static PyObject* name = PyUnicode_InternFromString("_cdata");
   PyObject* number = PyObject_GetAttr(object, name);
+  if (!number) return Tensor();
   auto* address = static_cast<c10::TensorImpl*>(PyLong_AsVoidPtr(number));
-  Py_XDECREF(number);
+  Py_DECREF(number);
   using Pointer = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
   return address ? Tensor(Pointer::unsafe_reclaim_from_nonowning(address)) : Tensor();
 }
 
+struct WithoutPython {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutPython() { PyEval_RestoreThread(state); }
+};
+
 // step(x, y, tau, seen): whether y now is x + tau (y - x). It is called from one place in Python alone, for the first
 // time with an example y = x + x.
 PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+  if (!example.type) example.type = Py_TYPE(arguments[1]);
+  if (at::impl::torch_function_mode_enabled()) Py_RETURN_FALSE;
+  for (int i : {0, 1, 2, 3}) {
+    if (Py_TYPE(arguments[i]) != example.type) Py_RETURN_FALSE;
+  }
   try {
     Tensor x = tensor_of(arguments[0]), y = tensor_of(arguments[1]), tau = tensor_of(arguments[2]);
     Tensor seen = tensor_of(arguments[3]);
     if (PyErr_Occurred()) return nullptr;
     Py_ssize_t python = Py_REFCNT(arguments[1]);
     if (example.python == 0) {
-      example = {python, y.use_count(), y.key_set(), typeid(*y.grad_fn())};
+      auto& node = y.grad_fn();
+      example = {example.type, python, y.use_count(), size_t(node.use_count()), y.key_set(), typeid(*node)};
       Py_RETURN_FALSE;
     }
-    bool alone = python == example.python && y.use_count() == example.native && y.storage().use_count() == 1;
-    if (alone && step(x, y, tau, seen)) Py_RETURN_TRUE;
+    if (python != example.python || y.use_count() != example.native || y.storage().use_count() != 1) Py_RETURN_FALSE;
+    bool done;
+    {
+      WithoutPython unlocked;
+      done = step(x, y, tau, seen);
+    }
+    if (done) Py_RETURN_TRUE;
     Py_RETURN_FALSE;
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
