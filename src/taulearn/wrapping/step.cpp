@@ -13,13 +13,13 @@
 
 #include <Python.h>
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/clone.h>
 #include <ATen/ops/div.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/rsub.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -39,6 +39,7 @@
 namespace {
 
 using at::Tensor;
+using at::TensorBase;
 using torch::autograd::Edge;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
@@ -82,12 +83,15 @@ void blend(const Tensor& state, const Tensor& output, double tau) {
   });
 }
 
-// to = tau g; returns <g, z - x>, summed in an order that depends on the size alone.
+// dy = tau g, and dx = (1 - tau) g where it is defined; returns <g, z - x>, summed in an order that depends on the size
+// alone.
 template <typename T>
-double scale_and_sum(
-    const Tensor& gradient, const Tensor& result, const Tensor& state, const Tensor& tau, Tensor& scaled) {
+double differentiate(
+    const Tensor& gradient, const Tensor& result, const Tensor& state, double tau, const TensorBase& dy,
+    const TensorBase& dx) {
   const T *g = gradient.const_data_ptr<T>(), *z = result.const_data_ptr<T>(), *x = state.const_data_ptr<T>();
-  T *to = scaled.mutable_data_ptr<T>(), factor = *tau.const_data_ptr<T>();
+  T *to_y = dy.mutable_data_ptr<T>(), *to_x = dx.defined() ? dx.mutable_data_ptr<T>() : nullptr;
+  T factor = tau, other = 1 - factor;
   int64_t size = gradient.numel();
   std::vector<double> sums((size + PART - 1) / PART);
   at::parallel_for(0, sums.size(), 2, [&](int64_t first, int64_t last) {
@@ -99,8 +103,11 @@ double scale_and_sum(
           int64_t here = i + k * WIDTH<T>;
           Lanes<T> slope = at<T>(g + here);
           lanes[k] += slope * (at<T>(z + here) - at<T>(x + here));
-          slope *= factor;
-          std::memcpy(to + here, &slope, sizeof slope);
+          Lanes<T> part = slope * factor;
+          std::memcpy(to_y + here, &part, sizeof part);
+          if (!to_x) continue;
+          part = slope * other;
+          std::memcpy(to_x + here, &part, sizeof part);
         }
       }
       Lanes<T> all = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
@@ -108,7 +115,8 @@ double scale_and_sum(
       for (int k = 0; k < WIDTH<T>; k++) sum += all[k];
       for (; i < end; i++) {
         sum += g[i] * (z[i] - x[i]);
-        to[i] = factor * g[i];
+        to_y[i] = factor * g[i];
+        if (to_x) to_x[i] = other * g[i];
       }
       sums[part] = sum;
     }
@@ -142,6 +150,9 @@ bool ordinary_times() {
   return local.included_ == c10::default_included_set && local.excluded_ == c10::default_excluded_set;
 }
 
+// An empty tensor of the same form, without a detour.
+TensorBase like(const Tensor& x) { return at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type()); }
+
 struct StepBackward : Node {
   SavedVariable x, z, tau;
   double t = 0;                  // tau in the forward pass
@@ -166,18 +177,19 @@ struct StepBackward : Node {
           "the output of a wrapped block was changed in place before its gradient was computed, and earlier ones were "
           "not: repeat this step (from now on outputs are copied), or wrap with compile='never'");
     }
-    Tensor from = x.unpack(), step = tau.unpack(), to = result(differentiable), scaled, dtau;
-    if (!differentiable && ordinary_times() && plain(g) && alike(g, to)) {
-      scaled = at::empty_like(g);
-      auto pass = g.scalar_type() == at::kFloat ? scale_and_sum<float> : scale_and_sum<double>;
-      dtau = at::scalar_tensor(pass(g, to, from, step, scaled) / t, g.options());
-    } else {
-      scaled = at::mul(g, step);
+    Tensor from = x.unpack(), step = tau.unpack(), to = result(differentiable);
+    bool needed = !by_sum && task_should_compute_output(0);
+    if (differentiable || !ordinary_times() || !plain(g) || !alike(g, to)) {
       Tensor by = differentiable ? step : at::scalar_tensor(t, step.options());
-      dtau = at::div(at::sum(at::mul(g, at::sub(to, from))), by);
+      Tensor dtau = at::div(at::sum(at::mul(g, at::sub(to, from))), by);
+      return {by_sum ? g : needed ? at::mul(g, at::rsub(step, 1)) : Tensor(), at::mul(g, step), dtau};
     }
-    if (by_sum) return {g, scaled, dtau};
-    return {task_should_compute_output(0) ? at::mul(g, at::rsub(step, 1)) : Tensor(), scaled, dtau};
+    bool single = g.scalar_type() == at::kFloat;
+    double now = single ? *step.const_data_ptr<float>() : *step.const_data_ptr<double>();
+    TensorBase dy = like(g), dx = needed ? like(g) : TensorBase(), dtau = like(step);
+    double sum = (single ? differentiate<float> : differentiate<double>)(g, to, from, now, dy, dx) / t;
+    single ? void(*dtau.mutable_data_ptr<float>() = sum) : void(*dtau.mutable_data_ptr<double>() = sum);
+    return {by_sum ? g : Tensor(dx), Tensor(dy), Tensor(dtau)};
   }
 
   void release_variables() override {
@@ -224,14 +236,15 @@ bool watched(Node& node) {
 // what the node makes of a gradient.
 int of_sum(Node& node, const Edge& to_x, const Tensor& x) {
   if (!to_x.is_valid() || example.addition != typeid(node)) return -1;
+  int i = node.next_edge(0) == to_x ? 0 : 1;
+  if (node.next_edge(i) != to_x) return -1;
+  static const Tensor& single = *new Tensor(at::scalar_tensor(1, at::kFloat));
+  static const Tensor& exact = *new Tensor(at::scalar_tensor(1, at::kDouble));
+  const Tensor& gradient = x.scalar_type() == at::kFloat ? single : exact;
   at::AutoGradMode off(false);
-  Tensor one = at::scalar_tensor(1, x.options());
-  auto both = node({one});
-  for (int i : {0, 1}) {
-    Edge other = node.next_edge(1 - i);
-    if (node.next_edge(i) == to_x && both[i].is_same(one) && (!other.is_valid() || both[1 - i].is_same(one))) return i;
-  }
-  return -1;
+  auto both = node({gradient});
+  bool alone = both[i].is_same(gradient) && (!node.next_edge(1 - i).is_valid() || both[1 - i].is_same(gradient));
+  return alone ? i : -1;
 }
 
 bool step(const Tensor& x, const Tensor& y, const Tensor& tau, const Tensor& seen) {
