@@ -83,14 +83,15 @@ void blend(const Tensor& state, const Tensor& output, double tau) {
   });
 }
 
-// dy = tau g, and dx = (1 - tau) g where it is defined; returns <g, z - x>, summed in an order that depends on the size
-// alone.
+// dy = tau g and dx = (1 - tau) g, where they are defined; returns <g, z - x>, summed in an order that depends on the
+// size alone.
 template <typename T>
 double differentiate(
     const Tensor& gradient, const Tensor& result, const Tensor& state, double tau, const TensorBase& dy,
     const TensorBase& dx) {
   const T *g = gradient.const_data_ptr<T>(), *z = result.const_data_ptr<T>(), *x = state.const_data_ptr<T>();
-  T *to_y = dy.mutable_data_ptr<T>(), *to_x = dx.defined() ? dx.mutable_data_ptr<T>() : nullptr;
+  T* to_y = dy.defined() ? dy.mutable_data_ptr<T>() : nullptr;
+  T* to_x = dx.defined() ? dx.mutable_data_ptr<T>() : nullptr;
   T factor = tau, other = 1 - factor;
   int64_t size = gradient.numel();
   std::vector<double> sums((size + PART - 1) / PART);
@@ -103,11 +104,9 @@ double differentiate(
           int64_t here = i + k * WIDTH<T>;
           Lanes<T> slope = at<T>(g + here);
           lanes[k] += slope * (at<T>(z + here) - at<T>(x + here));
-          Lanes<T> part = slope * factor;
-          std::memcpy(to_y + here, &part, sizeof part);
-          if (!to_x) continue;
-          part = slope * other;
-          std::memcpy(to_x + here, &part, sizeof part);
+          Lanes<T> for_y = slope * factor, for_x = slope * other;
+          if (to_y) std::memcpy(to_y + here, &for_y, sizeof for_y);
+          if (to_x) std::memcpy(to_x + here, &for_x, sizeof for_x);
         }
       }
       Lanes<T> all = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
@@ -115,7 +114,7 @@ double differentiate(
       for (int k = 0; k < WIDTH<T>; k++) sum += all[k];
       for (; i < end; i++) {
         sum += g[i] * (z[i] - x[i]);
-        to_y[i] = factor * g[i];
+        if (to_y) to_y[i] = factor * g[i];
         if (to_x) to_x[i] = other * g[i];
       }
       sums[part] = sum;
@@ -143,6 +142,8 @@ bool plain(const Tensor& x) {
 bool alike(const Tensor& x, const Tensor& y) {
   return x.scalar_type() == y.scalar_type() && x.sizes() == y.sizes() && x.strides() == y.strides();
 }
+
+bool dense(const Tensor& x) { return x.is_non_overlapping_and_dense(); }
 
 // Neither transforms nor modes.
 bool ordinary_times() {
@@ -179,7 +180,7 @@ struct StepBackward : Node {
     }
     Tensor from = x.unpack(), step = tau.unpack(), to = result(differentiable);
     bool needed = !by_sum && task_should_compute_output(0);
-    if (differentiable || !ordinary_times() || !plain(g) || !alike(g, to)) {
+    if (differentiable || !ordinary_times() || !plain(g) || g.scalar_type() != to.scalar_type() || !dense(g)) {
       Tensor by = differentiable ? step : at::scalar_tensor(t, step.options());
       Tensor dtau = at::div(at::sum(at::mul(g, at::sub(to, from))), by);
       return {by_sum ? g : needed ? at::mul(g, at::rsub(step, 1)) : Tensor(), at::mul(g, step), dtau};
@@ -187,7 +188,14 @@ struct StepBackward : Node {
     bool single = g.scalar_type() == at::kFloat;
     double now = single ? *step.const_data_ptr<float>() : *step.const_data_ptr<double>();
     TensorBase dy = like(g), dx = needed ? like(g) : TensorBase(), dtau = like(step);
-    double sum = (single ? differentiate<float> : differentiate<double>)(g, to, from, now, dy, dx) / t;
+    auto pass = single ? differentiate<float> : differentiate<double>;
+    double sum;
+    if (g.strides() == to.strides()) {
+      sum = pass(g, to, from, now, dy, dx) / t;
+    } else {  // each in its own layout
+      pass(g, g, g, now, dy, dx);
+      sum = pass(Tensor(like(to)).copy_(g), to, from, now, {}, {}) / t;
+    }
     single ? void(*dtau.mutable_data_ptr<float>() = sum) : void(*dtau.mutable_data_ptr<double>() = sum);
     return {by_sum ? g : Tensor(dx), Tensor(dy), Tensor(dtau)};
   }
@@ -249,7 +257,7 @@ int of_sum(Node& node, const Edge& to_x, const Tensor& x) {
 
 bool step(const Tensor& x, const Tensor& y, const Tensor& tau, const Tensor& seen) {
   if (!at::GradMode::is_enabled() || !ordinary_times() || at::SavedTensorDefaultHooks::get_hooks()) return false;
-  if (!plain(x) || !plain(y) || !plain(tau) || !alike(x, y) || !x.is_non_overlapping_and_dense()) return false;
+  if (!plain(x) || !plain(y) || !plain(tau) || !alike(x, y) || !dense(x)) return false;
   if (tau.dim() != 0 || !tau.requires_grad() || tau.scalar_type() != x.scalar_type()) return false;
   if (seen.key_set() != example.keys || y.is_view()) return false;
   if (y.storage().data_ptr().get_deleter() != c10::GetCPUAllocator()->raw_deleter()) return false;  // memory of others
