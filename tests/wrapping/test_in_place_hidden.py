@@ -2,7 +2,6 @@
 
 import copy
 import io
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from taulearn import wrap
 from taulearn.wrapping import blocks as blocks_module
-from wrapping.test_in_place import TAKEN, Own, compare, model, states, taken
+from wrapping.in_place import TAKEN, Own, compare, model, needs_compiler, states, taken
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+pytestmark = needs_compiler
 
 
 def pair(function: Any = TAKEN["sum"], init: float = 0.7) -> tuple[nn.Module, nn.Module]:

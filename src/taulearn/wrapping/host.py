@@ -47,6 +47,14 @@ class Wrapping:
         """Blocks are steps of the residual scheme."""
         return Residual()
 
+    @property
+    def step_kind(self) -> str:
+        """How training steps are taken, see :mod:`taulearn.wrapping.compiled`."""
+        least = vars(self.layers[0])["forward"].scalars.least if self.layers else float("inf")
+        return (
+            "torch's operations" if least == float("inf") else f"in place on a CPU, states of {least} elements and more"
+        )
+
     def fixed_layers(self) -> dict[int, str]:
         """Positions that must stay, with the reason."""
         origin = self.time_steps.origin
