@@ -242,7 +242,7 @@ def test_a_model_that_is_loaded_to_another_device() -> None:
     loaded(x).sum().backward()
 
 
-def test_first_use_where_another_device_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_use_where_another_device_is_the_default() -> None:
     blocks_module._in_place.cache_clear()
     wrapped, x = model(TAKEN["sum"]), states(5, 9, dtype=torch.float32).requires_grad_()
     with torch.device("meta"):
