@@ -10,7 +10,7 @@ taken, which other processes disturb less than that of the clock. ``python bench
 
 The process keeps its memory. glibc gives the top of its heap back to the system when a step ends, and of two models
 that take turns only the larger one, which reaches the top, pays for taking it anew at each step; alone in a process the
-bare one pays as much. ``--give-back`` leaves that as it is. ``--compile never``: training steps by torch's operations.
+bare one pays as much. ``--give-back`` leaves that as it is.
 """
 
 import argparse
@@ -155,14 +155,14 @@ def row(*cells: object) -> None:
     print("  ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True)), flush=True)
 
 
-def measure_overhead(seconds: float, compile: str) -> None:  # noqa: A002  as in wrap
+def measure_overhead(seconds: float) -> None:
     row("wrapped over bare", "batch", "bare ms", "shortest", "median", f"bar {OVERHEAD}")
     for make in (ViT, ResNet, ResNet34):
         for batch in BATCHES:
             for kind in (training, inference):
                 torch.manual_seed(0)
                 bare = make()
-                wrapped = wrap(copy.deepcopy(bare), example_inputs=images(1, make.side), compile=compile)
+                wrapped = wrap(copy.deepcopy(bare), example_inputs=images(1, make.side))
                 for name, model in (("noise", copy.deepcopy(bare)), (kind.__name__, wrapped)):
                     ms, shortest, median = compare(kind(model, batch, make.side), kind(bare, batch, make.side), seconds)
                     verdict = "" if name == "noise" else "met" if median <= OVERHEAD else "missed"
@@ -223,7 +223,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="per comparison")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", choices=("auto", "always", "never"), default="auto", help="of wrap")
     parser.add_argument("--give-back", action="store_true", help="let glibc give memory back after each step")
     parser.add_argument("--large", action="store_true", help="the deletion of (c) alone")
     options = parser.parse_args()
@@ -234,7 +233,7 @@ def main() -> None:
     if not options.give_back:
         keep_memory()
     print(f"torch {torch.__version__}, {options.threads} thread(s), {platform.machine()}, {os.cpu_count()} cores\n")
-    measure_overhead(options.seconds, options.compile)
+    measure_overhead(options.seconds)
     print()
     measure_half(options.seconds)
     subprocess.run([sys.executable, __file__, "--large", "--threads", str(options.threads)], check=True)

@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ..optim import register_projection
 from ..optim.projections import suspended_projections
 from ..penalties import time_steps_of
-from ..wrapping import wrapping_of
 from .batches import LoaderBatches, TensorBatches
 from .checkpoint import Parts, Position, Start, load_checkpoint, save_checkpoint
 from .checks import steps_each_iteration
@@ -154,8 +153,6 @@ class Loop:
         )
         if self.folder is not None:
             self.folder.decide("step", self.engine.kind)
-            if (wrapping := wrapping_of(self.model)) is not None:
-                self.folder.decide("wrapped steps", wrapping.step_kind)
             if pruner is not None and pruner.target is not None:
                 self.folder.decide("target", str(pruner.target))
         progress = self.settings.progress and self.ranks.first

@@ -2,7 +2,6 @@
 
 state          which tensor of a block's arguments and output is the state
 blocks         a block with a time step; what stays where a deleted block's place must stay
-compiled       training steps in place, by step.cpp
 units          steps in units of displacement
 folding        plain steps from units, and ones in the end
 probe          the forward pass that finds blocks

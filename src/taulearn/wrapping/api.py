@@ -1,5 +1,6 @@
 """The public ``wrap`` and ``unwrap``."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +12,6 @@ from .._errors import unknown_name
 from ..nn.time_steps import TimeSteps
 from . import structure, transformers, trial
 from .blocks import NESTED, PassingTimeSteps, Step
-from .compiled import COMPILE
 from .host import Wrapping, install, uninstall, wrapping_of
 from .names import matching, nearest_names
 from .probe import Call, Probe, find, probe, refusal
@@ -38,7 +38,7 @@ def wrap(
     lower_bound: float | None = None,
     train: str | Iterable[str] = "all",
     units: str = "steps",
-    compile: str = "auto",  # noqa: A002  as in fit
+    compile: str | None = None,  # noqa: A002  the name it had
 ) -> M:
     """Give an existing model time steps: each block B becomes x + tau (B(x) - x), which is B(x) at tau = 1.
 
@@ -65,10 +65,7 @@ def wrap(
             on the first batch in training (:mod:`taulearn.wrapping.units`), so that no scaling of weights stands in for
             a step. Saved and unwrapped models have plain steps. Constraint "free" without bound only. For a block
             that is the identity at first the unit is a tenth of the state's root mean square.
-        compile: Whether training steps on a CPU are taken in place and in one pass, by code that is compiled where the
-            first is taken (:mod:`taulearn.wrapping.compiled`): some 10 s, once on a machine. "always", "never", or
-            "auto": for states of 8,192 elements and more, where there is a compiler. Results agree up to
-            rounding, outputs at steps of 1 to the bit.
+        compile: Has no effect any more, and will go: steps are torch's own operations.
 
     Returns:
         The same model, with ``time_steps``.
@@ -91,8 +88,12 @@ def wrap(
     """
     _check_host(model)
     _check_units(units, constraint, lower_bound)
-    if compile not in COMPILE:
-        raise unknown_name("compile", compile, COMPILE)
+    if compile is not None:
+        warnings.warn(
+            "compile has no effect on wrap any more, as steps are torch's own operations: leave it out",
+            DeprecationWarning,
+            stacklevel=2,
+        )
     result = None if example_inputs is None else probe(model, example_inputs)
     if blocks is None:
         if result is None:
@@ -125,8 +126,7 @@ def wrap(
             keep,
             {p: p.requires_grad for p, flag in trained.items() if p.requires_grad != flag},
             _units(steps) if units == "displacement" else None,
-        ),
-        compile,
+        )
     )
     for parameter, flag in trained.items():
         parameter.requires_grad_(flag)

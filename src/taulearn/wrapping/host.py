@@ -10,8 +10,7 @@ from .._deletion import WRAPPING
 from ..nn.schemes import Residual, Scheme
 from ..nn.time_steps import TimeSteps
 from . import structure, transformers
-from .blocks import Scalars, Step
-from .compiled import least_elements
+from .blocks import Step
 from .state import Form
 from .units import DisplacementUnits
 
@@ -46,14 +45,6 @@ class Wrapping:
     def scheme(self) -> Scheme:
         """Blocks are steps of the residual scheme."""
         return Residual()
-
-    @property
-    def step_kind(self) -> str:
-        """How training steps are taken, see :mod:`taulearn.wrapping.compiled`."""
-        least = vars(self.layers[0])["forward"].scalars.least if self.layers else float("inf")
-        return (
-            "torch's operations" if least == float("inf") else f"in place on a CPU, states of {least} elements and more"
-        )
 
     def fixed_layers(self) -> dict[int, str]:
         """Positions that must stay, with the reason."""
@@ -107,16 +98,15 @@ def wrapping_of(model: nn.Module) -> Wrapping | None:
     return found if isinstance(found, Wrapping) else None
 
 
-def install(wrapping: Wrapping, compile: str = "auto") -> None:  # noqa: A002  as in fit
-    """Put steps and blocks' forwards in place; ``compile`` is that of :func:`taulearn.wrap`."""
+def install(wrapping: Wrapping) -> None:
+    """Put steps and blocks' forwards in place."""
     host = wrapping.host
     host.add_module("time_steps", wrapping.time_steps)
     if wrapping.units is not None:
         wrapping.time_steps.add_module("units", wrapping.units)
-    scalars = Scalars(wrapping.time_steps, least_elements(compile))
     for l, block in enumerate(wrapping.layers):
         own = "forward" in vars(block)
-        vars(block)["forward"] = Step(block.forward, scalars, l, wrapping.names[l], own, wrapping.units)
+        vars(block)["forward"] = Step(block.forward, wrapping.time_steps, l, wrapping.names[l], own, wrapping.units)
     vars(host)[WRAPPING] = wrapping
     transformers.guard_saving(host, wrapping.layers)
 

@@ -1,4 +1,4 @@
-"""The steps that all blocks of a model share, taken apart once: never those of yesterday."""
+"""Blocks with a step: what they compute follows the steps however these are changed, in every mode of torch."""
 
 import copy
 
