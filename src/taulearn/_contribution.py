@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._calls import call
 from ._deletion import prunable_of
 from .wrapping.host import wrapping_of
-from .wrapping.state import state_in, state_out
+from .wrapping.state import Form
 
 _FORGETTING = 0.2
 
@@ -102,17 +102,18 @@ class RunningContribution:
             self._take(found)
 
     def _hook(self, l: int, found: dict[int, Tensor]) -> Callable[..., None]:
-        prunable, wrapped = prunable_of(self.model), wrapping_of(self.model) is not None
+        prunable, wrapping = prunable_of(self.model), wrapping_of(self.model)
+        form = Form() if wrapping is None else wrapping.forms[l]
         power = prunable.scheme.step_power
         gain = math.gamma(2.0 - power)
 
         @torch.no_grad()
         def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            value = state_out(output)
+            value = form.leaving(output)
             if value is None or value.numel() == 0:
                 return
-            if wrapped:
-                x = state_in(args, kwargs)
+            if wrapping is not None:
+                x = form.arriving(args, kwargs)
                 size = _mean_norm(value if x is None else value - x.to(value.dtype))
             else:
                 size = _mean_norm(value) * gain * prunable.time_steps.tau[l].abs().float() ** power

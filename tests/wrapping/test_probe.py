@@ -85,8 +85,12 @@ def test_blocks_rather_than_their_parts() -> None:
     assert names(model, torch.ones(1, 2, 4, 4)) == ("0.blocks.0", "0.blocks.1", "1.blocks.1")
 
 
-def test_a_single_module_of_layers_is_a_block() -> None:
-    assert names(nn.Sequential(nn.Linear(2, 3), mlp(3), nn.Linear(3, 1)), torch.ones(1, 2)) == ("1",)
+def test_a_single_module_of_layers_is_a_block_where_it_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), mlp(3), nn.Linear(3, 1))
+    with pytest.raises(ValueError, match="alone of its kind"):
+        wrap(model, example_inputs=torch.ones(1, 2))
+    assert wrap(model, "1", example_inputs=torch.ones(1, 2)).time_steps.num_steps == 1
+    assert names(nn.Sequential(nn.Linear(2, 3), Block(3), nn.Linear(3, 1)), torch.ones(1, 2)) == ("1",)
 
 
 def test_blocks_in_attributes() -> None:
@@ -135,7 +139,7 @@ def test_no_block_found_says_what_was_seen_and_why_not() -> None:
     for line in (
         r"0 (Linear): it is a layer of torch.nn, a part of a block",
         "1 (Block): it was called 2 times: a block used in several places has no single time step",
-        "3 (Scaled): it changed it in place",
+        "3 (Scaled): it has scales and shifts alone",
         "4 (Sequential): its output (1, 4) has another shape than its input (1, 3)",
         "5 (LayerNorm): it is a layer of torch.nn",
     ):

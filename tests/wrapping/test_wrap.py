@@ -47,9 +47,11 @@ def test_names_and_checkpoints_are_those_of_the_host(host: Host) -> None:
     with torch.no_grad():
         for p in other.parameters():
             p.add_(0.1)
-    found = model.load_state_dict(other.state_dict(), strict=False)
-    assert found.missing_keys == ["time_steps.values"]
+    values = model.time_steps.values
+    found = model.load_state_dict(other.state_dict())  # strictly
+    assert found.missing_keys == []
     assert found.unexpected_keys == []
+    assert model.time_steps.values is values
     assert torch.equal(evaluated(model, host.inputs()), evaluated(other, host.inputs()))
     with pytest.raises(RuntimeError, match=r"time_steps.values"):
         bare.load_state_dict(model.state_dict())

@@ -12,10 +12,12 @@ from .._errors import unknown_name
 from ..nn.time_steps import TimeSteps
 from . import structure, transformers, trial
 from .blocks import NESTED, PassingTimeSteps, Step
+from .find_blocks import blocks_of, refusal
 from .host import Wrapping, install, uninstall, wrapping_of
 from .names import matching, nearest_names
-from .probe import Call, Probe, find, probe, refusal
+from .probe import Call, Probe, probe
 from .state import Form
+from .state_path import OUTSIDE, follow_states
 from .units import DisplacementUnits
 
 M = TypeVar("M", bound=nn.Module)
@@ -101,17 +103,19 @@ def wrap(
                 "example_inputs must be given where blocks are to be found by a forward pass, got None: give a batch, "
                 "or name the blocks"
             )
-        calls = _found(result)
+        calls = _found(result, example_inputs)
         names, forms = [call.name for call in calls], [call.form for call in calls]
     else:
         names = matching("blocks", blocks, [name for name, _ in model.named_modules() if name])
-        forms = [Form()] * len(names)
+        forms = [Form.taking(None, model.get_submodule(name).forward) for name in names]
         if result is not None:
             names.sort(key=lambda name: result.calls[name][0].order if name in result.calls else -1)
-            forms = [_named(name, result).form for name in names]
+            calls = [_named(name, result) for name in names]
+            _check_path(result, calls, example_inputs)
+            forms = [call.form for call in calls]
     layers = [model.get_submodule(name) for name in names]
     _check_blocks(model, names, layers)
-    steps = _steps(model, layers, init, horizon, constraint, lower_bound)
+    steps = _steps(layers, init, horizon, constraint, lower_bound)
     trained = _trained(model, train)
     wrapping = Wrapping(model, steps, tuple(layers), tuple(names), tuple(forms), frozenset(), {}, {})
     shorten, keep = trial.ways(wrapping, example_inputs)
@@ -166,10 +170,10 @@ def rewrap(
         if not isinstance(known[name], structure.LISTS):
             raise ValueError(f"{name!r} must be a ModuleList or a Sequential, got a {type(known[name]).__name__}")
     number = len(layers)
-    steps = _steps(model, layers, max(horizon / number, lower_bound or 0.0), horizon, constraint, lower_bound)
+    steps = _steps(layers, max(horizon / number, lower_bound or 0.0), horizon, constraint, lower_bound)
     lists = [structure.list_of(model, layer) for layer in layers]
     keep = {l: _PLACEHOLDER for l, name in enumerate(lists) if name not in set(shortened)}
-    forms = (Form(),) * number
+    forms = tuple(Form.taking(None, layer.forward) for layer in layers)
     install(Wrapping(model, steps, tuple(layers), tuple(blocks), forms, frozenset(shortened), keep, {}))
 
 
@@ -249,13 +253,19 @@ def _check_host(model: nn.Module) -> None:
             )
 
 
-def _found(result: Probe) -> list[Call]:
+def _found(result: Probe, inputs: Any) -> list[Call]:
     """The blocks that the probe shows, or an error that lists why there is none."""
-    calls, reasons = find(result, transformers.refused_modules(result.host))
+    calls, reasons = blocks_of(result, transformers.refused_modules(result.host), inputs)
     if calls:
         return calls
-    lines = [f"  {name} ({type(result.host.get_submodule(name)).__name__}): {why}" for name, why in reasons.items()]
-    listed = "\n".join(lines[:30] + ([f"  and {len(lines) - 30} more"] if len(lines) > 30 else []))
+    alike: dict[str, list[str]] = {}
+    for name in sorted(reasons, key=lambda name: name.count(".")):  # the outermost first
+        alike.setdefault(reasons[name], []).append(name)
+    lines = []
+    for why, names in alike.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"  {names[0]} ({type(result.host.get_submodule(names[0])).__name__}){more}: {why}")
+    listed = "\n".join(lines[:30] + ([f"  and {len(lines) - 30} more reasons"] if len(lines) > 30 else []))
     raise ValueError(
         "model must have a block whose output has the shape of its input, got none. Seen in the forward pass:\n"
         f"{listed or '  no module was called'}\nName what is to be wrapped in blocks, or write each block as one module"
@@ -269,6 +279,13 @@ def _named(name: str, result: Probe) -> Call:
     if reason is not None:
         raise ValueError(f"blocks must name modules that can have a time step, got {name!r}: {reason}")
     return calls[0]
+
+
+def _check_path(result: Probe, calls: list[Call], inputs: Any) -> None:
+    path = follow_states(result.host, calls, inputs)
+    if path is not None and path.outside:
+        name = calls[min(path.outside)].name
+        raise ValueError(f"blocks must name modules that can have a time step, got {name!r}: {OUTSIDE}")
 
 
 def _check_blocks(model: nn.Module, names: Sequence[str], layers: Sequence[nn.Module]) -> None:
@@ -291,7 +308,6 @@ def _check_blocks(model: nn.Module, names: Sequence[str], layers: Sequence[nn.Mo
 
 
 def _steps(
-    model: nn.Module,
     layers: Sequence[nn.Module],
     init: float | Sequence[float] | Tensor,
     horizon: float | None,
@@ -304,8 +320,7 @@ def _steps(
     dtype = floating[0].dtype if floating else torch.get_default_dtype()
     start = torch.as_tensor(init, dtype=torch.float64)
     total = float(start.sum()) if start.ndim else float(start) * number
-    kind = PassingTimeSteps if isinstance(model, nn.Sequential) else TimeSteps
-    return kind(
+    return PassingTimeSteps(
         number,
         horizon=(total if total > 0 else float(number)) if horizon is None else horizon,
         constraint=constraint,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.time_steps import TimeSteps
-from .state import Form, state_in, state_out, with_state
+from .state import Form
 from .units import DisplacementUnits
 
 
@@ -56,6 +56,7 @@ class Step:
         steps: The time steps of the host.
         index: The block's position among them.
         name: The block's name in the host when it was wrapped.
+        form: Where the block's state is.
         own: Whether ``inner`` was an attribute of the instance already.
         units: Units of displacement, or None.
     """
@@ -64,6 +65,7 @@ class Step:
     steps: TimeSteps
     index: int
     name: str
+    form: Form
     own: bool
     units: DisplacementUnits | None = None
 
@@ -80,13 +82,18 @@ class Step:
         Raises:
             ValueError: If input and output have no state of one shape, or the block changes its input in place.
         """
-        x = state_in(args, kwargs)
+        x = self.form.arriving(args, kwargs)
         watched = x is not None and not torch.compiler.is_compiling() and not x.is_inference()
         version = x._version if x is not None and watched else 0
         output = self.inner(*args, **kwargs)
-        y = state_out(output)
+        y = self.form.leaving(output)
         if x is None or y is None or x.is_nested or x.shape != y.shape:
             raise ValueError(self._wrong(x, y))
+        if self.form.argument is None and sum(_is_like(value, y) for value in (*args, *kwargs.values())) > 1:
+            raise ValueError(
+                f"block {self.name!r} must show which of its arguments is the state, got several of its output's "
+                "shape: give example_inputs to wrap"
+            )
         if watched and x._version != version:
             raise ValueError(f"block {self.name!r} must leave its input as it is, but {IN_PLACE}")
         if x.dtype != y.dtype:
@@ -94,7 +101,7 @@ class Step:
         tau = self.steps.tau[self.index]
         if self.units is not None:
             tau = tau * self.units.factor(self.index, y - x, x)
-        return with_state(output, blend(x, y, tau.to(device=y.device, dtype=y.dtype)))
+        return self.form.replaced(output, blend(x, y, tau.to(device=y.device, dtype=y.dtype)))
 
     def _wrong(self, x: Tensor | None, y: Tensor | None) -> str:
         if x is not None and x.is_nested:
@@ -104,6 +111,10 @@ class Step:
             f"block {self.name!r} must return a state of its input's shape, got {found[0]} in and {found[1]} out: "
             "leave it out of blocks"
         )
+
+
+def _is_like(value: Any, y: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == y.shape and value.dtype == y.dtype
 
 
 IN_PLACE = (
@@ -119,22 +130,24 @@ class Skip:
 
     Attributes:
         inner: The block's own forward.
+        form: Where the block's state is.
     """
 
     inner: Callable[..., Any]
+    form: Form
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output with x in the place of B(x)."""
-        x = state_in(args, kwargs)
+        x = self.form.arriving(args, kwargs)
         output = self.inner(*args, **kwargs)
-        return output if x is None else with_state(output, x)
+        return output if x is None else self.form.replaced(output, x)
 
 
 class PassThrough(nn.Module):
     """Stands where a block was deleted whose place must stay: returns its input as the block would have.
 
     Args:
-        form: How the block's output held the state; its other entries become None.
+        form: Where the block's state was; the other entries of its output become None.
 
     Example:
         >>> PassThrough(Form())(torch.ones(1), mask=None)
@@ -147,12 +160,21 @@ class PassThrough(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The state, in the block's form."""
-        return self.form.around(state_in(args, kwargs))
+        return self.form.around(self.form.arriving(args, kwargs))
 
 
 class PassingTimeSteps(TimeSteps):
-    """Time steps that return their input when called, for hosts that call all their children in turn (Sequential)."""
+    """The time steps of a host, in which they are one child more.
+
+    They return their input when called, for hosts that call all their children in turn (Sequential), and they stay as
+    they are where a state dict that is loaded has none: the host's own checkpoints load, strictly too.
+    """
 
     def forward(self, x: Any) -> Any:
         """The input."""
         return x
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(name.startswith(prefix) for name in state_dict):
+            state_dict.update(self.state_dict(prefix=prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)

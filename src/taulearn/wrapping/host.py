@@ -24,7 +24,7 @@ class Wrapping:
         time_steps: Its steps.
         layers: The blocks that exist now, in the order of their calls.
         names: Names of all blocks when the model was wrapped.
-        forms: How each block's output holds the state.
+        forms: Where each block's state is.
         shorten: Names of the lists that get shorter when a block of theirs is deleted.
         keep: Numbers (at the start) of blocks that cannot be deleted, with the reason.
         trained: The parameters whose ``requires_grad`` was changed, with what it was.
@@ -106,7 +106,9 @@ def install(wrapping: Wrapping) -> None:
         wrapping.time_steps.add_module("units", wrapping.units)
     for l, block in enumerate(wrapping.layers):
         own = "forward" in vars(block)
-        vars(block)["forward"] = Step(block.forward, wrapping.time_steps, l, wrapping.names[l], own, wrapping.units)
+        vars(block)["forward"] = Step(
+            block.forward, wrapping.time_steps, l, wrapping.names[l], wrapping.forms[l], own, wrapping.units
+        )
     vars(host)[WRAPPING] = wrapping
     transformers.guard_saving(host, wrapping.layers)
 

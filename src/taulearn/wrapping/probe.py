@@ -1,25 +1,27 @@
-"""A forward pass that shows which modules of a model are blocks: it runs in evaluation mode and leaves no trace.
+"""A forward pass that records the calls of a model's modules: it runs in evaluation mode and leaves no trace.
 
-A module can get a time step if it owns parameters, is called once, returns a state of its input's shape and leaves its
-input as it is. Of those, the outermost are taken, with two exceptions: a layer of torch.nn is a part of a block, not a
-block; and a module that only calls other modules in turn (an encoder, a stage) is a list of blocks, so that those
-inside it are taken.
+The state of a block is the tensor that the block before it left. Blocks of a class take theirs from the same argument
+and leave it in the same entry of the output; where several would do, an argument that is the same for all blocks (a
+context) and an entry that is an argument handed on are not it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._calls import call as call_model
-from .blocks import IN_PLACE
-from .state import Form, state_in, state_out
+from .state import CUSTOMARY, Form, entries, parameter_names
 
 Key = tuple[int, int]
 """A tensor at one moment: its identity, and the number of in-place changes so far."""
+
+Pair = tuple[str | int, Any]
+"""An argument, and an entry of the output (None: the output itself) of the same shape."""
 
 
 @dataclass
@@ -30,23 +32,59 @@ class Call:
         name: The module's name in the host.
         module: The module.
         order: Position of the call's start among all calls.
-        arrived: The input state at the start, or None.
-        others: All other tensors among the arguments.
-        left: The output state at the end, or None.
-        shapes: Shapes of both, for messages.
-        form: How the output holds the state.
-        in_place: Whether the input was changed.
+        arguments: The tensors among the arguments at the start, by name or position.
+        keys: Their keys.
+        output: What was returned: its type, and its entries.
+        left: Keys of the tensors among them, at the end; of the output itself under None.
+        changed: The arguments that were changed in place.
+        form: Where the state is.
+        pair: The argument and the entry of the output that are the state; None: it has none.
     """
 
     name: str
     module: nn.Module
     order: int
-    arrived: Key | None
-    others: frozenset[Key]
-    left: Key | None = None
-    shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
+    arguments: dict[str | int, Tensor]
+    keys: dict[str | int, Key]
+    output: Any = None
+    left: dict[Any, Key] = field(default_factory=dict)
+    changed: set[str | int] = field(default_factory=set)
     form: Form = field(default_factory=Form)
-    in_place: bool = False
+    pair: Pair | None = None
+
+    def pairs(self) -> list[Pair]:
+        """Arguments and entries of the output that could be the state before and after."""
+        tensors: dict[Any, Any] = {None: self.output} if isinstance(self.output, Tensor) else dict(entries(self.output))
+        return [
+            (argument, entry)
+            for argument, x in self.arguments.items()
+            for entry, y in tensors.items()
+            if isinstance(y, Tensor) and x.shape == y.shape and _numbers(x) and _numbers(y)
+        ]
+
+    @property
+    def arrived(self) -> Key | None:
+        """The state at the start, else the first tensor."""
+        return next(iter(self.keys.values()), None) if self.pair is None else self.keys[self.pair[0]]
+
+    @property
+    def departed(self) -> Key | None:
+        """The state at the end, else the first tensor."""
+        return next(iter(self.left.values()), None) if self.pair is None else self.left[self.pair[1]]
+
+    @property
+    def others(self) -> set[Key]:
+        """All other tensors among the arguments."""
+        return set(self.keys.values()) - {self.arrived}
+
+    def shapes(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """Shapes of the first tensors among arguments and output, for messages."""
+        x, y = next(iter(self.arguments.values()), None), Form().leaving(self.output)
+        return None if x is None else tuple(x.shape), None if y is None else tuple(y.shape)
+
+
+def _numbers(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 @dataclass
@@ -87,32 +125,28 @@ def probe(host: nn.Module, example_inputs: Any) -> Probe:
     Returns:
         The calls.
     """
-    result, alive, running, count = Probe(host), [], [], 0
-
-    def key(tensor: Tensor) -> Key:
-        alive.append(tensor)
-        return id(tensor), tensor._version
+    result, running, count = Probe(host), [], 0
 
     def start(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal count
-        x = state_in(args, kwargs)
-        others = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v is not x]
-        call = Call(name, module, count, None if x is None else key(x), frozenset(map(key, others)))
+        names = parameter_names(module.forward)
+        given: list[tuple[str | int, Any]] = [(names[i] if i < len(names) else i, each) for i, each in enumerate(args)]
+        given += kwargs.items()
+        arguments = {argument: value for argument, value in given if isinstance(value, Tensor)}
+        call = Call(name, module, count, arguments, {argument: _key(value) for argument, value in arguments.items()})
         count += 1
         result.calls.setdefault(name, []).append(call)
-        running.append((call, x))
+        running.append(call)
 
     def stop(output: Any) -> None:
-        call, x = running.pop()
-        y = state_out(output)
-        call.in_place = x is not None and call.arrived is not None and x._version != call.arrived[1]
-        call.shapes = (None if x is None else tuple(x.shape), None if y is None else tuple(y.shape))
-        if y is not None:
-            call.left, call.form = key(y), Form.of(output)
+        call = running.pop()
+        call.output, held = output, [(None, output)] if isinstance(output, Tensor) else entries(output)
+        call.left = {entry: _key(value) for entry, value in held if isinstance(value, Tensor)}
+        call.changed = {name for name, value in call.arguments.items() if _key(value) != call.keys[name]}
 
     with undisturbed(host), ExitStack() as hooks:
         for name, module in host.named_modules():
-            if name:
+            if name and not isinstance(module, torch.jit.ScriptModule):
                 before = module.register_forward_pre_hook(
                     lambda m, a, k, name=name: start(name, m, a, k), with_kwargs=True, prepend=True
                 )
@@ -120,103 +154,52 @@ def probe(host: nn.Module, example_inputs: Any) -> Probe:
                 hooks.callback(before.remove)
                 hooks.callback(after.remove)
         call_model(host, example_inputs)
+    _find_states(result)
     return result
 
 
-def refusal(calls: list[Call], *, named: bool = False) -> str | None:
-    """Why a module cannot get a time step, or None if it can.
-
-    Args:
-        calls: Its calls in the probe.
-        named: Whether the user named it, so that it need not look like a block.
-
-    Returns:
-        The reason.
-    """
-    if not calls:
-        return "it was not called"
-    first = calls[0]
-    if len(calls) > 1:
-        return f"it was called {len(calls)} times: a block used in several places has no single time step"
-    if not any(True for _ in first.module.parameters()):
-        return "it has no parameters"
-    leaf = not any(True for _ in first.module.children())
-    if not named and leaf and type(first.module).__module__.startswith("torch.nn"):
-        return "it is a layer of torch.nn, a part of a block"
-    if not named and leaf and "norm" in type(first.module).__name__.lower():
-        return "it is a normalisation"
-    came, left = first.shapes
-    if came is None or left is None:
-        return f"it has no tensor as its {'input' if came is None else 'output'}"
-    if came != left:
-        return f"its output {left} has another shape than its input {came}"
-    return IN_PLACE if first.in_place else None
+def _key(tensor: Tensor) -> Key:
+    """Calls keep the tensors, so that identities are not used again."""
+    return id(tensor), tensor._version
 
 
-def find(result: Probe, refused: Mapping[str, str]) -> tuple[list[Call], dict[str, str]]:
-    """The blocks of a model, and why the other modules are none.
-
-    Args:
-        result: The probe.
-        refused: Names of modules that must not be taken, with reasons.
-
-    Returns:
-        The blocks in the order of their calls, and the reasons by name.
-    """
-    found: list[Call] = []
-    reasons: dict[str, str] = {}
-
-    def visit(prefix: str, module: nn.Module) -> None:
-        for child_name, child in module.named_children():
-            name = f"{prefix}.{child_name}" if prefix else child_name
-            calls = result.calls.get(name, [])
-            reason = refusal(calls) or refused.get(name)
-            inside = len(found)
-            if reason is None and not _only_calls_others(name, calls[0], result):
-                found.append(calls[0])
-                continue
-            visit(name, child)
-            if reason is None and len(found) == inside:
-                found.append(calls[0])
-                for inner in [n for n in reasons if n.startswith(f"{name}.")]:
-                    del reasons[inner]
-            elif reason is not None and calls:
-                reasons[name] = reason
-
-    visit("", result.host)
-    kinds = {type(call.module) for call in found} - {nn.Sequential}
-    modules = dict(result.host.named_modules())
-    blocks = []
-    for call in sorted(found, key=lambda call: call.order):
-        outer = [name for name in _outer(call.name) if type(modules[name]) in kinds]
-        if outer:
-            reasons[call.name] = f"it is a part of {outer[0]!r}, which is of the class of another block"
-        else:
-            blocks.append(call)
-    return blocks, reasons
+def kind(module: nn.Module) -> Any:
+    """What modules have in common that are blocks of one sort: their class, of a Sequential those of its members."""
+    return (nn.Sequential, *map(type, module.children())) if type(module) is nn.Sequential else type(module)
 
 
-def _outer(name: str) -> Iterator[str]:
-    """Names of the modules that contain this one, the outermost first, without the host."""
-    parts = name.split(".")
-    for i in range(1, len(parts)):
-        yield ".".join(parts[:i])
+def _find_states(result: Probe) -> None:
+    """Which of the arguments and of the entries of the output are the state, for all calls of one kind alike."""
+    alike: dict[Any, list[Call]] = {}
+    for calls in result.calls.values():
+        for call in calls:
+            alike.setdefault(kind(call.module), []).append(call)
+    for calls in alike.values():
+        pairs = {id(call): call.pairs() for call in calls}
+        left = {key: (call, entry) for call in calls for entry, key in call.left.items()}
+        handed: Counter[Pair] = Counter()
+        for call in calls:
+            for argument, entry in pairs[id(call)]:
+                before, from_entry = left.get(call.keys[argument], (call, None))
+                handed[argument, entry] += before is not call and from_entry == entry
+        seen: dict[str | int, list[Key]] = {}
+        for call in calls:
+            for argument, key in call.keys.items():
+                seen.setdefault(argument, []).append(key)
+        for call in calls:
+            _choose(call, pairs[id(call)], handed, {a for a, keys in seen.items() if len(keys) > len(set(keys))})
 
 
-def _only_calls_others(name: str, call: Call, result: Probe) -> bool:
-    """Whether the state passes through the module by calls alone, each of which sees nothing else made inside it.
+def _choose(call: Call, pairs: list[Pair], handed: Counter[Pair], constant: set[str | int]) -> None:
+    if not pairs:
+        return
 
-    So it is in an encoder or a stage; a block adds its input in between (arithmetic) or hands it on (an argument).
-    """
-    inner = [each for inner_name, calls in result.calls.items() if inner_name.startswith(f"{name}.") for each in calls]
-    made = {each.left for each in inner} | {call.arrived}
-    by_input: dict[Key | None, list[Call]] = {}
-    for each in sorted(inner, key=lambda each: each.name.count(".")):
-        by_input.setdefault(each.arrived, []).append(each)
-    state, passed = call.arrived, 0
-    while state != call.left:
-        following = [each for each in by_input.get(state, []) if each.left != state]
-        if not following or following[0].others & made or passed > len(inner):
-            return False
-        state, passed = following[0].left, passed + 1
-    return passed > 0
+    def rank(pair: Pair) -> tuple[bool | int, ...]:
+        argument, entry = pair
+        customary = -CUSTOMARY.index(argument) if argument in CUSTOMARY else -len(CUSTOMARY)
+        return handed[pair], call.left[entry] not in call.keys.values(), argument not in constant, customary
+
+    argument, entry = call.pair = max(pairs, key=rank)
+    call.form = Form.taking(argument, call.module.forward)
+    if entry is not None:
+        call.form = replace(call.form, kind=type(call.output), key=entry, size=len(call.output))

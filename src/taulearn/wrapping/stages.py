@@ -21,7 +21,7 @@ from .._calls import call
 from ..nn.each import mixing, running_statistics_held
 from .host import Wrapping, wrapping_of
 from .probe import undisturbed
-from .state import Form, state_in, state_out
+from .state import Form
 
 _SEEN = "_time_steps_seen"
 
@@ -70,11 +70,11 @@ def record_states(model: nn.Module, inputs: Any, *, arrivals: list[Tensor] | Non
     seen = Seen()
 
     def recording(block: nn.Module) -> Callable[..., Any]:
-        forward = block.forward
+        forward, form = block.forward, wrapping.forms[wrapping.layers.index(block)]
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            x, output = state_in(args, kwargs), forward(*args, **kwargs)
-            y = state_out(output)
+            x, output = form.arriving(args, kwargs), forward(*args, **kwargs)
+            y = form.leaving(output)
             assert x is not None
             assert y is not None
             if arrivals is not None:
@@ -85,7 +85,7 @@ def record_states(model: nn.Module, inputs: Any, *, arrivals: list[Tensor] | Non
                 seen.ends.append(x is not states[-1])
             states.append(y)
             seen.blocks.append(block)
-            seen.forms.append(Form.of(output))
+            seen.forms.append(Form.of(output, form))
             return output
 
         return run
@@ -170,7 +170,7 @@ def skipping(model: nn.Module, depth: int) -> Iterator[None]:
         l = wrapping.layers.index(block)
         if l < depth:
             return block.forward
-        return lambda *args, **kwargs: seen.forms[l].around(state_in(args, kwargs))
+        return lambda *args, **kwargs: seen.forms[l].around(seen.forms[l].arriving(args, kwargs))
 
     with _forwards(wrapping, passing):
         yield
@@ -212,7 +212,8 @@ def _one_by_one(
 
         def passing(block: nn.Module, k: int = k) -> Callable[..., Any]:
             l = wrapping.layers.index(block)
-            return lambda *args, **kwargs: seen.forms[l].around(states[k] if l == k - 1 else state_in(args, kwargs))
+            form = seen.forms[l]
+            return lambda *args, **kwargs: form.around(states[k] if l == k - 1 else form.arriving(args, kwargs))
 
         with _forwards(wrapping, passing):
             outputs[k] = call(model, inputs)
@@ -234,7 +235,7 @@ def _in_one_pass(
         l = wrapping.layers.index(block)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            x = state_in(args, kwargs)
+            x = seen.forms[l].arriving(args, kwargs)
             assert x is not None
             if first <= l + 1 <= last:
                 waiting.append(l + 1)

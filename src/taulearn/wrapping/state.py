@@ -1,115 +1,121 @@
 """Which tensor of a block's arguments and of its output is the state, and how an output holds it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+CUSTOMARY = ("hidden_states", "x", "h", "hidden", "state", "src", "tgt")
+"""Names of arguments that are taken for the state where no forward pass showed which one is."""
 
-def state_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The state among a block's arguments: the first positional tensor, else ``hidden_states``, else the first tensor.
 
-    Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-
-    Returns:
-        The tensor, or None if there is none.
+def parameter_names(forward: Callable[..., Any]) -> list[str]:
+    """The names of what a function takes by position; none where it cannot be told, or after ``*args``.
 
     Example:
-        >>> import torch
-        >>> state_in((), {"mask": torch.ones(2), "hidden_states": torch.zeros(3)}).shape
-        torch.Size([3])
+        >>> parameter_names(lambda context, x, *, mask=None: x)
+        ['context', 'x']
     """
-    for value in args:
-        if isinstance(value, Tensor):
-            return value
-    value = kwargs.get("hidden_states")
-    if isinstance(value, Tensor):
-        return value
-    for value in kwargs.values():
-        if isinstance(value, Tensor):
-            return value
-    return None
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
 
 
-def _items(output: Any) -> list[tuple[Any, Any]]:
+def entries(output: Any) -> list[tuple[Any, Any]]:
+    """What a tuple, list, dictionary or ModelOutput holds, each with its position or key; of anything else nothing."""
     if isinstance(output, Mapping):
         return list(output.items())
     return list(enumerate(output)) if isinstance(output, tuple | list) else []
 
 
-def state_out(output: Any) -> Tensor | None:
-    """The state in a block's output: itself, or the first tensor of a tuple, list, dictionary or ModelOutput.
-
-    Args:
-        output: What the block returned.
-
-    Returns:
-        The tensor, or None if there is none.
-
-    Example:
-        >>> import torch
-        >>> state_out((torch.zeros(3), None)).shape
-        torch.Size([3])
-    """
-    if isinstance(output, Tensor):
-        return output
-    return next((value for _, value in _items(output) if isinstance(value, Tensor)), None)
-
-
-def with_state(output: Any, state: Tensor) -> Any:
-    """The same output with another state in it.
-
-    Args:
-        output: What the block returned, with a tensor in it.
-        state: The new state.
-
-    Returns:
-        An output of the same type, whose other entries are those of ``output``.
-
-    Example:
-        >>> import torch
-        >>> with_state((torch.zeros(1), "rest"), torch.ones(1))
-        (tensor([1.]), 'rest')
-    """
-    return state if isinstance(output, Tensor) else Form.of(output).around(state, dict(_items(output)))
-
-
 @dataclass(frozen=True)
 class Form:
-    """How an output holds its state.
+    """Where the state of a block is: the argument in which it arrives, and how the output holds it.
 
     Attributes:
-        kind: Its type; None: it is the state.
-        key: Position or key of the state.
+        kind: Type of the output; None: it is the state, or not known.
+        key: Position or key of the state in the output.
         size: Number of entries of a tuple or list.
+        argument: Name of the argument, or its position where it has no name. None: not known; then it is the one with
+            a customary name, else the first tensor.
+        position: Position of a named argument among those that can be given by position; None: only by name.
 
     Example:
         >>> import torch
         >>> Form.of((None, torch.zeros(1))).around(torch.ones(1))
         (None, tensor([1.]))
+        >>> Form(argument="x", position=1).arriving((torch.zeros(1), torch.ones(1)), {})
+        tensor([1.])
     """
 
     kind: type[Any] | None = None
     key: int | str = 0
     size: int = 1
+    argument: str | int | None = None
+    position: int | None = None
 
     @classmethod
-    def of(cls, output: Any) -> "Form":
-        """The form of an output with a tensor in it."""
+    def taking(cls, argument: str | int | None, forward: Callable[..., Any]) -> "Form":
+        """The form of a block whose state arrives in an argument; None: in one with a customary name, if it has one."""
+        names = parameter_names(forward)
+        if argument is None:
+            argument = next((name for name in CUSTOMARY if name in names), None)
+        if isinstance(argument, str):
+            return cls(argument=argument, position=names.index(argument) if argument in names else None)
+        return cls(argument=argument, position=argument)
+
+    @classmethod
+    def of(cls, output: Any, like: "Form | None" = None) -> "Form":
+        """The form of an output with a tensor in it, whose state is where ``like`` has it, else the first tensor."""
+        like = cls() if like is None else like
         if isinstance(output, Tensor):
-            return cls()
-        items = _items(output)
-        return cls(type(output), next(key for key, value in items if isinstance(value, Tensor)), len(items))
+            return replace(like, kind=None, key=0, size=1)
+        held = entries(output)
+        return replace(like, kind=type(output), key=like._key(held), size=len(held))
+
+    def _key(self, held: list[tuple[Any, Any]]) -> Any:
+        """Where the state is among entries; None where none is a tensor."""
+        found = [key for key, value in held if isinstance(value, Tensor)]
+        return self.key if self.kind is not None and self.key in found else next(iter(found), None)
+
+    def arriving(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The state among a block's arguments, or None if there is none."""
+        if self.argument is not None:
+            value = kwargs.get(self.argument) if isinstance(self.argument, str) else None
+            if value is None and self.position is not None and self.position < len(args):
+                value = args[self.position]
+            return value if isinstance(value, Tensor) else None
+        named = [kwargs[name] for name in CUSTOMARY if name in kwargs]
+        return next((value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+    def leaving(self, output: Any) -> Tensor | None:
+        """The state in a block's output, or None if there is none."""
+        if isinstance(output, Tensor):
+            return output
+        held = entries(output)
+        key = self._key(held)
+        return None if key is None else dict(held)[key]
+
+    def replaced(self, output: Any, state: Tensor) -> Any:
+        """The same output with another state in it.
+
+        Example:
+            >>> import torch
+            >>> Form().replaced((torch.zeros(1), "rest"), torch.ones(1))
+            (tensor([1.]), 'rest')
+        """
+        return state if isinstance(output, Tensor) else Form.of(output, self).around(state, dict(entries(output)))
 
     def around(self, state: Any, others: Mapping[Any, Any] | None = None) -> Any:
         """An output of this form: the state, with the other entries, None where there are none."""
         if self.kind is None:
             return state
-        entries: dict[Any, Any] = {**(others or {}), self.key: state}
+        held: dict[Any, Any] = {**(others or {}), self.key: state}
         if issubclass(self.kind, Mapping):
-            return entries if self.kind is dict else self.kind(**entries)
-        values = [entries.get(i) for i in range(self.size)]
+            return held if self.kind is dict else self.kind(**held)
+        values = [held.get(i) for i in range(self.size)]
         return self.kind(*values) if hasattr(self.kind, "_fields") else self.kind(values)

@@ -79,7 +79,7 @@ def _works(wrapping: Wrapping, gone: int, shorten: set[str], inputs: Any) -> boo
         return True
     expected: dict[object, Tensor] = {}
     with suppress(_Undone), undisturbed(host), all_or_nothing([host], None):
-        vars(block)["forward"] = Skip(block.forward)
+        vars(block)["forward"] = Skip(block.forward, wrapping.forms[gone])
         expected = _tensors(call(host, inputs))
         raise _Undone
     same = False

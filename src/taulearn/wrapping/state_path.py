@@ -1,0 +1,213 @@
+"""What a host does with the states between its blocks: a forward pass in which every block hands its input on.
+
+With all steps at 0 the state must come out of each block, and out of whatever the host does with it, as it went in.
+Where the host itself adds the output to the input, ``x = x + f(x)``, it would get x + x: f is a branch, not a block. To
+see that, every operator of the pass is looked at: one that brings together what a module left and what was there before
+it, and makes something else of them than that, shows a residual sum (or a gate) in the host.
+
+Two tensors are on one path where one was made from the other by operators that keep the number of elements.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .._calls import call as call_model
+from .probe import Call, undisturbed
+
+OUTSIDE = (
+    "the model itself adds its output to its input, x + f(x), so that a step of 0 would give x + x: write the sum into "
+    "the module, and wrap that"
+)
+
+_FUSED = ("_transformer_encoder_layer_fwd",)
+_SUMS = ("add", "add_", "sub", "sub_", "rsub", *_FUSED)
+_SCALINGS = ("mul", "mul_", "div", "div_")
+_PASSING = (
+    *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "squeeze", "unsqueeze", "expand", "slice"),
+    *("clone", "contiguous", "alias", "detach", "_to_copy", "native_dropout"),
+    *("relu", "relu_", "gelu", "silu", "silu_", "elu", "leaky_relu", "hardswish", "tanh", "sigmoid"),
+    *("native_layer_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", "native_group_norm"),
+    *("batch_norm", "layer_norm", "group_norm", "_fused_rms_norm"),
+)
+"""Operators whose result still holds what was added to their first argument."""
+
+
+@dataclass(frozen=True)
+class StatePath:
+    """What the pass showed of modules, by their positions.
+
+    Attributes:
+        outside: Those whose output the host combines with their input itself.
+        adding: Those that add something to their input.
+        chains: Sets of those that hand a state from one to the next.
+    """
+
+    outside: frozenset[int]
+    adding: frozenset[int]
+    chains: tuple[frozenset[int], ...]
+
+
+def follow_states(host: nn.Module, calls: Sequence[Call], inputs: Any) -> StatePath | None:
+    """Run the host with every step at 0 and follow the states.
+
+    Args:
+        host: The model.
+        calls: The calls of the modules that may be blocks, each with the form of its state.
+        inputs: The example inputs.
+
+    Returns:
+        What was seen; None if the host does not run in this way.
+    """
+    watch = _Watch()
+    own = [(vars(call.module), vars(call.module).get("forward")) for call in calls]
+    with undisturbed(host):
+        try:
+            for l, call in enumerate(calls):
+                vars(call.module)["forward"] = watch.passing(l, call)
+            with watch:
+                call_model(host, inputs)
+        # hosts may raise anything where their blocks do nothing
+        except Exception:  # noqa: BLE001
+            return None
+        finally:
+            for attributes, forward in own:
+                attributes.pop("forward", None)
+                if forward is not None:
+                    attributes["forward"] = forward
+    return StatePath(frozenset(watch.outside), frozenset(watch.adding), _chains(len(calls), watch.links))
+
+
+class _Watch(TorchDispatchMode):
+    """Looks at all operators of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.outside: set[int] = set()
+        self.adding: set[int] = set()
+        self.links: set[tuple[int, int]] = set()
+        self.values: list[Tensor] = []  # keeps them alive, so that identities are not used again
+        self.node: dict[int, int] = {}
+        self.path: list[frozenset[int]] = []
+        self.left: dict[int, int] = {}
+        self.before: dict[int, frozenset[int]] = {}
+        self.inside: _Inside | None = None
+        self.resting = False
+
+    def passing(self, l: int, call: Call) -> Callable[..., Any]:
+        """The forward of a module at tau = 0."""
+        forward = call.module.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            x = call.form.arriving(args, kwargs)
+            assert x is not None
+            self.before[l] = self.path[self._node(x)]
+            self.links |= {(m, l) for m, node in self.left.items() if node in self.before[l]}
+            self.inside = _Inside(x)
+            output = forward(*args, **kwargs)
+            y, inside = call.form.leaving(output), self.inside
+            self.inside = None
+            assert y is not None
+            if id(y) in inside.sums:
+                self.adding.add(l)
+            self.resting = True
+            state = x.to(y.dtype, copy=True)
+            self.resting = False
+            self.left[l] = self._node(state)
+            return call.form.replaced(output, state)
+
+        return run
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, and look at what it brings together."""
+        kwargs = kwargs or {}
+        if self.resting:
+            return func(*args, **kwargs)
+        came = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if self.inside is not None:
+            result = func(*args, **kwargs)
+            self.inside.look(func._schema.name.rpartition("::")[2], came, result)
+            return result
+        nodes = [self._node(each) for each in came]
+        if func._schema.is_mutable:
+            for each, node in zip(came, nodes, strict=True):
+                self.values[node] = each.clone()
+        result = func(*args, **kwargs)
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor):
+                self._outside(made, [n for n in nodes if self.values[n].numel() == made.numel()], func)
+        return result
+
+    def _node(self, tensor: Tensor) -> int:
+        """The number of a tensor as it is now."""
+        if id(tensor) not in self.node:
+            self._add(tensor, frozenset())
+        return self.node[id(tensor)]
+
+    def _add(self, tensor: Tensor, path: frozenset[int]) -> None:
+        node = len(self.values)
+        self.values.append(tensor)
+        self.node[id(tensor)] = node
+        self.path.append(path | {node})
+
+    def _outside(self, made: Tensor, nodes: list[int], func: Any) -> None:
+        """An operator of the host."""
+        for l, state in self.left.items():
+            after = [n for n in nodes if state in self.path[n]]
+            beside = [self.path[n] & self.before[l] for n in nodes if state not in self.path[n]]
+            shared = frozenset[int]().union(*beside)
+            if after and shared and not any(_same(made, self.values[n]) for n in shared):
+                self.outside.add(l)
+        known = self.node.get(id(made))
+        if not nodes or (known in nodes and not func._schema.is_mutable):
+            return
+        self._add(made, frozenset[int]().union(*(self.path[n] for n in nodes)))
+
+
+class _Inside:
+    """The tensors made in a module from its state, among them those that are the state plus something made from it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.kept = [x]  # so that identities are not used again
+        self.made, self.states, self.sums = {id(x)}, {id(x)}, set[int]()
+
+    def look(self, name: str, came: list[Tensor], result: Any) -> None:
+        """Look at an operator."""
+        result = next((each for each in tree_leaves(result) if isinstance(each, Tensor)), None)
+        if result is None:
+            return
+        ours = [each for each in came if id(each) in self.made]
+        single = len([each for each in came if each.numel() > 1]) == 1
+        passing = name in _PASSING or name in _SUMS or (name in _SCALINGS and single)
+        held = ours if name in _SUMS else came[:1] if passing else []
+        held = [each for each in held if id(each) in self.states and each.numel() == result.numel()]
+        self.kept.append(result)
+        if ours:
+            self.made.add(id(result))
+        if held:
+            self.states.add(id(result))
+        if held and (len(ours) > 1 or name in _FUSED or any(id(each) in self.sums for each in held)):
+            self.sums.add(id(result))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.is_floating_point() or not b.is_floating_point():
+        return False
+    a, b = a.float(), b.float()
+    return torch.allclose(a, b, rtol=0.0, atol=1e-3 * float(b.abs().nan_to_num().amax()), equal_nan=True)
+
+
+def _chains(number: int, links: set[tuple[int, int]]) -> tuple[frozenset[int], ...]:
+    """The connected sets."""
+    chains = [frozenset({l}) for l in range(number)]
+    for link in links:
+        joined = [chain for chain in chains if chain & set(link)]
+        chains = [chain for chain in chains if chain not in joined] + [frozenset().union(*joined)]
+    return tuple(chains)
