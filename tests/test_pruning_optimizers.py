@@ -133,8 +133,9 @@ class TestOptimizer:
         assert torch.equal(optimizer.state[model.time_steps.values]["variance"], variance[list(KEEP)])
         train(model, optimizer)
 
-    def test_muon_of_the_matrices_alone(self) -> None:
+    def test_muon_of_the_matrices_beside_frozen_steps(self) -> None:
         model = network()
+        model.time_steps.values.requires_grad_(False)
         optimizer = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=0.05)
         train(model, optimizer)
         before = {id(p): copy.deepcopy(dict(state)) for p, state in optimizer.state.items()}

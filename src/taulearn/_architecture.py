@@ -67,7 +67,12 @@ def describe(model: nn.Module, weights_sha256: str) -> Manifest:
         model=host,
     )
     if wrapping is not None:
-        wrapped = Wrapped(saved_from=host.saved_from, blocks=wrapping.names, shortened=tuple(sorted(wrapping.shorten)))
+        wrapped = Wrapped(
+            saved_from=host.saved_from,
+            blocks=wrapping.names,
+            shortened=tuple(sorted(wrapping.shorten)),
+            states=wrapping.states(),
+        )
         return manifest.model_copy(update={"model": wrapped})
     try:
         manifest = manifest.model_copy(update={"model": _network(model)})

@@ -115,12 +115,16 @@ class Host(_Part):
 
 
 class Wrapped(_Part):
-    """A wrapped model, a host too: names of all blocks at the start, and of the lists that deletion shortens."""
+    """A wrapped model, a host too: names of all blocks at the start, and of the lists that deletion shortens.
+
+    ``states``: for each block the argument and the entry of the output that are its state, None where it is not known.
+    """
 
     kind: Literal["wrapped"] = "wrapped"
     saved_from: str
     blocks: Annotated[tuple[str, ...], Field(min_length=1)]
     shortened: tuple[str, ...]
+    states: tuple[tuple[str | int | None, str | int | None], ...] = ()
 
 
 class Steps(_Part):

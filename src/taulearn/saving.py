@@ -27,7 +27,7 @@ from .nn.time_steps import TimeSteps
 from .pruning import prune
 from .wrapping.api import rewrap
 from .wrapping.folding import folded_state
-from .wrapping.host import drop_units, wrapping_of
+from .wrapping.host import drop_units, take_states, wrapping_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -128,6 +128,8 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
         _wrap_as_saved(inner, manifest, folder)
         _check("host", inner)
         _delete_layers(inner, manifest, folder)
+        if isinstance(manifest.model, Wrapped) and (wrapping := wrapping_of(inner)) is not None:
+            take_states(wrapping, manifest.model.states)
         _refuse("host", _other_settings(inner, manifest) + differences(inner.state_dict(), tensors), folder)
     inner.load_state_dict(tensors)
     return host
@@ -239,7 +241,10 @@ def _other_settings(host: nn.Module, manifest: Manifest) -> list[str]:
         return [f"the saved model is a network of the package's own parts, the host is not ({because})"]
     if isinstance(manifest.model, Network | Wrapped):
         parts.add("model")
-    there, here = (dict(_leaves(each.model_dump(include=parts))) for each in (manifest, found))
+    there, here = (
+        {name: value for name, value in _leaves(each.model_dump(include=parts)) if not name.startswith("model.states")}
+        for each in (manifest, found)
+    )
     absent = "nothing"
     return [
         f"{name} must be {short(there.get(name, absent))}, got {short(here.get(name, absent))}"

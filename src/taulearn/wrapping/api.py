@@ -233,6 +233,16 @@ def _check_host(model: nn.Module) -> None:
         if isinstance(getattr(module, "_orig_mod", None), nn.Module):
             what = f"its module {name!r} compiled" if name else "it compiled"
             raise TypeError(f"model must be the model itself, got {what}: wrap it first, then compile")
+        if isinstance(module, torch.jit.ScriptModule) and not name:
+            raise TypeError(
+                "model must be a Python module, got a ScriptModule, whose parts cannot be changed: wrap the module "
+                "that it was made from"
+            )
+        if "train" in vars(module):  # torch.export forbids to change between training and evaluation
+            raise TypeError(
+                f"model must be a Python module, got {f'its module {name!r}' if name else 'a program'} from "
+                "torch.export, whose mode is fixed: wrap the module that it was made from, then export"
+            )
     refuse_distributed("model", model, "wrap")
     if wrapping_of(model) is not None:
         raise ValueError(

@@ -79,7 +79,7 @@ def refusal(calls: list[Call], *, named: bool = False) -> str | None:
         The reason.
     """
     if not calls:
-        return "it was not called"
+        return "it was not called, or is compiled by TorchScript"
     first = calls[0]
     if len(calls) > 1:
         return f"it was called {len(calls)} times: a block used in several places has no single time step"

@@ -46,6 +46,12 @@ class Wrapping:
         """Blocks are steps of the residual scheme."""
         return Residual()
 
+    def states(self) -> tuple[tuple[str | int | None, str | int | None], ...]:
+        """Where the states of all blocks at the start are: argument and entry of the output; None of deleted ones."""
+        known = dict(zip(self.time_steps.origin, self.forms, strict=True))
+        forms = [known.get(l, Form()) for l in range(len(self.names))]
+        return tuple((form.argument, form.key) for form in forms)
+
     def fixed_layers(self) -> dict[int, str]:
         """Positions that must stay, with the reason."""
         origin = self.time_steps.origin
@@ -111,6 +117,18 @@ def install(wrapping: Wrapping) -> None:
         )
     vars(host)[WRAPPING] = wrapping
     transformers.guard_saving(host, wrapping.layers)
+
+
+def take_states(wrapping: Wrapping, states: Sequence[tuple[str | int | None, str | int | None]]) -> None:
+    """Let states be where a saved model had them, see :meth:`Wrapping.states`."""
+    forms = list(wrapping.forms)
+    for l, (number, block) in enumerate(zip(wrapping.time_steps.origin, wrapping.layers, strict=True)):
+        if number < len(states) and states[number] != (None, None):
+            step, (argument, key) = vars(block)["forward"], states[number]
+            taken = Form.taking(argument, step.inner)
+            forms[l] = replace(forms[l], argument=taken.argument, position=taken.position, key=key)
+            vars(block)["forward"] = replace(step, form=forms[l])
+    vars(wrapping.host)[WRAPPING] = replace(wrapping, forms=tuple(forms))
 
 
 @torch.no_grad()

@@ -5,9 +5,10 @@ and leave it in the same entry of the output; where several would do, an argumen
 context) and an entry that is an argument handed on are not it.
 """
 
+import functools
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -144,18 +145,41 @@ def probe(host: nn.Module, example_inputs: Any) -> Probe:
         call.left = {entry: _key(value) for entry, value in held if isinstance(value, Tensor)}
         call.changed = {name for name, value in call.arguments.items() if _key(value) != call.keys[name]}
 
-    with undisturbed(host), ExitStack() as hooks:
-        for name, module in host.named_modules():
-            if name and not isinstance(module, torch.jit.ScriptModule):
-                before = module.register_forward_pre_hook(
-                    lambda m, a, k, name=name: start(name, m, a, k), with_kwargs=True, prepend=True
-                )
-                after = module.register_forward_hook(lambda _m, _a, output: stop(output))
-                hooks.callback(before.remove)
-                hooks.callback(after.remove)
+    def watched(name: str, module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start(name, module, args, kwargs)
+            output = forward(*args, **kwargs)
+            stop(output)
+            return output
+
+        return run
+
+    # not hooks: some hosts call the forward of their parts
+    modules = {
+        name: each for name, each in host.named_modules() if name and not isinstance(each, torch.jit.ScriptModule)
+    }
+    with undisturbed(host), forwards({module: watched(name, module) for name, module in modules.items()}):
         call_model(host, example_inputs)
     _find_states(result)
     return result
+
+
+@contextmanager
+def forwards(others: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Other forwards on the instances of modules; their own come back afterwards."""
+    own = {module: vars(module).get("forward") for module in others}
+    for module, other in others.items():
+        vars(module)["forward"] = other
+    try:
+        yield
+    finally:
+        for module, forward in own.items():
+            vars(module).pop("forward")
+            if forward is not None:
+                vars(module)["forward"] = forward
 
 
 def _key(tensor: Tensor) -> Key:

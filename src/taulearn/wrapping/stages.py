@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .._calls import call
 from ..nn.each import mixing, running_statistics_held
 from .host import Wrapping, wrapping_of
-from .probe import undisturbed
+from .probe import forwards, undisturbed
 from .state import Form
 
 _SEEN = "_time_steps_seen"
@@ -295,15 +295,8 @@ def _apart(y: Tensor) -> Tensor:
 @contextmanager
 def _forwards(wrapping: Wrapping, of: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
     """Other forwards on the instances of the blocks; their own come back afterwards."""
-    own = [vars(block)["forward"] for block in wrapping.layers]
-    others = [of(block) for block in wrapping.layers]
-    for block, forward in zip(wrapping.layers, others, strict=True):
-        vars(block)["forward"] = forward
-    try:
+    with forwards({block: of(block) for block in wrapping.layers}):
         yield
-    finally:
-        for block, forward in zip(wrapping.layers, own, strict=True):
-            vars(block)["forward"] = forward
 
 
 def _seen(model: nn.Module, wrapping: Wrapping) -> Seen:

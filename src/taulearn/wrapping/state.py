@@ -38,7 +38,7 @@ class Form:
 
     Attributes:
         kind: Type of the output; None: it is the state, or not known.
-        key: Position or key of the state in the output.
+        key: Position or key of the state in the output; None: it is the first tensor, or the output itself.
         size: Number of entries of a tuple or list.
         argument: Name of the argument, or its position where it has no name. None: not known; then it is the one with
             a customary name, else the first tensor.
@@ -53,7 +53,7 @@ class Form:
     """
 
     kind: type[Any] | None = None
-    key: int | str = 0
+    key: int | str | None = None
     size: int = 1
     argument: str | int | None = None
     position: int | None = None
@@ -73,14 +73,14 @@ class Form:
         """The form of an output with a tensor in it, whose state is where ``like`` has it, else the first tensor."""
         like = cls() if like is None else like
         if isinstance(output, Tensor):
-            return replace(like, kind=None, key=0, size=1)
+            return replace(like, kind=None, size=1)
         held = entries(output)
         return replace(like, kind=type(output), key=like._key(held), size=len(held))
 
     def _key(self, held: list[tuple[Any, Any]]) -> Any:
         """Where the state is among entries; None where none is a tensor."""
         found = [key for key, value in held if isinstance(value, Tensor)]
-        return self.key if self.kind is not None and self.key in found else next(iter(found), None)
+        return self.key if self.key in found else next(iter(found), None)
 
     def arriving(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The state among a block's arguments, or None if there is none."""

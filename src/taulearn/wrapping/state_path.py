@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .._calls import call as call_model
-from .probe import Call, undisturbed
+from .probe import Call, forwards, undisturbed
 
 OUTSIDE = (
     "the model itself adds its output to its input, x + f(x), so that a step of 0 would give x + x: write the sum into "
@@ -65,21 +65,13 @@ def follow_states(host: nn.Module, calls: Sequence[Call], inputs: Any) -> StateP
         What was seen; None if the host does not run in this way.
     """
     watch = _Watch()
-    own = [(vars(call.module), vars(call.module).get("forward")) for call in calls]
-    with undisturbed(host):
-        try:
-            for l, call in enumerate(calls):
-                vars(call.module)["forward"] = watch.passing(l, call)
-            with watch:
-                call_model(host, inputs)
-        # hosts may raise anything where their blocks do nothing
-        except Exception:  # noqa: BLE001
-            return None
-        finally:
-            for attributes, forward in own:
-                attributes.pop("forward", None)
-                if forward is not None:
-                    attributes["forward"] = forward
+    passing = {call.module: watch.passing(l, call) for l, call in enumerate(calls)}
+    try:
+        with undisturbed(host), forwards(passing), watch:
+            call_model(host, inputs)
+    # hosts may raise anything where their blocks do nothing
+    except Exception:  # noqa: BLE001
+        return None
     return StatePath(frozenset(watch.outside), frozenset(watch.adding), _chains(len(calls), watch.links))
 
 

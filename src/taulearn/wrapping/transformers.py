@@ -89,16 +89,25 @@ def refused_modules(host: nn.Module) -> dict[str, str]:
     for name, _ in host.named_modules():
         above = name.rpartition(".")[0]
         configs = _configs_around(host, above)
-        if name and configs and not _counted(configs[0], above, host.get_submodule(above)):
+        if name and configs and not _counted_by(host, configs[0], above):
             reasons[name] = "it is not in a list of layers that the configuration of transformers counts"
     return reasons
 
 
-def _counted(config: Any, name: str, holder: nn.Module) -> bool:
-    length = len(holder._modules)
-    if not isinstance(holder, LISTS):
-        return False
-    return bool(_counts(config, name, length)) or _stage(config, name, length) is not None
+def _counted_by(host: nn.Module, config: Any, name: str) -> set[str]:
+    """Names of the entries of a configuration that count the members of a list, and of no list around it.
+
+    A block may be made of as many parts as its stack has blocks: then the entry counts the blocks.
+    """
+    holder = host.get_submodule(name)
+    if not name or not isinstance(holder, LISTS):
+        return set()
+    length, above = len(holder._modules), name.rpartition(".")[0]
+    counts = {*_counts(config, name, length), *(["depths"] if _stage(config, name, length) is not None else [])}
+    while above and counts:
+        counts -= _counted_by(host, config, above)
+        above = above.rpartition(".")[0]
+    return counts
 
 
 def follow_deletion(host: nn.Module, shortened: Sequence[Shortened]) -> None:
