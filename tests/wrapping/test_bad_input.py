@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from taulearn import fit, nn as taulearn_nn, prune, unwrap, wrap
 from taulearn.wrapping import anneal_to_one
 from wrapping.hosts import BY_NAME, Block, Host, every_host, sequential
-from wrapping.test_probe import Scaled
+from wrapping.test_find_blocks import Scaled
 
 X = torch.ones(1, 4)
 

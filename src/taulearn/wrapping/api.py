@@ -51,9 +51,11 @@ def wrap(
     Args:
         model: Any model. Of nested modules, wrap the outermost: what lies outside cannot follow a deletion.
         blocks: Names of the blocks, or patterns, whose wildcards stay within one part of a name ("encoder.layers.*").
-            None: found by a forward pass: the outermost modules that own parameters, are called once and return a
-            tensor (or a tuple, or a ModelOutput, that starts with one) of the shape of their first input; modules that
-            only call others in turn, single layers of torch.nn and normalisations are left out.
+            None: found by forward passes: the outermost modules that own parameters, are called once and return a
+            state of the shape of the one they got, which the block before them left. Left out are modules that only
+            call others in turn, layers of torch.nn, normalisations and scalings, and those that are alone of their kind
+            and add nothing to their input (embeddings, gates). Modules whose output the model itself adds to their
+            input, x + f(x), cannot have steps in this form and are refused.
         example_inputs: Inputs for a few forward passes, in evaluation mode: a tensor, a tuple of arguments or a
             dictionary of keywords. Needed to find blocks, and to try whether the model can do without them (without
             that only members of a Sequential and of torch's encoder and decoder can be deleted).

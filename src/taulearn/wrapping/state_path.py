@@ -128,9 +128,9 @@ class _Watch(TorchDispatchMode):
             self.inside.look(func._schema.name.rpartition("::")[2], came, result)
             return result
         nodes = [self._node(each) for each in came]
-        if func._schema.is_mutable:
-            for each, node in zip(came, nodes, strict=True):
-                self.values[node] = each.clone()
+        for each, argument in zip(args, func._schema.arguments, strict=False):
+            if isinstance(each, Tensor) and argument.alias_info is not None and argument.alias_info.is_write:
+                self.values[self._node(each)] = each.clone()
         result = func(*args, **kwargs)
         for made in tree_leaves(result):
             if isinstance(made, Tensor):
@@ -190,9 +190,9 @@ class _Inside:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or not a.is_floating_point() or not b.is_floating_point():
+    if a.shape != b.shape or a.is_complex() != b.is_complex():
         return False
-    a, b = a.float(), b.float()
+    a, b = (torch.view_as_real(each) if each.is_complex() else each.float() for each in (a, b))
     return torch.allclose(a, b, rtol=0.0, atol=1e-3 * float(b.abs().nan_to_num().amax()), equal_nan=True)
 
 
