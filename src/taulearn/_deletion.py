@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .nn.following import REPLACED
 from .nn.schemes import Scheme
 from .nn.time_steps import TimeSteps
 
@@ -28,10 +29,6 @@ class Prunable(Protocol):
 
 WRAPPING = "_time_step_wrapping"
 """The attribute in which a wrapped model keeps what pruning asks of it."""
-
-
-_REPLACED = "_taulearn_replaced"
-"""The mark of time steps that a deletion has replaced while no optimiser was given, for :func:`check_holds`."""
 
 
 def prunable_of(model: nn.Module) -> Any:
@@ -86,7 +83,7 @@ def check_holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             "optimizer must hold the model's parameters, got one that holds none of them: make it from this model, "
             "and hand it to every call of prune"
         )
-    if any(getattr(p, _REPLACED, False) for p in held):
+    if any(getattr(p, REPLACED, False) for p in held):
         raise ValueError(
             "optimizer must hold the model's time steps, got one that holds those from before layers were "
             "deleted without it, so that tau would not train: make a new one from this model, and hand it to every "
@@ -190,7 +187,7 @@ def delete(models: Sequence[nn.Module], kept: Sequence[int], optimizer: torch.op
     if old.grad is not None:
         new.grad = old.grad[index]
     if optimizer is None:
-        setattr(old, _REPLACED, True)
+        setattr(old, REPLACED, True)
         return "none"
 
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}

@@ -1,26 +1,46 @@
 """Checkpoints of other trainers that hold a model whose layers go while it trains.
 
 A trainer saves ``state_dict()`` and loads it into a model that was built anew, with all layers. So the numbers of the
-layers that are left travel among the tensors, and a model that is about to load such a state deletes the others first.
-Where the trainer has no place for the record, it travels there, too.
+layers that are left travel among the tensors, and the model deletes the others before it loads them
+(:mod:`taulearn.nn.following`). Where the trainer has no place for the record, it travels there, too.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Self
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from .._deletion import prunable_of
 from ..files import tensor_bytes
+from ..nn.following import ORIGIN, RECORD, Follower, follower_of, set_follower
+from ..nn.time_steps import TimeSteps
 from ..penalties import time_steps_of
 from ..pruning import prune
 
-ORIGIN = "taulearn.origin"
-"""The name under which the numbers of the layers travel."""
-RECORD = "taulearn.record"
-"""The name under which the record travels."""
+
+def models_with_time_steps(module: nn.Module) -> dict[str, nn.Module]:
+    """The parts of a module, or itself, that own time steps, by name.
+
+    Where several hold the same steps, as a wrapper of your own may, it is the one that can be pruned.
+
+    Args:
+        module: A model, or something that contains it, as PEFT's, a compiled one or a trainer's module does.
+
+    Returns:
+        The models.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> list(models_with_time_steps(nn.ModuleDict({"network": resnet(2, 3, 1, 4)})))
+        ['network']
+    """
+    found: dict[nn.Module, tuple[str, nn.Module]] = {}
+    for name, part in module.named_modules():
+        steps = part._modules.get("time_steps")  # getattr would find what wrappers hand on, too
+        if isinstance(steps, TimeSteps) and (steps not in found or hasattr(prunable_of(part), "keep_layers_")):
+            found[steps] = (name, part)
+    return dict(found.values())
 
 
 def mark_(
@@ -48,69 +68,72 @@ def mark_(
         state.update({name: value.unsqueeze(0) for name, value in state.items()})
 
 
-class Follower:
-    """Deletes the layers of a model that a marked state does not have, before the model loads it.
+class Marker:
+    """A hook after ``state_dict``: marks the states of all models with time steps in a module that can lose layers."""
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        """Mark them; twice does no harm."""
+        for name, part in models_with_time_steps(module).items():
+            if hasattr(prunable_of(part), "keep_layers_"):
+                mark_(part, state, f"{prefix}{name}." if name else prefix)
+
+
+def mark_states(module: nn.Module) -> None:
+    """Let the state dicts of a module say which layers its models with time steps have, from now on.
 
     Args:
-        optimizer: The model's optimiser, which follows.
+        module: What is saved, as a Lightning module.
 
-    Attributes:
-        record: The record of the state that was loaded last, or None.
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> module = nn.ModuleDict({"network": resnet(2, 3, 1, 4)})
+        >>> mark_states(module)
+        >>> report = prune(module["network"], keep=[0, 2])
+        >>> module.state_dict()["network.taulearn.origin"]
+        tensor([0, 2])
+    """
+    if not any(isinstance(hook, Marker) for hook in module._state_dict_hooks.values()):
+        module.register_state_dict_post_hook(Marker())
+
+
+class OptimizerFollower(Follower):
+    """Lets the model's optimiser follow, too.
+
+    Args:
+        optimizer: The optimiser.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
+        super().__init__()
         self.optimizer = optimizer
-        self.record: dict[str, Tensor] | None = None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         return type(self)(None)  # the optimiser is that of the model, not of its copy
 
-    def __call__(self, model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        self.record = None
-        origin, record = state.pop(prefix + ORIGIN, None), state.pop(prefix + RECORD, None)
-        if not isinstance(origin, Tensor):
-            return
-        if origin.ndim > 1:
-            state.update({name: value.squeeze(0) for name, value in state.items()})
-        wanted, present = origin.reshape(-1).tolist(), time_steps_of(model).origin
-        if not set(wanted) <= set(present):
-            raise ValueError(
-                f"model must have the layers {wanted} of the checkpoint, got {list(present)}: others were deleted "
-                "since; build the model anew to load it (and set load_best_model_at_end=False where layers go)"
-            )
-        if len(wanted) < len(present):
-            prune(model, keep=[present.index(layer) for layer in wanted], optimizer=self.optimizer)
-        if isinstance(record, Tensor):
-            self.record = safetensors.torch.load(record.cpu().numpy().tobytes())
+    def delete(self, model: nn.Module, kept: Sequence[int]) -> None:
+        """Delete all layers but those at these positions."""
+        prune(model, keep=kept, optimizer=self.optimizer)
 
 
-def follow_states(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> RemovableHandle:
+def follow_states(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Let a model that loads a marked state delete the layers that the state does not have.
 
-    Args:
-        model: The model with time steps. What followed for it before no longer does.
-        optimizer: Its optimiser, which follows.
+    Networks and wrapped models do so by themselves; their optimiser, and models of a class of your own that can be
+    pruned, need this.
 
-    Returns:
-        A handle whose ``remove()`` undoes it.
+    Args:
+        model: The model with time steps.
+        optimizer: Its optimiser, which follows.
 
     Example:
         >>> from taulearn.nn import resnet
         >>> small, fresh = resnet(2, 3, 1, 4), resnet(2, 3, 1, 4)
-        >>> report, handle = prune(small, keep=[0, 2]), follow_states(fresh)
-        >>> state = small.state_dict()
+        >>> optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1)
+        >>> report, state = prune(small, keep=[0, 2]), small.state_dict()
         >>> mark_(small, state)
+        >>> follow_states(fresh, optimizer)
         >>> _ = fresh.load_state_dict(state)
-        >>> fresh.time_steps.origin
-        (0, 2)
+        >>> fresh.time_steps.origin, len(optimizer.param_groups[0]["params"]) == len(list(fresh.parameters()))
+        ((0, 2), True)
     """
-    hooks = model._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "hook", None), Follower)]:
-        del hooks[key]
-    return model.register_load_state_dict_pre_hook(Follower(optimizer))
-
-
-def follower_of(model: nn.Module) -> Follower | None:
-    """What :func:`follow_states` gave a model, or None."""
-    found = (getattr(hook, "hook", None) for hook in model._load_state_dict_pre_hooks.values())
-    return next((hook for hook in found if isinstance(hook, Follower)), None)
+    set_follower(model, OptimizerFollower(optimizer))

@@ -2,25 +2,25 @@
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.optim.swa_utils import AveragedModel
 
-from .._deletion import check_holds, check_holds_steps
+from .._deletion import all_or_nothing, check_holds, check_holds_steps
 from .._distributed import refuse_distributed
-from ..nn.time_steps import TimeSteps
 from ..optim import group_of, register_projection
 from ..penalties import Penalty, time_steps_of
-from ..pruning import Pruning
+from ..pruning import Pruning, PruneReport, prune
 from ..training.checks import check_pruning
 from ..training.history import Deletion, History, Recorder
 from ..training.objective import as_penalties
 from ..training.pruner import Pruner
+from .checkpoints import models_with_time_steps
 
 
 def model_with_time_steps(module: nn.Module) -> nn.Module:
@@ -40,17 +40,32 @@ def model_with_time_steps(module: nn.Module) -> nn.Module:
         >>> type(model_with_time_steps(nn.ModuleDict({"network": resnet(2, 3, 1, 4)}))).__name__
         'TimeVariableNetwork'
     """
-    found = [
-        part
-        for part in module.modules()
-        if isinstance(getattr(part, "time_steps", None), TimeSteps) and not hasattr(part, "_orig_mod")
-    ]
+    averaged = {part for average in averages_in(module) for part in average.modules()}
+    found = {name: part for name, part in models_with_time_steps(module).items() if part not in averaged}
     if len(found) != 1:
+        which = f" ({', '.join(repr(name) for name in found)})" if found else ""
         raise TypeError(
-            f"model must contain one model with time steps, got a {type(module).__name__} with {len(found)}: build it "
-            "with taulearn.nn, or wrap it with taulearn.wrap before it is handed to the trainer"
+            f"model must contain one model with time steps, got a {type(module).__name__} with {len(found)}{which}: "
+            "build it with taulearn.nn, or wrap it with taulearn.wrap before it is handed to the trainer; several are "
+            "trained with taulearn.optim.register_projection and taulearn.prune"
         )
-    return found[0]
+    return next(iter(found.values()))
+
+
+def averages_in(module: nn.Module) -> list[AveragedModel]:
+    """The averages, of torch's class, in a module."""
+    return [part for part in module.modules() if isinstance(part, AveragedModel)]
+
+
+def warn_of_frozen(model: nn.Module) -> None:
+    """Say that the time steps do not train, as PEFT leaves those of a model that it is put around."""
+    values = time_steps_of(model).values
+    if isinstance(values, nn.Parameter) and not values.requires_grad:
+        warnings.warn(
+            "the time steps do not train, since their requires_grad is False; get_peft_model sets it so: write "
+            "model.time_steps.values.requires_grad_(True) after it, and before the optimizer is made",
+            stacklevel=4,
+        )
 
 
 class Companion:
@@ -82,9 +97,18 @@ class Companion:
         self.recorder: Recorder | None = None
         self.pruner: Pruner | None = None
         self._measuring: ExitStack | None = None
+        self._row: Tensor | None = None
+        self._find_averages: Callable[[], Sequence[nn.Module]] = list
 
     def begin(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, epochs: int, per_epoch: int, processes: int
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        epochs: int,
+        per_epoch: int,
+        processes: int,
+        averages: Callable[[], Sequence[nn.Module]],
     ) -> None:
         """Start beside a loop, from the record and the state of a checkpoint where these were set.
 
@@ -94,9 +118,11 @@ class Companion:
             epochs: Number of epochs.
             per_epoch: Optimiser steps per epoch.
             processes: Number of processes that train the model.
+            averages: Finds averaged copies of the model, or of what contains it, which lose the same layers.
 
         Raises:
-            ValueError: If the model cannot be pruned, or not by this trainer, or the optimiser lacks the time steps.
+            ValueError: If the model cannot be pruned, or not by this trainer, the optimiser lacks the time steps, or an
+                average is that of another model.
         """
         refuse_distributed("model", model)
         if self.policy is not None and processes > 1:
@@ -109,6 +135,9 @@ class Companion:
         check_holds(optimizer, model)
         check_holds_steps(optimizer, model)
         self.model, self.optimizer, self.steps = model, optimizer, time_steps_of(model)
+        self._find_averages = averages
+        self.averaged()
+        warn_of_frozen(model)
         active = self.penalties
         if self.policy is not None:
             self.pruner = Pruner(self.policy, model, optimizer, epochs, per_epoch)
@@ -129,9 +158,36 @@ class Companion:
             self._record_epoch()
         self.past, self.state = History(), None  # another training begins anew
 
-    def constrained(self) -> RemovableHandle:
-        """Let the optimiser's steps end with the proximal step and the projection, until ``remove()``."""
-        return register_projection(self.optimizer, self.model, self.active)
+    def averaged(self) -> list[nn.Module]:
+        """The models with time steps in the averages that there are now."""
+        found = {part for whole in self._find_averages() for part in models_with_time_steps(whole).values()}
+        shapes = [p.shape for p in self.model.parameters()]
+        for part in found:
+            if [p.shape for p in part.parameters()] != shapes:
+                raise ValueError(
+                    "averaged models must be copies of the model, got one whose parameters have other shapes: make "
+                    "them from the model as it is when training begins"
+                )
+        return [part for part in found if part is not self.model]
+
+    def constrained(self, until: ExitStack) -> None:
+        """Let the optimiser's steps end with the proximal step and the projection, and be counted.
+
+        Args:
+            until: Its end is the end of that.
+        """
+        until.callback(register_projection(self.optimizer, self.model, self.active).remove)
+        until.callback(self.optimizer.register_step_post_hook(lambda *_: self._count()).remove)
+
+    def _count(self) -> None:
+        """Record the step that was taken; one that a GradScaler skipped is none."""
+        infinite = getattr(self.optimizer, "found_inf", None)  # fused optimisers are called, and do nothing
+        if self._row is None or (isinstance(infinite, Tensor) and bool(infinite.any())):
+            return
+        assert self.recorder is not None
+        self.recorder.add(self._row)
+        self._row = None
+        self.iteration += 1
 
     def warn_of_decay(self, remedy: str) -> None:
         """Say that the optimiser shrinks the time steps.
@@ -164,7 +220,7 @@ class Companion:
             self._measuring = None
 
     def before_step(self) -> None:
-        """Add the penalties' gradients to those of the loss, and record the steps; gradients are complete."""
+        """Add the penalties' gradients to those of the loss, and note the steps; gradients are complete."""
         self._measured()
         values = [penalty(self.model) for penalty in self.active]
         differentiated = [v for p, v in zip(self.active, values, strict=True) if p.differentiated and v.requires_grad]
@@ -179,9 +235,7 @@ class Companion:
         row = [torch.stack([*unknown, *(v.detach().to(steps.values.dtype) for v in values)]), steps.tau.detach()]
         if steps.bounded:
             row.append(steps.raw_tau.detach())
-        assert self.recorder is not None
-        self.recorder.add(torch.cat([part.clone() for part in row]).unsqueeze(0))
-        self.iteration += 1
+        self._row = torch.cat([part.clone() for part in row]).unsqueeze(0)
 
     def after_step(self, loss: Tensor | float | None, *, epoch: int) -> None:
         """Note the loss, and prune where the policy counts iterations.
@@ -215,7 +269,7 @@ class Companion:
             return
         self._measured()
         recorder = self._flushed()
-        report = self.pruner.prune(self.iteration, None)
+        report = self._deleted()
         if report is not None:
             recorder.deletions += [
                 Deletion(self.iteration, epoch, d.layer, d.share, d.parameters) for d in report.deleted
@@ -223,6 +277,16 @@ class Companion:
             if self.progress:
                 sys.stdout.write(f"epoch {epoch}, iteration {self.iteration}: {report}\n")
                 sys.stdout.flush()
+
+    def _deleted(self) -> PruneReport | None:
+        """Let the policy delete layers, in the model and its averages or in none of them."""
+        assert self.pruner is not None
+        averaged = self.averaged()
+        with all_or_nothing([self.model, *averaged], self.optimizer):
+            report = self.pruner.prune(self.iteration, None)
+            for each in averaged if report is not None else ():
+                prune(each, keep=report.kept)
+        return report
 
     def _flushed(self) -> Recorder:
         assert self.recorder is not None
@@ -232,6 +296,7 @@ class Companion:
     def end(self) -> None:
         """Leave the model as it was found, but trained."""
         self._measured()
+        self._find_averages = list
 
     def history(self) -> History:
         """The record so far; losses that the trainer did not tell are NaN."""

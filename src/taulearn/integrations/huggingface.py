@@ -3,21 +3,24 @@
 import inspect
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..nn.following import ORIGIN, REPLACED, Follower, follower_of
 from ..penalties import Penalty
 from ..pruning import Pruning
 from ..training.history import History
 from ..training.plain import from_plain, to_plain
 from ..wrapping.transformers import SavePretrained, is_pretrained
-from .checkpoints import Follower, follow_states, follower_of, mark_
-from .companion import Companion, model_with_time_steps
+from .checkpoints import follow_states, mark_
+from .companion import Companion, averages_in, model_with_time_steps, warn_of_frozen
 
 try:
     from transformers import TrainerCallback
@@ -28,10 +31,9 @@ except ImportError as error:
 
 _PRUNER = "pruner.json"
 _LATE = (
-    "callbacks must hold this callback when Trainer is made, got it added later, or a model made by model_init: such a "
-    "model would not delete the layers that a checkpoint lacks, and no checkpoint could be resumed. Write "
-    "Trainer(model, arguments, callbacks=[callback]), or call taulearn.integrations.checkpoints.follow_states(model, "
-    "optimizer) where they are made (the optimizer where it is you who makes it)"
+    "callbacks must hold this callback when Trainer is made, got it added later: the optimizer did not follow the "
+    "layers that the checkpoint lacks. Write Trainer(model, arguments, callbacks=[callback]), or call "
+    "taulearn.integrations.checkpoints.follow_states(model, optimizer) where they are made"
 )
 
 
@@ -85,19 +87,20 @@ class TimeStepsCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the model follow a checkpoint that Trainer loads into it."""
-        follow_states(model_with_time_steps(kwargs["model"]), kwargs.get("optimizer"))
+        model = model_with_time_steps(kwargs["model"])
+        follow_states(model, kwargs.get("optimizer"))
+        warn_of_frozen(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start beside the optimiser."""
         self._training.close()  # of a training that failed
         model, optimizer = model_with_time_steps(kwargs["model"]), _bare(kwargs["optimizer"])
-        if getattr(args, "fp16", False) and not args.max_grad_norm:
-            raise ValueError(
-                "max_grad_norm must be positive with fp16, got none: without clipping, gradients are still scaled when "
-                "penalties are added to them; clip them, or use bf16"
-            )
+        _check_arguments(args, prunes=self._companion.policy is not None)
+        if args.save_strategy != "no":
+            _check_saves(kwargs["model"], model)
         self._control, companion, follower = control, self._companion, follower_of(model)
-        if follower is None and (state.global_step or args.save_strategy != "no"):
+        stale = any(getattr(p, REPLACED, False) for group in optimizer.param_groups for p in group["params"])
+        if state.global_step and (follower is None or stale):
             raise ValueError(_LATE)
         companion.past, companion.state = History(), None
         if state.global_step:
@@ -108,6 +111,7 @@ class TimeStepsCallback(TrainerCallback):
             epochs=state.num_train_epochs,
             per_epoch=math.ceil(state.max_steps / state.num_train_epochs),
             processes=args.world_size,
+            averages=lambda: averages_in(kwargs["model"]),
         )
         self._training.callback(companion.end)
         self._training.callback(self._step.close)
@@ -118,8 +122,9 @@ class TimeStepsCallback(TrainerCallback):
                 vars(module)["save_pretrained"] = _SaveCheckpoint(guard, model, state, self._record)
                 self._training.callback(vars(module).__setitem__, "save_pretrained", guard)
         if not is_pretrained(kwargs["model"]):  # Trainer saves the state dict itself
-            marking = model.register_state_dict_post_hook(lambda *args: self._mark(*args))
-            self._training.callback(marking.remove)
+            for each in (model, *companion.averaged()):
+                marking = each.register_state_dict_post_hook(lambda *args: self._mark(*args))
+                self._training.callback(marking.remove)
         companion.warn_of_decay(
             "hand Trainer optimizers=(torch.optim.AdamW(taulearn.parameter_groups(model, lr, weight_decay=...)), None)"
         )
@@ -136,7 +141,7 @@ class TimeStepsCallback(TrainerCallback):
         """Let the step add the penalties' gradients before it, and end with the projection."""
         hook = self._companion.optimizer.register_step_pre_hook(lambda *_: self._companion.before_step())
         self._step.callback(hook.remove)
-        self._step.callback(self._companion.constrained().remove)
+        self._companion.constrained(self._step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the optimiser, whose later steps may be taken outside Trainer."""
@@ -163,7 +168,7 @@ class TimeStepsCallback(TrainerCallback):
 
     def _mark(self, model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         if self._control.should_save:  # whoever asked for it; else somebody else reads the weights
-            mark_(model, state, prefix, record=self._record())
+            mark_(model, state, prefix, record=self._record() if model is self._companion.model else None)
 
     def _record(self) -> dict[str, Tensor]:
         """The record, and how far the policy is, as tensors."""
@@ -174,13 +179,13 @@ class TimeStepsCallback(TrainerCallback):
 
     def _read(self, follower: Follower | None) -> None:
         """Go on with the record of the checkpoint that the model loaded."""
-        tensors = None if follower is None else follower.record
-        if follower is None or tensors is None:
+        if follower is None or follower.record is None:
             raise ValueError(
                 "resume_from_checkpoint must be a checkpoint with the record of the time steps, got one that was "
                 "written without this callback: load its weights into the model and begin a new training, or resume "
                 "it without the callback"
             )
+        tensors = safetensors.torch.load(follower.record)
         follower.record = None
         state = json.loads(tensors.pop(_PRUNER).numpy().tobytes())
         self._companion.past = History.from_tensors(tensors)
@@ -205,6 +210,76 @@ class _SaveCheckpoint:
             # Trainer resumes by load_state_dict, which does not know the names of older checkpoints
             kwargs.setdefault("save_original_format", False)
         return self.guard.inner(save_directory, *args, state_dict=state, **kwargs)
+
+
+def _check_arguments(args: Any, *, prunes: bool) -> None:
+    """Refuse, before the first step, what could not be carried out at its end."""
+    if getattr(args, "deepspeed", None):
+        raise ValueError(
+            "deepspeed must be None for this callback, got a configuration: DeepSpeed's optimizer takes its steps "
+            "where penalties and deletions cannot follow; train without it, or with taulearn.fit"
+        )
+    if getattr(args, "fp16", False) and not args.max_grad_norm:
+        raise ValueError(
+            "max_grad_norm must be positive with fp16, got none: without clipping, gradients are still scaled when "
+            "penalties are added to them; clip them, or use bf16"
+        )
+    if prunes and args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end must be False where layers are pruned, got True: the best checkpoint may have "
+            "layers that the model has no more at the end. Trainer notes it in trainer.state.best_model_checkpoint "
+            "all the same where metric_for_best_model is given; load it into a model that was built and wrapped anew, "
+            "taulearn.integrations.huggingface.load_checkpoint(model, folder)"
+        )
+
+
+def _check_saves(whole: nn.Module, model: nn.Module) -> None:
+    """Refuse a model whose checkpoints in Trainer would lack the time steps."""
+    if getattr(whole, "peft_config", None):
+        raise ValueError(
+            "save_strategy must be 'no' for a model with PEFT's adapters, got another: Trainer would save the adapters "
+            "alone, neither the time steps nor which layers are left. After training, save with taulearn.save_model"
+        )
+    if is_pretrained(whole) and whole is not model:
+        raise ValueError(
+            f"save_strategy must be 'no' where a part of the model is wrapped, here its {type(model).__name__}, got "
+            "another: transformers would save the part without its mark. Wrap the whole model, "
+            "taulearn.wrap(model, blocks, example_inputs=...)"
+        )
+
+
+def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Load a checkpoint that Trainer wrote with the callback: weights, time steps, and which layers are left.
+
+    Args:
+        model: A model that was built, and wrapped, as the one that was trained was at the start.
+        folder: The checkpoint, such as ``trainer.state.best_model_checkpoint``.
+
+    Raises:
+        ValueError: If the folder holds no such checkpoint, or one of another model.
+    """
+    file = Path(folder) / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"folder must be a checkpoint of Trainer, with model.safetensors in it, got {str(folder)!r}")
+    found = model_with_time_steps(model)
+    follower = follower_of(found)
+    if follower is None:
+        follow_states(found)
+    tensors = safetensors.torch.load_file(file)
+    if not any(name.endswith(ORIGIN) for name in tensors):
+        raise ValueError(f"folder must be a checkpoint that was written with this callback, got {str(folder)!r}")
+    try:
+        wrong = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"model must be built as the one of the checkpoint was, got another: {error}") from error
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    tied = {p for name, p in everything.items() if name in tensors}  # of which a file has one name
+    missing = [name for name in wrong.missing_keys if everything.get(name) not in tied]
+    if missing or wrong.unexpected_keys:
+        raise ValueError(
+            f"model must be built as the one of the checkpoint was, got one that lacks {wrong.unexpected_keys[:5]} and "
+            f"has {missing[:5]} more"
+        )
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:

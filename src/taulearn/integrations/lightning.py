@@ -4,19 +4,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..optim import group_of
 from ..penalties import Penalty, time_steps_of
 from ..pruning import Pruning
 from ..training.history import History
 from ..training.step import SEARCHING
-from .checkpoints import follow_states, mark_
-from .companion import Companion, model_with_time_steps
+from .checkpoints import mark_states
+from .companion import Companion, averages_in, model_with_time_steps
 
 try:
     from lightning.pytorch import Callback
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
 except ImportError as error:
     raise ImportError("lightning must be installed for this callback: pip install 'taulearn[lightning]'") from error
 
@@ -60,7 +61,6 @@ class TimeStepsCallback(Callback):
     ) -> None:
         super().__init__()
         self._companion = Companion(penalties, pruning, progress=progress)
-        self._following: RemovableHandle | None = None
         self._training = ExitStack()
 
     @property
@@ -69,15 +69,8 @@ class TimeStepsCallback(Callback):
         return self._companion.history()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let the model follow a checkpoint that is loaded into it."""
-        if self._following is None:
-            self._following = follow_states(model_with_time_steps(pl_module))
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave the model."""
-        if self._following is not None:
-            self._following.remove()
-            self._following = None
+        """Let checkpoints of the module, also those that are written later, say which layers are left."""
+        mark_states(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start beside the optimiser that holds the time steps."""
@@ -112,9 +105,12 @@ class TimeStepsCallback(Callback):
             epochs=epochs,
             per_epoch=-(-int(batches) // epochs),
             processes=trainer.world_size,
+            averages=lambda: [*averages_in(pl_module), *averages_of(trainer)],
         )
+        for each in averages_of(trainer):
+            mark_states(each)
         self._training.callback(self._companion.end)
-        self._training.callback(self._companion.constrained().remove)
+        self._companion.constrained(self._training)
         self._companion.warn_of_decay("let configure_optimizers use taulearn.parameter_groups(model, lr, ...)")
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -149,12 +145,6 @@ class TimeStepsCallback(Callback):
         """Leave the optimiser when training failed, too."""
         self._training.close()
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Mark the module's state with the layers that are left."""
-        model = model_with_time_steps(pl_module)
-        prefix = next(name for name, part in pl_module.named_modules() if part is model)
-        mark_(model, checkpoint["state_dict"], f"{prefix}." if prefix else "")
-
     def state_dict(self) -> dict[str, Any]:
         """The record, and how far the policy is."""
         pruner = self._companion.pruner
@@ -164,3 +154,23 @@ class TimeStepsCallback(Callback):
         """Go on from :meth:`state_dict`."""
         self._companion.past = History.from_tensors(state_dict["history"])
         self._companion.state = state_dict["pruner"]
+
+
+def averages_of(trainer: Any) -> list[nn.Module]:
+    """The averaged models that the callbacks of a trainer hold.
+
+    Args:
+        trainer: Lightning's Trainer.
+
+    Returns:
+        Those of torch's class, such as :class:`WeightAveraging` has, without their wrapper, and that of
+        :class:`StochasticWeightAveraging`.
+    """
+    found = []
+    for callback in trainer.callbacks:
+        for value in vars(callback).values():
+            if isinstance(value, AveragedModel):
+                found.append(value.module)
+            elif isinstance(value, nn.Module) and isinstance(callback, StochasticWeightAveraging):
+                found.append(value)
+    return found

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..calibration import Statistics
 from .each import apply_to_each
 from .early_exit import Prediction, predict
+from .following import Follower, set_follower
 from .schemes import Fractional, Scheme
 from .skips import IdentitySkips, Skips
 from .time_steps import TimeSteps
@@ -64,6 +65,7 @@ class TimeVariableNetwork(nn.Module):
             raise ValueError(
                 f"skips must have one map per layer, got {self.skips.num_steps} for {len(self.layers)} layers"
             )
+        set_follower(self, Follower())
 
     def states(self, x: Float[Tensor, "batch *features"], *, initial: bool = False) -> list[Tensor]:
         """The states y_1 .. y_N, one tensor per layer.

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .._deletion import WRAPPING
+from .._deletion import WRAPPING, prunable_of
+from ..nn.following import Follower, set_follower
 from ..nn.schemes import Residual, Scheme
 from ..nn.time_steps import TimeSteps
 from . import structure, transformers
@@ -104,6 +105,14 @@ def wrapping_of(model: nn.Module) -> Wrapping | None:
     return found if isinstance(found, Wrapping) else None
 
 
+class HostFollower(Follower):
+    """Lets a wrapped model follow marked states."""
+
+    def keep(self, model: nn.Module, kept: Sequence[int]) -> None:
+        """Let the wrapping delete all other blocks."""
+        prunable_of(model).keep_layers_(kept)
+
+
 def install(wrapping: Wrapping) -> None:
     """Put steps and blocks' forwards in place."""
     host = wrapping.host
@@ -116,6 +125,7 @@ def install(wrapping: Wrapping) -> None:
             block.forward, wrapping.time_steps, l, wrapping.names[l], wrapping.forms[l], own, wrapping.units
         )
     vars(host)[WRAPPING] = wrapping
+    set_follower(host, HostFollower())
     transformers.guard_saving(host, wrapping.layers)
 
 
@@ -144,6 +154,7 @@ def uninstall(wrapping: Wrapping) -> None:
     """Undo :func:`install`; deleted blocks stay deleted."""
     host = wrapping.host
     transformers.release_saving(host)
+    set_follower(host, None)
     for block in wrapping.layers:
         step = vars(block).pop("forward")
         if step.own:

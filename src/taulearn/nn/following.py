@@ -1,0 +1,100 @@
+"""State dicts of pruned models: a model that was built anew, with all its layers, deletes those that a state lacks.
+
+The state must say which layers are left; the integrations mark those that trainers save. The mark travels among the
+tensors, so that whatever saves and loads these carries it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._distributed import expire_wrappers
+
+ORIGIN = "taulearn.origin"
+"""The name under which the numbers of the layers travel."""
+RECORD = "taulearn.record"
+"""The name under which a record travels, where a trainer has no other place for it."""
+REPLACED = "_taulearn_replaced"
+"""The mark of time steps that a deletion has replaced while no optimiser was given, for ``check_holds``."""
+
+
+class Follower:
+    """A hook before ``load_state_dict``: deletes the layers of a model that a marked state does not have.
+
+    Attributes:
+        record: What travelled with the state that was loaded last, as bytes, or None.
+
+    Example:
+        >>> import torch
+        >>> from taulearn.nn import resnet
+        >>> state = resnet(2, 3, 1, 2).state_dict() | {ORIGIN: torch.tensor([0, 3])}
+        >>> network = resnet(2, 3, 1, 4)
+        >>> network.load_state_dict(state)
+        <All keys matched successfully>
+        >>> network.time_steps.origin
+        (0, 3)
+    """
+
+    def __init__(self) -> None:
+        self.record: bytes | None = None
+
+    def __call__(self, model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Delete layers, and take the mark off.
+
+        Args:
+            model: The model with time steps.
+            state: What it is about to load.
+            prefix: What the names of the model's tensors begin with in it.
+
+        Raises:
+            ValueError: If the state has layers that the model has no more.
+        """
+        self.record = None
+        origin, record = state.pop(prefix + ORIGIN, None), state.pop(prefix + RECORD, None)
+        if not isinstance(origin, Tensor):
+            return
+        if origin.ndim > 1:  # all tensors have a dimension of size 1 in front
+            state.update({name: value.squeeze(0) for name, value in state.items()})
+        wanted, present = origin.reshape(-1).tolist(), model.time_steps.origin
+        if not set(wanted) <= set(present):
+            raise ValueError(
+                f"model must have the layers {wanted} of the checkpoint, got {list(present)}: others were deleted "
+                "since; load it into a model that was built anew, and go on with that one"
+            )
+        if len(wanted) < len(present):
+            self.delete(model, [present.index(layer) for layer in wanted])
+        if isinstance(record, Tensor):
+            self.record = record.cpu().numpy().tobytes()
+
+    def delete(self, model: Any, kept: Sequence[int]) -> None:
+        """Delete all layers but those at these positions; there is no optimiser that could follow."""
+        replaced = model.time_steps.values
+        self.keep(model, kept)
+        setattr(replaced, REPLACED, True)
+        expire_wrappers(model)
+
+    def keep(self, model: Any, kept: Sequence[int]) -> None:
+        """Let the model itself delete them."""
+        model.keep_layers_(kept)
+
+
+def set_follower(model: nn.Module, follower: Follower | None) -> None:
+    """Let a model follow marked states in this way alone, or in none."""
+    hooks = model._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "hook", None), Follower)]:
+        del hooks[key]
+    if follower is not None:
+        model.register_load_state_dict_pre_hook(follower)
+
+
+def follower_of(model: nn.Module) -> Follower | None:
+    """What :func:`set_follower` gave a model, or None.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> type(follower_of(resnet(2, 3, 1, 4))).__name__
+        'Follower'
+    """
+    found = (getattr(hook, "hook", None) for hook in model._load_state_dict_pre_hooks.values())
+    return next((hook for hook in found if isinstance(hook, Follower)), None)
