@@ -75,7 +75,7 @@ def optimizer_of(model: nn.Module, weight_decay: float = 0.01, **options: Any) -
 
 
 def trainer(model: Any, callback: TimeStepsCallback, folder: Path, **options: Any) -> Any:
-    given = options.pop("optimizer", None)
+    given, metrics = options.pop("optimizer", None), options.pop("compute_metrics", None)
     defaults: dict[str, Any] = {
         "num_train_epochs": 4,
         "per_device_train_batch_size": BATCH,
@@ -90,6 +90,8 @@ def trainer(model: Any, callback: TimeStepsCallback, folder: Path, **options: An
         model,
         arguments,
         train_dataset=Items(),
+        eval_dataset=None if metrics is None else Items(BATCH),
+        compute_metrics=metrics,
         callbacks=[callback],
         optimizers=(given or optimizer_of(model), None),
     )

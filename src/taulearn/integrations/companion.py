@@ -153,7 +153,8 @@ class Companion:
         layers = max(self.steps.origin) + 1 if past is None else past.iterations["tau"].shape[1]
         self.recorder = Recorder(columns, layers, raw=self.steps.bounded, history=past)
         self.losses = {} if past is None else dict(enumerate(past.iterations["loss"].tolist(), start=1))
-        self.iteration, self.epochs = self.past.num_iterations, epochs
+        self.iteration = self._seen = self.past.num_iterations
+        self.epochs = epochs
         if past is None:
             self._record_epoch()
         self.past, self.state = History(), None  # another training begins anew
@@ -238,12 +239,15 @@ class Companion:
         self._row = torch.cat([part.clone() for part in row]).unsqueeze(0)
 
     def after_step(self, loss: Tensor | float | None, *, epoch: int) -> None:
-        """Note the loss, and prune where the policy counts iterations.
+        """Note the loss, and prune where the policy counts iterations; nothing where no step was taken since.
 
         Args:
             loss: Of the iteration, where known.
             epoch: Number of the epoch, from 1.
         """
+        if self.iteration == self._seen:
+            return  # gradients accumulate, or a GradScaler skipped the step
+        self._seen = self.iteration
         if loss is not None:
             self.losses[self.iteration] = loss.detach() if isinstance(loss, Tensor) else loss
         if self.pruner is not None and self.pruner.every is not None:

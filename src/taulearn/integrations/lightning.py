@@ -119,7 +119,6 @@ class TimeStepsCallback(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measure, where the policy asks for it."""
-        self._before = self._companion.iteration
         self._companion.start_iteration()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -129,9 +128,8 @@ class TimeStepsCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note the loss; prune where the policy counts iterations."""
-        if self._companion.iteration > self._before:
-            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            self._companion.after_step(loss if isinstance(loss, Tensor) else None, epoch=trainer.current_epoch + 1)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        self._companion.after_step(loss if isinstance(loss, Tensor) else None, epoch=trainer.current_epoch + 1)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Prune, where the policy counts epochs."""

@@ -1,0 +1,55 @@
+"""What both callbacks do beside a loop, where the loop is one of ours: steps that a GradScaler skips."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import taulearn
+from taulearn import Pruning
+from taulearn.integrations.companion import Companion
+from taulearn.penalties import L1
+
+SKIPPED = (1, 2, 5)
+
+
+@pytest.mark.parametrize("options", [{"fused": False, "foreach": False}, {"fused": True}])
+@pytest.mark.parametrize("order", ["as Lightning", "as Trainer"])
+def test_steps_that_a_scaler_skips_are_none(options: dict[str, Any], order: str) -> None:
+    """They are not recorded, and nothing is deleted after them: fused optimisers are called all the same."""
+    torch.manual_seed(0)
+    model = taulearn.nn.resnet(4, 6, 2, 5, init=[0.5, 0.1, 0.2, 0.3, 0.4])
+    optimizer = torch.optim.Adam(taulearn.parameter_groups(model, lr=1e-2), **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    companion = Companion([L1(0.1)], Pruning(target_blocks=3, every=2), progress=False)
+    companion.begin(model, optimizer, epochs=1, per_epoch=12, processes=1, averages=list)
+    inputs, expected, looks = torch.randn(8, 4), [], []
+    look = companion._prune
+    companion._prune = lambda *a, **k: (looks.append(companion.iteration), look(*a, **k))  # type: ignore[method-assign]
+    with ExitStack() as training:
+        if order == "as Trainer":
+            training.callback(optimizer.register_step_pre_hook(lambda *_: companion.before_step()).remove)
+        companion.constrained(training)
+        for iteration in range(12):
+            optimizer.zero_grad()
+            tau = np.full(5, np.nan)
+            tau[list(model.time_steps.origin)] = model.time_steps.tau.tolist()
+            scaler.scale(nn.functional.cross_entropy(model(inputs), torch.arange(8) % 2)).backward()
+            if iteration in SKIPPED:
+                model.head.weight.grad.fill_(float("inf"))
+            else:
+                expected.append(tau)
+            scaler.unscale_(optimizer)
+            if order == "as Lightning":
+                companion.before_step()
+            scaler.step(optimizer)
+            scaler.update()
+            companion.after_step(None, epoch=1)
+    found = companion.history().iterations["tau"]
+    np.testing.assert_allclose(found, np.array(expected), rtol=0, atol=1e-7)
+    assert looks == list(range(1, 10))
+    assert all(d.iteration % 2 == 0 for d in companion.history().deletions)
+    assert not optimizer._optimizer_step_post_hooks
