@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .nn.following import REPLACED
+from .nn.following import REPLACED as REPLACED
 from .nn.schemes import Scheme
 from .nn.time_steps import TimeSteps
 

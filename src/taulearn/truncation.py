@@ -13,7 +13,7 @@ import math
 import torch
 from torch import nn
 
-from ._deletion import _REPLACED, all_or_nothing
+from ._deletion import REPLACED, all_or_nothing
 from ._errors import positive_integer
 from .nn.network import TimeVariableNetwork
 from .pruning import DeletedLayer, PruneReport, prune, shares
@@ -89,7 +89,7 @@ def _cut(network: TimeVariableNetwork, depth: int) -> None:
         ends = list(network.head) if type(network.head) is nn.Sequential else [network.head]
         network.head = nn.Sequential(*maps, *ends)
     kept = range(depth)
-    setattr(network.time_steps.values, _REPLACED, True)
+    setattr(network.time_steps.values, REPLACED, True)
     network.time_steps.keep_(kept)
     network.skips.keep_(kept)
     network.layers = nn.ModuleList(network.layers[l] for l in kept)

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint as ModelCheckpoint
 
-from taulearn.integrations.lightning import TimeStepsCallback  # noqa: E402  it needs what is asked for above
+from taulearn.integrations.lightning import TimeStepsCallback
 
 EPOCHS = 5
 

@@ -11,7 +11,7 @@ from torch import nn
 import taulearn
 from taulearn import Pruning
 from taulearn.integrations.companion import Companion
-from taulearn.penalties import L1
+from taulearn.penalties import L1, L2
 
 SKIPPED = (1, 2, 5)
 
@@ -24,7 +24,7 @@ def test_steps_that_a_scaler_skips_are_none(options: dict[str, Any], order: str)
     model = taulearn.nn.resnet(4, 6, 2, 5, init=[0.5, 0.1, 0.2, 0.3, 0.4])
     optimizer = torch.optim.Adam(taulearn.parameter_groups(model, lr=1e-2), **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    companion = Companion([L1(0.1)], Pruning(target_blocks=3, every=2), progress=False)
+    companion = Companion([L2(0.1)], Pruning(target_blocks=3, every=2), progress=False)
     companion.begin(model, optimizer, epochs=1, per_epoch=12, processes=1, averages=list)
     inputs, expected, looks = torch.randn(8, 4), [], []
     look = companion._prune
@@ -34,6 +34,7 @@ def test_steps_that_a_scaler_skips_are_none(options: dict[str, Any], order: str)
             training.callback(optimizer.register_step_pre_hook(lambda *_: companion.before_step()).remove)
         companion.constrained(training)
         for iteration in range(12):
+            companion.start_iteration()
             optimizer.zero_grad()
             tau = np.full(5, np.nan)
             tau[list(model.time_steps.origin)] = model.time_steps.tau.tolist()
@@ -53,3 +54,11 @@ def test_steps_that_a_scaler_skips_are_none(options: dict[str, Any], order: str)
     assert looks == list(range(1, 10))
     assert all(d.iteration % 2 == 0 for d in companion.history().deletions)
     assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("options", [{"target_blocks": 3}, {"target_latency_ms": 1.0, "penalised": "all"}])
+def test_the_penalty_of_a_target_is_not_the_users(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="penalties must not contain L1 where pruning has a target"):
+        Companion([L1(0.1)], Pruning(**options), progress=False)
+    Companion([L1(0.1)], Pruning(target_blocks=3, penalised="none"), progress=False)
+    Companion([L2(0.1)], Pruning(**options), progress=False)

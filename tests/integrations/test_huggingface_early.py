@@ -1,4 +1,4 @@
-"""What cannot be carried out at the end of a training of Trainer is refused before its first step; its remedies work."""
+"""What Trainer could not carry out at its end is refused before its first step; the remedies work."""
 
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,9 @@ def test_the_best_checkpoint_is_loaded_into_a_model_built_anew(make: Any, tmp_pa
     stop = transformers.EarlyStoppingCallback(early_stopping_patience=2)
     training = evaluating(model, callback, tmp_path, stop, num_train_epochs=4)
     training.train()
-    layers = {int(i): int(n) for i, n in zip(*(callback.history.epochs[k] for k in ("iteration", "layers")), strict=True)}
+    layers = {
+        int(i): int(n) for i, n in zip(*(callback.history.epochs[k] for k in ("iteration", "layers")), strict=True)
+    }
     assert training.state.global_step == 30
     folder, best = training.state.best_model_checkpoint, make()
     assert Path(folder).name == "checkpoint-10"
@@ -103,7 +105,9 @@ def test_models_that_trainer_makes_itself_are_resumed(tmp_path: Path) -> None:
     def run(**resume: Any) -> tuple[Any, TimeStepsCallback]:
         callback = TimeStepsCallback(pruning=Pruning(target_blocks=3), progress=False)
         arguments = trainer(vit(), TimeStepsCallback(), tmp_path, save_strategy="epoch", learning_rate=1e-2).args
-        training = transformers.Trainer(model_init=lambda: vit(), args=arguments, train_dataset=Items(), callbacks=[callback])
+        training = transformers.Trainer(
+            model_init=lambda: vit(), args=arguments, train_dataset=Items(), callbacks=[callback]
+        )
         training.train(**resume)
         return training.model, callback
 

@@ -13,10 +13,10 @@ from integrations.lightning_runs import (
     Built,
     Itself,
     Late,
+    ModelCheckpoint,
     Wrapped,
     batches,
     equal,
-    ModelCheckpoint,
     loss_of,
     pruning,
     tensors,
@@ -179,7 +179,7 @@ def test_several_models_with_time_steps_are_refused_before_the_first_step() -> N
             self.model, self.other = taulearn.nn.resnet(6, 8, 3, 5), taulearn.nn.resnet(6, 8, 3, 4)
 
     training = trainer(TimeStepsCallback(pruning=Pruning(0.1)))
-    with pytest.raises(TypeError, match=r"must contain one model with time steps, got a Two with 2 \('model', 'other'\)"):
+    with pytest.raises(TypeError, match=r"must contain one model .*a Two with 2 \('model', 'other'\)"):
         training.fit(Two(), batches())
     assert training.global_step == 0
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._deletion import prunable_of
 from ..files import tensor_bytes
-from ..nn.following import ORIGIN, RECORD, Follower, follower_of, set_follower
+from ..nn.following import ORIGIN, RECORD, Follower, set_follower
 from ..nn.time_steps import TimeSteps
 from ..penalties import time_steps_of
 from ..pruning import prune
@@ -58,14 +58,14 @@ def mark_(
         state: The state dict of the model, or of something that contains it.
         prefix: What the names of the model's tensors begin with in it.
         record: What :attr:`Follower.record` is to be once the state is loaded.
-        lifted: Whether all tensors get a dimension of size 1 in front, so that who does not know the mark cannot load
-            them: transformers passes over names that it does not know.
+        lifted: Whether the model's tensors get a dimension of size 1 in front, so that who does not know the mark
+            cannot load them: transformers passes over names that it does not know.
     """
     state[prefix + ORIGIN] = torch.tensor(time_steps_of(model).origin)
     if record is not None:
         state[prefix + RECORD] = torch.frombuffer(bytearray(tensor_bytes(record, {})), dtype=torch.uint8)
     if lifted:
-        state.update({name: value.unsqueeze(0) for name, value in state.items()})
+        state.update({name: value.unsqueeze(0) for name, value in state.items() if name.startswith(prefix)})
 
 
 class Marker:

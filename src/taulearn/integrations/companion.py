@@ -15,11 +15,12 @@ from .._deletion import all_or_nothing, check_holds, check_holds_steps
 from .._distributed import refuse_distributed
 from ..optim import group_of, register_projection
 from ..penalties import Penalty, time_steps_of
-from ..pruning import Pruning, PruneReport, prune
+from ..pruning import PruneReport, Pruning, prune
 from ..training.checks import check_pruning
 from ..training.history import Deletion, History, Recorder
 from ..training.objective import as_penalties
 from ..training.pruner import Pruner
+from ..training.target import SteeredL1
 from .checkpoints import models_with_time_steps
 
 
@@ -78,7 +79,7 @@ class Companion:
 
     Raises:
         TypeError: If ``pruning`` is no policy.
-        ValueError: If a penalty needs data, which callbacks do not have.
+        ValueError: If a penalty needs data, which callbacks do not have, or is that of the target of pruning.
     """
 
     def __init__(self, penalties: Penalty | Sequence[Penalty], pruning: Pruning | None, *, progress: bool) -> None:
@@ -91,6 +92,11 @@ class Companion:
                 )
         if pruning is not None and not isinstance(pruning, Pruning):
             raise TypeError(f"pruning must be a Pruning policy, got {pruning!r}: write pruning=taulearn.Pruning(0.01)")
+        steered = pruning is not None and pruning.targeted and pruning.penalised != "none"
+        if steered and any(penalty.name == SteeredL1.name for penalty in self.penalties):
+            raise ValueError(
+                "penalties must not contain L1 where pruning has a target: the controller finds its weight"
+            )
         self.past = History()
         self.state: Mapping[str, Any] | None = None
         self.losses: dict[int, float | Tensor] = {}
@@ -288,8 +294,9 @@ class Companion:
         averaged = self.averaged()
         with all_or_nothing([self.model, *averaged], self.optimizer):
             report = self.pruner.prune(self.iteration, None)
-            for each in averaged if report is not None else ():
-                prune(each, keep=report.kept)
+            if report is not None:
+                for each in averaged:
+                    prune(each, keep=report.kept)
         return report
 
     def _flushed(self) -> Recorder:

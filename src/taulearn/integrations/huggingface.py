@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..files import write_tensors
 from ..nn.following import ORIGIN, REPLACED, Follower, follower_of
 from ..penalties import Penalty
 from ..pruning import Pruning
@@ -45,8 +46,8 @@ class TimeStepsCallback(TrainerCallback):
     in the optimiser, whose other state stays as it is.
 
     Trainer's checkpoints hold the time steps, the numbers of the layers that are left, and the record: training resumes
-    from them, wherever they lie, with a model that was built and wrapped as at the start. They are for that alone;
-    ``taulearn.save_model`` writes the model itself.
+    from them, wherever they lie, with a model that was built and wrapped as at the start. They are for that, and for
+    :func:`load_checkpoint`; ``taulearn.save_model`` writes the model itself.
 
     Args:
         penalties: Added to the loss; those that need the states of the forward pass are not possible here.
@@ -59,8 +60,9 @@ class TimeStepsCallback(TrainerCallback):
 
     Raises:
         ValueError: If a penalty needs data; when training starts, if the model cannot be pruned, several processes are
-            to prune it, it is trained in float16 without clipping, Trainer did not have the callback when it was made,
-            or a checkpoint is resumed that was written without it.
+            to prune it, the best model is to be loaded at the end of pruning, DeepSpeed is used, it is trained in
+            float16 without clipping, or a checkpoint is resumed that was written without the callback, or whose missing
+            layers the optimiser could not follow.
 
     Example:
         >>> from taulearn import Pruning
@@ -96,8 +98,7 @@ class TimeStepsCallback(TrainerCallback):
         self._training.close()  # of a training that failed
         model, optimizer = model_with_time_steps(kwargs["model"]), _bare(kwargs["optimizer"])
         _check_arguments(args, prunes=self._companion.policy is not None)
-        if args.save_strategy != "no":
-            _check_saves(kwargs["model"], model)
+        whole = getattr(kwargs["model"], "_orig_mod", kwargs["model"])
         self._control, companion, follower = control, self._companion, follower_of(model)
         stale = any(getattr(p, REPLACED, False) for group in optimizer.param_groups for p in group["params"])
         if state.global_step and (follower is None or stale):
@@ -115,19 +116,30 @@ class TimeStepsCallback(TrainerCallback):
         )
         self._training.callback(companion.end)
         self._training.callback(self._step.close)
-        for module in kwargs["model"].modules():
+        self._lifted = bool(getattr(whole, "peft_config", None)) or (is_pretrained(whole) and whole is not model)
+        if self._lifted:
+            self._replace_saving(whole, _SaveState(whole, state))
+        for module in whole.modules():
             guard = vars(module).get("save_pretrained")
             guard = guard.guard if isinstance(guard, _SaveCheckpoint) else guard  # of a training that failed
             if isinstance(guard, SavePretrained):
-                vars(module)["save_pretrained"] = _SaveCheckpoint(guard, model, state, self._record)
-                self._training.callback(vars(module).__setitem__, "save_pretrained", guard)
-        if not is_pretrained(kwargs["model"]):  # Trainer saves the state dict itself
+                self._replace_saving(module, _SaveCheckpoint(guard, model, state, self._record))
+        if not isinstance(vars(whole).get("save_pretrained"), _SaveCheckpoint):  # the state dict itself is saved
             for each in (model, *companion.averaged()):
                 marking = each.register_state_dict_post_hook(lambda *args: self._mark(*args))
                 self._training.callback(marking.remove)
         companion.warn_of_decay(
             "hand Trainer optimizers=(torch.optim.AdamW(taulearn.parameter_groups(model, lr, weight_decay=...)), None)"
         )
+
+    def _replace_saving(self, module: nn.Module, saving: Callable[..., Any]) -> None:
+        """Let the module save in another way until training ends."""
+        own = vars(module).get("save_pretrained")
+        vars(module)["save_pretrained"] = saving
+        if own is None:
+            self._training.callback(vars(module).pop, "save_pretrained")
+        else:
+            self._training.callback(vars(module).__setitem__, "save_pretrained", own)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the penalties the epoch."""
@@ -168,7 +180,8 @@ class TimeStepsCallback(TrainerCallback):
 
     def _mark(self, model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         if self._control.should_save:  # whoever asked for it; else somebody else reads the weights
-            mark_(model, state, prefix, record=self._record() if model is self._companion.model else None)
+            record = self._record() if model is self._companion.model else None
+            mark_(model, state, prefix, record=record, lifted=self._lifted)
 
     def _record(self) -> dict[str, Tensor]:
         """The record, and how far the policy is, as tensors."""
@@ -205,11 +218,30 @@ class _SaveCheckpoint:
             return self.guard(save_directory, *args, **kwargs)
         state = dict(kwargs.pop("state_dict", None) or self.guard.model.state_dict())
         if self.guard.model is self.model:
-            mark_(self.model, state, record=self.record(), lifted=True)
+            prefix = "_orig_mod." if "_orig_mod.time_steps.values" in state else ""  # Trainer has it compiled
+            mark_(self.model, state, prefix, record=self.record(), lifted=True)
         if "save_original_format" in inspect.signature(self.guard.inner).parameters:
             # Trainer resumes by load_state_dict, which does not know the names of older checkpoints
             kwargs.setdefault("save_original_format", False)
         return self.guard.inner(save_directory, *args, state_dict=state, **kwargs)
+
+
+class _SaveState:
+    """``save_pretrained`` while Trainer trains, of a model of which it would leave out the time steps.
+
+    PEFT saves adapters alone; transformers does not mark a part that is wrapped.
+    """
+
+    def __init__(self, model: nn.Module, state: Any) -> None:
+        self.model, self.state, self.inner = model, state, cast(Any, model).save_pretrained
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(save_directory)
+        if folder.name != f"checkpoint-{self.state.global_step}":
+            return self.inner(save_directory, *args, **kwargs)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = kwargs.get("state_dict") or self.model.state_dict()
+        return write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
 def _check_arguments(args: Any, *, prunes: bool) -> None:
@@ -233,21 +265,6 @@ def _check_arguments(args: Any, *, prunes: bool) -> None:
         )
 
 
-def _check_saves(whole: nn.Module, model: nn.Module) -> None:
-    """Refuse a model whose checkpoints in Trainer would lack the time steps."""
-    if getattr(whole, "peft_config", None):
-        raise ValueError(
-            "save_strategy must be 'no' for a model with PEFT's adapters, got another: Trainer would save the adapters "
-            "alone, neither the time steps nor which layers are left. After training, save with taulearn.save_model"
-        )
-    if is_pretrained(whole) and whole is not model:
-        raise ValueError(
-            f"save_strategy must be 'no' where a part of the model is wrapped, here its {type(model).__name__}, got "
-            "another: transformers would save the part without its mark. Wrap the whole model, "
-            "taulearn.wrap(model, blocks, example_inputs=...)"
-        )
-
-
 def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Load a checkpoint that Trainer wrote with the callback: weights, time steps, and which layers are left.
 
@@ -262,8 +279,7 @@ def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if not file.is_file():
         raise ValueError(f"folder must be a checkpoint of Trainer, with model.safetensors in it, got {str(folder)!r}")
     found = model_with_time_steps(model)
-    follower = follower_of(found)
-    if follower is None:
+    if follower_of(found) is None:
         follow_states(found)
     tensors = safetensors.torch.load_file(file)
     if not any(name.endswith(ORIGIN) for name in tensors):

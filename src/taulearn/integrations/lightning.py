@@ -30,7 +30,10 @@ class TimeStepsCallback(Callback):
     model and in the optimiser, whose other state stays as it is.
 
     Checkpoints hold the time steps, the numbers of the layers that are left, and the record: training resumes from them
-    with a module that was built as at the start.
+    with a module that was built as at the start, and ``load_from_checkpoint`` loads them. From the first training on,
+    the module's ``state_dict()`` says which layers are left.
+
+    Averages that torch's AveragedModel or Lightning's callbacks keep of the weights lose the same layers.
 
     Args:
         penalties: Added to the loss; those that need the states of the forward pass are not possible here.
