@@ -94,26 +94,26 @@ def test_deepspeed_is_refused_before_the_first_step(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_the_model_alone_are_resumed(tmp_path: Path) -> None:
-    trainer(vit(), pruning_callback(), tmp_path, save_strategy="epoch", save_only_model=True).train()
-    callback, model = pruning_callback(), vit()
+    trainer(Plain(), pruning_callback(), tmp_path, save_strategy="epoch", save_only_model=True).train()
+    callback, model = pruning_callback(), Plain()
     trainer(model, callback, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-30"))
     assert callback.history.num_iterations == 40
-    assert model.time_steps.num_steps < 5
+    assert model.network.time_steps.num_steps < 5
 
 
 def test_models_that_trainer_makes_itself_are_resumed(tmp_path: Path) -> None:
     def run(**resume: Any) -> tuple[Any, TimeStepsCallback]:
         callback = TimeStepsCallback(pruning=Pruning(target_blocks=3), progress=False)
-        arguments = trainer(vit(), TimeStepsCallback(), tmp_path, save_strategy="epoch", learning_rate=1e-2).args
+        arguments = trainer(Plain(), TimeStepsCallback(), tmp_path, save_strategy="epoch", learning_rate=1e-2).args
         training = transformers.Trainer(
-            model_init=lambda: vit(), args=arguments, train_dataset=Items(), callbacks=[callback]
+            model_init=lambda: Plain(), args=arguments, train_dataset=Items(), callbacks=[callback]
         )
         training.train(**resume)
         return training.model, callback
 
     model, callback = run()
     again, same = run(resume_from_checkpoint=str(tmp_path / "checkpoint-30"))
-    assert model.time_steps.num_steps == 3
+    assert model.network.time_steps.num_steps == 3
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
     assert same.history.deletions == callback.history.deletions
 
@@ -127,21 +127,21 @@ def test_a_batch_size_that_is_found_begins_anew(tmp_path: Path) -> None:
                 self.full = False
                 raise RuntimeError("CUDA out of memory.")
 
-    model, callback = vit(), TimeStepsCallback(pruning=Pruning(target_blocks=3), progress=False)
+    model, callback = Plain(), TimeStepsCallback(pruning=Pruning(target_blocks=3), progress=False)
     optimizer = optimizer_of(model)
     training = trainer(model, callback, tmp_path, optimizer=optimizer, auto_find_batch_size=True)
     training.add_callback(Full())
     training.train()
     assert callback.history.num_iterations == training.state.global_step > 40
-    assert model.time_steps.num_steps == 3
+    assert model.network.time_steps.num_steps == 3
     assert not optimizer._optimizer_step_post_hooks
 
 
 def test_trained_twice_with_one_trainer(tmp_path: Path) -> None:
-    model, callback = vit(), pruning_callback()
+    model, callback = Plain(), pruning_callback()
     training = trainer(model, callback, tmp_path)
     training.train()
-    layers = model.time_steps.num_steps
+    layers = model.network.time_steps.num_steps
     training.train()
     assert callback.history.epochs["layers"][0] == layers < 5
     assert callback.history.num_iterations == 40

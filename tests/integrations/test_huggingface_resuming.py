@@ -94,7 +94,7 @@ def test_a_checkpoint_without_the_record_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_callback_that_trainer_did_not_have_from_the_start(tmp_path: Path) -> None:
-    """A model deletes the layers that a checkpoint lacks by itself; an optimiser of the user's must be told."""
+    """It is refused where checkpoints are written, unless the model follows them."""
 
     arguments = trainer(Plain(), TimeStepsCallback(), tmp_path, num_train_epochs=4, save_strategy="epoch").args
 
@@ -108,10 +108,11 @@ def test_a_callback_that_trainer_did_not_have_from_the_start(tmp_path: Path) -> 
         return training
 
     training = late(pruning_callback(), follow=False)
+    with pytest.raises(ValueError, match=r"callbacks must hold this callback when Trainer is made, .*follow_states"):
+        training.train()
+    training = late(pruning_callback(), follow=True)
     training.train()
     assert training.model.network.time_steps.num_steps < 5
     callback = pruning_callback()
-    with pytest.raises(ValueError, match=r"callbacks must hold this callback when Trainer is made, .*follow_states"):
-        late(callback, follow=False).train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
     late(callback, follow=True).train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
     assert callback.history.num_iterations == 40

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_tensors
-from ..nn.following import ORIGIN, REPLACED, Follower, follower_of
+from ..nn.following import ORIGIN, Follower, follower_of
 from ..penalties import Penalty
 from ..pruning import Pruning
 from ..training.history import History
 from ..training.plain import from_plain, to_plain
 from ..wrapping.transformers import SavePretrained, is_pretrained
-from .checkpoints import follow_states, mark_
+from .checkpoints import OptimizerFollower, follow_states, mark_
 from .companion import Companion, averages_in, model_with_time_steps, warn_of_frozen
 
 try:
@@ -32,9 +32,10 @@ except ImportError as error:
 
 _PRUNER = "pruner.json"
 _LATE = (
-    "callbacks must hold this callback when Trainer is made, got it added later: the optimizer did not follow the "
-    "layers that the checkpoint lacks. Write Trainer(model, arguments, callbacks=[callback]), or call "
-    "taulearn.integrations.checkpoints.follow_states(model, optimizer) where they are made"
+    "callbacks must hold this callback when Trainer is made, got it added later: an optimizer of yours would not "
+    "follow the layers that a checkpoint lacks, and no checkpoint could be resumed. Write Trainer(model, arguments, "
+    "callbacks=[callback]), or call taulearn.integrations.checkpoints.follow_states(model, optimizer) where they are "
+    "made"
 )
 
 
@@ -61,8 +62,8 @@ class TimeStepsCallback(TrainerCallback):
     Raises:
         ValueError: If a penalty needs data; when training starts, if the model cannot be pruned, several processes are
             to prune it, the best model is to be loaded at the end of pruning, DeepSpeed is used, it is trained in
-            float16 without clipping, or a checkpoint is resumed that was written without the callback, or whose missing
-            layers the optimiser could not follow.
+            float16 without clipping, Trainer writes checkpoints and did not have the callback when it was made, or one
+            is resumed that was written without it.
 
     Example:
         >>> from taulearn import Pruning
@@ -81,6 +82,7 @@ class TimeStepsCallback(TrainerCallback):
     ) -> None:
         self._companion = Companion(penalties, pruning, progress=progress)
         self._training, self._step = ExitStack(), ExitStack()
+        self._early = False
 
     @property
     def history(self) -> History:
@@ -91,6 +93,7 @@ class TimeStepsCallback(TrainerCallback):
         """Let the model follow a checkpoint that Trainer loads into it."""
         model = model_with_time_steps(kwargs["model"])
         follow_states(model, kwargs.get("optimizer"))
+        self._early = True
         warn_of_frozen(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -100,8 +103,8 @@ class TimeStepsCallback(TrainerCallback):
         _check_arguments(args, prunes=self._companion.policy is not None)
         whole = getattr(kwargs["model"], "_orig_mod", kwargs["model"])
         self._control, companion, follower = control, self._companion, follower_of(model)
-        stale = any(getattr(p, REPLACED, False) for group in optimizer.param_groups for p in group["params"])
-        if state.global_step and (follower is None or stale):
+        late = not self._early and not isinstance(follower, OptimizerFollower)
+        if late and (state.global_step or args.save_strategy != "no"):
             raise ValueError(_LATE)
         companion.past, companion.state = History(), None
         if state.global_step:
