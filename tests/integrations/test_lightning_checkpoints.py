@@ -24,7 +24,7 @@ from integrations.lightning_runs import (
     trainer,
 )
 from taulearn import Pruning
-from taulearn.integrations.checkpoints import follow_states, mark_, mark_states
+from taulearn.integrations.checkpoints import follow_states, mark_, mark_states, models_with_time_steps
 from taulearn.integrations.lightning import TimeStepsCallback
 from taulearn.nn.following import ORIGIN
 
@@ -199,6 +199,19 @@ def test_wrappers_that_hand_the_steps_on_are_not_marked() -> None:
     names = [name for name in module.state_dict() if name.endswith(ORIGIN)]
     assert names == [f"compiled._orig_mod.{ORIGIN}", f"around.inner.{ORIGIN}"]
     module.load_state_dict(module.state_dict())
+
+
+def test_of_several_that_hold_the_same_steps_it_is_the_one_that_can_be_pruned() -> None:
+    """Whether it comes before or after those that only show them."""
+
+    class Shows(nn.Module):
+        def __init__(self, steps: nn.Module) -> None:
+            super().__init__()
+            self.time_steps = steps
+
+    network = taulearn.nn.resnet(6, 8, 3, 5)
+    module = nn.ModuleDict({"a": Shows(network.time_steps), "network": network, "z": Shows(network.time_steps)})
+    assert models_with_time_steps(module) == {"network": network}
 
 
 def host_of() -> nn.Module:
