@@ -1,15 +1,28 @@
 """Files that are whole or absent: written aside, synced, renamed; read with a clear word on what is wrong."""
 
+import errno
+import functools
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _PACKED = "taulearn"
+_VIEWED = "dtypes"
+"""Under what the metadata say of which type a tensor is that is stored as a view of others."""
+
+_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What file systems say that have no such thing as syncing."""
+_NO_FOLDERS = _NO_SYNC | {errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
+"""What systems say besides on which folders cannot be opened (Windows) or synced (network and shared folders)."""
+_PAUSES = (0.01, 0.05, 0.2, 0.5)
+"""Seconds between attempts at a file that another program holds open, as a virus scanner on Windows does."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -34,66 +47,204 @@ def write_bytes(path: Path, content: bytes) -> None:
         with aside.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+            sync(file.fileno())
+        move(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def move(aside: Path, path: Path) -> None:
+    """Let a file that was written aside take the place of another, or of none.
+
+    Args:
+        aside: The file.
+        path: Its new name, in the same folder.
+
+    Raises:
+        OSError: If that cannot be; on Windows, if another program keeps the old file open.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            aside.replace(path)
+            break
+        except PermissionError:
+            if pause is None:
+                raise
+            time.sleep(pause)
+    _sync_folder(path.parent)
+
+
+def sync(descriptor: int) -> None:
+    """Bring an open file's content to the disk, where the file system can be asked to.
+
+    Args:
+        descriptor: Of the file.
+
+    Raises:
+        OSError: If the content cannot be brought there.
+    """
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
-def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can be asked to."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDERS:
+            raise
+
+
+def tensor_bytes(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str], argument: str = "tensors") -> bytes:
     """The content of a safetensors file.
 
     Args:
-        tensors: Any devices and strides; shared storage is written once per name.
+        tensors: Any devices, strides and types; shared storage is written once per name.
         metadata: Strings beside them.
+        argument: What the caller calls the tensors, for the error.
 
     Returns:
         The bytes.
+
+    Raises:
+        TypeError: If a tensor has no numbers that could be written, or not as a dense array.
 
     Example:
         >>> import torch
         >>> len(tensor_bytes({"a": torch.zeros(2)}, {})) > 8
         True
     """
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    from safetensors.torch import save
+
+    plain, dtypes = {}, {}
+    for name, tensor in tensors.items():
+        value = _dense(argument, name, tensor)
+        if not _is_held(value.dtype):
+            dtypes[name] = str(value.dtype).removeprefix("torch.")
+            value = value.unsqueeze(-1).view(_numbers(value.dtype))
+        plain[name] = value
+    metadata = dict(metadata) | ({_VIEWED: json.dumps(dtypes, sort_keys=True)} if dtypes else {})
     # safetensors writes several metadata entries in no fixed order; as one, equal content gives equal bytes
-    packed = {_PACKED: json.dumps(dict(metadata), sort_keys=True)} if len(metadata) > 1 else dict(metadata)
-    return serialise(plain, packed)
+    packed = {_PACKED: json.dumps(metadata, sort_keys=True)} if len(metadata) > 1 else metadata
+    return save(plain, packed)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def check_tensors(tensors: "Mapping[str, Tensor]", argument: str) -> None:
+    """Refuse tensors that :func:`tensor_bytes` would refuse, without copying those that it would not.
+
+    Args:
+        tensors: By name.
+        argument: What the caller calls them, for the error.
+
+    Raises:
+        TypeError: Naming the first one.
+    """
+    for name, tensor in tensors.items():
+        why = _unwritable(tensor)
+        if why:
+            raise TypeError(f"{argument} must hold tensors of numbers that a file can hold, got {name!r}, {why}")
+
+
+def _dense(argument: str, name: str, tensor: "Tensor") -> "Tensor":
+    """The tensor's numbers, one after the other, on the CPU, and on their own."""
+    check_tensors({name: tensor}, argument)
+    try:
+        return tensor.detach().cpu().contiguous().clone()
+    except (RuntimeError, NotImplementedError) as error:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"{argument} must hold tensors of numbers that a file can hold, got {name!r} of type {kind}, which torch "
+            f"does not copy ({str(error).splitlines()[0]}): keep it in a type of whole bytes, int8 or uint8 for instance"
+        ) from error
+
+
+def _unwritable(tensor: "Tensor") -> str:
+    """Why a tensor cannot be written, and what to do; empty where it can."""
+    import torch
+    from torch.nn.parameter import is_lazy
+
+    if not isinstance(tensor, torch.Tensor):
+        return f"a {type(tensor).__name__}: make it a buffer"
+    if is_lazy(tensor):
+        return "which has no shape yet: call the model once on a batch before"
+    if tensor.is_meta:
+        return "which is on the meta device and has no values: give it some (to_empty, load_state_dict) before"
+    if tensor.is_nested:
+        return "which is nested: keep it padded (to_padded_tensor), or take it out of the state dict"
+    if tensor.layout != torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        return f"of layout {layout}: make it dense (to_dense), or take it out of the state dict (persistent=False)"
+    if tensor.is_quantized:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        return f"which is quantized ({kind}): save the model before it is quantized, or dequantize it"
+    try:
+        empty = not tensor.numel() or bool(tensor.data_ptr())
+    except RuntimeError:
+        empty = False
+    if not empty:
+        return f"a {type(tensor).__name__} without values of its own: turn it into a plain tensor before"
+    return ""
+
+
+@functools.cache
+def _is_held(dtype: "torch.dtype") -> bool:
+    """Whether the installed safetensors has such a type of numbers."""
+    import torch
+    from safetensors.torch import save
+
+    try:
+        return bool(save({"": torch.empty(0, dtype=dtype)}))
+    except KeyError:
+        return False
+
+
+def _numbers(dtype: "torch.dtype") -> "torch.dtype":
+    """As which numbers others are stored, one dimension more: pairs where they are complex, else bytes."""
+    import torch
+
+    return {torch.complex128: torch.float64, torch.complex32: torch.float16}.get(dtype, torch.uint8)
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> None:
     """Write named tensors as safetensors, whole or not at all.
 
     Args:
         path: Where.
-        tensors: Any devices and strides; shared storage is written once per name.
+        tensors: Any devices, strides and types; shared storage is written once per name.
         metadata: Strings beside them.
 
     Raises:
         OSError: If the file cannot be written.
+        TypeError: If a tensor has no numbers that could be written.
     """
     write_bytes(path, tensor_bytes(tensors, metadata))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """Read a safetensors file.
 
     Args:
         path: Where.
 
     Returns:
-        The tensors, on the CPU, and the metadata.
+        The tensors, on the CPU, and the metadata. Nothing holds on to the file, which can be replaced on Windows, too.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged.
     """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -102,8 +253,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             if _PACKED in metadata:
                 metadata = {str(k): str(v) for k, v in json.loads(metadata[_PACKED]).items()}
             names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, metadata
-    except (SafetensorError, AttributeError, ValueError, RuntimeError) as error:
+            tensors = {name: file.get_tensor(name).clone() for name in names}
+        for name, kind in json.loads(metadata.pop(_VIEWED, "{}")).items():
+            tensors[name] = tensors[name].view(getattr(torch, kind)).squeeze(-1)
+        return tensors, metadata
+    except (SafetensorError, AttributeError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} must be a safetensors file, got a damaged one ({error}): restore or delete it"
         ) from error

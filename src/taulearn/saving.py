@@ -21,7 +21,7 @@ from ._architecture import build, describe, differences
 from ._deletion import all_or_nothing, prunable_of
 from ._distributed import refuse_distributed
 from ._manifest import Manifest, Network, Wrapped, read_manifest, short
-from .files import read_tensors, tensor_bytes, write_bytes
+from .files import check_tensors, move, read_tensors, tensor_bytes, write_bytes
 from .nn.network import TimeVariableNetwork
 from .nn.time_steps import TimeSteps
 from .pruning import prune
@@ -44,7 +44,8 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: The folder, made if missing. Other files in it are left alone.
 
     Raises:
-        TypeError: If the model has no time steps, or its state dict holds something other than tensors.
+        TypeError: If the model has no time steps, or its state dict holds something other than dense tensors of numbers
+            (sparse, quantized, nested, on the meta device); nothing is written then.
         ValueError: If its parameters are sharded.
         OSError: If the files cannot be written.
 
@@ -59,14 +60,10 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
     refuse_distributed("model", model, "save")
     inner = _check("model", model)
     state = folded_state(inner)
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"model must have a state dict of tensors, got a {type(value).__name__} at {name!r}: make it a buffer"
-            )
+    check_tensors(state, "model")
     if wrapping_of(inner) is not None:
         state = {name: value.unsqueeze(0) for name, value in state.items()}
-    content = tensor_bytes(state, {"kind": "taulearn weights"})
+    content = tensor_bytes(state, {"kind": "taulearn weights"}, "model")
     manifest = describe(inner, hashlib.sha256(content).hexdigest())
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -76,7 +73,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / _ASIDE, manifest.model_dump_json(indent=2).encode() + b"\n")
     write_bytes(folder / _WEIGHTS, content)
-    (folder / _ASIDE).replace(folder / _MANIFEST)
+    move(folder / _ASIDE, folder / _MANIFEST)
 
 
 @overload

@@ -1,11 +1,11 @@
 """Downloads: several mirrors, a progress bar, the content checked before the file gets its name."""
 
-import os
 import re
 import uuid
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..files import move, sync
 from .files import DataError, DataFile, check
 
 _CHUNK = 1 << 16
@@ -45,7 +45,7 @@ def download(file: DataFile, root: Path) -> Path:
         try:
             _transfer(url, part, file)
             check(file, part)
-            part.replace(destination)
+            move(part, destination)
             return destination
         except RequestException as error:
             failures.append(f"{url}: {_reason(error)}")
@@ -87,7 +87,7 @@ def _transfer(url: str, part: Path, file: DataFile) -> None:
         with part.open("xb") as stream:
             downloader(url=url, output_file=_Limited(stream, file, part), pooch=None)
             stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream.fileno())
     finally:
         bar.close()
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .._deletion import prunable_of
 from .._distributed import refuse_distributed
 from .._errors import unknown_name
-from ..files import write_bytes
+from ..files import move, write_bytes
 from ..penalties import time_steps_of
 from ..saving import load_model, save_model
 from .arguments import answers, arguments, inference_copy
@@ -184,7 +184,7 @@ def export_model(
         manifest = _manifest(twin, exported, {file.name: _digest(file) for file in files}, about or {})
         _remove_export(exported.manifest)  # it never stands beside another's files
         for file in files:
-            file.replace(folder / file.name)
+            move(file, folder / file.name)
         write_bytes(exported.manifest, manifest)
     return exported
 

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+from taulearn.files import write_bytes
 from taulearn.report.records import RunRecord, unique_names
 from taulearn.report.sections import comparison, description, run_section
 from taulearn.report.traces import Figure
@@ -57,13 +58,8 @@ def write_html(runs: RunRecord | Sequence[RunRecord], path: str | os.PathLike[st
 
 
 def write_page(target: Path, text: str) -> Path:
-    """Write a page aside and rename it, so that an earlier one stays whole until then; without torch."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write a page, whole or not at all."""
+    write_bytes(target, text.encode(errors="replace"))
     return target
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from ..files import read_tensors, write_tensors
+from ..files import check_tensors, read_tensors, write_tensors
 from ..penalties import time_steps_of
 from ..pruning import prune
 from ..wrapping.host import drop_units, wrapping_of
@@ -30,6 +30,8 @@ from .pruner import Pruner
 
 FORMAT = 1
 KEPT = 2
+
+_KEEPER = "model, optimizer and scheduler"
 
 _SHAPE = ("T_0", "T_max", "T_mult", "eta_min", "gamma", "power", "step_size", "total_iters", "total_steps")
 """What schedulers of torch keep of their shape, and do not change as they step."""
@@ -105,25 +107,18 @@ def save_checkpoint(folder: Path, parts: Parts, position: Position, history: His
 
     Raises:
         OSError: If it cannot be written; earlier checkpoints stand.
-        TypeError: If a scheduler's or optimiser's state holds something that is neither a tensor nor plain data.
+        TypeError: If a state holds something that is neither a dense tensor of numbers nor plain data.
         ValueError: If the optimiser holds parameters that are not the model's.
     """
-    tensors: dict[str, Tensor] = {f"model/{name}": t for name, t in parts.model.state_dict().items()}
-    plain: dict[str, Any] = {
+    tensors, plain = _contents(parts)
+    check_tensors(tensors, _KEEPER)
+    plain |= {
         "position": vars(position),
         "terms": dict(start.terms),
         "config": dict(start.config),
-        "origin": list(time_steps_of(parts.model).origin),
         "python": random.getstate(),
         "numpy": _numpy_state(),
     }
-    if parts.averaged is not None:
-        tensors |= {f"averaged/{name}": t for name, t in parts.averaged.state_dict().items()}
-    plain["optimizer"], plain["state"] = _optimizer(parts, tensors)
-    if parts.scheduler is not None:
-        plain["scheduler"] = to_plain(parts.scheduler.state_dict(), "scheduler", tensors)
-    if parts.pruner is not None:
-        plain["pruner"] = to_plain(parts.pruner.state(), "pruner", tensors)
     tensors["random/torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
@@ -144,9 +139,31 @@ def save_checkpoint(folder: Path, parts: Parts, position: Position, history: His
             f"free some space, then `taulearn resume {folder.parent}`"
         )
         raise OSError(error.errno, message) from error
+    drop_old(folder)
+    return file
+
+
+def drop_old(folder: Path) -> None:
+    """Delete all checkpoints but the last two.
+
+    Args:
+        folder: The run's folder of checkpoints.
+    """
     for old in _files(folder)[:-KEPT]:
         old.unlink(missing_ok=True)
-    return file
+
+
+def check_contents(parts: Parts) -> None:
+    """Refuse what no checkpoint could keep, before anything is written.
+
+    Args:
+        parts: What is to be saved.
+
+    Raises:
+        TypeError: If a state holds something that is neither a dense tensor of numbers nor plain data.
+        ValueError: If the optimiser holds parameters that are not the model's.
+    """
+    check_tensors(_contents(parts)[0], _KEEPER)
 
 
 def load_checkpoint(
@@ -309,6 +326,20 @@ def _numpy_state() -> list[Any]:
     state: Any = np.random.get_state(legacy=True)  # noqa: NPY002  the global generator is what is to be kept
     name, words, *rest = state
     return [name, words.tolist(), *rest]
+
+
+def _contents(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of all parts: named tensors, and plain data."""
+    tensors: dict[str, Tensor] = {f"model/{name}": t for name, t in parts.model.state_dict().items()}
+    plain: dict[str, Any] = {"origin": list(time_steps_of(parts.model).origin)}
+    if parts.averaged is not None:
+        tensors |= {f"averaged/{name}": t for name, t in parts.averaged.state_dict().items()}
+    plain["optimizer"], plain["state"] = _optimizer(parts, tensors)
+    if parts.scheduler is not None:
+        plain["scheduler"] = to_plain(parts.scheduler.state_dict(), "scheduler", tensors)
+    if parts.pruner is not None:
+        plain["pruner"] = to_plain(parts.pruner.state(), "pruner", tensors)
+    return tensors, plain
 
 
 def _optimizer(parts: Parts, tensors: dict[str, Tensor]) -> tuple[list[dict[str, Any]], dict[str, Any]]:

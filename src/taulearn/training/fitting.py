@@ -16,7 +16,7 @@ from ..optim.projections import check_projections
 from ..penalties import Penalty, time_steps_of
 from ..pruning import Pruning
 from .batches import TensorBatches, make_batches
-from .checkpoint import Parts
+from .checkpoint import Parts, check_contents
 from .checks import check_callbacks, check_optimizer, check_options, check_parts, check_pruning, terms
 from .events import EpochEnd
 from .history import History
@@ -178,8 +178,10 @@ def fit(
             ),
         )
         config = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
-        folder = open_alike(ranks, lambda: _open_run(run, config, resume=resume, overwrite=overwrite))
         parts = Parts(model, optimizer, scheduler, averaged, pruner=pruner)
+        if run is not None:
+            check_contents(parts)
+        folder = open_alike(ranks, lambda: _open_run(run, config, resume=resume, overwrite=overwrite))
         options = StepOptions(clip_norm, accumulate, precision, averaged)
     return Loop(Objective(model, loss, penalties), batches, parts, options, settings, folder, ranks).run(resume=resume)
 

@@ -15,7 +15,7 @@ from ..optim import register_projection
 from ..optim.projections import suspended_projections
 from ..penalties import time_steps_of
 from .batches import LoaderBatches, TensorBatches
-from .checkpoint import Parts, Position, Start, load_checkpoint, save_checkpoint
+from .checkpoint import Parts, Position, Start, drop_old, load_checkpoint, save_checkpoint
 from .checks import steps_each_iteration
 from .compiler import worth_compiling
 from .divergence import cause_in, diverged
@@ -85,6 +85,17 @@ class Loop:
 
     def run(self, *, resume: bool) -> History:
         """Train to the end, from the start or from the newest checkpoint."""
+        try:
+            self._run(resume)
+        except (Diverged, Interrupted):
+            self._warn_of_target()
+            raise
+        self._warn_of_target()
+        if self.parts.pruner is not None and not self.recorder.deletions and self.parts.pruner.advice:
+            self.progress.say(self.parts.pruner.advice)
+        return self.recorder.history()
+
+    def _run(self, resume: bool) -> None:
         with self.ranks, deferred() as asked, suspended_projections(self.parts.optimizer, self.model):
             interrupted, epochs = self.ranks.agreed(asked), self._begin(resume)
             hook = register_projection(self.parts.optimizer, self.model, self.objective.penalties)
@@ -102,15 +113,24 @@ class Loop:
                 hook.remove()
                 self.progress.close(self.position.iteration)
             self.ranks.told(self._save)
-        if self.parts.pruner is not None and not self.recorder.deletions and self.parts.pruner.advice:
-            self.progress.say(self.parts.pruner.advice)
-        return self.recorder.history()
+
+    def _warn_of_target(self) -> None:
+        """Say what of the policy's target is left, however training ended."""
+        pruner = self.parts.pruner
+        if self.ranks.first and pruner is not None and (shortfall := pruner.shortfall(self.position.iteration)):
+            warnings.warn(shortfall, stacklevel=4)
 
     def _save(self) -> None:
+        """Write what a finished run leaves; also what one that was killed behind its last checkpoint did not come to."""
         if self.folder is not None:
             from ..saving import save_model
 
+            if not self.fresh:
+                drop_old(self.folder.checkpoints)
+                self.recorder.history().save(self.folder.history_path)
             save_model(self.model, self.folder.path)
+            if (pruner := self.parts.pruner) is not None and pruner.target is not None:
+                self.folder.decide("target reached", pruner.shortfall(self.position.iteration) or "yes")
 
     def _begin(self, resume: bool) -> range:
         """Restore what is to be gone on with and make the engine; returns the epochs to come."""
@@ -153,7 +173,7 @@ class Loop:
         )
         if self.folder is not None:
             self.folder.decide("step", self.engine.kind)
-            if pruner is not None and pruner.target is not None:
+            if self.fresh and pruner is not None and pruner.target is not None:
                 self.folder.decide("target", str(pruner.target))
         progress = self.settings.progress and self.ranks.first
         self.progress = Progress(self.total, self.position.iteration, enabled=progress)

@@ -207,6 +207,26 @@ class Pruner:
             f"{remedy if self.prunable.time_steps.values.requires_grad else ''}"
         )
 
+    def shortfall(self, iteration: int) -> str:
+        """What of a target is not reached where training ends, and what to do; empty where nothing is.
+
+        Args:
+            iteration: Number of iterations taken.
+        """
+        target, policy = self.target, self.policy
+        if target is None or target.reached:
+            return ""
+        number = self.prunable.time_steps.num_steps
+        left = f"{number} {'block is' if number == 1 else 'blocks are'} left, target_blocks={policy.target_blocks}"
+        if policy.target_blocks is None:
+            left = f"{target.whole - target.gone:.3g} of {target.whole:.3g} ms are left, "
+            left += f"target_latency_ms={policy.target_latency_ms:g}"
+        when = f"; training ended after iteration {iteration}, and layers go until iteration {target.deadline}"
+        remedy = "train longer, choose an earlier by, or delete more with prune"
+        if iteration >= target.deadline:
+            when, remedy = "", "the other layers must stay, or nothing was known of them: choose another target"
+        return f"the target of pruning is not reached: {left} asked for{when}: {remedy}"
+
     def follow(
         self, kept: Sequence[int] | None, target: Mapping[str, Any] | None, averaged: AveragedModel | None
     ) -> PruneReport | None:
