@@ -1,5 +1,7 @@
 """Runs that are killed between any two writes, and gone on with, leave what the run left that was let alone."""
 
+import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,17 +103,34 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert_same_history(Run.open(folder).history, Run.open(expected).history)
 
 
-def kill_everywhere(go: Go, tmp_path: Path, *, times: int = 1, **options: Any) -> list[str]:
+def copy(begun: Path | None, folder: Path) -> Path:
+    if begun is not None:
+        shutil.copytree(begun, folder)
+    return folder
+
+
+def assert_no_false_end(folder: Path, expected: Path) -> None:
+    """Where the newest checkpoint is that of the end, a model that can be loaded is that of the end."""
+    newest, last = (max((path / "checkpoint").glob("[0-9]*"), default=path).name for path in (folder, expected))
+    manifests = [file.read_text() for name in ("model.json", ".model.json.new") if (file := folder / name).exists()]
+    if newest == last and (folder / "model.safetensors").exists():
+        weights = (folder / "model.safetensors").read_bytes()
+        loadable = any(hashlib.sha256(weights).hexdigest() in manifest for manifest in manifests)
+        assert not loadable or weights == (expected / "model.safetensors").read_bytes()
+
+
+def kill_everywhere(go: Go, tmp_path: Path, *, times: int = 1, begun: Path | None = None, **options: Any) -> list[str]:
     """Kill a run before each of its writes in turn, as often again while it is gone on with; what was written."""
-    expected = tmp_path / "expected"
+    expected = copy(begun, tmp_path / "expected")
     with killed_after(ALL, expected) as writes:
         go(expected, **options)
     assert all(" ." in write for write in writes if write.startswith("open")), "files are written aside"
     for number in range(len(writes)):
-        folder = tmp_path / str(number)
+        folder = copy(begun, tmp_path / str(number))
         for last in (number, *[3] * (times - 1)):
             with killed_after(last, folder), pytest.raises(Killed):
                 go(folder, **options)
+            assert_no_false_end(folder, expected)
         go(folder, **options)
         try:
             assert_same_run(folder, expected)
@@ -128,14 +147,9 @@ def test_killed_between_any_two_writes(go: Go, tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_extended_and_killed(tmp_path: Path) -> None:
-    """Its folder holds the model and the record of the shorter run meanwhile."""
-
-    def extended(folder: Path) -> None:
-        if not (folder / "model.json").exists():
-            plain(folder)
-        plain(folder, epochs=2)
-
-    kill_everywhere(extended, tmp_path)
+    """Its folder holds the model and the record of the shorter run meanwhile, which never pass for those of the end."""
+    plain(tmp_path / "shorter")
+    kill_everywhere(plain, tmp_path, begun=tmp_path / "shorter", epochs=2)
 
 
 @pytest.mark.long

@@ -17,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..nn.network import TimeVariableNetwork
 from ..report import write_html
-from ..saving import save_model
 from ..training import EpochEnd, History, Run, evaluate, fit
 from ..training.parallel import check_batch_size, joined, open_alike
 from ..training.thinning import thinned
@@ -210,6 +209,14 @@ def _train(
 
         run = open_alike(ranks, begin)
         assert run is not None
+
+        def make_result() -> nn.Module:
+            made: nn.Module = model if averaged is None else averaged.module
+            if config.as_published:
+                make_ordinary_(cast(TimeVariableNetwork, made))
+            return made
+
+        run.result = make_result
         history = fit(
             model,
             tuple(splits.train),
@@ -236,18 +243,12 @@ def _train(
         )
         if config.trace == "thinned":
             history = thinned(history)
-        result: nn.Module = model
-        if averaged is not None:
-            result = averaged.module
-        if config.as_published:
-            make_ordinary_(cast(TimeVariableNetwork, result))
+        result = make_result()
 
         def finish() -> dict[str, float]:
             if resume or config.trace == "thinned":
                 # A run that had ended is not trained on, and its record may be what was damaged.
                 history.save(run.history_path)
-            if averaged is not None or config.as_published:
-                save_model(result, run.path)
             figures = evaluate(result, tuple(splits.test), loss=loss)
             write_html(run, run.report_path)
             return figures

@@ -128,7 +128,7 @@ class Loop:
             if not self.fresh:
                 drop_old(self.folder.checkpoints)
                 self.recorder.history().save(self.folder.history_path)
-            save_model(self.model, self.folder.path)
+            save_model(self.model if self.folder.result is None else self.folder.result(), self.folder.path)
             if (pruner := self.parts.pruner) is not None and pruner.target is not None:
                 self.folder.decide("target reached", pruner.shortfall(self.position.iteration) or "yes")
 
@@ -258,6 +258,8 @@ class Loop:
                 stop = position.stopped = True
         stop, position.stopped = self.ranks.any(stop), self.ranks.any(position.stopped)
         self.ranks.same(f"the time steps after iteration {position.iteration}", self.steps.tau.tolist(), CHANGED)
+        if stop and self.folder is not None:
+            self.folder.retire_model()
         if stop or interrupted() or (epoch + 1) % self.settings.checkpoint_every == 0:
             self._checkpoint()
         if interrupted() and not stop:

@@ -3,16 +3,19 @@
 import os
 import platform
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
 from ..files import write_bytes
 from .history import History
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FORMAT = 1
 
@@ -25,6 +28,7 @@ class Run:
         config: The configuration the run was started with.
         versions: Versions of Python, torch and the package, and the number of threads.
         decisions: How each "auto" was decided.
+        result: Gives the model that is saved at the end of the training; None: the trained one.
 
     Example:
         >>> import tempfile
@@ -35,6 +39,7 @@ class Run:
 
     def __init__(self, path: Path, config: dict[str, Any], versions: dict[str, Any], decisions: dict[str, str]) -> None:
         self.path, self.config, self.versions, self.decisions = path, config, versions, decisions
+        self.result: Callable[[], "nn.Module"] | None = None
 
     @property
     def name(self) -> str:
@@ -150,6 +155,11 @@ class Run:
         if self.decisions.get(name) != text:
             self.decisions[name] = text
             self._write()
+
+    def retire_model(self) -> None:
+        """Take away the model of a training that is gone on with; for when a checkpoint says that it is finished."""
+        for name in ("model.json", ".model.json.new"):
+            (self.path / name).unlink(missing_ok=True)
 
     def _write(self) -> None:
         content = {"format": FORMAT, "config": self.config, "versions": self.versions, "decisions": self.decisions}
