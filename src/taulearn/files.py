@@ -125,9 +125,10 @@ def tensor_bytes(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str], a
     """
     from safetensors.torch import save
 
+    check_tensors(tensors, argument)
     plain, dtypes = {}, {}
     for name, tensor in tensors.items():
-        value = _dense(argument, name, tensor)
+        value = tensor.detach().cpu().contiguous().clone()
         if not _is_held(value.dtype):
             dtypes[name] = str(value.dtype).removeprefix("torch.")
             value = value.unsqueeze(-1).view(_numbers(value.dtype))
@@ -154,19 +155,6 @@ def check_tensors(tensors: "Mapping[str, Tensor]", argument: str) -> None:
             raise TypeError(f"{argument} must hold tensors of numbers that a file can hold, got {name!r}, {why}")
 
 
-def _dense(argument: str, name: str, tensor: "Tensor") -> "Tensor":
-    """The tensor's numbers, one after the other, on the CPU, and on their own."""
-    check_tensors({name: tensor}, argument)
-    try:
-        return tensor.detach().cpu().contiguous().clone()
-    except (RuntimeError, NotImplementedError) as error:
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(
-            f"{argument} must hold tensors of numbers that a file can hold, got {name!r} of type {kind}, which torch "
-            f"does not copy ({str(error).splitlines()[0]}): keep it in a type of whole bytes, int8 or uint8 for instance"
-        ) from error
-
-
 def _unwritable(tensor: "Tensor") -> str:
     """Why a tensor cannot be written, and what to do; empty where it can."""
     import torch
@@ -184,8 +172,10 @@ def _unwritable(tensor: "Tensor") -> str:
         layout = str(tensor.layout).removeprefix("torch.")
         return f"of layout {layout}: make it dense (to_dense), or take it out of the state dict (persistent=False)"
     if tensor.is_quantized:
+        return "which is quantized: save the model before it is, or dequantize it"
+    if not _is_copied(tensor.dtype):
         kind = str(tensor.dtype).removeprefix("torch.")
-        return f"which is quantized ({kind}): save the model before it is quantized, or dequantize it"
+        return f"of type {kind}, which torch itself does not copy: keep the bits in another type, uint8 for instance"
     try:
         empty = not tensor.numel() or bool(tensor.data_ptr())
     except RuntimeError:
@@ -196,14 +186,27 @@ def _unwritable(tensor: "Tensor") -> str:
 
 
 @functools.cache
-def _is_held(dtype: "torch.dtype") -> bool:
-    """Whether the installed safetensors has such a type of numbers."""
+def _is_copied(dtype: "torch.dtype") -> bool:
+    """Whether torch copies such numbers, as it does when a state is loaded."""
     import torch
-    from safetensors.torch import save
 
     try:
-        return bool(save({"": torch.empty(0, dtype=dtype)}))
-    except KeyError:
+        torch.empty(1, dtype=dtype).copy_(torch.empty(1, dtype=dtype).contiguous().clone())
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+@functools.cache
+def _is_held(dtype: "torch.dtype") -> bool:
+    """Whether the installed safetensors writes and reads such numbers, a single one included."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load, save
+
+    try:
+        return bool(load(save({"": torch.empty(1, dtype=dtype)}))[""].dtype == dtype)
+    except (KeyError, SafetensorError):
         return False
 
 

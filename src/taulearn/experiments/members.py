@@ -1,7 +1,6 @@
 """One member of a suite: trained or gone on with, measured, noted as finished."""
 
 import contextlib
-import fcntl
 import json
 import platform
 import shutil
@@ -171,7 +170,7 @@ def _note(member: Member, test: dict[str, float], seconds: float) -> dict[str, A
 
 @contextlib.contextmanager
 def locked(member: Member, out: str | Path) -> Iterator[None]:
-    """Hold a member's lock, which ends with the process; file systems without locks go without.
+    """Hold a member's lock, which ends with the process; file systems and systems (Windows) without locks go without.
 
     Args:
         member: The member.
@@ -184,10 +183,15 @@ def locked(member: Member, out: str | Path) -> Iterator[None]:
     file = folder.parent / f".{folder.name}.lock"
     with file.open("w") as handle:
         try:
+            import fcntl
+
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
         except BlockingIOError:
             raise Busy(str(file)) from None
         except OSError:
             pass
         yield
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows deletes no open file
+            file.unlink(missing_ok=True)
