@@ -32,7 +32,7 @@ class Spectral(nn.Module):
 def spectral(dtype: torch.dtype, seed: int = 0, blocks: int = 4) -> Any:
     torch.manual_seed(seed)
     host = nn.Sequential(nn.Linear(4, 8, dtype=COMPLEX[dtype]), *(Spectral(dtype) for _ in range(blocks)))
-    return wrap(host, example_inputs=torch.randn(2, 4, dtype=COMPLEX[dtype]))
+    return wrap(host, [str(number + 1) for number in range(blocks)], example_inputs=torch.randn(2, 4, dtype=COMPLEX[dtype]))
 
 
 def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -326,10 +326,10 @@ def _steps(
     constraint: str,
     lower_bound: float | None,
 ) -> TimeSteps:
-    """Steps on the device of the first block, of its type, but never less than single precision."""
+    """Steps on the device of the first block, of its type (complex: of its parts'), at least of single precision."""
     number = len(layers)
-    floating = [p for p in layers[0].parameters() if p.is_floating_point()]
-    dtype = floating[0].dtype if floating else torch.get_default_dtype()
+    floating = [p for p in layers[0].parameters() if p.is_floating_point() or p.is_complex()]
+    dtype = floating[0].dtype.to_real() if floating else torch.get_default_dtype()
     start = torch.as_tensor(init, dtype=torch.float64)
     total = float(start.sum()) if start.ndim else float(start) * number
     return PassingTimeSteps(
