@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
+from .._streams import plain_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         sys.stdout.write(f"taulearn {__version__}\n")
         return 0
+    with plain_output():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     from .commands import parse
     from .options import UsageError
     from .output import complain, follower

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from .._streams import printable
+
 _REFRESH_SECONDS = 0.2
 
 
@@ -49,9 +51,10 @@ class Progress:
         if not self.enabled:
             return
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            console = self._bar.console
+            console.print(printable(text, console.file), highlight=False, markup=False)
         else:
-            sys.stdout.write(f"{text}\n")
+            sys.stdout.write(printable(f"{text}\n", sys.stdout))
             sys.stdout.flush()
 
     def close(self, iteration: int) -> None:
