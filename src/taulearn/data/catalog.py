@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .._errors import unknown_name
 from .cifar import CIFAR10, CIFAR100
 from .digits import DIGITS
-from .files import DataFile, check
+from .files import DataError, DataFile, check
 from .idx import FASHION_MNIST, MNIST
 from .maxwell import MAXWELL
 from .samples import DataSet, Samples
@@ -32,7 +32,7 @@ class Description(NamedTuple):
         samples: Number of samples of each split.
         shape: Shape of one input.
         classes: Number of classes, None for a regression.
-        location: "built in", the folder that holds the files, "not there", or which part is there.
+        location: "built in", the folder that holds the files, "not there", which part is there, or what is no file.
 
     Example:
         >>> next(row.shape for row in describe() if row.name == "cifar10")
@@ -216,6 +216,8 @@ def _location(entry: DataSet, root: Path) -> str:
             there.append(file.find(root))
         except FileNotFoundError:
             continue
+        except DataError as error:
+            return f"{error.path} is no file"
     if not there:
         return "not there"
     folder = str(there[0].parent)

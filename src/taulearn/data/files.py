@@ -6,6 +6,7 @@ same content can be compressed in many ways, and mirrors did so.
 
 import gzip
 import hashlib
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,22 +69,48 @@ class DataFile:
     def find(self, root: Path) -> Path:
         """The file as it lies below `root`, decompressed before compressed.
 
+        Some archives unpack to a folder of the file's name with the file in it, which is then taken.
+
         Raises:
             FileNotFoundError: Neither is there.
+            DataError: Something else than a file is in its place.
         """
         path = root / self.path
         candidates = (path.with_suffix(""), path) if self.gzipped else (path,)
         for candidate in candidates:
-            if candidate.exists():
-                return candidate
+            found = self._in_folder(candidate) if candidate.is_dir() else candidate
+            if found is not None and found.is_file():
+                return found
+        for candidate in candidates:
+            if found_instead := _described(candidate):
+                remedy = f"put the file there, or move that away and run `taulearn data fetch {self.dataset}`"
+                raise DataError(candidate, f"expected a file, found {found_instead}", remedy)
         raise FileNotFoundError(
             f"{path} is not there: run `taulearn data fetch {self.dataset}`, or set TAULEARN_DATA (or root) to the "
             f"folder that holds {self.path}"
         )
 
+    def _in_folder(self, folder: Path) -> Path | None:
+        """The file in a folder that has its name: the one of that name, or the only one."""
+        files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+        name = Path(self.path).name
+        named = [path for path in files if path.name == name or (self.gzipped and path.name == Path(name).stem)]
+        if named or len(files) == 1:
+            return (named or files)[0]
+        return None
+
     def error(self, path: Path, reason: str) -> DataError:
         """The error that says that `path` is not this file."""
         return DataError(path, reason, f"delete the file and run `taulearn data fetch {self.dataset}`")
+
+
+def _described(path: Path) -> str:
+    """What lies in a file's place, where it is none; empty where nothing does."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {os.readlink(path)}, which is not there"
+    if path.is_dir():
+        return "a folder without it"
+    return "neither a file nor a folder" if path.exists() else ""
 
 
 def blocks(file: DataFile, path: Path) -> Iterator[bytes]:
@@ -100,6 +127,7 @@ def blocks(file: DataFile, path: Path) -> Iterator[bytes]:
 
     Raises:
         DataError: Wrong first bytes, length or checksum, or a damaged gzip stream.
+        PermissionError: If it cannot be read.
 
     Example:
         >>> import tempfile
@@ -163,11 +191,15 @@ def read(file: DataFile, path: Path) -> UInt8[np.ndarray, " size"]:
 
 
 def _open(file: DataFile, path: Path) -> BinaryIO:
-    if file.gzipped:
+    try:
         with path.open("rb") as stream:
-            if stream.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC:
-                return cast(BinaryIO, gzip.open(path, "rb"))
-    return path.open("rb")
+            compressed = file.gzipped and stream.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+        return cast(BinaryIO, gzip.open(path, "rb")) if compressed else path.open("rb")
+    except PermissionError as error:
+        raise PermissionError(
+            f"{path} cannot be read ({error.strerror}): let this user read it, or set TAULEARN_DATA (or root) to "
+            f"another folder and run `taulearn data fetch {file.dataset}`"
+        ) from error
 
 
 def _read(file: DataFile, path: Path, stream: BinaryIO, size: int) -> bytes:
