@@ -207,6 +207,11 @@ class Companion:
         if decay:
             warnings.warn(f"the optimizer shrinks the time steps by weight decay, {decay:g}: {remedy}", stacklevel=3)
 
+    def warn_of_target(self) -> None:
+        """Say what of the policy's target is left where training ended."""
+        if self.pruner is not None and (shortfall := self.pruner.shortfall(self.iteration)):
+            warnings.warn(shortfall, stacklevel=3)
+
     def start_epoch(self, epoch: int) -> None:
         """Tell the penalties the epoch, from 0."""
         for penalty in self.active:

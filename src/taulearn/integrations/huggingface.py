@@ -178,8 +178,9 @@ class TimeStepsCallback(TrainerCallback):
             self._companion.losses[self._companion.iteration] = float(logs["loss"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the model."""
+        """Leave the model; say what of a target is left."""
         self._training.close()
+        self._companion.warn_of_target()
 
     def _mark(self, model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         if self._control.should_save:  # whoever asked for it; else somebody else reads the weights

@@ -139,8 +139,9 @@ class TimeStepsCallback(Callback):
         self._companion.end_epoch(trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave the optimiser."""
+        """Leave the optimiser; say what of a target is left."""
         self._training.close()
+        self._companion.warn_of_target()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the optimiser when training failed, too."""

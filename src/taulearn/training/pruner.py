@@ -214,18 +214,22 @@ class Pruner:
             iteration: Number of iterations taken.
         """
         target, policy = self.target, self.policy
+        origin = self.prunable.time_steps.origin
         if target is None or target.reached:
             return ""
-        number = self.prunable.time_steps.num_steps
-        left = f"{number} {'block is' if number == 1 else 'blocks are'} left, target_blocks={policy.target_blocks}"
-        if policy.target_blocks is None:
-            left = f"{target.whole - target.gone:.3g} of {target.whole:.3g} ms are left, "
-            left += f"target_latency_ms={policy.target_latency_ms:g}"
+        if policy.target_blocks is not None:
+            reached, number = len(origin) <= policy.target_blocks, len(origin)
+            left = f"{number} {'block is' if number == 1 else 'blocks are'} left, target_blocks={policy.target_blocks}"
+        else:
+            assert policy.target_latency_ms is not None
+            now = target.whole - sum(target.costs) + sum(target.costs[layer] for layer in origin)
+            reached = now <= policy.target_latency_ms
+            left = f"{now:.3g} of {target.whole:.3g} ms are left, target_latency_ms={policy.target_latency_ms:g}"
         when = f"; training ended after iteration {iteration}, and layers go until iteration {target.deadline}"
         remedy = "train longer, choose an earlier by, or delete more with prune"
         if iteration >= target.deadline:
             when, remedy = "", "the other layers must stay, or nothing was known of them: choose another target"
-        return f"the target of pruning is not reached: {left} asked for{when}: {remedy}"
+        return "" if reached else f"the target of pruning is not reached: {left} asked for{when}: {remedy}"
 
     def follow(
         self, kept: Sequence[int] | None, target: Mapping[str, Any] | None, averaged: AveragedModel | None
