@@ -32,7 +32,9 @@ class Spectral(nn.Module):
 def spectral(dtype: torch.dtype, seed: int = 0, blocks: int = 4) -> Any:
     torch.manual_seed(seed)
     host = nn.Sequential(nn.Linear(4, 8, dtype=COMPLEX[dtype]), *(Spectral(dtype) for _ in range(blocks)))
-    return wrap(host, [str(number + 1) for number in range(blocks)], example_inputs=torch.randn(2, 4, dtype=COMPLEX[dtype]))
+    return wrap(
+        host, [str(number + 1) for number in range(blocks)], example_inputs=torch.randn(2, 4, dtype=COMPLEX[dtype])
+    )
 
 
 def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -129,8 +131,8 @@ def test_what_no_file_can_hold_is_refused_before_a_folder_is_made(tmp_path: Path
         with pytest.raises(TypeError, match=r"^model must .*'0.held'"):
             save_model(model, tmp_path / "model")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        data = torch.ones(4, 3), torch.ones(4, 3)
         with pytest.raises(TypeError, match=r"^model.* must .*0.held'"):
-            data = torch.ones(4, 3), torch.ones(4, 3)
             fit(model, data, loss=nn.functional.mse_loss, optimizer=optimizer, epochs=1, run=tmp_path / "run")
         assert list(tmp_path.iterdir()) == []
 

@@ -4,7 +4,7 @@ import codecs
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import IO
 
 _HANDLER = "taulearn.plain"
 _PLAIN = {
@@ -31,7 +31,7 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error(_HANDLER, _plain)
 
 
-def printable(text: str, stream: TextIO) -> str:
+def printable(text: str, stream: IO[str]) -> str:
     """A text as a stream can show it.
 
     Args:

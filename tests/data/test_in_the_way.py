@@ -1,4 +1,4 @@
-"""Something else than a file in a data file's place: folders as archives unpack them, broken links, unreadable files."""
+"""Something else than a file in a data file's place: folders as archives unpack, broken links, unreadable files."""
 
 import gzip
 import os
@@ -104,7 +104,7 @@ def test_what_is_in_the_way_is_named_with_the_remedy(
     make(place)
     monkeypatch.setattr("taulearn.data.download.download", lambda *_: pytest.fail("downloaded"))
     for action in (data.load, data.fetch, data.verify):
-        with pytest.raises(DataError, match="expected a file, found (a folder|a link|neither)") as found:
+        with pytest.raises(DataError, match=r"expected a file, found (a folder|a link|neither)") as found:
             action(name, root=tmp_path)
         assert str(place) in str(found.value)
         assert f"taulearn data fetch {name}" in str(found.value)

@@ -5,6 +5,7 @@ import re
 import signal
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,11 @@ def test_however_training_ends_early(end: str, kind: str, kept: bool, tmp_path: 
     act, error = ENDS[end]
     policy, left = POLICIES[kind]
     options: dict[str, Any] = {"callbacks": [at(3, act)]} | ({"run": tmp_path / "run"} if kept else {})
-    with pytest.warns(UserWarning, match=rf"target of pruning is not reached: .*{left}.*train longer") as said:
-        if error is None:
-            trained(policy, **options)
-        else:
-            with pytest.raises(error):
-                trained(policy, **options)
+    with warnings.catch_warnings(record=True) as said, pytest.raises(error) if error else nullcontext():
+        warnings.simplefilter("always")
+        trained(policy, **options)
     assert len(said) == 1
+    assert re.search(rf"target of pruning is not reached: .*{left}.*train longer", str(said[0].message))
     assert said[0].filename == run_fit.__code__.co_filename, "it points at who called fit"
 
 

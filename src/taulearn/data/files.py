@@ -6,7 +6,6 @@ same content can be compressed in many ways, and mirrors did so.
 
 import gzip
 import hashlib
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,7 +106,7 @@ class DataFile:
 def _described(path: Path) -> str:
     """What lies in a file's place, where it is none; empty where nothing does."""
     if path.is_symlink() and not path.exists():
-        return f"a link to {os.readlink(path)}, which is not there"
+        return f"a link to {path.readlink()}, which is not there"
     if path.is_dir():
         return "a folder without it"
     return "neither a file nor a folder" if path.exists() else ""

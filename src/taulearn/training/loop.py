@@ -121,7 +121,7 @@ class Loop:
             warnings.warn(shortfall, stacklevel=4)
 
     def _save(self) -> None:
-        """Write what a finished run leaves; also what one that was killed behind its last checkpoint did not come to."""
+        """Write what a finished run leaves; also what one killed behind its last checkpoint did not come to."""
         if self.folder is not None:
             from ..saving import save_model
 
