@@ -150,39 +150,45 @@ def check_tensors(tensors: "Mapping[str, Tensor]", argument: str) -> None:
         TypeError: Naming the first one.
     """
     for name, tensor in tensors.items():
-        why = _unwritable(tensor)
-        if why:
-            raise TypeError(f"{argument} must hold tensors of numbers that a file can hold, got {name!r}, {why}")
+        if found := _unwritable(tensor):
+            what, remedy = found
+            raise TypeError(
+                f"{argument} must have a state dict of tensors with numbers of their own, got {what} at {name!r}: {remedy}"
+            )
 
 
-def _unwritable(tensor: "Tensor") -> str:
-    """Why a tensor cannot be written, and what to do; empty where it can."""
+def _unwritable(tensor: object) -> tuple[str, str] | None:
+    """Why something cannot be written as a tensor, and what to do; None where it can."""
     import torch
     from torch.nn.parameter import is_lazy
 
     if not isinstance(tensor, torch.Tensor):
-        return f"a {type(tensor).__name__}: make it a buffer"
+        return f"a {type(tensor).__name__}", "make it a buffer"
     if is_lazy(tensor):
-        return "which has no shape yet: call the model once on a batch before"
+        return "one without a shape as yet", "call the model once on a batch before"
     if tensor.is_meta:
-        return "which is on the meta device and has no values: give it some (to_empty, load_state_dict) before"
+        return "one on the meta device, without values", "give it some before (to_empty, load_state_dict)"
     if tensor.is_nested:
-        return "which is nested: keep it padded (to_padded_tensor), or take it out of the state dict"
+        return "a nested one", "keep it padded (to_padded_tensor), or out of the state dict (persistent=False)"
+    kind = str(tensor.dtype).removeprefix("torch.")
     if tensor.layout != torch.strided:
         layout = str(tensor.layout).removeprefix("torch.")
-        return f"of layout {layout}: make it dense (to_dense), or take it out of the state dict (persistent=False)"
+        return (
+            f"one of layout {layout}",
+            "make it dense (to_dense), or keep it out of the state dict (persistent=False)",
+        )
     if tensor.is_quantized:
-        return "which is quantized: save the model before it is, or dequantize it"
+        return f"a quantized one ({kind})", "save the model before it is quantized, or dequantize it"
     if not _is_copied(tensor.dtype):
-        kind = str(tensor.dtype).removeprefix("torch.")
-        return f"of type {kind}, which torch itself does not copy: keep the bits in another type, uint8 for instance"
+        return (
+            f"one of type {kind}, which torch itself does not copy",
+            "keep the bits in another type, uint8 for instance",
+        )
     try:
-        empty = not tensor.numel() or bool(tensor.data_ptr())
+        hollow = tensor.numel() and not tensor.data_ptr()
     except RuntimeError:
-        empty = False
-    if not empty:
-        return f"a {type(tensor).__name__} without values of its own: turn it into a plain tensor before"
-    return ""
+        hollow = True
+    return (f"a {type(tensor).__name__} made of others", "turn it into a plain tensor before") if hollow else None
 
 
 @functools.cache
