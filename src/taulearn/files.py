@@ -153,7 +153,8 @@ def check_tensors(tensors: "Mapping[str, Tensor]", argument: str) -> None:
         if found := _unwritable(tensor):
             what, remedy = found
             raise TypeError(
-                f"{argument} must have a state dict of tensors with numbers of their own, got {what} at {name!r}: {remedy}"
+                f"{argument} must have a state dict of tensors with numbers of their own, got {what} at "
+                f"{name!r}: {remedy}"
             )
 
 

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from taulearn.files import write_bytes
+from taulearn.files import move
 from taulearn.report.records import RunRecord, unique_names
 from taulearn.report.sections import comparison, description, run_section
 from taulearn.report.traces import Figure
@@ -58,8 +58,13 @@ def write_html(runs: RunRecord | Sequence[RunRecord], path: str | os.PathLike[st
 
 
 def write_page(target: Path, text: str) -> Path:
-    """Write a page, whole or not at all."""
-    write_bytes(target, text.encode(errors="replace"))
+    """Write a page aside and rename it, so that an earlier one stays whole until then; without torch."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        aside.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        move(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
     return target
 
 
