@@ -288,6 +288,18 @@ def test_normalisations_gates_and_embeddings_are_no_blocks(part: Callable[[int],
     assert names(host, torch.randn(2, 1, 4, 4)) == ("2", "3", "6")
 
 
+def test_blocks_of_vectors_alone() -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.ones(5, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.fft.irfft(torch.fft.rfft(x) * self.weights, n=8)
+
+    assert names(nn.Sequential(nn.Linear(4, 8), Spectral(), Spectral()), torch.randn(2, 4)) == ("1", "2")
+
+
 def test_a_time_embedding_is_no_block() -> None:
     class Diffusion(nn.Module):
         def __init__(self) -> None:

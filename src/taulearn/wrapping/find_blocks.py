@@ -33,6 +33,9 @@ _ALONE = (
 )
 
 
+_SCALES = "it has scales and shifts alone and does not add to its input, as a normalisation is"
+
+
 def blocks_of(result: Probe, refused: Mapping[str, str], inputs: Any) -> tuple[list[Call], dict[str, str]]:
     """The blocks of a model, and why the other modules are none.
 
@@ -58,9 +61,10 @@ def _no_blocks(result: Probe, calls: list[Call], inputs: Any) -> dict[str, str]:
     path = follow_states(result.host, calls, inputs)
     if path is None:
         return {}
-    outside = {calls[l].name: OUTSIDE for l in path.outside}
-    if outside:
-        return outside
+    none = {call.name: _SCALES for l, call in enumerate(calls) if _only_scales(call.module) and l not in path.adding}
+    none |= {calls[l].name: OUTSIDE for l in path.outside}
+    if none:
+        return none
     accepted = {kind(calls[l].module) for l in path.adding}
     for chain in path.chains:
         kinds = [kind(calls[l].module) for l in chain]
@@ -105,9 +109,11 @@ def _part(module: nn.Module) -> str | None:
         return "it is a layer of torch.nn, a part of a block"
     if isinstance(module, _NORMALISATIONS) or (leaf and "norm" in type(module).__name__.lower()):
         return "it is a normalisation"
-    if all(p.numel() == max((1, *p.shape)) for p in module.parameters()):
-        return "it has scales and shifts alone, as a normalisation has"
     return None
+
+
+def _only_scales(module: nn.Module) -> bool:
+    return all(p.numel() == max((1, *p.shape)) for p in module.parameters())
 
 
 def find(result: Probe, refused: Mapping[str, str]) -> tuple[list[Call], dict[str, str]]:
