@@ -1,12 +1,13 @@
-"""Small networks for the tests of pruning, trained on one batch, and comparison to the bit."""
+"""Small networks for the tests of pruning, trained on one batch; comparison to the bit, also with what was before."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from taulearn.nn import TimeVariableNetwork, resnet
+from taulearn.nn import TimeSteps, TimeVariableNetwork, resnet
 from taulearn.pruning import PruneReport
 
 DOUBLE = torch.float64
@@ -60,3 +61,30 @@ def assert_same_bits(first: Any, second: Any) -> None:
             assert_same_bits(one, other)
     else:
         assert first == second
+
+
+class Picture:
+    """Model, optimiser and averaged model at one moment, to the bit and to the identity of the parameters."""
+
+    def __init__(self, *things: nn.Module | torch.optim.Optimizer) -> None:
+        self.things = things
+        self.values = copy.deepcopy([thing.state_dict() for thing in things])
+        self.identities = self.identify()
+
+    def identify(self) -> list[Any]:
+        found: list[Any] = []
+        for thing in self.things:
+            if isinstance(thing, nn.Module):
+                found.append([(name, id(p), id(p.grad)) for name, p in thing.named_parameters()])
+                found.append([(name, id(module)) for name, module in thing.named_modules()])
+                found.append([m.origin for m in thing.modules() if isinstance(m, TimeSteps)])
+                found.append(repr(thing))
+            else:
+                found.append([[id(p) for p in group["params"]] for group in thing.param_groups])
+                found.append([id(group["params"]) for group in thing.param_groups])
+                found.append({id(p): {k: id(v) for k, v in s.items()} for p, s in thing.state.items()})
+        return found
+
+    def assert_unchanged(self) -> None:
+        assert_same_bits([thing.state_dict() for thing in self.things], self.values)
+        assert self.identify() == self.identities

@@ -1,6 +1,5 @@
 """Pruning as one transaction: when anything fails, model, optimiser and averaged model are as before."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from small_networks import DOUBLE, KEEP, assert_same_bits, train
+from small_networks import DOUBLE, KEEP, Picture, assert_same_bits, train
 from taulearn import prune
 from taulearn.nn import (
     IdentitySkips,
@@ -17,33 +16,6 @@ from taulearn.nn import (
     TimeVariableNetwork,
     resnet,
 )
-
-
-class Picture:
-    """Model, optimiser and averaged model at one moment, to the bit and to the identity of the parameters."""
-
-    def __init__(self, *things: nn.Module | torch.optim.Optimizer) -> None:
-        self.things = things
-        self.values = copy.deepcopy([thing.state_dict() for thing in things])
-        self.identities = self.identify()
-
-    def identify(self) -> list[Any]:
-        found: list[Any] = []
-        for thing in self.things:
-            if isinstance(thing, nn.Module):
-                found.append([(name, id(p), id(p.grad)) for name, p in thing.named_parameters()])
-                found.append([(name, id(module)) for name, module in thing.named_modules()])
-                found.append([m.origin for m in thing.modules() if isinstance(m, TimeSteps)])
-                found.append(repr(thing))
-            else:
-                found.append([[id(p) for p in group["params"]] for group in thing.param_groups])
-                found.append([id(group["params"]) for group in thing.param_groups])
-                found.append({id(p): {k: id(v) for k, v in s.items()} for p, s in thing.state.items()})
-        return found
-
-    def assert_unchanged(self) -> None:
-        assert_same_bits([thing.state_dict() for thing in self.things], self.values)
-        assert self.identify() == self.identities
 
 
 class Failure(Exception):

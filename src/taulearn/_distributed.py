@@ -7,6 +7,7 @@ too, and buffers laid out for them.
 
 import gc
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -71,17 +72,35 @@ def _sharded(model: nn.Module) -> str | None:
     return None
 
 
+def wrappers_around(model: nn.Module) -> list[nn.Module]:
+    """Every DistributedDataParallel that there is around a model.
+
+    Args:
+        model: The model.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return []
+    wrappers = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    return [each for each in wrappers if any(part is model for part in each.modules())]
+
+
+def expire(wrappers: Iterable[nn.Module]) -> None:
+    """Let wrappers around a model, of which layers were deleted, refuse to be called again.
+
+    Args:
+        wrappers: What :func:`wrappers_around` found before.
+    """
+    for each in wrappers:
+        each.register_forward_pre_hook(_refuse_call, prepend=True)
+
+
 def expire_wrappers(model: nn.Module) -> None:
-    """Let a DistributedDataParallel around this model, of which layers were deleted, refuse to be called again.
+    """Let every DistributedDataParallel around this model, of which layers were deleted, refuse to be called again.
 
     Args:
         model: The pruned model.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        return
-    for each in gc.get_objects():
-        if issubclass(type(each), DistributedDataParallel) and any(part is model for part in each.modules()):
-            each.register_forward_pre_hook(_refuse_call, prepend=True)
+    expire(wrappers_around(model))
 
 
 def _refuse_call(_module: nn.Module, _args: Any) -> None:

@@ -10,7 +10,7 @@ Three stages, one function each: the shares (:func:`shares`), the plan (:func:`p
 import math
 import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,9 +21,15 @@ from torch.optim.swa_utils import AveragedModel
 from ._budget import Budget
 from ._choice import Criterion as Criterion, normalised, plan as plan, scores_of, shares as shares, within_budget
 from ._contribution import contribution as contribution
-from ._deletion import WRAPPING, Prunable as Prunable, all_or_nothing, check_averaged, check_holds, delete, prunable_of
-from ._distributed import expire_wrappers, refuse_distributed
+from ._deletion import WRAPPING, Before, Prunable as Prunable, check_averaged, delete, prunable_of
+from ._distributed import expire, refuse_distributed, wrappers_around
+from ._optimizers import check_holds, check_holds_steps, optimizers_in
 from ._policy import THRESHOLD, Pruning as Pruning, check_one_decides, check_threshold
+
+_ALL_OF_THEM = (
+    "hand over all that train this model, optimizer=[muon, adamw], the one that holds the time steps among them; or "
+    "freeze the steps, model.time_steps.values.requires_grad_(False)"
+)
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,10 @@ class PruneReport:
         layers_after: Number of layers after.
         parameters_before: Number of variables before.
         parameters_after: Number of variables after.
-        optimizer: "none" (not given), "unchanged", "exact" (state of all survivors kept bit by bit) or "reset" (it
-            keeps no state per parameter).
-        note: What the reader should know of the accuracy of the deletion, or of an optimiser that was not given.
+        optimizer: "none" (not given), "unchanged", "exact" (all state is what it was, bit by bit, without the entries
+            of what was deleted) or "reset" (some of it could not follow and is made anew; the note says what).
+        note: What the reader should know of the accuracy of the deletion, of state of an optimiser that was reset, or
+            of an optimiser that was not given.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -89,8 +96,6 @@ class PruneReport:
             f"{self.layers_before} -> {self.layers_after} layers, "
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
         )
-        if self.optimizer == "reset":
-            text += "; the optimiser keeps no state per parameter and was reset"
         return text + (f"; {self.note}" if self.note else "")
 
 
@@ -143,12 +148,12 @@ def prune(
     keep: Iterable[int] | None = None,
     criterion: str | Criterion | None = None,
     budget: Budget | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     averaged: AveragedModel | None = None,
 ) -> PruneReport:
-    """Delete layers whose time step is near zero, in model, optimiser and averaged model, or in none of them.
+    """Delete layers whose time step is near zero, in model, optimisers and averaged model, or in none of them.
 
-    The optimiser goes on with the surviving parameters and their exact state: nothing is rebuilt. If anything fails,
+    An optimiser goes on with the surviving parameters and their exact state: nothing is rebuilt. If anything fails,
     all is as before.
 
     Args:
@@ -162,9 +167,11 @@ def prune(
         budget: A number of layers to keep, or {"latency_ms": x, "example_inputs": inputs} for
             as many as a forward pass allows that takes at most x milliseconds, measured here and now in evaluation
             mode. The layers with the largest shares stay.
-        optimizer: The optimiser of the model's parameters, any of torch.optim. None: there is none; one that was made
-            before holds the old time steps then, and would train tau no more. ``fit`` and the next call of ``prune``
-            refuse it, a hand-written loop does not notice.
+        optimizer: The optimiser of the model's parameters, or a list of all of them where there are several (Muon for
+            the matrices, AdamW for the rest). State that is kept by parameter, and has its shape, follows; what cannot
+            is reset, which the report says. None: there is none; one that was made before holds the old time steps
+            then, and would train tau no more. ``fit`` and the next call of ``prune`` refuse it, and so does the
+            projection of ``register_projection``; a hand-written loop without it does not notice.
         averaged: Averaged weights of the model, pruned alike.
 
     Returns:
@@ -174,8 +181,9 @@ def prune(
         TypeError: If the model has no time steps, ``keep`` is no list of integers, ``optimizer`` no optimiser, or
             ``averaged`` no AveragedModel.
         ValueError: If the threshold lies outside (0, 1) or stands beside ``keep`` or ``budget``, the model cannot be
-            pruned, ``keep`` or ``budget`` leave out a layer that must stay, no deletion meets the latency, or the
-            optimiser does not hold the model's parameters.
+            pruned, ``keep`` or ``budget`` leave out a layer that must stay, no deletion meets the latency, no optimiser
+            holds the time steps that train, or one does not hold the model's parameters or keeps its state where it
+            cannot follow.
 
     References:
         Herberg, Herzog, Koehne (2023), section 3, adaptive pruning.
@@ -192,14 +200,58 @@ def prune(
     check_one_decides(threshold, keep=keep, budget=budget)
     prunable = check_prunable(model)
     model = getattr(model, "_orig_mod", model)
-    steps, power = prunable.time_steps, prunable.scheme.step_power
-    fixed = prunable.fixed_layers()
-    if optimizer is not None:
-        check_holds(optimizer, model)
+    optimizers = optimizers_in(optimizer)
+    for each in optimizers:
+        check_holds(each, model)
+    if optimizers:
+        check_holds_steps(optimizers, model, _ALL_OF_THEM)
     if averaged is not None:
         check_averaged(averaged, model)
+    models = [model] if averaged is None else [model, averaged.module]
+    before = Before([])  # at first, whether gradients are recorded
+    measured = callable(criterion) or isinstance(budget, Mapping)
+    try:
+        if measured:
+            before = Before([*models, *wrappers_around(model)], optimizers)  # what follows calls the model
+        chosen, note = _choose(prunable, model, threshold, keep, criterion, budget)
+        number, parameters, deleted = prunable.time_steps.num_steps, _count(model), _deleted(prunable, chosen)
+        gone = {i for i, _ in chosen}
+        kept = tuple(i for i in range(number) if i not in gone)
+        state, notes = "unchanged" if optimizers else "none", [note]
+        if deleted:
+            wrappers = wrappers_around(model)
+            before = before if measured else Before([*models, *wrappers], optimizers)
+            if WRAPPING in vars(model):
+                _forget_compiled()
+            state, reset = delete(models, kept, optimizers)
+            expire(wrappers)
+            notes += [*_cautions(prunable, deleted, given=bool(optimizers)), *reset]
+        return PruneReport(
+            deleted,
+            kept,
+            number,
+            len(kept),
+            parameters,
+            _count(model),
+            state,
+            "; ".join(each for each in notes if each),
+        )
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _choose(
+    prunable: Prunable,
+    model: nn.Module,
+    threshold: float | None,
+    keep: Iterable[int] | None,
+    criterion: str | Criterion | None,
+    budget: Budget | None,
+) -> tuple[list[tuple[int, float]], str]:
+    """Positions of what goes, with shares, and what the report says of the choice."""
+    steps, fixed, note = prunable.time_steps, prunable.fixed_layers(), ""
     scores, exponent = scores_of(criterion, prunable, model)
-    note = ""
     if budget is not None:
         if keep is not None:
             raise ValueError("budget must be None where keep is given: keep names the layers already")
@@ -207,40 +259,34 @@ def prune(
     elif keep is None:
         chosen = plan(steps, THRESHOLD if threshold is None else threshold, power=exponent, fixed=fixed, scores=scores)
     else:
-        kept_positions = _positions(keep)
-        if not kept_positions or kept_positions[0] < 0 or kept_positions[-1] >= steps.num_steps:
-            raise ValueError(f"keep must name layers in 0 .. {steps.num_steps - 1}, got {kept_positions}")
+        positions = _positions(keep)
+        if not positions or positions[0] < 0 or positions[-1] >= steps.num_steps:
+            raise ValueError(f"keep must name layers in 0 .. {steps.num_steps - 1}, got {positions}")
         all_shares = shares(steps, exponent).tolist() if scores is None else normalised(scores)
-        chosen = [(i, all_shares[i]) for i in range(steps.num_steps) if i not in kept_positions]
+        chosen = [(i, all_shares[i]) for i in range(steps.num_steps) if i not in positions]
     gone = {i for i, _ in chosen}
-    kept = tuple(i for i in range(steps.num_steps) if i not in gone)
     for layer in sorted(gone & fixed.keys()):
-        raise ValueError(f"keep must contain layer {layer}, got {list(kept)}: {fixed[layer]}")
+        kept = [i for i in range(steps.num_steps) if i not in gone]
+        raise ValueError(f"keep must contain layer {layer}, got {kept}: {fixed[layer]}")
+    return chosen, note
 
-    tau = steps.tau.detach().double().abs().tolist()
-    gain = math.gamma(2.0 - power)
-    layers = cast(Any, prunable).layers
-    own = int(isinstance(steps.values, nn.Parameter))
-    deleted = tuple(
+
+def _deleted(prunable: Prunable, chosen: Iterable[tuple[int, float]]) -> tuple[DeletedLayer, ...]:
+    steps, power = prunable.time_steps, prunable.scheme.step_power
+    tau, gain = steps.tau.detach().double().abs().tolist(), math.gamma(2.0 - power)
+    layers, own = cast(Any, prunable).layers, int(isinstance(steps.values, nn.Parameter))
+    return tuple(
         DeletedLayer(steps.origin[i], share, gain * tau[i] ** power, own + _count(layers[i])) for i, share in chosen
     )
-    before, parameters_before = steps.num_steps, _count(model)
-    state = "none" if optimizer is None else "unchanged"
-    if deleted:
-        models = [model] if averaged is None else [model, averaged.module]
-        with all_or_nothing(models, optimizer):
-            state = delete(models, kept, optimizer)
-        expire_wrappers(model)
-        if WRAPPING in vars(model):
-            _forget_compiled()
-    if deleted and power != 1.0:
+
+
+def _cautions(prunable: Prunable, deleted: Iterable[DeletedLayer], *, given: bool) -> Iterator[str]:
+    """What the report says of the accuracy, and of an optimiser that was not given."""
+    if prunable.scheme.step_power != 1.0:
         size = sum(d.factor for d in deleted)
-        error = f"error of the order tau^gamma, here {size:.2g} times the size of the deleted layers' values"
-        note = f"{note}; {error}" if note else error
-    if deleted and optimizer is None and steps.values.grad is not None:
-        warning = "an optimiser made before this no longer trains tau: hand it over (optimizer=...) or make a new one"
-        note = f"{note}; {warning}" if note else warning
-    return PruneReport(deleted, kept, before, len(kept), parameters_before, _count(model), state, note)
+        yield f"error of the order tau^gamma, here {size:.2g} times the size of the deleted layers' values"
+    if not given and prunable.time_steps.values.grad is not None:
+        yield "an optimiser made before this no longer trains tau: hand it over (optimizer=...) or make a new one"
 
 
 def _positions(keep: Iterable[int]) -> list[int]:

@@ -10,17 +10,15 @@ References:
 import copy
 import math
 
-import torch
 from torch import nn
 
-from ._deletion import REPLACED, all_or_nothing
+from ._deletion import Before, retire
 from ._errors import positive_integer
 from .nn.network import TimeVariableNetwork
 from .pruning import DeletedLayer, PruneReport, prune, shares
 from .wrapping.host import wrapping_of
 
 
-@torch.no_grad()
 def truncate(model: nn.Module, depth: int) -> PruneReport:
     """Cut a model after its first ``depth`` layers, in place.
 
@@ -37,6 +35,7 @@ def truncate(model: nn.Module, depth: int) -> PruneReport:
             "dependent", or the blocks of a wrapped model cannot be deleted.
 
     Example:
+        >>> import torch
         >>> from taulearn.nn import resnet
         >>> network, x = resnet(2, 3, 1, 4), torch.ones(5, 2)
         >>> expected = network.intermediate_outputs(x)[2]
@@ -61,15 +60,17 @@ def truncate(model: nn.Module, depth: int) -> PruneReport:
             "model must not have the constraint 'dependent', in which the last step takes up what is cut: train with "
             "'free'"
         )
-    deleted = _deleted(model, depth)
-    before, parameters = number, _count(model)
-    note = ""
-    with all_or_nothing([model], None):
+    as_it_was = Before([model])
+    try:
+        deleted, parameters = _deleted(model, depth), _count(model)
+        simplex = depth < number and model.time_steps.constraint == "simplex"
+        note = "the steps that are left were projected, so that they add up to the horizon" if simplex else ""
         if depth < number:
             _cut(model, depth)
-        if depth < number and model.time_steps.constraint == "simplex":
-            note = "the steps that are left were projected, so that they add up to the horizon"
-    return PruneReport(deleted, tuple(range(depth)), before, depth, parameters, _count(model), "none", note)
+        return PruneReport(deleted, tuple(range(depth)), number, depth, parameters, _count(model), "none", note)
+    except BaseException:
+        as_it_was.restore()
+        raise
 
 
 def _deleted(network: TimeVariableNetwork, depth: int) -> tuple[DeletedLayer, ...]:
@@ -89,7 +90,7 @@ def _cut(network: TimeVariableNetwork, depth: int) -> None:
         ends = list(network.head) if type(network.head) is nn.Sequential else [network.head]
         network.head = nn.Sequential(*maps, *ends)
     kept = range(depth)
-    setattr(network.time_steps.values, REPLACED, True)
+    retire(network.time_steps.values)
     network.time_steps.keep_(kept)
     network.skips.keep_(kept)
     network.layers = nn.ModuleList(network.layers[l] for l in kept)

@@ -16,7 +16,7 @@ ORIGIN = "taulearn.origin"
 RECORD = "taulearn.record"
 """The name under which a record travels, where a trainer has no other place for it."""
 REPLACED = "_taulearn_replaced"
-"""The mark of time steps that a deletion has replaced while no optimiser was given, for ``check_holds``."""
+"""The mark of time steps that a deletion has replaced: an optimiser that still holds them was not handed to it."""
 
 
 class Follower:

@@ -1,13 +1,13 @@
 """Parameter groups with the time steps apart, and the projection after each step."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._deletion import check_holds
+from .._optimizers import LACKING, bare, check_current, check_holds, check_holds_steps, with_inner
 from ..penalties import Penalty, time_steps_of
 from .projections import Projection
 from .steepest_descent import SteepestDescent
@@ -45,7 +45,7 @@ def parameter_groups(
 
 
 def group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any] | None:
-    """The parameter group that holds a parameter, or None.
+    """The parameter group that holds a parameter, of an optimiser or of one inside it; or None.
 
     Example:
         >>> w = nn.Parameter(torch.zeros(1))
@@ -55,17 +55,29 @@ def group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, A
     for group in optimizer.param_groups:
         if any(p is parameter for p in group["params"]):
             return group
+    for inner in with_inner([optimizer])[1:]:
+        for group in inner.param_groups:
+            if any(p is parameter for p in group["params"]):
+                return cast(dict[str, Any], group)
     return None
 
 
 @torch.no_grad()
-def constrain_(model: nn.Module, optimizer: torch.optim.Optimizer, penalties: Sequence[Penalty] = ()) -> None:
+def constrain_(
+    model: nn.Module, optimizer: torch.optim.Optimizer, penalties: Sequence[Penalty] = (), *, scaler: Any = None
+) -> None:
     """What follows an optimiser step, in place: the penalties' proximal maps, then the projection onto the constraint.
+
+    In a step that GradScaler lets a fused optimiser skip by itself, nothing moves.
 
     Args:
         model: A model with time steps.
         optimizer: Gives the current learning rate of tau.
         penalties: Those with a proximal map act, the others do not.
+        scaler: The GradScaler that was handed to the step, where the optimiser's ``step`` takes one.
+
+    Raises:
+        ValueError: If the optimiser holds time steps from before a deletion of which it was not told.
 
     Example:
         >>> from taulearn import penalties
@@ -77,13 +89,25 @@ def constrain_(model: nn.Module, optimizer: torch.optim.Optimizer, penalties: Se
     """
     steps = time_steps_of(model)
     group = group_of(optimizer, steps.values)
-    if group is not None:
-        values = steps.values
-        for penalty in penalties:
-            values = penalty.proximal(values, group["lr"])
-        if values is not steps.values:
-            steps.values.copy_(values)
-        steps.project_()
+    if group is None:
+        check_current(p for each in with_inner([optimizer]) for group in each.param_groups for p in group["params"])
+        return
+    values = steps.values
+    for penalty in penalties:
+        values = penalty.proximal(values, group["lr"])
+    values = steps.projected(values)
+    if values is not steps.values:
+        for found in _overflows(optimizer, scaler):
+            values = torch.where(found.to(values.device) != 0, steps.values, values)
+        steps.values.copy_(values)
+
+
+def _overflows(optimizer: Any, scaler: Any) -> list[Tensor]:
+    """Where one is not 0, the step under way is skipped; on a device they stay there: nobody waits for them."""
+    if scaler is not None:
+        return list(scaler._found_inf_per_device(optimizer).values())
+    found = getattr(optimizer, "found_inf", None)  # what GradScaler leaves there during a fused step
+    return [found] if isinstance(found, Tensor) else []
 
 
 def register_projection(
@@ -95,12 +119,16 @@ def register_projection(
     optimiser, which does the same itself, it rests.
 
     Args:
-        optimizer: Any torch optimiser.
+        optimizer: The torch optimiser that holds the time steps, or one that accelerate or Lightning made of it.
         model: A model with time steps.
         penalties: The penalties of the loop; those with a proximal map act.
 
     Returns:
         A handle whose ``remove()`` undoes it.
+
+    Raises:
+        TypeError: If it is no optimiser of torch, or several.
+        ValueError: If it does not hold the model's parameters, or lacks time steps that train.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -112,9 +140,16 @@ def register_projection(
         >>> round(network.time_steps.tau.sum().item(), 6)
         1.0
     """
+    optimizer = bare(optimizer)
     check_holds(optimizer, model)
+    check_holds_steps(optimizer, model, f"register on the one that holds them; else {LACKING}")
     penalties = [penalties] if isinstance(penalties, Penalty) else penalties
-    hook = Projection(model, penalties, lambda: constrain_(model, optimizer, penalties))
-    if not isinstance(optimizer, SteepestDescent):
-        return optimizer.register_step_post_hook(hook)
-    return optimizer.register_constraint(hook)
+    hook = Projection(model, penalties, lambda scaler: constrain_(model, optimizer, penalties, scaler=scaler))
+    if isinstance(optimizer, SteepestDescent):
+        return optimizer.register_constraint(hook)
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise TypeError(
+            f"optimizer must be an optimiser of torch whose __init__ has run, got a {type(optimizer).__name__} that "
+            "calls no hooks after its step: call taulearn.optim.constrain_(model, optimizer, penalties) after each step"
+        )
+    return optimizer.register_step_post_hook(hook)

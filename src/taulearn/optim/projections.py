@@ -1,12 +1,13 @@
 """The hooks that ``register_projection`` leaves on an optimiser, so that ``fit`` does not do their work twice."""
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from .._optimizers import bare
 from ..penalties import Penalty
 
 
@@ -16,18 +17,18 @@ class Projection:
     Args:
         model: The model whose steps it projects.
         penalties: Those whose proximal maps it applies.
-        act: What it does.
+        act: What it does, given the GradScaler that was handed to the step, or None.
 
     Example:
-        >>> Projection(nn.Linear(1, 1), (), lambda: print("projected"))()
+        >>> Projection(nn.Linear(1, 1), (), lambda scaler: print("projected"))()
         projected
     """
 
-    def __init__(self, model: nn.Module, penalties: Sequence[Penalty], act: Callable[[], None]) -> None:
+    def __init__(self, model: nn.Module, penalties: Sequence[Penalty], act: Callable[[Any], None]) -> None:
         self.model, self.penalties, self._act = model, tuple(penalties), act
 
-    def __call__(self, *_: Any) -> None:
-        self._act()
+    def __call__(self, _optimizer: Any = None, _args: Any = (), options: Mapping[str, Any] | None = None) -> None:
+        self._act((options or {}).get("grad_scaler"))
 
 
 def check_projections(optimizer: torch.optim.Optimizer, model: nn.Module, penalties: Sequence[Penalty]) -> None:
@@ -77,7 +78,7 @@ def _projections(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> list[tuple[MutableMapping[int, Any], int, Projection]]:
     """Where they hang, under which key, and they."""
-    places = [getattr(optimizer, name, {}) for name in ("_optimizer_step_post_hooks", "_constraints")]
+    places = [getattr(bare(optimizer), name, {}) for name in ("_optimizer_step_post_hooks", "_constraints")]
     return [
         (hooks, key, hook)
         for hooks in places

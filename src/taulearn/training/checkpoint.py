@@ -8,7 +8,7 @@ torn or damaged one is noticed and the previous one is used.
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from .._optimizers import check_follows, with_inner
 from ..files import check_tensors, read_tensors, write_tensors
 from ..penalties import time_steps_of
 from ..pruning import prune
@@ -249,8 +250,36 @@ def _restore(parts: Parts, tensors: Mapping[str, Tensor], plain: Mapping[str, An
     if parts.averaged is not None:
         _follow_folding(parts.averaged.module, tensors, "averaged/module.")
         _load(parts.averaged, tensors, "averaged/")
-    named = dict(model.named_parameters())
-    groups, saved_groups = optimizer.param_groups, plain["optimizer"]
+    optimizers, saved = with_inner([optimizer]), [plain, *plain.get("inner", [])]
+    if len(optimizers) != len(saved):
+        raise ValueError(
+            f"optimizer must consist of {len(saved)} as at the start of the run, got {len(optimizers)}, those inside "
+            "it counted: make it as then; a run of an earlier version of this package did not keep what is inside"
+        )
+    for each, its in zip(optimizers, saved, strict=True):
+        _restore_optimizer(each, its["optimizer"], its["state"], dict(model.named_parameters()), tensors)
+    if parts.scheduler is not None:
+        parts.scheduler.load_state_dict(from_plain(plain["scheduler"], tensors))
+    if parts.pruner is not None and "pruner" in plain:
+        parts.pruner.load_state(from_plain(plain["pruner"], tensors))
+    version, words, gauss = plain["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(plain["numpy"]))  # noqa: NPY002
+    torch.set_rng_state(tensors["random/torch"])
+    if torch.cuda.is_available() and "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+    if parts.generator is not None:
+        parts.generator.set_state(tensors["random/loader"])
+
+
+def _restore_optimizer(
+    optimizer: Any,
+    saved_groups: Sequence[Mapping[str, Any]],
+    saved_state: Mapping[str, Any],
+    named: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    groups = optimizer.param_groups
     if len(saved_groups) != len(groups):
         raise ValueError(
             f"optimizer must have {len(saved_groups)} parameter groups as in the checkpoint, got {len(groups)}: "
@@ -264,24 +293,22 @@ def _restore(parts: Parts, tensors: Mapping[str, Tensor], plain: Mapping[str, An
             )
         group["params"][:] = [named[name] for name in saved["params"]]
         group.update(from_plain(saved["options"], tensors))
-    for name, saved in plain["state"].items():
+    on_device = [group for group in groups if group.get("fused") or group.get("capturable")]
+    numbers_too = {id(p) for group in on_device for p in group["params"]}
+    for name, saved in saved_state.items():
         p = named[name]
-        optimizer.state[p] = {
-            key: v.to(p.device) if isinstance(v, Tensor) and v.shape == p.shape and v.ndim else v
-            for key, v in from_plain(saved, tensors).items()
-        }
-    if parts.scheduler is not None:
-        parts.scheduler.load_state_dict(from_plain(plain["scheduler"], tensors))
-    if parts.pruner is not None and "pruner" in plain:
-        parts.pruner.load_state(from_plain(plain["pruner"], tensors))
-    version, words, gauss = plain["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(plain["numpy"]))  # noqa: NPY002
-    torch.set_rng_state(tensors["random/torch"])
-    if torch.cuda.is_available() and "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"])
-    if parts.generator is not None:
-        parts.generator.set_state(tensors["random/loader"])
+        optimizer.state[p] = _moved(from_plain(saved, tensors), p.device, numbers_too=id(p) in numbers_too)
+
+
+def _moved(state: Any, device: torch.device, *, numbers_too: bool) -> Any:
+    """State on a device; single numbers, which most optimisers keep on the CPU, only where they are to be."""
+    if isinstance(state, Tensor):
+        return state.to(device) if state.ndim or numbers_too else state
+    if isinstance(state, dict):
+        return {key: _moved(value, device, numbers_too=numbers_too) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_moved(value, device, numbers_too=numbers_too) for value in state)
+    return state
 
 
 def _check_schedule(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -334,7 +361,12 @@ def _contents(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     plain: dict[str, Any] = {"origin": list(time_steps_of(parts.model).origin)}
     if parts.averaged is not None:
         tensors |= {f"averaged/{name}": t for name, t in parts.averaged.state_dict().items()}
-    plain["optimizer"], plain["state"] = _optimizer(parts, tensors)
+    for i, optimizer in enumerate(with_inner([parts.optimizer])):
+        groups, state = _optimizer(optimizer, parts.model, f"inner/{i}/" if i else "", tensors)
+        if i:  # of a wrapper around another optimiser
+            plain.setdefault("inner", []).append({"optimizer": groups, "state": state})
+        else:
+            plain["optimizer"], plain["state"] = groups, state
     if parts.scheduler is not None:
         plain["scheduler"] = to_plain(parts.scheduler.state_dict(), "scheduler", tensors)
     if parts.pruner is not None:
@@ -342,11 +374,13 @@ def _contents(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, plain
 
 
-def _optimizer(parts: Parts, tensors: dict[str, Tensor]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Parameter groups and state of the optimiser, by parameter name; tensors go to ``tensors``."""
-    names = {id(p): name for name, p in parts.model.named_parameters()}
-    groups = []
-    for i, group in enumerate(parts.optimizer.param_groups):
+def _optimizer(
+    optimizer: Any, model: nn.Module, prefix: str, tensors: dict[str, Tensor]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Parameter groups and state of an optimiser, by parameter name; tensors go to ``tensors``."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups, state = [], {}
+    for i, group in enumerate(optimizer.param_groups):
         if any(id(p) not in names for p in group["params"]):
             raise ValueError(
                 f"optimizer must hold parameters of the model alone where run is given, got others in group {i}: "
@@ -354,9 +388,18 @@ def _optimizer(parts: Parts, tensors: dict[str, Tensor]) -> tuple[list[dict[str,
             )
         options = {key: value for key, value in group.items() if key != "params"}
         groups.append(
-            {"options": to_plain(options, f"group/{i}", tensors), "params": [names[id(p)] for p in group["params"]]}
+            {
+                "options": to_plain(options, f"{prefix}group/{i}", tensors),
+                "params": [names[id(p)] for p in group["params"]],
+            }
         )
-    state = {
-        names[id(p)]: to_plain(dict(s), f"state/{names[id(p)]}", tensors) for p, s in parts.optimizer.state.items()
-    }
+    for key, value in getattr(optimizer, "state", {}).items():
+        if id(key) not in names:
+            raise ValueError(
+                f"optimizer must keep its state by parameter where run is given, got state {str(key)[:50]!r} of a "
+                f"{type(optimizer).__name__}: a checkpoint cannot hold it; take another optimiser, or train without run"
+            )
+        name = names[id(key)]
+        state[name] = to_plain(dict(value) if isinstance(value, dict) else value, f"{prefix}state/{name}", tensors)
+    check_follows(optimizer, {p: name for name, p in model.named_parameters()}, (), by_parameter=False)
     return groups, state

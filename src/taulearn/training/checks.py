@@ -8,8 +8,9 @@ from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
-from .._deletion import Prunable, check_averaged, check_holds, check_holds_steps, prunable_of
+from .._deletion import Prunable, check_averaged, prunable_of
 from .._errors import positive_integer, unknown_name
+from .._optimizers import bare, check_holds, check_holds_steps, with_inner
 from ..optim import SteepestDescent, group_of
 from ..penalties import Penalty, time_steps_of
 from ..pruning import Pruning, check_prunable
@@ -173,13 +174,29 @@ def check_parts(
             f"scheduler must be a torch scheduler of the optimizer, got {given}: "
             "write for instance torch.optim.lr_scheduler.StepLR(optimizer, 10)"
         )
-    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+    its = bare(getattr(scheduler, "optimizer", optimizer))
+    if all(its is not each for each in with_inner([optimizer])):
         raise ValueError("scheduler must change the learning rate of optimizer, got one that was made for another")
     if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < iterations:
         raise ValueError(
             f"scheduler must cover all {iterations} iterations, got OneCycleLR with total_steps="
             f"{scheduler.total_steps}: make it with total_steps={iterations}; it steps each iteration"
         )
+
+
+def bare_scheduler(scheduler: Any) -> Any:
+    """The scheduler of torch in one that accelerate prepared; anything else as it is.
+
+    Args:
+        scheduler: What the caller gave.
+
+    Example:
+        >>> bare_scheduler(None) is None
+        True
+    """
+    while not isinstance(scheduler, LRScheduler) and isinstance(getattr(scheduler, "scheduler", None), LRScheduler):
+        scheduler = scheduler.scheduler
+    return scheduler
 
 
 def steps_each_iteration(scheduler: LRScheduler | None) -> bool:

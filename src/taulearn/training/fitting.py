@@ -12,12 +12,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._devices import usable_device
 from .._distributed import refuse_distributed
+from .._optimizers import bare
 from ..optim.projections import check_projections
 from ..penalties import Penalty, time_steps_of
 from ..pruning import Pruning
 from .batches import TensorBatches, make_batches
 from .checkpoint import Parts, check_contents
-from .checks import check_callbacks, check_optimizer, check_options, check_parts, check_pruning, terms
+from .checks import bare_scheduler, check_callbacks, check_optimizer, check_options, check_parts, check_pruning, terms
 from .events import EpochEnd
 from .history import History
 from .inspection import check_data, check_loss
@@ -69,7 +70,8 @@ def fit(
         train: A pair of tensors (inputs, targets), a torch Dataset, or a DataLoader. uint8 inputs are images, scaled to
             [0, 1] in the step.
         loss: Maps (output, target) to a scalar, the mean over the batch.
-        optimizer: Any torch optimiser of the model's parameters (see ``taulearn.parameter_groups``).
+        optimizer: Any torch optimiser of the model's parameters (see ``taulearn.parameter_groups``). Several are not
+            possible here: write the loop yourself, with ``taulearn.optim.register_projection`` and ``taulearn.prune``.
         epochs: Number of epochs in all.
         batch_size: Samples per iteration, of all processes together, reshuffled each epoch; a DataLoader has its own.
         penalties: One or several, added to the loss; each is recorded.
@@ -121,6 +123,7 @@ def fit(
     """
     with announced(run if isinstance(run, Run) else None), joined() as ranks:
         refuse_distributed("model", model)
+        optimizer, scheduler = bare(optimizer), bare_scheduler(scheduler)
         _put_on(device, model)
         where = time_steps_of(model).values.device
         penalties = as_penalties(penalties)

@@ -13,6 +13,7 @@ from .._calls import layer_milliseconds
 from .._choice import Criterion, scores_of, shares, shares_of
 from .._contribution import RunningContribution
 from .._deletion import Prunable, prunable_of
+from .._optimizers import check_follows, with_inner
 from .._policy import Pruning
 from ..optim import group_of
 from ..pruning import PruneReport, check_prunable, prune
@@ -49,6 +50,7 @@ class Pruner:
     ) -> None:
         self.policy, self.model, self.optimizer = policy, model, optimizer
         check_prunable(model)
+        self._check_optimizer()
         self.penalty: SteeredL1 | None = None
         self.target: Target | None = None
         self.every = policy.every if isinstance(policy.every, int) else None
@@ -62,6 +64,15 @@ class Pruner:
         self.running = RunningContribution(model) if policy.measured else None
         self._warned = False
         self.least: float | None = None
+
+    def _check_optimizer(self) -> None:
+        """Refuse now, rather than at the first deletion, an optimiser that could not follow it."""
+        layers, fixed = cast(Any, self.prunable).layers, self.prunable.fixed_layers()
+        gone = {id(p) for l, layer in enumerate(layers) if l not in fixed for p in layer.parameters()}
+        gone.add(id(self.prunable.time_steps.values))
+        named = {p: name for name, p in self.model.named_parameters()}
+        for each in with_inner([self.optimizer]):
+            check_follows(each, named, gone)
 
     def begin(self, sample: Any) -> None:
         """Find out what has to go; to be called once, before training.
