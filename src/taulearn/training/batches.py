@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from .._counting import BY_SAMPLES
 from .._errors import positive_integer
 
 Batch = tuple[Tensor, Tensor]
-
-IGNORED = -100
-"""The label that torch's cross entropy passes over."""
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
@@ -53,9 +51,13 @@ class TensorBatches:
         """The samples at ``index``."""
         return self.inputs.index_select(0, index), self.targets.index_select(0, index)
 
+    def split(self, epoch: int) -> tuple[Tensor, ...]:
+        """The order of an epoch, batch by batch."""
+        return self.order(epoch).split(self.batch_size)
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number ``start`` on."""
-        for index in self.order(epoch).split(self.batch_size)[start:]:
+        for index in self.split(epoch)[start:]:
             yield self.gather(index)
 
     def sample(self) -> Batch:
@@ -72,13 +74,13 @@ class LoaderBatches:
         argument: The caller's name for the data, for messages.
 
     Attributes:
-        classes: Number of classes, where targets are known to be class numbers: each batch's labels are then checked
-            before they leave the host.
+        counting: How the loss counts, where it is known: each batch's class numbers are checked before they leave the
+            host.
     """
 
     def __init__(self, loader: DataLoader[Any], device: torch.device, argument: str = "train") -> None:
         self.loader, self.device, self.argument = loader, device, argument
-        self.classes: int | None = None
+        self.counting = BY_SAMPLES
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -87,8 +89,8 @@ class LoaderBatches:
         """The batches of an epoch; a loader cannot start in the middle."""
         for batch in self.loader:
             inputs, targets = _pair(batch, self.argument, "yield")
-            if self.classes is not None and targets.device.type == "cpu":
-                check_labels(self.argument, targets, self.classes, "of a batch")
+            if targets.device.type == "cpu":
+                self.counting.check(self.argument, targets, "of a batch")
             yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
     def sample(self) -> Batch:
@@ -123,40 +125,6 @@ def _conversion(values: Sequence[Any]) -> str:
     if any(isinstance(value, np.ndarray) for value in values):
         return ": convert arrays with torch.from_numpy"
     return ": convert them with torch.as_tensor" if any(isinstance(value, list) for value in values) else ""
-
-
-def are_labels(targets: Tensor, output: object) -> bool:
-    """Whether targets are class numbers, one for each row of a network's outputs.
-
-    Example:
-        >>> are_labels(torch.tensor([1, 0]), torch.zeros(2, 3))
-        True
-    """
-    return isinstance(output, Tensor) and targets.ndim == 1 and not targets.is_floating_point() and output.ndim == 2
-
-
-def check_labels(argument: str, targets: Tensor, classes: int, where: str = "") -> None:
-    """Refuse class numbers that the network does not have.
-
-    Args:
-        argument: The caller's name for the data.
-        targets: Class numbers, (n,); -100 is ignored by losses.
-        classes: Number of outputs.
-        where: What the samples are counted in, for the message.
-
-    Raises:
-        ValueError: If a number lies outside 0 .. classes - 1.
-
-    Example:
-        >>> check_labels("train", torch.tensor([0, 1, -100]), 2)
-    """
-    outside = (targets >= classes) | ((targets < 0) & (targets != IGNORED))
-    if bool(outside.any()):
-        at = int(outside.nonzero()[0, 0])
-        raise ValueError(
-            f"{argument} must hold labels in 0 .. {classes - 1}, got {int(targets[at])} at sample {at}"
-            f"{where and f' {where}'}: renumber the classes, or build the network with more outputs"
-        )
 
 
 def make_batches(

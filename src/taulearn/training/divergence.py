@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .._counting import Counting
 from .batches import LoaderBatches, TensorBatches
 from .events import Diverged
 from .history import History
@@ -16,14 +17,15 @@ _REMEDY = (
 )
 
 
-def cause_in(batches: TensorBatches | LoaderBatches, iteration: int) -> str | None:
+def cause_in(batches: TensorBatches | LoaderBatches, iteration: int, counting: Counting) -> str | None:
     """What in the data made the loss of an iteration no number, or None if nothing is found.
 
     Args:
         batches: The training data.
         iteration: Number of the iteration, from 0.
+        counting: How the loss counts.
     """
-    fault = bad_sample(batches) or ignored_batch(batches, iteration)
+    fault = bad_sample(batches) or ignored_batch(batches, iteration, counting)
     return None if fault is None else f"the training data are the cause: {fault}"
 
 

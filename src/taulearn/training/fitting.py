@@ -25,7 +25,7 @@ from .inspection import check_data, check_loss
 from .interruption import announced
 from .loop import Loop, Settings
 from .metrics import Metric, choose_metrics
-from .objective import Loss, Objective, StepOptions, as_float, as_penalties
+from .objective import Loss, Objective, StepOptions, as_float, as_penalties, input_dtype, losses_of
 from .parallel import begin_pruning, check_shares, joined, open_alike
 from .pruner import Pruner
 from .run import Run, tidy
@@ -69,7 +69,10 @@ def fit(
         model: A network with time steps; trained in place.
         train: A pair of tensors (inputs, targets), a torch Dataset, or a DataLoader. uint8 inputs are images, scaled to
             [0, 1] in the step.
-        loss: Maps (output, target) to a scalar, the mean over the batch.
+        loss: Maps (output, target) to a scalar. Torch's own losses (functions, modules, functools.partial of them, or
+            a function that returns the answer of one) are weighted by what they count where a batch is taken in parts
+            (``accumulate``, several processes, validation): labels that are not ignored, class weights, elements; sums
+            are added up. Any other is taken for a mean over samples. The output may be anything the loss takes.
         optimizer: Any torch optimiser of the model's parameters (see ``taulearn.parameter_groups``). Several are not
             possible here: write the loop yourself, with ``taulearn.optim.register_projection`` and ``taulearn.prune``.
         epochs: Number of epochs in all.
@@ -90,7 +93,9 @@ def fit(
         seed: Of the batches' order, but for a DataLoader. Initial weights and dropout follow torch's global generator
             (torch.manual_seed).
         clip_norm: Largest norm of the gradient. None: no clipping.
-        accumulate: Parts into which each batch is split to save memory; the step stays that of the whole batch.
+        accumulate: Parts into which each batch is split to save memory; the step stays that of the whole batch. A part
+            of which all labels are ignored counts nothing; a batch of which all are ends the training as
+            :class:`Diverged`, because its mean is 0/0.
         precision: "float32" (the model's own type) or "bf16" (autocast).
         averaged: torch's AveragedModel of ``model``, updated each iteration and pruned alike.
         checkpoint_every: Epochs between checkpoints.
@@ -145,17 +150,18 @@ def fit(
             penalties = _with_steered(penalties, pruner.penalty)
         check_projections(optimizer, model, penalties)
         sample = batches.sample()
-        check_data("train", model, loss, sample, batches, differentiated=True)
+        losses = losses_of(loss, penalties)
+        countings = check_data("train", model, losses, sample, batches, differentiated=True, precision=precision)
         if validation is not None:
             held_out = make_batches(validation, batch_size, seed, where, argument="validation")
-            check_data("validation", model, loss, sample := held_out.sample(), held_out, differentiated=False)
+            check_data("validation", model, [loss], sample := held_out.sample(), held_out, differentiated=False)
             if isinstance(held_out, TensorBatches):
                 validation = held_out.inputs, held_out.targets
         choose_metrics(metrics, sample[1])
         if tensorboard and ranks.first:
             callbacks = (*callbacks, TensorBoard(run))
         if pruner is not None and not (resume and _has_checkpoints(run)):
-            begin_pruning(ranks, pruner, as_float(batches.sample()[0][:1], time_steps_of(model).values.dtype))
+            begin_pruning(ranks, pruner, as_float(batches.sample()[0][:1], input_dtype(model)))
         settings = Settings(
             epochs=epochs,
             validation=validation,
@@ -186,7 +192,8 @@ def fit(
             check_contents(parts)
         folder = open_alike(ranks, lambda: _open_run(run, config, resume=resume, overwrite=overwrite))
         options = StepOptions(clip_norm, accumulate, precision, averaged)
-    return Loop(Objective(model, loss, penalties), batches, parts, options, settings, folder, ranks).run(resume=resume)
+    objective = Objective(model, loss, penalties, countings)
+    return Loop(objective, batches, parts, options, settings, folder, ranks).run(resume=resume)
 
 
 def _put_on(device: torch.device | str | None, model: nn.Module) -> None:

@@ -152,7 +152,8 @@ class Recorder:
         """
         if not self._pending:
             return np.zeros(0)
-        rows = torch.cat(self._pending).cpu().numpy()
+        pending = torch.cat(self._pending).cpu()
+        rows = pending.to(torch.promote_types(pending.dtype, torch.float32)).numpy()
         self._pending.clear()
         width = len(self.columns)
         for i, name in enumerate(self.columns):

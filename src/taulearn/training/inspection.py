@@ -2,14 +2,16 @@
 
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..penalties import time_steps_of
-from .batches import IGNORED, Batch, LoaderBatches, TensorBatches, are_labels, check_labels, make_batches
-from .objective import Loss, as_float
+from .._counting import BY_SAMPLES, Counting, UnfitTargets, watched
+from .batches import Batch, LoaderBatches, TensorBatches, make_batches
+from .objective import Loss, as_float, autocast_of, input_dtype
 
 _CHUNK = 1 << 20
 _SEARCH_SECONDS = 30.0
@@ -43,33 +45,33 @@ def check_loss(loss: Loss) -> None:
 def check_data(
     argument: str,
     model: nn.Module,
-    loss: Loss,
+    losses: Sequence[Loss | None],
     sample: Batch,
     batches: TensorBatches | LoaderBatches,
     *,
     differentiated: bool,
-) -> None:
+    precision: str = "float32",
+) -> list[Counting]:
     """One forward pass on a few samples, so that data that do not fit are named before training starts.
 
     Args:
         argument: The caller's name for the data.
         model: The model.
-        loss: The loss.
+        losses: The loss, and losses of penalties where there are some.
         sample: A few samples of the data.
         batches: The data; of tensors, everything is looked at, of a loader the sample alone.
-        differentiated: Whether the loss will be differentiated on these data.
+        differentiated: Whether the losses will be differentiated on these data.
+        precision: Of the forward pass, as ``fit`` takes it.
+
+    Returns:
+        How each loss counts.
 
     Raises:
-        TypeError: If inputs, or what the loss returns, have the wrong type.
-        ValueError: If inputs or targets do not fit the model or the loss, or are not finite.
+        TypeError: If inputs, or what a loss returns, have the wrong type.
+        ValueError: If inputs or targets do not fit the model or a loss, or are not finite.
     """
-    dtype = time_steps_of(model).values.dtype
     inputs, targets = sample
-    if inputs.is_floating_point() and inputs.dtype != dtype:
-        raise TypeError(
-            f"{argument} must hold inputs of the network's type {dtype}, got {inputs.dtype}: "
-            f"convert them with inputs.to({dtype}), or build the network with that dtype"
-        )
+    known = batches.targets if isinstance(batches, TensorBatches) else targets
     if isinstance(batches, TensorBatches):
         fault = bad_tensor_sample(batches)
         if fault is not None:
@@ -78,15 +80,11 @@ def check_data(
     model.eval()
     try:
         # with a gradient, like the steps: a loss may ask for one, or forget to have one
-        with torch.set_grad_enabled(differentiated):
-            output = model(as_float(inputs, dtype))
-            known = batches.targets if isinstance(batches, TensorBatches) else targets
-            if isinstance(output, Tensor):
-                _check_targets(argument, known, output, whole=isinstance(batches, TensorBatches))
-                if isinstance(batches, LoaderBatches) and are_labels(known, output):
-                    batches.classes = output.shape[1]
-            value = _loss_value(argument, loss, output, targets)
-        if differentiated and isinstance(output, Tensor) and output.requires_grad and not value.requires_grad:
+        with torch.set_grad_enabled(differentiated), autocast_of(precision, inputs.device):
+            output = _output(argument, model, inputs)
+            found = [_loss_value(argument, each, output, targets, known) for each in losses if each is not None]
+        differentiable = differentiated and any(p.requires_grad for p in model.parameters())
+        if differentiable and not found[0][0].requires_grad:
             raise ValueError(
                 "loss must be differentiable, got a value that does not depend on the outputs: "
                 "compute it with torch, without .item(), .detach() and argmax"
@@ -94,29 +92,55 @@ def check_data(
     finally:
         model.train(training)
         torch.set_rng_state(generator)
+    countings = iter([counting for _, counting in found])
+    chosen = [BY_SAMPLES if each is None else next(countings) for each in losses]
+    if isinstance(batches, LoaderBatches):
+        batches.counting = chosen[0]
+    elif (reason := nothing_counts(batches.targets, chosen[0])) is not None:
+        raise ValueError(f"{argument} must hold a label that counts, got {reason}, for every sample")
+    return chosen
 
 
-def _check_targets(argument: str, targets: Tensor, output: Tensor, *, whole: bool) -> None:
-    if targets.ndim == 1 and targets.is_floating_point() and output.shape[1:] == (1,):
-        raise ValueError(
-            f"{argument} must hold targets (n, 1) like the network's outputs, got shape {tuple(targets.shape)}: "
-            "a loss would compare every sample with every other; use targets.unsqueeze(1)"
-        )
-    if are_labels(targets, output):
-        check_labels(argument, targets, output.shape[1])
-        if whole and bool((targets == IGNORED).all()):
-            raise ValueError(
-                f"{argument} must hold a label that counts, got {IGNORED}, which losses ignore, for every sample"
-            )
-
-
-def _loss_value(argument: str, loss: Loss, output: Any, targets: Tensor) -> Tensor:
-    """Evaluate the loss once, and say in our words what it does not like."""
+def _output(argument: str, model: nn.Module, inputs: Tensor) -> Any:
+    """The network's output; where it fails for the inputs' type, an error that names the right one."""
     try:
-        with warnings.catch_warnings():
-            # torch only warns of shapes that it broadcasts
+        return model(as_float(inputs, input_dtype(model)))
+    except (RuntimeError, TypeError, ValueError) as error:
+        floating = inputs.is_floating_point()
+        for dtype in dict.fromkeys(p.dtype for p in model.parameters() if floating and p.is_floating_point()):
+            if dtype == inputs.dtype:
+                continue
+            try:
+                model(inputs.to(dtype))
+            except (RuntimeError, TypeError, ValueError):
+                continue
+            raise TypeError(
+                f"{argument} must hold inputs of the network's type {dtype}, got {inputs.dtype}: "
+                f"convert them with inputs.to({dtype}), or build the network with that dtype"
+            ) from error
+        raise
+
+
+def nothing_counts(targets: Tensor, counting: Counting) -> str | None:
+    """What the labels are, where none of them counts in the mean that a loss takes; or None.
+
+    Args:
+        targets: Of a batch, or of all the data.
+        counting: How the loss counts.
+    """
+    if counting.by != "labels" or counting.summed or bool(counting.of(targets) > 0):
+        return None
+    return f"{counting.ignored}, which losses ignore{'' if counting.weight is None else ', or of a class of weight 0'}"
+
+
+def _loss_value(argument: str, loss: Loss, output: Any, targets: Tensor, known: Tensor) -> tuple[Tensor, Counting]:
+    """The loss of a few samples and how it counts, or an error that names what does not fit."""
+    try:
+        with warnings.catch_warnings():  # torch warns of shapes that it broadcasts
             warnings.filterwarnings("error", message="Using a target size")
-            value = loss(output, targets)
+            value, counting = watched(loss, output, targets, argument=argument, whole=known)
+    except UnfitTargets:
+        raise
     except (RuntimeError, ValueError, IndexError, TypeError, UserWarning) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
         shape = f", while outputs have the shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
@@ -135,7 +159,7 @@ def _loss_value(argument: str, loss: Loss, output: Any, targets: Tensor) -> Tens
         )
     if not value.is_floating_point():
         raise TypeError(f"loss must return a floating point scalar, got {value.dtype}: it has no gradient")
-    return value
+    return value, replace(counting, scores=None)
 
 
 def _remedy(output: Any, targets: Tensor) -> str:
@@ -222,20 +246,19 @@ def check_validation(data: Any) -> None:
         raise ValueError(f"validation must hold finite numbers, but {fault}")
 
 
-def ignored_batch(batches: TensorBatches | LoaderBatches, iteration: int) -> str | None:
-    """That a batch's labels are all ignored, so that the mean of its losses is 0/0; or None.
+def ignored_batch(batches: TensorBatches | LoaderBatches, iteration: int, counting: Counting) -> str | None:
+    """That no label of a batch counts, so that the mean of its losses is 0/0; or None.
 
     Args:
         batches: The data.
         iteration: Number of the iteration, from 0.
+        counting: How the loss counts.
     """
-    if not isinstance(batches, TensorBatches) or batches.targets.is_floating_point():
+    if not isinstance(batches, TensorBatches):
         return None
-    order = batches.order(iteration // len(batches)).split(batches.batch_size)
-    index = order[iteration % len(batches)]
-    if not bool((batches.targets.index_select(0, index) == IGNORED).all()):
-        return None
-    return (
-        f"all labels of its batch, sample {int(index[0])} among them, are {IGNORED}, which the loss ignores: "
-        "drop such samples, or take larger batches"
+    index = batches.split(iteration // len(batches))[iteration % len(batches)]
+    reason = nothing_counts(batches.targets.index_select(0, index), counting)
+    return reason and (
+        f"all labels of its batch, sample {int(index[0])} among them, are {reason}: drop such samples, or take larger "
+        "batches"
     )

@@ -43,15 +43,15 @@ class CompiledValues:
         return fingerprint(self.objective) == self.fingerprint
 
     @torch.no_grad()
-    def value(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The objective at the parameters as they are, a scalar."""
-        total: Tensor = self._value(self._now(), self.constants, inputs, targets)
+    def value(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The objective at the parameters as they are, a scalar; weights as the objective takes them."""
+        total: Tensor = self._value(self._now(), self.constants, inputs, targets, weights)
         return total
 
     @torch.no_grad()
-    def differentiate_(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def differentiate_(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The objective and its record; the gradients are put into ``.grad``, in place of what was there."""
-        gradients, record = self._gradient(self._now(), self.constants, inputs, targets)
+        gradients, record = self._gradient(self._now(), self.constants, inputs, targets, weights)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name]
         return record[_TOTAL], record
@@ -59,17 +59,15 @@ class CompiledValues:
     def _now(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.parameters.items()}
 
-    def _value_of(
-        self, values: dict[str, Tensor], constants: dict[str, Tensor], inputs: Tensor, targets: Tensor
-    ) -> Tensor:
-        total: Tensor = functional_call(self.objective, (values, constants), (inputs, targets))[0]
+    def _value_of(self, values: dict[str, Tensor], constants: dict[str, Tensor], *batch: Tensor | None) -> Tensor:
+        total: Tensor = functional_call(self.objective, (values, constants), batch)[0]
         return total
 
     def _gradient_of(
-        self, values: dict[str, Tensor], constants: dict[str, Tensor], inputs: Tensor, targets: Tensor
+        self, values: dict[str, Tensor], constants: dict[str, Tensor], *batch: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         def total(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = functional_call(self.objective, (parameters, constants), (inputs, targets))
+            result: tuple[Tensor, Tensor] = functional_call(self.objective, (parameters, constants), batch)
             return result
 
         result: Any = grad(total, has_aux=True)(values)

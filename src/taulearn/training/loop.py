@@ -295,7 +295,10 @@ class Loop:
         bad = np.flatnonzero(~np.isfinite(total))
         if len(bad):
             at = self.recorder.history().num_iterations - len(total) + int(bad[0])
-            raise self._diverged(f"the loss is not finite from iteration {at + 1} on", at, cause_in(self.batches, at))
+            raise self._diverged(f"the loss is not finite from iteration {at + 1} on", at, self._cause(at))
+
+    def _cause(self, at: int) -> str | None:
+        return cause_in(self.batches, at, self.objective.countings[0])
 
     def _check(self, tensors: Iterable[Tensor]) -> None:
         """End the run if the last step, whose loss was finite, left weights that are not: they must not be saved."""

@@ -6,29 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._counting import IGNORED, Counting, accuracy as accuracy, watched
 from ..penalties import time_steps_of
-from .batches import Batch, LoaderBatches, are_labels, check_labels, make_batches
+from .batches import Batch, LoaderBatches, make_batches
 from .inspection import check_loss
-from .objective import Loss, as_float
+from .objective import Loss, as_float, input_dtype
 
-Metric = Callable[[Tensor, Tensor], Tensor]
-
-
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Share of samples whose largest output is the target class.
-
-    Args:
-        output: (batch, classes).
-        target: Class numbers, (batch,).
-
-    Returns:
-        A scalar in [0, 1].
-
-    Example:
-        >>> accuracy(torch.eye(2), torch.tensor([0, 0]))
-        tensor(0.5000)
-    """
-    return (output.argmax(1) == target).float().mean()
+Metric = Callable[[Any, Tensor], Tensor]
 
 
 def choose_metrics(metrics: str | Mapping[str, Metric], target: Tensor, output: object = None) -> dict[str, Metric]:
@@ -48,9 +32,9 @@ def choose_metrics(metrics: str | Mapping[str, Metric], target: Tensor, output: 
     if isinstance(metrics, str):
         if metrics != "auto":
             raise ValueError(f"metrics must be 'auto' or a mapping of names to functions, got {metrics!r}")
-        single = isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] < 2
-        classes = target.ndim == 1 and not target.is_floating_point() and not single
-        return {"accuracy": accuracy} if classes else {}
+        scores = output is None or (isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1)
+        integers = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+        return {"accuracy": accuracy} if scores and integers and target.ndim == 1 else {}
     return dict(metrics)
 
 
@@ -70,12 +54,14 @@ def evaluate(
     Args:
         model: A model with time steps.
         data: A pair of tensors (uint8 images are scaled), a Dataset or a DataLoader.
-        loss: Mean over a batch of (output, target). None: left out.
-        metrics: "auto" (accuracy for class numbers, given two outputs or more) or names with functions like ``loss``.
+        loss: Maps (output, target) to a scalar. None: left out.
+        metrics: "auto" (accuracy for class numbers, given two outputs or more; labels that the loss ignores do not
+            count) or names with functions like ``loss``.
         batch_size: Samples at a time, which bounds memory.
 
     Returns:
-        Means over the samples, by name.
+        By name what the whole data in one batch would give: torch's own losses are weighted by what they count (labels
+        that are not ignored, class weights, elements), sums are added up, any other function is a mean over samples.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -83,30 +69,61 @@ def evaluate(
         >>> evaluate(resnet(2, 3, 1, 2, init=0.5), data, loss=lambda output, target: (target - target).mean())
         {'loss': 0.0}
     """
-    values = time_steps_of(model).values
+    values, dtype = time_steps_of(model).values, input_dtype(model)
     if loss is not None:
         check_loss(loss)
     batches = make_batches(data, batch_size, 0, values.device, shuffle=False, argument="data")
     training = model.training
     model.eval()
-    sums: dict[str, Tensor] = {}
-    count = 0
+    means: dict[str, _Mean] = {}
     generator = torch.get_rng_state()
     try:
         for inputs, targets in _in_order(batches):
-            output = model(as_float(inputs, values.dtype))
-            functions = choose_metrics(metrics, targets, output)
+            output = model(as_float(inputs, dtype))
+            functions: dict[str, Metric] = {}
             if loss is not None:
-                functions = {"loss": loss, **functions}
-            if loss is not None and are_labels(targets, output) and targets.device.type == "cpu":
-                check_labels(batches.argument, targets, output.shape[1], "of a batch")
-            count += len(inputs)
+                value, counting = watched(loss, output, targets, argument=batches.argument, where="of a batch")
+                means.setdefault("loss", _Mean()).add(value, counting, targets)
+            if metrics == "auto" and loss is not None:
+                functions = _auto(counting, output, targets)
+            else:
+                functions = choose_metrics(metrics, targets, output)
             for name, function in functions.items():
-                sums[name] = sums.get(name, 0.0) + function(output, targets).double() * len(inputs)
+                value, counting = watched(function, output, targets)
+                means.setdefault(name, _Mean()).add(value, counting, targets)
     finally:
         model.train(training)
         torch.set_rng_state(generator)  # a loader draws from it, and training must not notice
-    return {name: float(total) / count for name, total in sums.items()}
+    return {name: mean.value() for name, mean in means.items()}
+
+
+def _auto(counting: Counting, output: Any, targets: Tensor) -> dict[str, Metric]:
+    """Accuracy of what the loss compares with class numbers; where the loss is not known, of the outputs."""
+    if not counting.known and counting.classes is None:
+        return choose_metrics("auto", targets, output)
+    scores, ignored = counting.scores, counting.ignored
+    if scores is None or scores.ndim != 2 or scores.shape[1] < 2:
+        return {}
+    return {"accuracy": lambda _, target: accuracy(scores, target, IGNORED if ignored is None else ignored)}
+
+
+class _Mean:
+    """A figure over batches, without a synchronisation."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.count: Tensor | float = 0.0
+        self.summed = False
+
+    def add(self, value: Tensor, counting: Counting, targets: Tensor) -> None:
+        """Take a batch; one of which nothing counts has no mean, and adds none."""
+        count = counting.of(targets, value.device)
+        self.total = self.total + torch.where(count == 0, 0.0, value.detach().double() * count)
+        self.count, self.summed = self.count + count, counting.summed
+
+    def value(self) -> float:
+        """The mean; nan where nothing counts."""
+        return float(self.total if self.summed else torch.as_tensor(self.total) / self.count)
 
 
 def _in_order(batches: Any) -> Any:

@@ -1,6 +1,7 @@
 """What training minimises: data loss plus penalties, with one row of record per evaluation."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .._counting import BY_SAMPLES, Counting
 from .._stages import forward_with_states
 from ..nn.network import TimeVariableNetwork
 from ..penalties import Penalty, StageCost, time_steps_of
 from .target import SteeredL1
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Tensor], Tensor]
 
 
 def as_float(inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -24,6 +26,22 @@ def as_float(inputs: Tensor, dtype: torch.dtype) -> Tensor:
         tensor([0., 1.])
     """
     return inputs.to(dtype) / 255 if inputs.dtype == torch.uint8 else inputs
+
+
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """The type of floating point inputs that a model is made for: that of its first parameter, the steps apart.
+
+    Args:
+        model: A model with time steps, which may be of another type than the rest.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> input_dtype(resnet(2, 3, 1, 4, dtype=torch.float64))
+        torch.float64
+    """
+    steps = time_steps_of(model).values
+    found = (p.dtype for p in model.parameters() if p is not steps and p.is_floating_point())
+    return next(found, steps.dtype)
 
 
 def as_penalties(penalties: Penalty | Iterable[Penalty]) -> tuple[Penalty, ...]:
@@ -58,6 +76,11 @@ def as_penalties(penalties: Penalty | Iterable[Penalty]) -> tuple[Penalty, ...]:
     return found
 
 
+def losses_of(loss: Loss, penalties: Iterable[Penalty]) -> list[Loss | None]:
+    """The loss, and for each penalty the loss that it takes means of; None where it takes none."""
+    return [loss, *(each.loss if isinstance(each, StageCost) else None for each in penalties)]
+
+
 class Objective(nn.Module):
     """J = loss(model(inputs), targets) + sum of the differentiated penalties, which every kind of step differentiates.
 
@@ -65,16 +88,25 @@ class Objective(nn.Module):
         model: A model with time steps.
         loss: Maps (output, target) to a scalar.
         penalties: One, or any number of them; names must differ.
+        countings: How each of :func:`losses_of` counts. None: as means over samples.
 
     Raises:
         TypeError, ValueError: As :func:`as_penalties`.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, penalties: Penalty | Iterable[Penalty]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        penalties: Penalty | Iterable[Penalty],
+        countings: Sequence[Counting] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
         self.penalties = as_penalties(penalties)
+        self.dtype = input_dtype(model)
+        self.countings = [BY_SAMPLES] * (1 + len(self.penalties)) if countings is None else list(countings)
 
     @property
     def columns(self) -> list[str]:
@@ -93,12 +125,32 @@ class Objective(nn.Module):
         """Whether the record ends with the loss at each depth."""
         return any(isinstance(p, StageCost) for p in self.penalties)
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The objective on one batch.
+    def weights(self, parts: Sequence[Tensor], add: Callable[[Tensor], Tensor], *, counts: bool = True) -> list[Tensor]:
+        """What the parts of a batch weigh in it.
+
+        Args:
+            parts: The targets of each part.
+            add: Adds a vector up over the processes that share the batch.
+            counts: Whether the samples of this process count.
+
+        Returns:
+            For each part a vector: the weight of means over samples, of the loss, and of each penalty.
+        """
+        kinds = [BY_SAMPLES, *self.countings]
+        device = time_steps_of(self.model).values.device
+        rows = [torch.stack([kind.of(targets, device) for kind in kinds]) for targets in parts]
+        counted = torch.stack(rows) if counts else torch.zeros_like(torch.stack(rows))
+        total = add(counted.sum(0))
+        weights = [counted[:, i] if kind.summed else counted[:, i] / total[i] for i, kind in enumerate(kinds)]
+        return list(torch.stack(weights, 1).unbind())
+
+    def forward(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The objective on one batch, or what a part of a batch adds to it.
 
         Args:
             inputs: (batch, ...), floating point, or uint8 images.
             targets: (batch, ...).
+            weights: Of a part, as :meth:`weights` gives them. None: it is the whole batch.
 
         Returns:
             J, a scalar; and the detached record: loss, J, each penalty, weights that are steered, then tau (N,), then,
@@ -106,30 +158,49 @@ class Objective(nn.Module):
             and at the final one.
         """
         steps = time_steps_of(self.model)
-        inputs = as_float(inputs, steps.values.dtype)
+        inputs = as_float(inputs, self.dtype)
+        wide = torch.promote_types(steps.values.dtype, torch.float32)
         states = None
+
+        def weighted(value: Tensor, i: int) -> Tensor:
+            if weights is None:
+                return value
+            dtype = torch.promote_types(value.dtype, torch.float32)
+            return weights[i].to(dtype) * value.to(dtype)
+
+        def labels(i: int) -> Tensor:
+            return targets if weights is None else self.countings[i].filled(targets)
+
         if any(p.needs_states for p in self.penalties):
             output, states = forward_with_states(self.model, inputs)
         else:
             output = self.model(inputs)
-        data_loss = self.loss(output, targets)
+        data_loss = weighted(self.loss(output, labels(0)), 1)
         values, losses = [], []
-        for penalty in self.penalties:
+        for i, penalty in enumerate(self.penalties, start=1):
             if isinstance(penalty, StageCost):
-                value, of_stages = penalty.measured(self.model, inputs, targets, states)
-                losses = [of_stages, data_loss.detach().unsqueeze(0)]
+                value, of_stages = penalty.measured(self.model, inputs, labels(i), states)
+                value = weighted(value, i + 1)
+                losses = [weighted(of_stages, i + 1), data_loss.detach().unsqueeze(0)]
             else:
-                value = penalty(self.model, inputs, targets, states)
+                value = weighted(penalty(self.model, inputs, targets, states), 0)
             values.append(value)
         total = data_loss
         for penalty, value in zip(self.penalties, values, strict=True):
             total = total + value if penalty.differentiated else total
-        weights = [p.alpha for p in self.penalties if isinstance(p, SteeredL1)]
-        scalars = torch.stack([v.detach().to(steps.values.dtype) for v in (data_loss, total, *values, *weights)])
-        record = [scalars, steps.tau.detach()]
+        steered = [weighted(p.alpha, 0) for p in self.penalties if isinstance(p, SteeredL1)]
+        scalars = torch.stack([v.detach().to(wide) for v in (data_loss, total, *values, *steered)])
+        record = [scalars, weighted(steps.tau.detach(), 0)]
         if steps.bounded:
-            record.append(steps.raw_tau.detach())
-        return total, torch.cat([*record, *(each.to(steps.values.dtype) for each in losses)])
+            record.append(weighted(steps.raw_tau.detach(), 0))
+        return total, torch.cat([each.to(wide) for each in (*record, *losses)])
+
+
+def autocast_of(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context of forward passes at a precision that :func:`fit` takes."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)

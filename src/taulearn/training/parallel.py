@@ -194,7 +194,7 @@ def prune_alike(ranks: Ranks, pruner: Pruner, iteration: int, averaged: Averaged
     if ranks.size == 1:
         return pruner.prune(iteration, averaged)
     if pruner.running is not None and pruner.running.number:
-        pruner.running.values = ranks.average(pruner.running.values, 1)
+        pruner.running.values = ranks.add(pruner.running.values) / ranks.size
     reports: list[PruneReport | None] = []
 
     def decide() -> dict[str, Any]:

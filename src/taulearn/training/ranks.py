@@ -1,8 +1,8 @@
 """The processes of a data parallel training: each holds the whole model and a share of each batch.
 
-    g = sum_r n_r g_r / sum_r n_r,        n_r samples on rank r
+    g = sum_r c_r g_r / sum_r c_r,        c_r what the loss counts on rank r (training/counting.py)
 
-Gradients are averaged in one flat buffer after the backward pass, before clipping and the optimiser's step, so that all
+Gradients are added up in one flat buffer after the backward pass, before clipping and the optimiser's step, so that all
 processes take the same step. Nothing is wrapped around the model that a deletion would leave behind, as
 DistributedDataParallel would be, which holds on to the parameters that it was made with.
 
@@ -187,14 +187,13 @@ class Ranks:
         return part, len(part[0])
 
     @torch.no_grad()
-    def average_(self, objective: Objective, total: Tensor, record: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-        """Average gradients, objective and record over all samples of the batch.
+    def add_(self, objective: Objective, total: Tensor, record: Tensor) -> tuple[Tensor, Tensor]:
+        """Add up gradients, objective and record, which are weighted already, over the processes.
 
         Args:
-            objective: Its parameters' gradients become the average; those for which no process has one keep none.
-            total: The objective on this process's part, a scalar.
-            record: The record on it, (columns,).
-            samples: Number of samples in it.
+            objective: Its parameters' gradients become the sum; those for which no process has one keep none.
+            total: What this process's part adds to the objective, a scalar.
+            record: Likewise to the record, (columns,).
 
         Returns:
             Objective and record on the whole batch.
@@ -206,33 +205,24 @@ class Ranks:
             return total, record
         parameters = [p for p in objective.parameters() if p.requires_grad]
         present = [float(p.grad is not None) for p in parameters]
-        flags = record.new_tensor([samples, self._interrupted(), *present])
+        flags = record.new_tensor([self._interrupted(), *present])
         values = torch.cat([total.detach().reshape(1).to(record.dtype), record])
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flags, values, *gradients = self._sum(flags, [values, *gradients], samples)
-        count = flags[0]
-        for p, gradient, anywhere in zip(parameters, gradients, flags[2:], strict=True):
+        flags, values, *gradients = self._sum([flags, values, *gradients])
+        for p, gradient, anywhere in zip(parameters, gradients, flags[1:], strict=True):
             if p.grad is not None:
-                p.grad.copy_(gradient).div_(count)
+                p.grad.copy_(gradient)
             elif anywhere > 0:  # a synchronisation, only for parameters without a gradient here
-                p.grad = gradient / count
+                p.grad = gradient.clone()
+        self._sums += 1
         if flags.device.type == "cpu" or self._sums % _LOOK_EVERY == 0:
-            self._seen = bool(flags[1] > 0)
-        values = values / count
+            self._seen = bool(flags[0] > 0)
         return values[0], values[1:]
 
     @torch.no_grad()
-    def average(self, value: Tensor, samples: int) -> Tensor:
-        """The mean of a tensor over all samples.
-
-        Args:
-            value: Its mean over this process's samples.
-            samples: Number of these.
-        """
-        if self.size == 1:
-            return value
-        flags, mean = self._sum(value.new_tensor([samples]), [value.detach()], samples)
-        return mean / flags[0]
+    def add(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over the processes."""
+        return value if self.size == 1 else self._sum([value.detach()])[0]
 
     def agreed(self, interrupted: Callable[[], bool]) -> Callable[[], bool]:
         """A question about this process as one about all of them, which all answer alike after the same iteration.
@@ -269,19 +259,17 @@ class Ranks:
             dist.destroy_process_group(self._control)
             self._control = self._gradients = None
 
-    def _sum(self, flags: Tensor, values: list[Tensor], samples: int) -> list[Tensor]:
-        """Sums over the processes of the flags, and of the values times the samples; one flat buffer for each type."""
-        sums = [flags, *values]
+    def _sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over the processes, in one flat buffer for each type."""
+        sums = list(tensors)
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i, t in enumerate(sums):
             kinds.setdefault((t.dtype, t.device), []).append(i)
         for numbers in kinds.values():
             buffer = torch.cat([sums[i].reshape(-1) for i in numbers])
-            buffer[flags.numel() if numbers[0] == 0 else 0 :].mul_(samples)
             self._meet(dist.all_reduce, buffer, group=self._gradients)
             for i, part in zip(numbers, buffer.split([sums[i].numel() for i in numbers]), strict=True):
                 sums[i] = part.view(sums[i].shape)
-        self._sums += 1
         return sums
 
     @torch.no_grad()

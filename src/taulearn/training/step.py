@@ -9,7 +9,7 @@ All of them compute the same iterates up to rounding; :class:`Engine` chooses pe
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .batches import LoaderBatches, TensorBatches
 from .compiler import compile_once
 from .fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fused, why_not_pure
 from .line_search import CompiledValues
-from .objective import Objective, StepOptions
+from .objective import Objective, StepOptions, autocast_of
 from .parallel import has_whole_batches, start_epoch
 from .pruner import Pruner
 from .ranks import Ranks
@@ -66,21 +66,23 @@ class PlainStep:
             The record before the step, (1, columns).
         """
         records: list[Tensor] = []
+        parts = self._parts(inputs, targets, samples)
 
         def closure() -> Any:
             if isinstance(evaluate, CompiledValues):
-                total, record = evaluate.differentiate_(inputs, targets)
+                ((x, z, weights),) = parts
+                total, record = evaluate.differentiate_(x, z, weights)
             else:
                 self.optimizer.zero_grad()
-                total, record = self._backward(evaluate or self.objective, inputs, targets)
-            total, record = self.ranks.average_(self.objective, total, record, samples)
+                total, record = self._backward(evaluate or self.objective, parts)
+            total, record = self.ranks.add_(self.objective, total, record)
             records.append(record)
             return total
 
         def value() -> Tensor:
             if isinstance(evaluate, CompiledValues):
-                return self.ranks.average(evaluate.value(inputs, targets), samples)
-            return self.ranks.average(self._value(evaluate or self.objective, inputs, targets), samples)
+                return self.ranks.add(evaluate.value(*parts[0]))
+            return self.ranks.add(self._value(evaluate or self.objective, parts))
 
         if isinstance(self.optimizer, SteepestDescent):
             self.optimizer.step(closure, value)
@@ -96,35 +98,34 @@ class PlainStep:
             self.options.averaged.update_parameters(self.objective.model)
         return records[0].unsqueeze(0)
 
-    def _autocast(self, device: torch.device) -> Any:
-        if self.options.precision == "bf16":
-            return torch.autocast(device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+    def _parts(self, inputs: Tensor, targets: Tensor, samples: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """The parts in which a batch is taken, with what they weigh in it; None for a whole batch."""
+        number = min(self.options.accumulate, len(inputs))
+        if number == 1 and self.ranks.size == 1:
+            return [(inputs, targets, None)]
+        xs, zs = inputs.tensor_split(number), targets.tensor_split(number)
+        return list(zip(xs, zs, self.objective.weights(zs, self.ranks.add, counts=samples > 0), strict=True))
 
     @torch.no_grad()
-    def _value(self, evaluate: Callable[..., Any], inputs: Tensor, targets: Tensor) -> Tensor:
+    def _value(self, evaluate: Callable[..., Any], parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
         """The objective alone, in the parts in which :meth:`_backward` takes it."""
-        parts = zip(inputs.chunk(self.options.accumulate), targets.chunk(self.options.accumulate), strict=True)
-        with self._autocast(inputs.device):
-            totals = [len(x) / len(inputs) * evaluate(x, z)[0] for x, z in parts]
+        with autocast_of(self.options.precision, parts[0][0].device):
+            totals = [evaluate(*part)[0] for part in parts]
         return torch.stack(totals).sum()
 
-    def _backward(self, evaluate: Callable[..., Any], inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        autocast = self._autocast(inputs.device)
-        if self.options.accumulate == 1:
-            with autocast:
-                total, record = evaluate(inputs, targets)
+    def _backward(
+        self, evaluate: Callable[..., Any], parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]
+    ) -> tuple[Tensor, Tensor]:
+        totals, records = [], []
+        for part in parts:
+            with autocast_of(self.options.precision, part[0].device):
+                total, record = evaluate(*part)
             total.backward()
-            return total.detach(), record
-        totals, sums = [], []
-        for x, z in zip(inputs.chunk(self.options.accumulate), targets.chunk(self.options.accumulate), strict=True):
-            with autocast:
-                total, record = evaluate(x, z)
-            weight = len(x) / len(inputs)
-            (weight * total).backward()
-            totals.append(weight * total.detach())
-            sums.append(weight * record)
-        return torch.stack(totals).sum(), torch.stack(sums).sum(0)
+            totals.append(total.detach())
+            records.append(record)
+        if len(parts) == 1:
+            return totals[0], records[0]
+        return torch.stack(totals).sum(), torch.stack(records).sum(0)
 
 
 class Engine:

@@ -1,0 +1,301 @@
+"""How much a part of a batch counts in a loss, so that parts add up to the whole batch.
+
+    loss(batch) = sum_p c_p loss(part p) / sum_p c_p
+
+c_p is what torch divides by: for cross entropy and negative log likelihood the sum of the class weights of the labels
+that are not ignored, for losses between elements their number. ``reduction="sum"`` losses add up as they are. Any other
+function is taken for a mean over samples. Accumulated parts, the shares of several processes and the batches of an
+evaluation all go by this.
+
+What a loss does is seen while it is called: a call of torch's functional losses whose result the loss returns, and
+whose target has the elements of the data's targets. That holds for the functions, torch's loss modules,
+``functools.partial``, and functions like ``lambda output, labels: cross_entropy(output.logits, labels)``.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
+
+IGNORED = -100
+"""The label that torch's cross entropy passes over unless it is told another."""
+
+_SAME_ELEMENTS = frozenset(
+    [
+        "contiguous",
+        "detach",
+        "double",
+        "flatten",
+        "float",
+        "int",
+        "long",
+        "ravel",
+        "reshape",
+        "squeeze",
+        "to",
+        "type",
+        "type_as",
+        "unsqueeze",
+        "view",
+    ]
+)
+"""Functions whose result has the elements of their first argument, in its order."""
+
+
+def accuracy(output: Tensor, target: Tensor, ignore_index: int = IGNORED) -> Tensor:
+    """Share of samples whose largest output is the target class.
+
+    Args:
+        output: (batch, classes), or (batch, classes, ...) where each sample has several labels.
+        target: Class numbers, (batch,) or (batch, ...).
+        ignore_index: Targets that do not count, as in torch's cross entropy.
+
+    Returns:
+        A scalar in [0, 1]; nan where no target counts.
+
+    Example:
+        >>> accuracy(torch.eye(2), torch.tensor([0, 0]))
+        tensor(0.5000)
+    """
+    if has_torch_function_variadic(output, target):
+        found: Tensor = handle_torch_function(accuracy, (output, target), output, target, ignore_index=ignore_index)
+        return found
+    counts = target != ignore_index
+    return ((output.argmax(1) == target) & counts).sum() / counts.sum()
+
+
+_LABELS = (F.cross_entropy, F.nll_loss, F.multi_margin_loss, accuracy)
+_ELEMENTS = (
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.hinge_embedding_loss,
+    F.huber_loss,
+    F.kl_div,
+    F.l1_loss,
+    F.mse_loss,
+    F.poisson_nll_loss,
+    F.smooth_l1_loss,
+    F.soft_margin_loss,
+)
+_SAMPLES = (
+    F.cosine_embedding_loss,
+    F.ctc_loss,
+    F.gaussian_nll_loss,
+    F.margin_ranking_loss,
+    F.multilabel_margin_loss,
+    F.multilabel_soft_margin_loss,
+    F.triplet_margin_loss,
+    F.triplet_margin_with_distance_loss,
+)
+_KNOWN: dict[Callable[..., Any], inspect.Signature] = {
+    each: inspect.signature(each) for each in (*_LABELS, *_ELEMENTS, *_SAMPLES)
+}
+
+
+class UnfitTargets(ValueError):
+    """Targets are not what the loss is about to take them for."""
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How a loss counts.
+
+    Attributes:
+        by: What it is the mean over: "samples", "elements" of the targets, or "labels" that are not ignored.
+        summed: Whether it is a sum instead, so that parts add up as they are.
+        classes: Number of classes, where the targets are class numbers.
+        ignored: The label that does not count, where there is one.
+        weight: Weights of the classes, or None.
+        scores: What the loss compared with the class numbers when it was seen, (batch, classes, ...).
+        known: Whether the loss is one of torch's.
+
+    Example:
+        >>> Counting("labels", classes=3, ignored=-100).of(torch.tensor([0, 2, -100])).item()
+        2.0
+    """
+
+    by: str = "samples"
+    summed: bool = False
+    classes: int | None = None
+    ignored: int | None = None
+    weight: Tensor | None = None
+    scores: Tensor | None = None
+    known: bool = False
+
+    def of(self, targets: Tensor, device: torch.device | None = None) -> Tensor:
+        """What a part with these targets counts, a scalar in double precision.
+
+        Args:
+            targets: (batch, ...).
+            device: Where it is to be. None: where the targets are.
+        """
+        if self.summed or self.by != "labels":
+            number = 1 if self.summed else targets.numel() if self.by == "elements" else len(targets)
+            return torch.full((), number, dtype=torch.float64, device=targets.device if device is None else device)
+        counts = targets.ne(IGNORED if self.ignored is None else self.ignored)
+        if self.weight is None:
+            return counts.sum(dtype=torch.float64).to(device)
+        weights = self.weight.detach()[targets.masked_fill(~counts, 0).long()]
+        return weights.masked_fill(~counts, 0).sum(dtype=torch.float64).to(device)
+
+    def filled(self, targets: Tensor) -> Tensor:
+        """The same targets, but class numbers that count where none of them does.
+
+        Torch's loss of a part of which no label counts is 0/0, and weighs 0: any number will do instead.
+
+        Args:
+            targets: Of the part.
+        """
+        if self.by != "labels" or self.summed:
+            return targets
+        some = targets.new_zeros(()) if self.weight is None else self.weight.argmax().to(targets.dtype)
+        return torch.where(self.of(targets) == 0, some, targets)
+
+    def check(self, argument: str, targets: Tensor, where: str = "") -> None:
+        """Refuse class numbers that the network does not have; targets that are none pass.
+
+        Args:
+            argument: The caller's name for the data.
+            targets: Of the data.
+            where: What the samples are counted in, for the message.
+
+        Raises:
+            ValueError: If a number lies outside 0 .. classes - 1, and is not ignored.
+
+        Example:
+            >>> Counting("labels", classes=2, ignored=-100).check("train", torch.tensor([0, 1, -100]))
+        """
+        if self.classes is None or targets.is_floating_point() or targets.is_complex():
+            return
+        outside = (targets >= self.classes) | (targets < 0)
+        if self.ignored is not None:
+            outside &= targets != self.ignored
+        if bool(outside.any()):
+            at = outside.nonzero()[0]
+            raise UnfitTargets(
+                f"{argument} must hold labels in 0 .. {self.classes - 1}, got {int(targets[tuple(at)])} at sample "
+                f"{int(at[0])}{where and f' {where}'}: renumber the classes, build the network with more outputs, or "
+                "let the loss ignore that label (ignore_index)"
+            )
+
+
+BY_SAMPLES = Counting()
+"""How a function that is not known counts."""
+
+
+def watched(
+    function: Callable[..., Any],
+    output: Any,
+    targets: Tensor,
+    *,
+    argument: str = "",
+    where: str = "",
+    whole: Tensor | None = None,
+) -> tuple[Any, Counting]:
+    """What a loss or metric answers, and how it counts.
+
+    Args:
+        function: Maps (output, target) to a scalar.
+        output: Of the network, anything.
+        targets: (batch, ...).
+        argument: The caller's name for the data. Empty: neither labels nor shapes are checked.
+        where: What the samples are counted in, for messages.
+        whole: The targets of all the data, of which these are a sample: their labels are checked instead.
+
+    Raises:
+        ValueError: If labels are out of range, or outputs and targets are about to be broadcast against each other.
+
+    Example:
+        >>> value, counting = watched(F.cross_entropy, torch.zeros(2, 3), torch.tensor([0, -100]))
+        >>> value.item(), counting.by, counting.of(torch.tensor([0, -100])).item()
+        (1.0986123085021973, 'labels', 1.0)
+    """
+    with _Watch(output, targets, argument, where, whole) as watch:
+        value = function(output, targets)
+    return value, watch.counting_of(value)
+
+
+class _Watch(TorchFunctionMode):
+    """Sees the calls of torch's functions on outputs and targets."""
+
+    def __init__(self, output: Any, targets: Tensor, argument: str, where: str, whole: Tensor | None) -> None:
+        super().__init__()
+        self.output, self.targets, self.argument, self.where = output, targets, argument, where
+        self.whole, self.same = whole, [targets]
+        self.calls: list[tuple[Any, Counting]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        counting = None
+        if func in _KNOWN:
+            given = _KNOWN[func].bind(*args, **kwargs)
+            given.apply_defaults()
+            counting = self._counting(func, given.arguments)
+            self._check_labels(counting)
+            if func not in _LABELS:
+                self._check_shapes(args[:2])
+        result = func(*args, **kwargs)
+        if counting is None and isinstance(result, Tensor) and result.shape == (len(self.targets),) * 2:
+            self._check_shapes(args[:2])
+        if counting is not None:
+            self.calls.append((result, counting))
+        elif getattr(func, "__name__", "") in _SAME_ELEMENTS and args and self._is_target(args[0]):
+            if isinstance(result, Tensor) and result.numel() == self.targets.numel():
+                self.same.append(result)
+        return result
+
+    def counting_of(self, value: Any) -> Counting:
+        """How the loss counts, given what it returned."""
+        for result, counting in reversed(self.calls):
+            if result is value:
+                return counting
+        labels = [counting for _, counting in self.calls if counting.classes is not None]
+        return replace(labels[-1], by="samples", summed=False, weight=None) if labels else BY_SAMPLES
+
+    def _is_target(self, value: Any) -> bool:
+        return any(value is each for each in self.same)
+
+    def _counting(self, func: Any, given: Mapping[str, Any]) -> Counting:
+        """How a call of one of torch's functions counts."""
+        reduction = given.get("reduction", "mean")
+        if given.get("size_average") is not None or given.get("reduce") is not None:
+            legacy = torch.nn._reduction.legacy_get_string
+            reduction = legacy(given["size_average"], given["reduce"], emit_warning=False)
+        summed = reduction == "sum"
+        scores, target = given.get("output" if func is accuracy else "input"), given.get("target")
+        if func in _SAMPLES or not self._is_target(target):
+            return Counting(summed=summed, known=True)
+        assert isinstance(scores, Tensor)
+        if func in _ELEMENTS:
+            return Counting("samples" if reduction == "batchmean" else "elements", summed, known=True)
+        if scores.shape == getattr(target, "shape", None) or scores.ndim < 2:  # class probabilities
+            return Counting("elements", summed, known=True)
+        classes, ignored = scores.shape[1], given.get("ignore_index")
+        by = "samples" if ignored is None else "labels"
+        return Counting(by, summed, classes, ignored, given.get("weight"), scores, known=True)
+
+    def _check_labels(self, counting: Counting) -> None:
+        """Refuse class numbers out of range before torch does; on a GPU only once, for it takes a synchronisation."""
+        if self.argument and (self.whole is not None or self.targets.device.type == "cpu"):
+            counting.check(self.argument, self.targets if self.whole is None else self.whole, self.where)
+
+    def _check_shapes(self, pair: Sequence[Any]) -> None:
+        """Refuse outputs (n, 1) that meet targets (n,), or the other way round: broadcasting makes n x n of them."""
+        n = len(self.targets)
+        if not self.argument or n < 2 or len(pair) < 2 or not all(isinstance(each, Tensor) for each in pair):
+            return
+        if {tuple(each.shape) for each in pair} != {(n,), (n, 1)}:
+            return
+        targets, others = ([each for each in pair if self._is_target(each) is is_one] for is_one in (True, False))
+        if len(targets) == 1 and (others[0] is self.output or others[0].requires_grad):
+            column = targets[0].ndim == 1
+            raise UnfitTargets(
+                f"{self.argument} must hold targets {'(n, 1)' if column else '(n,)'} like the network's outputs, got "
+                f"shape {(n if self.whole is None else len(self.whole), *targets[0].shape[1:])}: a loss would compare every sample with every other; "
+                f"use targets.{'unsqueeze(1)' if column else 'squeeze(1)'}"
+            )
