@@ -26,23 +26,7 @@ IGNORED = -100
 """The label that torch's cross entropy passes over unless it is told another."""
 
 _SAME_ELEMENTS = frozenset(
-    [
-        "contiguous",
-        "detach",
-        "double",
-        "flatten",
-        "float",
-        "int",
-        "long",
-        "ravel",
-        "reshape",
-        "squeeze",
-        "to",
-        "type",
-        "type_as",
-        "unsqueeze",
-        "view",
-    ]
+    ("contiguous", "detach", "double", "flatten", "float", "int", "long", "ravel", "reshape", "squeeze", "to", "view")
 )
 """Functions whose result has the elements of their first argument, in its order."""
 
@@ -188,6 +172,36 @@ BY_SAMPLES = Counting()
 """How a function that is not known counts."""
 
 
+class Mean:
+    """A figure of the whole data from those of its batches, without a synchronisation.
+
+    Example:
+        >>> mean, counting = Mean(), Counting("labels", ignored=-100)
+        >>> for labels in ([0, 1, -100], [1, -100, -100], [-100, -100, -100]):
+        ...     mean.add(torch.tensor(float(labels[0])), counting, torch.tensor(labels))
+        >>> round(mean.value().item(), 4)
+        0.3333
+    """
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._count: Tensor | None = None
+        self._summed = False
+
+    def add(self, value: Tensor, counting: Counting, targets: Tensor) -> None:
+        """Take the figure, or several of them, of a batch; one of which nothing counts has no mean, and adds none."""
+        count = counting.of(targets, value.device)
+        total = torch.where(count == 0, 0.0, value.detach().double() * count)
+        self._total = total if self._total is None else self._total + total
+        self._count = count if self._count is None else self._count + count
+        self._summed = counting.summed
+
+    def value(self) -> Tensor:
+        """The figure, in double precision; nan where nothing counts."""
+        assert self._total is not None and self._count is not None
+        return self._total if self._summed else self._total / self._count
+
+
 def watched(
     function: Callable[..., Any],
     output: Any,
@@ -245,8 +259,7 @@ class _Watch(TorchFunctionMode):
         if counting is not None:
             self.calls.append((result, counting))
         elif getattr(func, "__name__", "") in _SAME_ELEMENTS and args and self._is_target(args[0]):
-            if isinstance(result, Tensor) and result.numel() == self.targets.numel():
-                self.same.append(result)
+            self.same.append(result)
         return result
 
     def counting_of(self, value: Any) -> Counting:
@@ -293,9 +306,9 @@ class _Watch(TorchFunctionMode):
             return
         targets, others = ([each for each in pair if self._is_target(each) is is_one] for is_one in (True, False))
         if len(targets) == 1 and (others[0] is self.output or others[0].requires_grad):
-            column = targets[0].ndim == 1
+            flat, data = targets[0].ndim == 1, self.targets if self.whole is None else self.whole
             raise UnfitTargets(
-                f"{self.argument} must hold targets {'(n, 1)' if column else '(n,)'} like the network's outputs, got "
-                f"shape {(n if self.whole is None else len(self.whole), *targets[0].shape[1:])}: a loss would compare every sample with every other; "
-                f"use targets.{'unsqueeze(1)' if column else 'squeeze(1)'}"
+                f"{self.argument} must hold targets {'(n, 1)' if flat else '(n,)'} like the network's outputs, got "
+                f"shape {tuple(data.shape)}: a loss would compare every sample with every other; "
+                f"use targets.{'unsqueeze(1)' if flat else 'squeeze(1)'}"
             )

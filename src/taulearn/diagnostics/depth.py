@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .._counting import IGNORED, Mean, watched
 from .._errors import is_number, positive_integer
 from .._stages import check_has_stages, scalar, stage_outputs
 from .._table import format_table
@@ -157,7 +158,8 @@ def depth_profile(
         inputs: (batch, ...).
         targets: Class numbers (batch,), for which the accuracy is computed too if there are two outputs or more, or
             anything ``loss`` takes.
-        loss: Maps (output, target) to a scalar, a mean over the batch.
+        loss: Maps (output, target) to a scalar; batches weigh what they count in it, as in
+            :func:`taulearn.training.evaluate`.
         calibration: Inputs of some hundreds of training samples, on which batch normalisation in skips and head gets
             statistics of its own for each depth before the last (:func:`depth_statistics`). None: the running ones,
             which are those of the last state. Not for wrapped models.
@@ -192,27 +194,32 @@ def depth_profile(
         check_calibration("calibration", calibration)
     classes = targets.ndim == 1 and not targets.is_floating_point()
     depths: tuple[int, ...] = ()
-    sums = [torch.zeros(())] * 4
+    mean, sums = Mean(), [torch.zeros(())] * 4
     with evaluation(network), torch.no_grad():
         own = {} if calibration is None else depth_statistics(network, calibration)
         for x, z in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
             outputs, states, added = _pass(network, x, own)
             depths = tuple(outputs)
             classes = classes and has_classes(outputs[depths[-1]])
-            losses = torch.stack([scalar(loss(output, z)).double() for output in outputs.values()]) * len(x)
-            right = torch.stack([(y.argmax(1) == z).double().sum() for y in outputs.values()]) if classes else losses
+            found = [watched(loss, output, z) for output in outputs.values()]
+            counting = found[-1][1]
+            mean.add(torch.stack([scalar(value) for value, _ in found]), counting, z)
+            counted = z.ne(IGNORED if counting.ignored is None else counting.ignored)
+            number = counted.double().sum()
+            hits = [((y.argmax(1) == z) & counted).double().sum() if classes else number for y in outputs.values()]
             squares = [torch.stack([y.double().square().sum() for y in ys]) for ys in (added, states)]
-            sums = [total.to(new) + new for total, new in zip(sums, (losses, right, *squares), strict=True)]
+            new = (torch.stack(hits), number, *squares)
+            sums = [total.to(each) + each for total, each in zip(sums, new, strict=True)]
         timed = None if example_inputs is None else tuple(times(network, depths, example_inputs))
-    losses, right, of_added, of_states = (total.cpu() / len(inputs) for total in sums)
+    right, counted, of_added, of_states = (total.cpu() for total in sums)
     return DepthProfile(
         depths=depths,
-        loss=losses,
-        accuracy=right if classes else None,
+        loss=mean.value().cpu(),
+        accuracy=right / counted if classes else None,
         parameters=tuple(parameters(network, k) for k in depths),
         milliseconds=timed,
         layers=time_steps_of(network).origin,
-        contribution=of_added.sqrt(),
+        contribution=(of_added / len(inputs)).sqrt(),
         relative=(of_added / of_states).sqrt(),
     )
 

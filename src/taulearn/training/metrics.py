@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._counting import IGNORED, Counting, accuracy as accuracy, watched
+from .._counting import IGNORED, Counting, Mean, accuracy as accuracy, watched
 from ..penalties import time_steps_of
 from .batches import Batch, LoaderBatches, make_batches
 from .inspection import check_loss
@@ -75,7 +75,7 @@ def evaluate(
     batches = make_batches(data, batch_size, 0, values.device, shuffle=False, argument="data")
     training = model.training
     model.eval()
-    means: dict[str, _Mean] = {}
+    means: dict[str, Mean] = {}
     generator = torch.get_rng_state()
     try:
         for inputs, targets in _in_order(batches):
@@ -83,18 +83,18 @@ def evaluate(
             functions: dict[str, Metric] = {}
             if loss is not None:
                 value, counting = watched(loss, output, targets, argument=batches.argument, where="of a batch")
-                means.setdefault("loss", _Mean()).add(value, counting, targets)
+                means.setdefault("loss", Mean()).add(value, counting, targets)
             if metrics == "auto" and loss is not None:
                 functions = _auto(counting, output, targets)
             else:
                 functions = choose_metrics(metrics, targets, output)
             for name, function in functions.items():
                 value, counting = watched(function, output, targets)
-                means.setdefault(name, _Mean()).add(value, counting, targets)
+                means.setdefault(name, Mean()).add(value, counting, targets)
     finally:
         model.train(training)
         torch.set_rng_state(generator)  # a loader draws from it, and training must not notice
-    return {name: mean.value() for name, mean in means.items()}
+    return {name: float(mean.value()) for name, mean in means.items()}
 
 
 def _auto(counting: Counting, output: Any, targets: Tensor) -> dict[str, Metric]:
@@ -105,25 +105,6 @@ def _auto(counting: Counting, output: Any, targets: Tensor) -> dict[str, Metric]
     if scores is None or scores.ndim != 2 or scores.shape[1] < 2:
         return {}
     return {"accuracy": lambda _, target: accuracy(scores, target, IGNORED if ignored is None else ignored)}
-
-
-class _Mean:
-    """A figure over batches, without a synchronisation."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.count: Tensor | float = 0.0
-        self.summed = False
-
-    def add(self, value: Tensor, counting: Counting, targets: Tensor) -> None:
-        """Take a batch; one of which nothing counts has no mean, and adds none."""
-        count = counting.of(targets, value.device)
-        self.total = self.total + torch.where(count == 0, 0.0, value.detach().double() * count)
-        self.count, self.summed = self.count + count, counting.summed
-
-    def value(self) -> float:
-        """The mean; nan where nothing counts."""
-        return float(self.total if self.summed else torch.as_tensor(self.total) / self.count)
 
 
 def _in_order(batches: Any) -> Any:
