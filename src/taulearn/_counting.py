@@ -198,7 +198,8 @@ class Mean:
 
     def value(self) -> Tensor:
         """The figure, in double precision; nan where nothing counts."""
-        assert self._total is not None and self._count is not None
+        assert self._total is not None
+        assert self._count is not None
         return self._total if self._summed else self._total / self._count
 
 

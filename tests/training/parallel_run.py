@@ -22,7 +22,7 @@ from torch.utils.data import (
 import taulearn
 from taulearn import Pruning
 from taulearn.files import write_tensors
-from taulearn.penalties import L1
+from taulearn.penalties import L1, StageCost
 from training import parallel_faults, parallel_wrappers
 from training.parallel_base import RANK, leave, model_and_optimizer, train
 from training.support import digits, network, run_fit
@@ -52,6 +52,39 @@ def tiny(folder: Path) -> None:
     model, optimizer = model_and_optimizer()
     history = run_fit(model, digits(61, torch.float64), optimizer, batch_size=6, epochs=2)
     leave(folder, model, history, optimizer)
+
+
+def counted(folder: Path) -> None:
+    """Labels that are ignored, few on one process and all on another, and weights of classes."""
+    inputs, targets = digits(240, torch.float64)
+    targets[torch.arange(240) % 60 < 33] = -1
+    targets[50:60] = -1
+    batches = DataLoader(TensorDataset(inputs, targets), batch_size=60)
+    model, optimizer = model_and_optimizer()
+    loss = nn.CrossEntropyLoss(torch.linspace(0.5, 2, 10, dtype=torch.float64), ignore_index=-1)
+    penalties = [L1(0.05), StageCost(0.1, loss)]
+    history = run_fit(model, batches, optimizer, loss=loss, penalties=penalties, accumulate=2)
+    leave(folder, model, history, optimizer)
+
+
+def summed(folder: Path) -> None:
+    """A sum over a batch, the last of which leaves one process without a sample, under a line search."""
+    model = model_and_optimizer()[0]
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1e-3, max_iter=3)
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    history = run_fit(model, digits(41, torch.float64), optimizer, loss=loss, penalties=[L1(0.05)], epochs=2)
+    leave(folder, model, history)
+
+
+def own_shares(folder: Path) -> None:
+    """A DistributedSampler, of whose samples one process ignores more than the other."""
+    inputs, targets = digits(240, torch.float64)
+    targets[::2] = torch.where(torch.arange(120) % 3 > 0, -100, targets[::2])
+    data = TensorDataset(inputs, targets)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = DistributedSampler(data, size, RANK, shuffle=False)
+    model, optimizer = model_and_optimizer()
+    leave(folder, model, run_fit(model, DataLoader(data, batch_size=60 // size, sampler=parts), optimizer), optimizer)
 
 
 def loader(folder: Path) -> None:
@@ -156,6 +189,15 @@ def batch_norm(folder: Path) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), block(), block(), nn.Linear(8, 10))
     taulearn.wrap(model, ["2", "3"])
     history = run_fit(model, digits(200), torch.optim.SGD(model.parameters(), lr=0.1), validation=digits(60))
+    leave(folder, model, history)
+
+
+def batch_norm_last(folder: Path) -> None:
+    """A last batch of three samples, of which one process would have a single one, goes with the one before."""
+    torch.manual_seed(0)
+    blocks = (nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Tanh()) for _ in range(2))
+    model = taulearn.wrap(nn.Sequential(nn.Flatten(), *blocks, nn.Linear(64, 10)), ["1", "2"])
+    history = run_fit(model, digits(83), torch.optim.SGD(model.parameters(), lr=0.1), epochs=2, accumulate=30)
     leave(folder, model, history)
 
 

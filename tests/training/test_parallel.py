@@ -32,6 +32,9 @@ SAME = (
     "steepest_descent",
     "uneven",
     "tiny",
+    "counted",
+    "summed",
+    "own_shares",
     "loader",
     "sampler",
     "batch_sampler",
@@ -40,7 +43,7 @@ SAME = (
 )
 REFUSED = ("shuffled_loader", "shuffled_batches", "odd_batches", "other_model", "other_arguments", "odd_batch")
 ENDED = ("meddling", "meddling_unpruned", "failing", "failing_first", "interrupted")
-OTHERS = ("other_weights", "dropout", "batch_norm", "stopping", "wrapped_in_ddp", "sharded")
+OTHERS = ("batch_norm_last", "other_weights", "dropout", "batch_norm", "stopping", "wrapped_in_ddp", "sharded")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -130,6 +133,10 @@ def test_random_numbers_differ_between_the_processes(two: Path) -> None:
 
 def test_running_statistics_are_those_of_the_first_process(two: Path) -> None:
     results(two / "batch_norm", 2)
+
+
+def test_a_last_batch_too_small_for_batch_normalisation_goes_with_the_one_before(two: Path) -> None:
+    assert [len(each["iteration/loss"]) for each in results(two / "batch_norm_last", 2)] == [4, 4]
 
 
 def test_any_process_may_end_the_training(two: Path) -> None:

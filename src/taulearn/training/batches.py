@@ -1,12 +1,12 @@
 """Where batches come from: tensors kept whole in memory, or a loader that yields them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 
 from .._counting import BY_SAMPLES
 from .._errors import positive_integer
@@ -28,6 +28,9 @@ class TensorBatches:
         targets: (n, ...).
         batch_size: Samples per batch; the last batch of an epoch may be smaller.
         seed: Of the order.
+
+    Attributes:
+        full: Number of batches of that size, which come first.
     """
 
     argument = "data"
@@ -37,9 +40,25 @@ class TensorBatches:
         self.batch_size = min(batch_size, len(inputs))
         self.seed = seed
         self.full = len(inputs) // self.batch_size
+        self.joined = False
 
     def __len__(self) -> int:
-        return -(-len(self.inputs) // self.batch_size)
+        return -(-len(self.inputs) // self.batch_size) - self.joined
+
+    def join_last(self, least: int) -> None:
+        """Let a last batch of fewer samples than a network can take go with the one before.
+
+        Args:
+            least: Samples that it needs.
+
+        Raises:
+            ValueError: If other batches are too small as well.
+        """
+        last = _check_sizes(len(self.inputs), self.batch_size, least)
+        if last and self.full == 1:
+            self.batch_size = len(self.inputs)
+        elif last:
+            self.joined, self.full = True, self.full - 1
 
     def order(self, epoch: int) -> Tensor:
         """The order of the samples in an epoch, (n,); a batch of all samples needs none."""
@@ -51,13 +70,14 @@ class TensorBatches:
         """The samples at ``index``."""
         return self.inputs.index_select(0, index), self.targets.index_select(0, index)
 
-    def split(self, epoch: int) -> tuple[Tensor, ...]:
-        """The order of an epoch, batch by batch."""
-        return self.order(epoch).split(self.batch_size)
+    def split(self, order: Tensor) -> list[Tensor]:
+        """An order, batch by batch."""
+        parts = list(order.split(self.batch_size))
+        return [*parts[:-2], torch.cat(parts[-2:])] if self.joined else parts
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number ``start`` on."""
-        for index in self.split(epoch)[start:]:
+        for index in self.split(self.order(epoch))[start:]:
             yield self.gather(index)
 
     def sample(self) -> Batch:
@@ -72,18 +92,47 @@ class LoaderBatches:
         loader: Yields pairs (inputs, targets).
         device: Where batches go.
         argument: The caller's name for the data, for messages.
+        own: Whether the loader was made here, for a Dataset.
 
     Attributes:
         counting: How the loss counts, where it is known: each batch's class numbers are checked before they leave the
             host.
     """
 
-    def __init__(self, loader: DataLoader[Any], device: torch.device, argument: str = "train") -> None:
-        self.loader, self.device, self.argument = loader, device, argument
+    def __init__(
+        self, loader: DataLoader[Any], device: torch.device, argument: str = "train", *, own: bool = False
+    ) -> None:
+        self.loader, self.device, self.argument, self.own = loader, device, argument, own
         self.counting = BY_SAMPLES
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    def join_last(self, least: int) -> None:
+        """Let a last batch of fewer samples than a network can take go with the one before.
+
+        Args:
+            least: Samples that it needs.
+
+        Raises:
+            ValueError: If other batches are too small as well, or the loader is the caller's.
+        """
+        sampler, loader = self.loader.batch_sampler, self.loader
+        if not isinstance(sampler, BatchSampler) or not isinstance(sampler.sampler, Sized):
+            return  # sizes are not known
+        number = len(sampler.sampler)
+        if sampler.drop_last:
+            number -= number % sampler.batch_size
+        last = _check_sizes(number, sampler.batch_size, least, self.argument)
+        if last and not self.own:
+            raise ValueError(
+                f"{self.argument} must not end with a batch of {last}, got {number} samples in batches of "
+                f"{sampler.batch_size}: batch normalisation needs at least {least} in training. Make the DataLoader "
+                "with drop_last=True, or with another batch_size"
+            )
+        if last:
+            joined = _Joined(sampler.sampler, sampler.batch_size, drop_last=False)
+            self.loader = DataLoader(loader.dataset, batch_sampler=joined, generator=loader.generator)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch; a loader cannot start in the middle."""
@@ -100,6 +149,31 @@ class LoaderBatches:
         items = dataset[0] if whole else [dataset[i] for i in range(min(2, len(dataset)))]
         inputs, targets = _pair(self.loader.collate_fn(items), self.argument, "yield")
         return inputs.to(self.device), targets.to(self.device)
+
+
+class _Joined(BatchSampler):
+    """Batches of which the last two are one."""
+
+    def __len__(self) -> int:
+        return super().__len__() - 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        held: list[list[int]] = []
+        for batch in super().__iter__():
+            held.append(batch)
+            if len(held) > 2:
+                yield held.pop(0)
+        yield [number for batch in held for number in batch]
+
+
+def _check_sizes(number: int, batch_size: int, least: int, argument: str = "train") -> int:
+    """The size of a last batch that is too small; 0 if none is. Batches that are all too small are refused."""
+    why = "batch normalisation takes the statistics of each process's share of a batch in training"
+    if number < least:
+        raise ValueError(f"{argument} must hold at least {least} samples, got {number}: {why}")
+    if batch_size < least:
+        raise ValueError(f"batch_size must be at least {least}, got {batch_size}: {why}")
+    return number % batch_size if number % batch_size < least else 0
 
 
 def _pair(data: Any, argument: str, verb: str, otherwise: str = "") -> Batch:
@@ -165,7 +239,8 @@ def make_batches(
         if len(cast(Any, data)) == 0:
             raise ValueError(f"{argument} must hold at least one batch, got an empty {type(data).__name__}")
         if isinstance(data, Dataset):
-            data = DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=_generator(seed, 0))
+            loader = DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=_generator(seed, 0))
+            return LoaderBatches(loader, device, argument, own=True)
         return LoaderBatches(data, device, argument)
     inputs, targets = _pair(data, argument, "be", ", a Dataset or a DataLoader")
     if len(inputs) != len(targets):

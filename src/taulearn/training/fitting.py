@@ -26,7 +26,7 @@ from .interruption import announced
 from .loop import Loop, Settings
 from .metrics import Metric, choose_metrics
 from .objective import Loss, Objective, StepOptions, as_float, as_penalties, input_dtype, losses_of
-from .parallel import begin_pruning, check_shares, joined, open_alike
+from .parallel import begin_pruning, check_shares, has_whole_batches, joined, open_alike
 from .pruner import Pruner
 from .run import Run, tidy
 from .tensorboard import TensorBoard
@@ -77,6 +77,8 @@ def fit(
             possible here: write the loop yourself, with ``taulearn.optim.register_projection`` and ``taulearn.prune``.
         epochs: Number of epochs in all.
         batch_size: Samples per iteration, of all processes together, reshuffled each epoch; a DataLoader has its own.
+            The last batch of an epoch may be smaller; where it is too small for batch normalisation (a single sample),
+            it goes with the one before, and a DataLoader that ends so is refused.
         penalties: One or several, added to the loss; each is recorded.
         pruning: When and at which threshold layers are deleted. None: never.
         validation: Data like ``train``, evaluated before training and after each epoch.
@@ -93,7 +95,8 @@ def fit(
         seed: Of the batches' order, but for a DataLoader. Initial weights and dropout follow torch's global generator
             (torch.manual_seed).
         clip_norm: Largest norm of the gradient. None: no clipping.
-        accumulate: Parts into which each batch is split to save memory; the step stays that of the whole batch. A part
+        accumulate: Parts into which each batch is split to save memory, fewer where batch normalisation would get a
+            single sample; the step stays that of the whole batch, batch normalisation apart. A part
             of which all labels are ignored counts nothing; a batch of which all are ends the training as
             :class:`Diverged`, because its mean is 0/0.
         precision: "float32" (the model's own type) or "bf16" (autocast).
@@ -144,14 +147,16 @@ def fit(
         check_pruning(pruning, model)
         batches = make_batches(train, batch_size, seed, where)
         check_shares(ranks, batches, batch_size, resumed=resume)
+        sample = batches.sample()
+        losses = losses_of(loss, penalties)
+        seen = check_data("train", model, losses, sample, batches, differentiated=True, precision=precision)
+        if seen.least > 1:
+            batches.join_last(seen.least * (ranks.size if has_whole_batches(batches) else 1))
         check_parts(model, optimizer, scheduler, averaged, epochs * len(batches))
         pruner = None if pruning is None else Pruner(pruning, model, optimizer, epochs, len(batches))
         if pruner is not None and pruner.penalty is not None:
             penalties = _with_steered(penalties, pruner.penalty)
         check_projections(optimizer, model, penalties)
-        sample = batches.sample()
-        losses = losses_of(loss, penalties)
-        countings = check_data("train", model, losses, sample, batches, differentiated=True, precision=precision)
         if validation is not None:
             held_out = make_batches(validation, batch_size, seed, where, argument="validation")
             check_data("validation", model, [loss], sample := held_out.sample(), held_out, differentiated=False)
@@ -191,8 +196,8 @@ def fit(
         if run is not None:
             check_contents(parts)
         folder = open_alike(ranks, lambda: _open_run(run, config, resume=resume, overwrite=overwrite))
-        options = StepOptions(clip_norm, accumulate, precision, averaged)
-    objective = Objective(model, loss, penalties, countings)
+        options = StepOptions(clip_norm, accumulate, precision, averaged, seen.least)
+    objective = Objective(model, loss, penalties, seen.countings)
     return Loop(objective, batches, parts, options, settings, folder, ranks).run(resume=resume)
 
 

@@ -1,13 +1,15 @@
 """Whether data fit a model and a loss, and which sample is to blame when a loss is no number."""
 
+import math
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._counting import BY_SAMPLES, Counting, UnfitTargets, watched
 from .batches import Batch, LoaderBatches, TensorBatches, make_batches
@@ -42,6 +44,20 @@ def check_loss(loss: Loss) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a forward pass tells.
+
+    Attributes:
+        countings: How each loss counts.
+        least: Fewest samples that the network takes in training: two where batch normalisation sees one value of each
+            channel per sample.
+    """
+
+    countings: list[Counting]
+    least: int
+
+
 def check_data(
     argument: str,
     model: nn.Module,
@@ -51,7 +67,7 @@ def check_data(
     *,
     differentiated: bool,
     precision: str = "float32",
-) -> list[Counting]:
+) -> "Seen":
     """One forward pass on a few samples, so that data that do not fit are named before training starts.
 
     Args:
@@ -64,7 +80,7 @@ def check_data(
         precision: Of the forward pass, as ``fit`` takes it.
 
     Returns:
-        How each loss counts.
+        What was seen of the losses and the network.
 
     Raises:
         TypeError: If inputs, or what a loss returns, have the wrong type.
@@ -77,7 +93,11 @@ def check_data(
         if fault is not None:
             raise ValueError(f"{argument} must hold finite numbers, but {fault}")
     training, generator = model.training, torch.get_rng_state()
+    model.train()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
     model.eval()
+    least = [1]
+    hooks = [norm.register_forward_pre_hook(_watch_size(len(inputs), least)) for norm in norms]
     try:
         # with a gradient, like the steps: a loss may ask for one, or forget to have one
         with torch.set_grad_enabled(differentiated), autocast_of(precision, inputs.device):
@@ -90,6 +110,8 @@ def check_data(
                 "compute it with torch, without .item(), .detach() and argmax"
             )
     finally:
+        for hook in hooks:
+            hook.remove()
         model.train(training)
         torch.set_rng_state(generator)
     countings = iter([counting for _, counting in found])
@@ -98,7 +120,17 @@ def check_data(
         batches.counting = chosen[0]
     elif (reason := nothing_counts(batches.targets, chosen[0])) is not None:
         raise ValueError(f"{argument} must hold a label that counts, got {reason}, for every sample")
-    return chosen
+    return Seen(chosen, max(least))
+
+
+def _watch_size(samples: int, least: list[int]) -> Callable[[nn.Module, Any], None]:
+    """A hook that notes how many samples it takes for two values per channel, which training asks for."""
+
+    def hook(_: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].ndim > 1 and args[0].numel():
+            least.append(math.ceil(2 * samples * args[0].shape[1] / args[0].numel()))
+
+    return hook
 
 
 def _output(argument: str, model: nn.Module, inputs: Tensor) -> Any:
@@ -256,7 +288,7 @@ def ignored_batch(batches: TensorBatches | LoaderBatches, iteration: int, counti
     """
     if not isinstance(batches, TensorBatches):
         return None
-    index = batches.split(iteration // len(batches))[iteration % len(batches)]
+    index = batches.split(batches.order(iteration // len(batches)))[iteration % len(batches)]
     reason = nothing_counts(batches.targets.index_select(0, index), counting)
     return reason and (
         f"all labels of its batch, sample {int(index[0])} among them, are {reason}: drop such samples, or take larger "

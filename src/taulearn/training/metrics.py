@@ -76,6 +76,7 @@ def evaluate(
     training = model.training
     model.eval()
     means: dict[str, Mean] = {}
+    strange = torch.zeros((), dtype=torch.bool, device=values.device)
     generator = torch.get_rng_state()
     try:
         for inputs, targets in _in_order(batches):
@@ -86,6 +87,8 @@ def evaluate(
                 means.setdefault("loss", Mean()).add(value, counting, targets)
             if metrics == "auto" and loss is not None:
                 functions = _auto(counting, output, targets)
+                if functions and counting.classes is None:  # integers that may be no classes, but ranks or counts
+                    strange = strange | (targets.ne(IGNORED) & ((targets < 0) | (targets >= output.shape[1]))).any()
             else:
                 functions = choose_metrics(metrics, targets, output)
             for name, function in functions.items():
@@ -94,6 +97,8 @@ def evaluate(
     finally:
         model.train(training)
         torch.set_rng_state(generator)  # a loader draws from it, and training must not notice
+    if bool(strange):
+        del means["accuracy"]
     return {name: float(mean.value()) for name, mean in means.items()}
 
 

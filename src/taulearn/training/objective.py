@@ -88,7 +88,7 @@ class Objective(nn.Module):
         model: A model with time steps.
         loss: Maps (output, target) to a scalar.
         penalties: One, or any number of them; names must differ.
-        countings: How each of :func:`losses_of` counts. None: as means over samples.
+        countings: How each of :func:`losses_of` counts. None, or those that are missing: as means over samples.
 
     Raises:
         TypeError, ValueError: As :func:`as_penalties`.
@@ -106,7 +106,8 @@ class Objective(nn.Module):
         self.loss = loss
         self.penalties = as_penalties(penalties)
         self.dtype = input_dtype(model)
-        self.countings = [BY_SAMPLES] * (1 + len(self.penalties)) if countings is None else list(countings)
+        given = [] if countings is None else list(countings)
+        self.countings = [*given, *[BY_SAMPLES] * (1 + len(self.penalties) - len(given))]
 
     @property
     def columns(self) -> list[str]:
@@ -212,9 +213,11 @@ class StepOptions:
         accumulate: Number of parts a batch is split into, to save memory; the step is that of the whole batch.
         precision: "float32" (the model's own type) or "bf16" (autocast of the forward pass).
         averaged: Averaged weights, updated after each step.
+        least: Fewest samples of a part.
     """
 
     clip_norm: float | None = None
     accumulate: int = 1
     precision: str = "float32"
     averaged: AveragedModel | None = None
+    least: int = 1

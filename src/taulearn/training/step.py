@@ -100,7 +100,7 @@ class PlainStep:
 
     def _parts(self, inputs: Tensor, targets: Tensor, samples: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """The parts in which a batch is taken, with what they weigh in it; None for a whole batch."""
-        number = min(self.options.accumulate, len(inputs))
+        number = max(1, min(self.options.accumulate, len(inputs) // self.options.least))
         if number == 1 and self.ranks.size == 1:
             return [(inputs, targets, None)]
         xs, zs = inputs.tensor_split(number), targets.tensor_split(number)
@@ -219,7 +219,7 @@ class Engine:
                 iteration += 1
             return
         size, order = self.batches.batch_size, self.batches.order(epoch)
-        batch = start
+        batch, pieces = start, self.batches.split(order)
         # callbacks had control between two epochs
         unchanged = self.fused is not None and self.fused.unchanged()
         evaluate = self.evaluate
@@ -233,7 +233,7 @@ class Engine:
                 inputs, targets = self.batches.gather(order[batch * size : (batch + self.unroll) * size])
                 rows = self._together(self.fused, inputs, targets, iteration)
             if rows is None:
-                (index,), samples = self.ranks.share((order[batch * size : (batch + 1) * size],))
+                (index,), samples = self.ranks.share((pieces[batch],))
                 inputs, targets = self.batches.gather(index)
                 rows = self._plain(measured, inputs, targets, evaluate if batch < self.batches.full else None, samples)
             batch += len(rows)
