@@ -107,9 +107,10 @@ def _auto(counting: Counting, output: Any, targets: Tensor) -> dict[str, Metric]
     if not counting.known and counting.classes is None:
         return choose_metrics("auto", targets, output)
     scores, ignored = counting.scores, counting.ignored
-    if scores is None or scores.ndim != 2 or scores.shape[1] < 2:
+    if scores is None or scores.ndim != 2 or scores.shape[1] < 2 or not targets.numel() == len(targets) == len(scores):
         return {}
-    return {"accuracy": lambda _, target: accuracy(scores, target, IGNORED if ignored is None else ignored)}
+    known = IGNORED if ignored is None else ignored
+    return {"accuracy": lambda _, target: accuracy(scores, target.flatten(), known)}
 
 
 def _in_order(batches: Any) -> Any:
