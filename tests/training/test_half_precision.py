@@ -13,6 +13,7 @@ import taulearn
 from taulearn import Pruning, parameter_groups
 from taulearn.nn import resnet
 from taulearn.training import Run, evaluate
+from taulearn.training.history import Recorder
 from training.support import assert_same_history, assert_same_weights, run_fit
 
 HALF = [torch.bfloat16, torch.float16]
@@ -56,7 +57,13 @@ def mixed(dtype: torch.dtype) -> Any:
     return taulearn.wrap(Mixed(dtype), ["body.0", "body.1", "body.2"], example_inputs=X[:2].to(dtype))
 
 
-MODELS = {"built": built, "wrapped": wrapped, "converted": converted, "mixed": mixed}
+def half_steps(dtype: torch.dtype) -> Any:
+    model = mixed(dtype)
+    model.time_steps.to(dtype)
+    return model
+
+
+MODELS = {"built": built, "wrapped": wrapped, "converted": converted, "mixed": mixed, "half steps": half_steps}
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -80,6 +87,13 @@ def test_training_is_that_of_plain_torch(kind: str, dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(history.iterations["loss"], np.float32(losses))
     found = evaluate(ours, (x, Z), loss=F.cross_entropy)
     assert found["loss"] == history.epochs["validation.loss"][-1] == F.cross_entropy(plain(x), Z).item()
+
+
+def test_a_record_of_half_precision_is_kept_in_float32() -> None:
+    recorder = Recorder(["loss"], 2, raw=False)
+    recorder.add(torch.tensor([[0.5, 1.0, 0.25]], dtype=torch.bfloat16))
+    recorder.flush((0, 1))
+    assert recorder.history().iterations["tau"].tolist() == [[1.0, 0.25]]
 
 
 def test_the_steps_of_wrapped_models_stay_in_float32() -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import taulearn
 from taulearn import Pruning
+from taulearn.training.batches import TensorBatches
 from training.support import Crash, assert_same_history, assert_same_weights, crash_after, run_fit, sgd
 
 X = torch.randn(41, 8, generator=torch.Generator().manual_seed(0))
@@ -68,6 +69,16 @@ def test_a_single_last_sample_goes_with_the_batch_before(data: Any) -> None:
     history = run_fit(model, data, sgd(model), batch_size=10, epochs=2)
     assert sizes == [10, 10, 10, 11] * 2
     assert history.num_iterations == 8
+
+
+def test_joined_batches_hold_each_sample_once() -> None:
+    batches = TensorBatches(X, Z, 10, seed=3)
+    batches.join_last(2)
+    found = list(batches.epoch(1))
+    assert [len(z) for _, z in found] == [10, 10, 10, 11]
+    assert (batches.full, len(batches)) == (3, 4)
+    assert torch.equal(torch.cat([x for x, _ in found]), X[batches.order(1)])
+    assert torch.equal(torch.cat([x for x, _ in batches.epoch(1, start=3)]), found[3][0])
 
 
 def test_one_pixel_is_one_value_and_several_are_not() -> None:

@@ -211,6 +211,21 @@ def test_a_profile_over_depth_is_that_of_the_whole_data() -> None:
     assert parts.accuracy[-1].item() == pytest.approx(right)
 
 
+def test_two_terms_are_a_mean_over_samples() -> None:
+    """What a sum of losses counts is not known: documented."""
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, WEIGHT) + output.square().mean()
+
+    net = model()
+    expected = sum(len(z) / N * loss(net(x), z).item() for x, z in zip(X.split(5), LABELS.split(5), strict=True))
+    assert evaluate(net, (X, LABELS), loss=loss, batch_size=5)["loss"] == pytest.approx(expected, rel=1e-13)
+    parts = zip(X.tensor_split(3), LABELS.tensor_split(3), strict=True)
+    expected = sum(len(z) / N * loss(net(x), z).item() for x, z in parts)
+    history = train(net, LABELS, loss, accumulate=3, epochs=1)
+    assert history.iterations["loss"][0] == pytest.approx(expected, rel=1e-13)
+
+
 def test_a_batch_of_which_no_label_counts_is_named() -> None:
     """A mean over nothing is 0/0, in parts as in the whole."""
     for loss, targets, message in (
@@ -222,6 +237,7 @@ def test_a_batch_of_which_no_label_counts_is_named() -> None:
                 train(model(), targets, loss, batch_size=4, accumulate=parts)
 
 
+@pytest.mark.long
 def test_compiled_parts() -> None:
     ours, whole = model(), model()
     loss = nn.CrossEntropyLoss(WEIGHT)
