@@ -90,8 +90,8 @@ def test_training_is_that_of_plain_torch(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_a_record_of_half_precision_is_kept_in_float32() -> None:
-    recorder = Recorder(["loss"], 2, raw=False)
-    recorder.add(torch.tensor([[0.5, 1.0, 0.25]], dtype=torch.bfloat16))
+    recorder = Recorder(["loss", "total"], 2, raw=False)
+    recorder.add(torch.tensor([[0.5, 0.5, 1.0, 0.25]], dtype=torch.bfloat16))
     recorder.flush((0, 1))
     assert recorder.history().iterations["tau"].tolist() == [[1.0, 0.25]]
 
