@@ -31,6 +31,20 @@ _SAME_ELEMENTS = frozenset(
 """Functions whose result has the elements of their first argument, in its order."""
 
 
+def counted(targets: Tensor, ignored: int | None = None) -> Tensor:
+    """Which labels count, as booleans.
+
+    Args:
+        targets: Class numbers of any integer type.
+        ignored: The label that does not. None: the one that torch's losses ignore.
+
+    Example:
+        >>> counted(torch.tensor([156, 3], dtype=torch.uint8))
+        tensor([True, True])
+    """
+    return targets.long() != (IGNORED if ignored is None else ignored)  # as a byte, -100 is 156
+
+
 def accuracy(output: Tensor, target: Tensor, ignore_index: int = IGNORED) -> Tensor:
     """Share of samples whose largest output is the target class.
 
@@ -49,7 +63,7 @@ def accuracy(output: Tensor, target: Tensor, ignore_index: int = IGNORED) -> Ten
     if has_torch_function_variadic(output, target):
         found: Tensor = handle_torch_function(accuracy, (output, target), output, target, ignore_index=ignore_index)
         return found
-    counts = target != ignore_index
+    counts = counted(target, ignore_index)
     return ((output.argmax(1) == target) & counts).sum() / counts.sum()
 
 
@@ -121,7 +135,7 @@ class Counting:
         if self.summed or self.by != "labels":
             number = 1 if self.summed else targets.numel() if self.by == "elements" else len(targets)
             return torch.full((), number, dtype=torch.float64, device=targets.device if device is None else device)
-        counts = targets.ne(IGNORED if self.ignored is None else self.ignored)
+        counts = counted(targets, self.ignored)
         if self.weight is None:
             return counts.sum(dtype=torch.float64).to(device)
         weights = self.weight.detach()[targets.masked_fill(~counts, 0).long()]
@@ -158,7 +172,7 @@ class Counting:
             return
         outside = (targets >= self.classes) | (targets < 0)
         if self.ignored is not None:
-            outside &= targets != self.ignored
+            outside &= counted(targets, self.ignored)
         if bool(outside.any()):
             at = outside.nonzero()[0]
             raise UnfitTargets(

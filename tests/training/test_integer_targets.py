@@ -122,6 +122,17 @@ def test_labels_that_the_loss_does_not_ignore_are_still_refused() -> None:
             run_fit(model, (X, targets), sgd(model), loss=nn.CrossEntropyLoss(ignore_index=ignored))
 
 
+def test_a_byte_is_a_class_whatever_it_is_as_a_signed_number() -> None:
+    """-100 as a byte is 156."""
+    labels = (torch.arange(N) % 2 * 156).byte()
+    model = network(157)
+    expected = F.cross_entropy(model(X), labels.long()).item(), (model(X).argmax(1) == labels).float().mean().item()
+    found = evaluate(model, (X, labels), loss=F.cross_entropy, batch_size=7)
+    assert (found["loss"], found["accuracy"]) == pytest.approx(expected)
+    history = run_fit(model, (X, labels), sgd(model), batch_size=N, accumulate=5, epochs=1)
+    assert history.iterations["loss"][0] == pytest.approx(expected[0])
+
+
 def test_labels_of_tokens_out_of_range_are_named() -> None:
     targets, model = TOKENS.clone(), network(15)
     targets[7, 2] = 3

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._counting import IGNORED, Mean, watched
+from .._counting import Mean, counted, watched
 from .._deletion import prunable_of
 from .._stages import check_has_stages, scalar
 from ..calibration import recalibrate_
@@ -215,14 +215,14 @@ def stages_of(network: nn.Module) -> list[range]:
 def _figure(
     network: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, batch_size: int, *, accuracy: bool
 ) -> float:
-    mean, right, counted = Mean(), 0.0, 0.0
+    mean, right, number = Mean(), 0.0, 0.0
     with evaluation(network):
         for x, z in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
             output = network(x)
             value, counting = watched(loss, output, z)
             mean.add(scalar(value), counting, z)
             if accuracy:
-                counts = z.ne(IGNORED if counting.ignored is None else counting.ignored)
+                counts = counted(z, counting.ignored)
                 right += float(((output.argmax(1) == z) & counts).double().sum())
-                counted += float(counts.double().sum())
-    return right / counted if accuracy else float(mean.value())
+                number += float(counts.double().sum())
+    return right / number if accuracy else float(mean.value())

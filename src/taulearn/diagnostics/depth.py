@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._counting import IGNORED, Mean, watched
+from .._counting import Mean, counted, watched
 from .._errors import is_number, positive_integer
 from .._stages import check_has_stages, scalar, stage_outputs
 from .._table import format_table
@@ -204,18 +204,18 @@ def depth_profile(
             found = [watched(loss, output, z) for output in outputs.values()]
             counting = found[-1][1]
             mean.add(torch.stack([scalar(value) for value, _ in found]), counting, z)
-            counted = z.ne(IGNORED if counting.ignored is None else counting.ignored)
-            number = counted.double().sum()
-            hits = [((y.argmax(1) == z) & counted).double().sum() if classes else number for y in outputs.values()]
+            counts = counted(z, counting.ignored)
+            number = counts.double().sum()
+            hits = [((y.argmax(1) == z) & counts).double().sum() if classes else number for y in outputs.values()]
             squares = [torch.stack([y.double().square().sum() for y in ys]) for ys in (added, states)]
             new = (torch.stack(hits), number, *squares)
             sums = [total.to(each) + each for total, each in zip(sums, new, strict=True)]
         timed = None if example_inputs is None else tuple(times(network, depths, example_inputs))
-    right, counted, of_added, of_states = (total.cpu() for total in sums)
+    right, number, of_added, of_states = (total.cpu() for total in sums)
     return DepthProfile(
         depths=depths,
         loss=mean.value().cpu(),
-        accuracy=right / counted if classes else None,
+        accuracy=right / number if classes else None,
         parameters=tuple(parameters(network, k) for k in depths),
         milliseconds=timed,
         layers=time_steps_of(network).origin,

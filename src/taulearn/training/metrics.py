@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._counting import IGNORED, Counting, Mean, accuracy as accuracy, watched
+from .._counting import IGNORED, Counting, Mean, accuracy as accuracy, counted, watched
 from ..penalties import time_steps_of
 from .batches import Batch, LoaderBatches, make_batches
 from .inspection import check_loss
@@ -88,7 +88,7 @@ def evaluate(
             if metrics == "auto" and loss is not None:
                 functions = _auto(counting, output, targets)
                 if functions and counting.classes is None:  # integers that may be no classes, but ranks or counts
-                    strange = strange | (targets.ne(IGNORED) & ((targets < 0) | (targets >= output.shape[1]))).any()
+                    strange = strange | (counted(targets) & ((targets < 0) | (targets >= output.shape[1]))).any()
             else:
                 functions = choose_metrics(metrics, targets, output)
             for name, function in functions.items():
