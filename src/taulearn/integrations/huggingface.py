@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .._optimizers import bare
 from ..files import write_tensors
 from ..nn.following import ORIGIN, Follower, follower_of
 from ..penalties import Penalty
@@ -99,7 +100,7 @@ class TimeStepsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start beside the optimiser."""
         self._training.close()  # of a training that failed
-        model, optimizer = model_with_time_steps(kwargs["model"]), _bare(kwargs["optimizer"])
+        model, optimizer = model_with_time_steps(kwargs["model"]), bare(kwargs["optimizer"])
         _check_arguments(args, prunes=self._companion.policy is not None)
         whole = getattr(kwargs["model"], "_orig_mod", kwargs["model"])
         self._control, companion, follower = control, self._companion, follower_of(model)
@@ -300,11 +301,3 @@ def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             f"model must be built as the one of the checkpoint was, got one that lacks {wrong.unexpected_keys[:5]} and "
             f"has {missing[:5]} more"
         )
-
-
-def _bare(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimiser of torch in those of accelerate."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    found: torch.optim.Optimizer = optimizer
-    return found
