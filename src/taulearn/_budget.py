@@ -2,21 +2,17 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
-from ._calls import milliseconds
-from ._deletion import all_or_nothing, prunable_of
+from ._calls import call, milliseconds
+from ._deletion import prunable_of
 from ._errors import positive_integer
+from ._undisturbed import Before
 
 Budget = int | Mapping[str, Any]
 _LATENCY = {"latency_ms", "example_inputs"}
-
-
-class _Undone(Exception):
-    """Ends a measurement."""
 
 
 def check_budget(budget: Budget) -> None:
@@ -88,11 +84,15 @@ def _smallest(fits: Callable[[int], bool], last: int) -> int:
 
 
 def _time_without(model: nn.Module, gone: set[int], number: int, inputs: Any) -> float:
-    result = math.nan
-    with suppress(_Undone), all_or_nothing([model], None):
+    before = Before(model, inputs)
+
+    def delete() -> None:
         if gone:
             prunable_of(model).keep_layers_([i for i in range(number) if i not in gone])
-        model.eval()
-        result = milliseconds(model, inputs)
-        raise _Undone
-    return result
+
+    with before.kept() as written:
+        delete()
+        call(model, inputs)
+    with before.kept(written):
+        delete()
+        return milliseconds(model, inputs)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._undisturbed import Before
+
 REPEATS = 15
 
 
@@ -81,9 +83,10 @@ def milliseconds(model: nn.Module, inputs: Any, repeats: int = REPEATS) -> float
     return statistics.median(taken)
 
 
-@torch.no_grad()
 def layer_milliseconds(model: nn.Module, layers: Sequence[nn.Module], inputs: Any) -> tuple[tuple[float, ...], float]:
-    """Median times of the layers and of the whole in a forward pass without gradients, in the mode the model is in.
+    """Median times of the layers and of the whole in a forward pass without gradients, in evaluation mode.
+
+    The passes leave nothing behind.
 
     Args:
         model: The model.
@@ -110,8 +113,11 @@ def layer_milliseconds(model: nn.Module, layers: Sequence[nn.Module], inputs: An
 
         return run
 
-    whole = milliseconds(model, inputs)
-    with ExitStack() as undo:
+    before = Before(model, inputs)
+    with before.kept() as written:
+        call(model, inputs)
+    with before.kept(written), ExitStack() as undo:
+        whole = milliseconds(model, inputs)
         for l, layer in enumerate(layers):
             own = {"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {}
             undo.callback(vars(layer).update, own)

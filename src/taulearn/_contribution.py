@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ._calls import call
 from ._deletion import prunable_of
+from ._undisturbed import undisturbed
 from .wrapping.host import wrapping_of
 from .wrapping.state import Form
 
@@ -40,17 +41,10 @@ def contribution(example_inputs: Any) -> Callable[[Tensor, nn.Module], Tensor]:
         [2]
     """
 
-    @torch.no_grad()
     def criterion(_tau: Tensor, model: nn.Module) -> Tensor:
-        modes = [(module, module.training) for module in model.modules()]
         running = RunningContribution(model)
-        model.eval()
-        try:
-            with running.measuring():
-                call(model, example_inputs)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with undisturbed(model, example_inputs), running.measuring():
+            call(model, example_inputs)
         if running.unseen:
             raise ValueError(
                 f"example_inputs must be such that every layer is called on at least one sample, got inputs on which "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._calls import call as call_model
+from .._undisturbed import undisturbed
 from .state import CUSTOMARY, Form, entries, parameter_names
 
 Key = tuple[int, int]
@@ -99,21 +100,6 @@ class Probe:
 
     host: nn.Module
     calls: dict[str, list[Call]] = field(default_factory=dict)
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random generators are put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def probe(host: nn.Module, example_inputs: Any) -> Probe:

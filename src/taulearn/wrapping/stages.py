@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .._calls import call
+from .._undisturbed import undisturbed
 from ..nn.each import mixing, running_statistics_held
 from .host import Wrapping, wrapping_of
-from .probe import forwards, undisturbed
+from .probe import forwards
 from .state import Form
 
 _SEEN = "_time_steps_seen"

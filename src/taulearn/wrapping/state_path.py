@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .._calls import call as call_model
-from .probe import Call, forwards, undisturbed
+from .._undisturbed import undisturbed
+from .probe import Call, forwards
 
 OUTSIDE = (
     "the model itself adds its output to its input, x + f(x), so that a step of 0 would give x + x: write the sum into "

@@ -1,35 +1,41 @@
 """Deletions tried on example inputs when a model is wrapped, so that none changes the model unnoticed later.
 
 A list of blocks may get shorter only if the host runs through it in order. Whether it does cannot be read off the
-list: hosts take blocks by number, or run through several lists at once. So one deletion is carried out, compared with
-the same block at tau = 0, and undone.
+list: hosts take blocks by number, count them, keep what some of them return, or run through several lists at once. So
+deletions are carried out, compared with the same blocks at tau = 0, and undone: each block alone, then one after the
+other until none is left, then all but the first. A list in which that fails keeps its length, with placeholders, if
+more blocks can go in that way; a block without which the host is another one stays.
+
+Compared are the output and the arguments of all blocks and modules around them. Parameters that are constant, as gates
+and heads at the start are zero, have noise in their place meanwhile: they would hide what the host does with a block.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .._calls import call
-from .._deletion import all_or_nothing
-from ..nn.time_steps import TimeSteps
+from .._undisturbed import Before
 from . import structure
-from .blocks import Skip
+from .blocks import PassingTimeSteps, Skip
 from .host import Wrapping, install
-from .probe import undisturbed
+from .observation import Observation, answers, difference, finite, observe
 
 _NOT_TRIED = (
     "whether the host can do without it was not tried: give example_inputs to wrap, so that a deletion can be compared "
     "with tau = 0"
 )
-_DIFFERS = "the host gives another output without it than with tau = 0: it uses the block's place or its other outputs"
-
-
-class _Undone(Exception):
-    """Ends a trial."""
+_UNTOLD = (
+    "whether the host can do without it cannot be told from example_inputs: nothing in the host's output answers to "
+    "any block; give inputs with which it does"
+)
+_PLACE = "it uses the block's place or its other outputs"
+_TOGETHER = "where others are deleted the host gives another output without it than with tau = 0"
+_ALONE: frozenset[int] = frozenset()
 
 
 def ways(wrapping: Wrapping, example_inputs: Any | None) -> tuple[frozenset[str], dict[int, str]]:
@@ -42,76 +48,256 @@ def ways(wrapping: Wrapping, example_inputs: Any | None) -> tuple[frozenset[str]
 
     Returns:
         Names of lists; and reasons by block number.
+
+    Raises:
+        ValueError: If the host computes something else with steps of 1 than without steps.
     """
-    lists = {l: structure.list_of(wrapping.host, block) for l, block in enumerate(wrapping.layers)}
+    lists: dict[str | None, list[int]] = {}
+    for l, block in enumerate(wrapping.layers):
+        lists.setdefault(structure.list_of(wrapping.host, block), []).append(l)
+    if example_inputs is None:
+        certain = {name for name in lists if name is not None and structure.sure_to_shorten(wrapping.host, name)}
+        return frozenset(certain), {l: _NOT_TRIED for name in lists if name not in certain for l in lists[name]}
+    trial = _Trial(wrapping, example_inputs)
+    if trial.number == 1:
+        return frozenset(name for name in lists if name is not None), {}
     shorten: set[str] = set()
     keep: dict[int, str] = {}
-    for name in dict.fromkeys(lists.values()):
-        members = [l for l in lists if lists[l] == name]
-        if example_inputs is None:
-            if name is not None and structure.sure_to_shorten(wrapping.host, name):
-                shorten.add(name)
-            else:
-                keep |= dict.fromkeys(members, _NOT_TRIED)
-            continue
-        tried = set() if name is None else {name}
-        working = [l for l in _ends(members) if _works(wrapping, l, tried, example_inputs)]
-        if tried and not working:
-            tried = set()
-            working = [l for l in _ends(members) if _works(wrapping, l, tried, example_inputs)]
-        shorten |= tried
-        failing = []
-        if len(working) < len(_ends(members)):
-            failing = [l for l in members if not _works(wrapping, l, tried, example_inputs)]
-        keep |= dict.fromkeys(failing, _DIFFERS)
+    for name, members in lists.items():
+        short, reasons = _way(trial, name, members)
+        shorten |= short
+        keep |= reasons
+    if not trial.answered:
+        return frozenset(shorten), dict.fromkeys(range(trial.number), _UNTOLD)
+    if len(lists) > 1:
+        keep |= trial.together([l for l in range(trial.number) if l not in keep], shorten)
     return frozenset(shorten), keep
 
 
-def _ends(members: list[int]) -> list[int]:
-    """The first and the last: without the first, all others change their numbers."""
-    return sorted({members[0], members[-1]})
+def _way(trial: "_Trial", name: str | None, members: Sequence[int]) -> tuple[set[str], dict[int, str]]:
+    """Whether a list gets shorter or keeps its length, and which members must stay then."""
+
+    def staying(shorten: Collection[str]) -> dict[int, str]:
+        alone = {l: trial.why_not(l, shorten) for l in members}
+        keep = {l: reason for l, reason in alone.items() if reason is not None}
+        return keep | trial.one_after_the_other([l for l in members if l not in keep], shorten)
+
+    if name is None:
+        return set(), staying(())
+    shorter = staying({name})
+    if any(trial.why_not(l, ()) is None for l in shorter):
+        places = staying(())
+        if len(places) < len(shorter):
+            return set(), places
+    return {name}, shorter
 
 
-def _works(wrapping: Wrapping, gone: int, shorten: set[str], inputs: Any) -> bool:
-    """Whether the host without a block gives what it gives with the block at tau = 0; the host stays as it is."""
-    host, block, number = wrapping.host, wrapping.layers[gone], len(wrapping.layers)
-    if number == 1:
-        return True
-    expected: dict[object, Tensor] = {}
-    with suppress(_Undone), undisturbed(host), all_or_nothing([host], None):
-        vars(block)["forward"] = Skip(block.forward, wrapping.forms[gone])
-        expected = _tensors(call(host, inputs))
-        raise _Undone
-    same = False
-    # whatever the host raises without the block, it cannot do without it
-    with suppress(Exception), undisturbed(host), all_or_nothing([host], None):
-        like = wrapping.time_steps.values
-        ones = TimeSteps(number, init=1.0, horizon=number, dtype=like.dtype, device=like.device)
-        trial = replace(wrapping, time_steps=ones, shorten=frozenset(shorten), keep={})
-        install(trial)
-        del host.time_steps  # a Sequential would call it
-        trial.keep_layers_([l for l in range(number) if l != gone])
-        found = _tensors(call(host, inputs))
-        same = found.keys() == expected.keys() and all(_close(found[k], expected[k]) for k in expected)
-        raise _Undone
-    return same
+class _Trial:
+    """Passes of a host with blocks at tau = 0, and without them.
+
+    Attributes:
+        number: Number of blocks.
+        answered: Whether the output was another with a block at tau = 0.
+    """
+
+    def __init__(self, wrapping: Wrapping, inputs: Any) -> None:
+        host, blocks = wrapping.host, wrapping.layers
+        inside = {module for block in blocks for module in block.modules()}
+        self.wrapping, self.inputs, self.number = wrapping, inputs, len(blocks)
+        self.blocks, self.answered, self.before = blocks, False, Before(host, inputs)
+        around = [each for each in host.modules() if each is not host and each not in inside]
+        watched = [each for each in (*blocks, *around) if not isinstance(each, torch.jit.ScriptModule)]
+        self.numbers = {module: number for number, module in enumerate(watched, 1)}
+        self.memories = _memories(host, blocks)
+        self.noise = _noise(host)
+        self.bare = self._bare()
+        self._check_ones()
+
+    def _check_ones(self) -> None:
+        """Refuse a host that is another one as soon as there are steps, such as one that runs through its children."""
+        try:
+            with self._without(_ALONE, ()):
+                found = observe(self.wrapping.host, self.inputs, self._watched(_ALONE), self.memories)
+            differs = difference(self.bare, found)
+        except ValueError:  # of a block that cannot have a step
+            raise
+        # hosts may raise anything
+        except Exception as error:  # noqa: BLE001
+            differs = f"fails ({_short(error)})"
+        if differs is not None:
+            raise ValueError(
+                f"model must compute with time steps of 1 what it computes without, but it {differs}: "
+                "where it runs through its own modules, time_steps among them, wrap torch.nn.Sequential(model) instead"
+            )
+
+    def _bare(self) -> Observation:
+        """The host as it is, with noise unless it fails or overflows with it."""
+        with self.before.kept():
+            self._put_noise()
+            try:
+                seen = observe(self.wrapping.host, self.inputs, self._watched(_ALONE), self.memories)
+                if finite(seen) or not self.noise:
+                    return seen
+            except Exception:
+                if not self.noise:
+                    raise
+        self.noise = {}
+        return self._bare()
+
+    def why_not(self, block: int, shorten: Collection[str], gone: Collection[int] = _ALONE) -> str | None:
+        """Why a block cannot be deleted where others are gone already, or None if it can.
+
+        Args:
+            block: Its number.
+            shorten: Names of the lists that get shorter.
+            gone: Numbers of the others.
+        """
+        try:
+            with self._without(gone, shorten, zero=(block,)):
+                expected = observe(self.wrapping.host, self.inputs, self._watched(gone), self.memories)
+        # hosts may raise anything
+        except Exception as error:  # noqa: BLE001
+            return f"the host fails where its step is 0: {_short(error)}"
+        self.answered |= not gone and answers(self.bare, expected, self.blocks)
+        return self._differs(expected, {block, *gone}, shorten)
+
+    def _differs(self, expected: Observation, gone: Collection[int], shorten: Collection[str]) -> str | None:
+        """The host without blocks is here and nowhere else."""
+        try:
+            with self._without(gone, shorten):
+                found = observe(self.wrapping.host, self.inputs, self._watched(gone), self.memories)
+        # whatever the host raises without a block, it cannot do without it
+        except Exception as error:  # noqa: BLE001
+            return f"the host fails without it: {_short(error)}"
+        differs = difference(expected, found, [self.blocks[l] for l in gone])
+        return None if differs is None else f"the host {differs} without it than with tau = 0: {_PLACE}"
+
+    def one_after_the_other(self, blocks: Sequence[int], shorten: Collection[str]) -> dict[int, str]:
+        """Which blocks must stay, of those that can be deleted alone, so that all others can be deleted together.
+
+        Args:
+            blocks: Numbers.
+            shorten: Names of the lists that get shorter.
+
+        Returns:
+            Reasons by number.
+        """
+        keep: dict[int, str] = {}
+        while True:
+            rest = [l for l in blocks if l not in keep]
+            more = self._in_turn(rest, shorten)
+            if not more:
+                if len(rest) < self.number or self._at_once(rest[1:], shorten):
+                    return keep
+                more = self._in_turn(rest[::-1], shorten) or dict.fromkeys(rest[1:], _TOGETHER)
+            keep |= more
+
+    def together(self, blocks: Sequence[int], shorten: Collection[str]) -> dict[int, str]:
+        """The same for blocks of several lists, where the deepest deletions are tried first."""
+        keep: dict[int, str] = {}
+        while True:
+            rest = [l for l in blocks if l not in keep]
+            deepest = [rest] if len(rest) < self.number else [rest[1:], rest[:-1]]
+            if all(self._at_once(each, shorten) for each in deepest):
+                return keep
+            keep |= self.one_after_the_other(rest, shorten) or dict.fromkeys(rest[1:], _TOGETHER)
+
+    def _in_turn(self, blocks: Sequence[int], shorten: Collection[str]) -> dict[int, str]:
+        """Delete one after the other, each compared with itself at tau = 0 where those before are gone."""
+        keep: dict[int, str] = {}
+        gone = list(blocks[:1])
+        for l in blocks[1:]:
+            if len(gone) + 1 == self.number:
+                break
+            reason = self.why_not(l, shorten, gone)
+            if reason is None:
+                gone.append(l)
+            else:
+                keep[l] = f"where others are deleted, {reason}"
+        return keep
+
+    def _at_once(self, blocks: Sequence[int], shorten: Collection[str]) -> bool:
+        if len(blocks) < 2:
+            return True
+        try:
+            with self._without(_ALONE, (), zero=blocks):
+                expected = observe(self.wrapping.host, self.inputs, self._watched(_ALONE), self.memories)
+        # hosts may raise anything
+        except Exception:  # noqa: BLE001
+            return False
+        return self._differs(expected, blocks, shorten) is None
+
+    def _watched(self, gone: Collection[int]) -> dict[nn.Module, int]:
+        without = {self.blocks[l] for l in gone}
+        return {module: number for module, number in self.numbers.items() if module not in without}
+
+    @contextmanager
+    def _without(self, gone: Collection[int], shorten: Collection[str], zero: Iterable[int] = ()) -> Iterator[None]:
+        """The host with all steps 1, without some blocks and with others at tau = 0; afterwards it is as it was."""
+        like = self.wrapping.time_steps.values
+        with self.before.kept():
+            self._put_noise()
+            ones = PassingTimeSteps(self.number, horizon=self.number, dtype=like.dtype, device=like.device)
+            wrapping = replace(self.wrapping, time_steps=ones.eval(), shorten=frozenset(shorten), keep={})
+            install(wrapping)
+            if gone:
+                wrapping.keep_layers_([l for l in range(self.number) if l not in gone])
+            for l in zero:
+                block = self.blocks[l]
+                vars(block)["forward"] = Skip(block.forward, self.wrapping.forms[l])
+            yield
+
+    def _put_noise(self) -> None:
+        # copies, as the host may write into them
+        noise = {p: nn.Parameter(each.clone(), requires_grad=p.requires_grad) for p, each in self.noise.items()}
+        for module in self.wrapping.host.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter in noise:
+                    module._parameters[name] = noise[parameter]
 
 
-def _tensors(output: Any) -> dict[object, Tensor]:
-    items: Iterable[tuple[object, object]]
-    if isinstance(output, Tensor):
-        items = [(None, output)]
-    elif isinstance(output, Mapping):
-        items = output.items()
-    else:
-        items = enumerate(output) if isinstance(output, tuple | list) else []
-    return {key: value for key, value in items if isinstance(value, Tensor)}
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__} {lines[0][:200]}".strip()
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
+def _memories(host: nn.Module, blocks: Sequence[nn.Module]) -> frozenset[str]:
+    """Names of what modules around blocks take where it is given, and return for the next call, such as a cache."""
+    names: set[str] = set()
+    for module in host.modules():
+        if any(part in blocks for part in module.modules()):
+            try:
+                parameters = inspect.signature(module.forward).parameters.values()
+            except (TypeError, ValueError):
+                continue
+            names |= {each.name for each in parameters if each.default is None}
+    return frozenset(names)
+
+
+@torch.no_grad()
+def _noise(host: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Values in place of constant parameters: of their size and sign, but such that none is small or like another."""
+    generator = torch.Generator().manual_seed(0)
+    noise: dict[nn.Parameter, Tensor] = {}
+    for parameter in host.parameters():
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or not _constant(parameter):
+            continue
+        value, shape = float(parameter.flatten()[0]), parameter.shape
+        drawn = torch.rand(shape, generator=generator)
+        if abs(value) > 0.1:
+            drawn = value * (0.5 + drawn)
+        elif parameter.ndim < 2:
+            drawn = 0.1 + 0.4 * drawn
+        else:
+            drawn = (2.0 * drawn - 1.0) * (3.0 * shape[0] / parameter.numel()) ** 0.5
+        noise[parameter] = drawn.to(parameter)
+    return noise
+
+
+def _constant(values: Tensor) -> bool:
+    if values.is_meta or values.numel() == 0:
         return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    scale = float(b.abs().nan_to_num().amax()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=0.0, atol=1e3 * torch.finfo(a.dtype).eps * scale, equal_nan=True)
+    flat = values.flatten()
+    return bool((flat[:8] == flat[0]).all()) and bool((flat == flat[0]).all()) and bool(torch.isfinite(flat[0]))

@@ -1,0 +1,228 @@
+"""Forward passes of a user's model that leave nothing behind.
+
+Models change when they are called: buffers count, attention is switched to another kind, weights are rescaled in place,
+caches grow. Attributes are compared with what they were. Values are copied when they are about to be written and not
+before, so that a model which is left alone costs no memory: a dispatch mode looks at each operator that writes.
+"""
+
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
+from functools import cache
+from operator import is_
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_CONTAINERS = {dict, OrderedDict, defaultdict, Counter, list, set, deque}
+_SIMPLE = {bool, int, float, str, bytes, type(None), torch.dtype, torch.device}
+
+
+@contextmanager
+def undisturbed(model: nn.Module, inputs: Any = None) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards the model is as it was, also after an error.
+
+    Put back are: attributes of all modules, with the dictionaries, lists, sets, namespaces and dataclasses in them,
+    and so modules that were replaced or taken out; values, memory and ``requires_grad`` of parameters, buffers and
+    other tensors in attributes; generators of torch, of numpy, of ``random``, and those in attributes. Out of reach are
+    other objects' own state, globals, and writes past torch's operators (by numpy in a tensor's memory). Parameters
+    that the first call makes (lazy modules) stay made.
+
+    Args:
+        model: Any module.
+        inputs: Its inputs, whose tensors are put back as well.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(1)
+        >>> with undisturbed(norm):
+        ...     _ = norm.train()(torch.ones(2, 1))
+        >>> norm.training, norm.running_mean
+        (True, tensor([0.]))
+    """
+    with Before(model, inputs).kept():
+        yield
+
+
+class Before:
+    """What a model consists of; for several passes on the same inputs it is found out once.
+
+    Args:
+        model: Any module.
+        inputs: Its inputs.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any = None) -> None:
+        self.model = model
+        self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.containers: list[tuple[Any, Any]] = []
+        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        self.tensors: list[tuple[Tensor, Tensor, bool]] = []
+        seen: dict[int, Any] = {}
+        # of scripted modules the tensors lie in no attribute
+        waiting: list[Any] = [model, inputs, *model.modules(), *model.parameters(), *model.buffers()]
+        while waiting:
+            each = waiting.pop()
+            if id(each) in seen or type(each) in _SIMPLE:
+                continue
+            seen[id(each)] = each
+            if isinstance(each, Tensor):
+                if is_lazy(each):
+                    continue
+                self.tensors.append((each, each.detach(), each.requires_grad))
+            elif type(each) is torch.Generator:
+                self.generators.append((each, each.get_state()))
+            elif isinstance(each, tuple):
+                waiting.extend(each)
+            else:
+                container = _contents(each)
+                if container is not None:
+                    self.containers.append((container, container.copy()))
+                    if container:
+                        waiting.extend(container.values() if isinstance(container, dict) else container)
+        self.watched = {_key(tensor): tensor for tensor, _, _ in self.tensors}
+
+    @contextmanager
+    def kept(self, written: Collection[Hashable] | None = None) -> Iterator[Collection[Hashable]]:
+        """See :func:`undisturbed`.
+
+        Args:
+            written: What an earlier pass of the same kind yielded: values that it wrote are copied at once, and
+                operators are not looked at, which takes time.
+
+        Yields:
+            What the body has written.
+        """
+        values = _KeepValues(self.watched)
+        for key in written or ():
+            values.keep(self.watched[key])
+        of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  what hosts use
+        try:
+            with torch.no_grad(), torch.random.fork_rng(self.devices), values if written is None else nullcontext():
+                torch.manual_seed(0)
+                self.model.eval()
+                yield values.undo
+        finally:
+            values.restore()
+            self._restore()
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
+
+    def _restore(self) -> None:
+        for container, content in self.containers:
+            _put_back(container, content)
+        for module, training in self.modes:
+            module.training = training
+        for generator, state in self.generators:
+            generator.set_state(state)
+        for tensor, alias, flag in self.tensors:
+            if _memory(tensor) != _memory(alias):  # it was given other memory, tensor.data = ...
+                tensor.data = alias
+            if tensor.requires_grad != flag:
+                tensor.requires_grad_(flag)
+
+
+def _contents(each: object) -> Any:
+    """The container of what an object holds, or None where it is none of those that are put back."""
+    if isinstance(each, nn.Module):
+        lazy = any(p is not None and is_lazy(p) for p in (*each._parameters.values(), *each._buffers.values()))
+        return each._modules if lazy else vars(each)
+    if type(each) in _CONTAINERS:
+        return each
+    plain = isinstance(each, SimpleNamespace) or (is_dataclass(each) and not isinstance(each, type))
+    return vars(each) if plain and hasattr(each, "__dict__") else None
+
+
+def _put_back(container: Any, content: Any) -> None:
+    """In the same object, which others may hold too; untouched where nothing changed."""
+    if not container and not content:
+        return
+    if isinstance(container, dict):
+        if len(container) == len(content) and all(
+            map(is_, (*container, *container.values()), (*content, *content.values()))
+        ):
+            return
+        container.clear()
+        container.update(content)
+    elif len(container) != len(content) or not all(map(is_, container, content)):
+        container.clear()
+        container.update(content) if isinstance(container, set) else container.extend(content)
+
+
+def _key(tensor: Tensor) -> Hashable:
+    """What all views of a tensor's memory have in common."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # sparse tensors, tensors made of several
+        return "itself", id(tensor)
+
+
+def _memory(tensor: Tensor) -> Hashable:
+    """Where a tensor's entries lie."""
+    if tensor.layout is not torch.strided or isinstance(_key(tensor), tuple):
+        return None
+    return _key(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+
+
+class _KeepValues(TorchDispatchMode):
+    """Copies the memory of tensors when an operator is about to write into it."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, watched: Mapping[Hashable, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watched = watched
+        self.undo: dict[Hashable, Callable[[], object]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for position, name in _written(func):
+            value = args[position] if position < len(args) else kwargs.get(name)
+            for each in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(each, Tensor):
+                    self.keep(each)
+        return func(*args, **kwargs)
+
+    def keep(self, tensor: Tensor) -> None:
+        """Copy the memory of a tensor, if it is the model's."""
+        key = _key(tensor)
+        if key not in self.watched or key in self.undo:
+            return
+        if isinstance(key, tuple):
+            copy = tensor.detach().clone()
+            self.undo[key] = lambda: tensor.copy_(copy)
+            return
+        storage = tensor.untyped_storage()
+        number = storage.nbytes()
+        entries = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (number,), (1,)).clone()
+        self.undo[key] = lambda: (
+            torch.empty(0, dtype=torch.uint8, device=entries.device).set_(storage, 0, (number,), (1,)).copy_(entries)
+        )
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for undo in self.undo.values():
+            undo()
+
+
+@cache
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operator writes into."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return ()
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        # batch normalisation does not say that it writes its statistics
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or argument.name in ("running_mean", "running_var")
+    )

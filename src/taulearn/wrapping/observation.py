@@ -1,0 +1,218 @@
+"""What a forward pass of a host shows: the tensors in its output, and those with which its modules are called."""
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from .._calls import call
+from .probe import forwards
+
+_TOLERANCE = 0.03
+
+
+@dataclass
+class Observation:
+    """One forward pass.
+
+    Attributes:
+        output: All tensors in the output, by their place in it.
+        calls: By module the tensors among its arguments, one dictionary per call.
+    """
+
+    output: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[nn.Module, list[dict[str, Tensor]]] = field(default_factory=dict)
+
+
+def observe(host: nn.Module, inputs: Any, watched: Mapping[nn.Module, int], memories: Collection[str]) -> Observation:
+    """Run a host and keep what is seen.
+
+    Random numbers are drawn anew from the start before and after each watched module, so that they do not depend on
+    which modules were called before.
+
+    Args:
+        host: The model.
+        inputs: Its inputs.
+        watched: Modules whose calls are kept, each with a number of its own.
+        memories: Names of entries of the output that are no results, see :func:`tensors_in`.
+
+    Returns:
+        Copies, as what is seen may be changed in place later.
+    """
+    seen = Observation()
+    devices = sorted({p.device.index or 0 for p in host.parameters() if p.device.type == "cuda"})
+    generators = [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
+    copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        if tensor.is_inference():
+            return tensor.clone()
+        key = (id(tensor), tensor._version)
+        if key not in copies:
+            copies[key] = tensor, tensor.detach().clone()  # the tensor too, so that its identity is not used again
+        return copies[key][1]
+
+    def draw_from(number: int) -> None:
+        for generator in generators:
+            generator.manual_seed(number)
+
+    def watching(module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            arguments = [(str(i), each) for i, each in enumerate(args)] + [*kwargs.items()]
+            tensors = {name: copy(each) for name, each in arguments if isinstance(each, Tensor)}
+            seen.calls.setdefault(module, []).append(tensors)
+            draw_from(watched[module])
+            output = forward(*args, **kwargs)
+            draw_from(0)
+            return output
+
+        return run
+
+    with forwards({module: watching(module) for module in watched}):
+        output = call(host, inputs)
+    seen.output = {place: each.detach().clone() for place, each in tensors_in(output, memories)}
+    return seen
+
+
+def tensors_in(value: Any, memories: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """All tensors (and arrays of numpy) in a value: in containers, registered pytrees and attributes of objects.
+
+    Args:
+        value: Any value, such as a model's output.
+        memories: Names of entries and attributes that are left out unless they are tensors.
+
+    Yields:
+        Places, such as ``['features'][0]``, and tensors.
+
+    Example:
+        >>> [(place, each.item()) for place, each in tensors_in({"a": [torch.ones(()), 2], "b": (torch.zeros(()),)})]
+        [("['a'][0]", 1.0), ("['b'][0]", 0.0)]
+    """
+    yield from _walk(value, "", memories, frozenset(), set())
+
+
+def _walk(
+    value: Any, place: str, memories: Collection[str], around: frozenset[int], objects: set[int]
+) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield place, value
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "fciub":
+        yield place, torch.from_numpy(np.ascontiguousarray(value))
+    elif id(value) not in around:  # else a cycle
+        for name, text, inner in _held(value, objects):
+            if name not in memories or isinstance(inner, Tensor):
+                yield from _walk(inner, place + text, memories, around | {id(value)}, objects)
+
+
+def _held(value: Any, objects: set[int]) -> Iterator[tuple[Any, str, Any]]:
+    """What lies in a value: name, name in writing, and the thing itself."""
+    if isinstance(value, str | bytes | int | float | complex | type | nn.Module | ModuleType | None):
+        return
+    if isinstance(value, Mapping):
+        yield from ((key, f"[{key!r}]", value[key]) for key in value)
+    elif isinstance(value, tuple | list):
+        yield from ((None, f"[{i}]", each) for i, each in enumerate(value))
+    else:
+        children, _ = _pytree.tree_flatten(value, is_leaf=lambda each: each is not value)
+        if len(children) != 1 or children[0] is not value:
+            yield from ((None, f"[{i}]", each) for i, each in enumerate(children))
+            return
+    if type(value) in (dict, tuple, list) or callable(value) or id(value) in objects:
+        return
+    objects.add(id(value))  # once is enough: they may refer to each other
+    names = dict.fromkeys(getattr(value, "__dict__", ()))
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        names |= dict.fromkeys([slots] if isinstance(slots, str) else slots)
+    for name in names:
+        if not name.startswith("__") and hasattr(value, name):
+            yield name, f".{name}", getattr(value, name)
+
+
+def difference(expected: Observation, found: Observation, without: Collection[nn.Module] = ()) -> str | None:
+    """What a host does in one pass and not in another, or None where both show the same.
+
+    A module that is called several times may be called less often: between two blocks, say, of which one is gone.
+
+    Args:
+        expected: What should be seen.
+        found: What is seen.
+        without: Modules that need not be called.
+
+    Returns:
+        The difference, to be read after "the host".
+    """
+    missing = expected.output.keys() ^ found.output.keys()
+    if missing:
+        return (
+            f"gives another output, {len(found.output)} tensors for {len(expected.output)} (such as output"
+            f"{min(missing)}; where these are mere records of its layers, give example_inputs that ask for none)"
+        )
+    for place in expected.output:
+        if not _close(found.output[place], expected.output[place]):
+            return f"gives another output{place and f' ({place})'}"
+    for module in {**expected.calls, **found.calls}:
+        if module in without:
+            continue
+        now, rest = found.calls.get(module, []), iter(expected.calls.get(module, []))
+        if not now or not all(any(_same(each, other) for other in rest) for each in now):
+            return f"calls a {type(module).__name__} {'with something else' if now else 'no more'}"
+    return None
+
+
+def answers(bare: Observation, changed: Observation, blocks: Collection[nn.Module]) -> bool:
+    """Whether the output, or where it holds no floating-point tensor what modules are called with, is another.
+
+    Args:
+        bare: What the host shows.
+        changed: What it shows with a block changed.
+        blocks: The blocks, whose calls do not count.
+    """
+    if any(each.is_floating_point() or each.is_complex() for each in bare.output.values()):
+        return difference(Observation(bare.output), Observation(changed.output)) is not None
+    return difference(bare, changed, blocks) is not None
+
+
+def finite(seen: Observation) -> bool:
+    """Whether all numbers in the output are finite."""
+    return all(bool(torch.isfinite(_dense(each)).all()) for each in seen.output.values())
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(_close(a[name], b[name]) for name in a)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if tensor.is_nested:
+        tensor = torch.nested.to_padded_tensor(tensor, 0.0)
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, measured by each entry and by what is usual among them (not by masks of -1e9)."""
+    if a is b:
+        return True
+    if a.dtype != b.dtype or a.is_nested != b.is_nested:
+        return False
+    a, b = _dense(a), _dense(b)
+    if a.shape != b.shape or a.device != b.device:
+        return False
+    if a.is_meta or torch.equal(a, b):
+        return True
+    if not (a.is_floating_point() or a.is_complex()):
+        return False
+    size = b.abs()[torch.isfinite(b) & (b != 0)].float()
+    tolerance = min(1e3 * torch.finfo(a.dtype).eps, _TOLERANCE)
+    usual = float(size.median()) if size.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * usual, equal_nan=True)
