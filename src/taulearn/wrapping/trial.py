@@ -33,7 +33,10 @@ _UNTOLD = (
     "whether the host can do without it cannot be told from example_inputs: nothing in the host's output answers to "
     "any block; give inputs with which it does"
 )
-_PLACE = "it uses the block's place or its other outputs"
+_PLACE = (
+    "it uses the block's place or its other outputs, or returns records of its layers (then give example_inputs that "
+    "ask for none)"
+)
 _TOGETHER = "where others are deleted the host gives another output without it than with tau = 0"
 _ALONE: frozenset[int] = frozenset()
 
