@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taulearn import contribution, prune, wrap
+from taulearn import contribution, prune, summary, wrap
 from taulearn._undisturbed import undisturbed
 from wrapping.hosts import Block, transformers
 
@@ -246,3 +246,13 @@ def test_measuring_contributions_leaves_nothing_behind() -> None:
     before = picture(model)
     prune(model, criterion=contribution(x), threshold=1e-9)
     assert picture(model)[0] == before[0]
+
+
+@pytest.mark.parametrize("make", [Buffers, OtherMemory, Attributes])
+def test_measuring_times_leaves_nothing_behind(make: type[Changing]) -> None:
+    model, x = make(), torch.ones(2, 4)
+    wrap(model, "blocks.*", example_inputs=x)
+    before = picture(model)
+    summary(model, x)
+    prune(model, budget={"latency_ms": 1e6, "example_inputs": x})
+    assert picture(model) == before

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ._calls import call, milliseconds
+from ._calls import milliseconds
 from ._deletion import prunable_of
 from ._errors import positive_integer
 from ._undisturbed import Before
@@ -84,15 +84,7 @@ def _smallest(fits: Callable[[int], bool], last: int) -> int:
 
 
 def _time_without(model: nn.Module, gone: set[int], number: int, inputs: Any) -> float:
-    before = Before(model, inputs)
-
-    def delete() -> None:
+    with Before(model).kept(()):
         if gone:
             prunable_of(model).keep_layers_([i for i in range(number) if i not in gone])
-
-    with before.kept() as written:
-        delete()
-        call(model, inputs)
-    with before.kept(written):
-        delete()
         return milliseconds(model, inputs)

@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -57,9 +57,8 @@ def clock(model: nn.Module) -> Callable[[], float]:
     return read
 
 
-@torch.no_grad()
 def milliseconds(model: nn.Module, inputs: Any, repeats: int = REPEATS) -> float:
-    """Median time of a forward pass without gradients, in the mode that the model is in.
+    """Median time of a forward pass without gradients, in evaluation mode. The passes leave nothing behind.
 
     Args:
         model: The model.
@@ -73,14 +72,24 @@ def milliseconds(model: nn.Module, inputs: Any, repeats: int = REPEATS) -> float
         >>> milliseconds(nn.Identity(), torch.ones(1)) >= 0
         True
     """
-    for _ in range(2):
-        call(model, inputs)
     now, taken = clock(model), []
-    for _ in range(repeats):
-        before = now()
+    with _passes(model, inputs):
         call(model, inputs)
-        taken.append(now() - before)
+        for _ in range(repeats):
+            start = now()
+            call(model, inputs)
+            taken.append(now() - start)
     return statistics.median(taken)
+
+
+@contextmanager
+def _passes(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Passes as :class:`Before` keeps them, of which one shows what they write, so that the others are not slower."""
+    before = Before(model, inputs)
+    with before.kept() as written:
+        call(model, inputs)
+    with before.kept(written):
+        yield
 
 
 def layer_milliseconds(model: nn.Module, layers: Sequence[nn.Module], inputs: Any) -> tuple[tuple[float, ...], float]:
@@ -113,11 +122,8 @@ def layer_milliseconds(model: nn.Module, layers: Sequence[nn.Module], inputs: An
 
         return run
 
-    before = Before(model, inputs)
-    with before.kept() as written:
-        call(model, inputs)
-    with before.kept(written), ExitStack() as undo:
-        whole = milliseconds(model, inputs)
+    whole = milliseconds(model, inputs)
+    with _passes(model, inputs), ExitStack() as undo:
         for l, layer in enumerate(layers):
             own = {"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {}
             undo.callback(vars(layer).update, own)

@@ -95,7 +95,7 @@ class Before:
 
         Args:
             written: What an earlier pass of the same kind yielded: values that it wrote are copied at once, and
-                operators are not looked at, which takes time.
+                operators are not looked at, which takes time. None: they are.
 
         Yields:
             What the body has written.

@@ -6,6 +6,7 @@ units          steps in units of displacement
 folding        plain steps from units, and ones in the end
 probe          the forward pass that finds blocks
 trial          deletions tried on example inputs
+observation    what a forward pass of a host shows, to be compared
 structure      taking blocks out of lists and other holders
 transformers   configurations, layer numbers and save_pretrained of Hugging Face transformers
 host           what a wrapped model keeps, and what pruning asks of it
