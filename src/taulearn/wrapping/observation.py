@@ -30,16 +30,16 @@ class Observation:
     calls: dict[nn.Module, list[dict[str, Tensor]]] = field(default_factory=dict)
 
 
-def observe(host: nn.Module, inputs: Any, watched: Mapping[nn.Module, int], memories: Collection[str]) -> Observation:
+def observe(host: nn.Module, inputs: Any, watched: Collection[nn.Module], memories: Collection[str]) -> Observation:
     """Run a host and keep what is seen.
 
-    Random numbers are drawn anew from the start before and after each watched module, so that they do not depend on
-    which modules were called before.
+    After each watched module random numbers are drawn from the start again, so that they do not depend on which modules
+    were called before.
 
     Args:
         host: The model.
         inputs: Its inputs.
-        watched: Modules whose calls are kept, each with a number of its own.
+        watched: Modules whose calls are kept.
         memories: Names of entries of the output that are no results, see :func:`tensors_in`.
 
     Returns:
@@ -58,10 +58,6 @@ def observe(host: nn.Module, inputs: Any, watched: Mapping[nn.Module, int], memo
             copies[key] = tensor, tensor.detach().clone()  # the tensor too, so that its identity is not used again
         return copies[key][1]
 
-    def draw_from(number: int) -> None:
-        for generator in generators:
-            generator.manual_seed(number)
-
     def watching(module: nn.Module) -> Callable[..., Any]:
         forward = module.forward
 
@@ -70,9 +66,9 @@ def observe(host: nn.Module, inputs: Any, watched: Mapping[nn.Module, int], memo
             arguments = [(str(i), each) for i, each in enumerate(args)] + [*kwargs.items()]
             tensors = {name: copy(each) for name, each in arguments if isinstance(each, Tensor)}
             seen.calls.setdefault(module, []).append(tensors)
-            draw_from(watched[module])
             output = forward(*args, **kwargs)
-            draw_from(0)
+            for generator in generators:
+                generator.manual_seed(0)
             return output
 
         return run

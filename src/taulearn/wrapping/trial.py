@@ -109,8 +109,7 @@ class _Trial:
         self.wrapping, self.inputs, self.number = wrapping, inputs, len(blocks)
         self.blocks, self.answered, self.before = blocks, False, Before(host, inputs)
         around = [each for each in host.modules() if each is not host and each not in inside]
-        watched = [each for each in (*blocks, *around) if not isinstance(each, torch.jit.ScriptModule)]
-        self.numbers = {module: number for number, module in enumerate(watched, 1)}
+        self.watched = [each for each in (*blocks, *around) if not isinstance(each, torch.jit.ScriptModule)]
         self.memories = _memories(host, blocks)
         self.noise = _noise(host)
         self.bare = self._bare()
@@ -120,7 +119,7 @@ class _Trial:
         """Refuse a host that is another one as soon as there are steps, such as one that runs through its children."""
         try:
             with self._without(_ALONE, ()):
-                found = observe(self.wrapping.host, self.inputs, self._watched(_ALONE), self.memories)
+                found = self._observe()
             differs = difference(self.bare, found)
         except ValueError:  # of a block that cannot have a step
             raise
@@ -138,7 +137,7 @@ class _Trial:
         with self.before.kept():
             self._put_noise()
             try:
-                seen = observe(self.wrapping.host, self.inputs, self._watched(_ALONE), self.memories)
+                seen = self._observe()
                 if finite(seen) or not self.noise:
                     return seen
             except Exception:
@@ -157,7 +156,7 @@ class _Trial:
         """
         try:
             with self._without(gone, shorten, zero=(block,)):
-                expected = observe(self.wrapping.host, self.inputs, self._watched(gone), self.memories)
+                expected = self._observe(gone)
         # hosts may raise anything
         except Exception as error:  # noqa: BLE001
             return f"the host fails where its step is 0: {_short(error)}"
@@ -168,7 +167,7 @@ class _Trial:
         """The host without blocks is here and nowhere else."""
         try:
             with self._without(gone, shorten):
-                found = observe(self.wrapping.host, self.inputs, self._watched(gone), self.memories)
+                found = self._observe(gone)
         # whatever the host raises without a block, it cannot do without it
         except Exception as error:  # noqa: BLE001
             return f"the host fails without it: {_short(error)}"
@@ -224,15 +223,16 @@ class _Trial:
             return True
         try:
             with self._without(_ALONE, (), zero=blocks):
-                expected = observe(self.wrapping.host, self.inputs, self._watched(_ALONE), self.memories)
+                expected = self._observe()
         # hosts may raise anything
         except Exception:  # noqa: BLE001
             return False
         return self._differs(expected, blocks, shorten) is None
 
-    def _watched(self, gone: Collection[int]) -> dict[nn.Module, int]:
+    def _observe(self, gone: Collection[int] = _ALONE) -> Observation:
         without = {self.blocks[l] for l in gone}
-        return {module: number for module, number in self.numbers.items() if module not in without}
+        watched = [module for module in self.watched if module not in without]
+        return observe(self.wrapping.host, self.inputs, watched, self.memories)
 
     @contextmanager
     def _without(self, gone: Collection[int], shorten: Collection[str], zero: Iterable[int] = ()) -> Iterator[None]:
