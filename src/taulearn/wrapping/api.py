@@ -56,9 +56,10 @@ def wrap(
             call others in turn, layers of torch.nn, normalisations and scalings, and those that are alone of their kind
             and add nothing to their input (embeddings, gates). Modules whose output the model itself adds to their
             input, x + f(x), cannot have steps in this form and are refused.
-        example_inputs: Inputs for a few forward passes, in evaluation mode: a tensor, a tuple of arguments or a
-            dictionary of keywords. Needed to find blocks, and to try whether the model can do without them (without
-            that only members of a Sequential and of torch's encoder and decoder can be deleted).
+        example_inputs: Inputs for forward passes in evaluation mode: a tensor, a tuple of arguments or a
+            dictionary of keywords. Needed to find blocks, and to try whether the model can do without them, alone and
+            several together: about three passes per block, more where a list cannot get shorter; so keep them small.
+            Without them only members of a Sequential and of torch's encoder and decoder can be deleted.
         constraint: Of the time steps, see :class:`taulearn.TimeSteps`.
         init: Step of every block, or one per block. At 1 the model computes what it did, to the bit.
         horizon: Time horizon T. None: the sum of ``init``.

@@ -147,7 +147,10 @@ def probe(host: nn.Module, example_inputs: Any) -> Probe:
     modules = {
         name: each for name, each in host.named_modules() if name and not isinstance(each, torch.jit.ScriptModule)
     }
-    with undisturbed(host), forwards({module: watched(name, module) for name, module in modules.items()}):
+    with (
+        undisturbed(host, example_inputs),
+        forwards({module: watched(name, module) for name, module in modules.items()}),
+    ):
         call_model(host, example_inputs)
     _find_states(result)
     return result

@@ -68,7 +68,7 @@ def follow_states(host: nn.Module, calls: Sequence[Call], inputs: Any) -> StateP
     watch = _Watch()
     passing = {call.module: watch.passing(l, call) for l, call in enumerate(calls)}
     try:
-        with undisturbed(host), forwards(passing), watch:
+        with undisturbed(host, inputs), forwards(passing), watch:
             call_model(host, inputs)
     # hosts may raise anything where their blocks do nothing
     except Exception:  # noqa: BLE001
