@@ -10,7 +10,7 @@ import torch
 
 from taulearn import load_model, prune, save_model, unwrap, wrap
 from taulearn.wrapping import anneal_to_one
-from taulearn.wrapping.transformers import refused_modules
+from taulearn.wrapping.configurations import refused_modules
 from wrapping.hosts import (
     BY_NAME,
     LANGUAGE,

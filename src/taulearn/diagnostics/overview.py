@@ -1,6 +1,7 @@
 """A model at a glance: its layers, their steps, their parameters, their time."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,9 @@ class Summary:
         total_parameters: Number of variables of the whole model.
         total_milliseconds: Median time of the whole forward pass, or None.
         model: What the whole is called.
+        must_stay: Of a wrapped model, the layers that cannot be deleted, with the reason.
+        not_saved: Of a wrapped model, the layers without any one of which ``save_pretrained`` is refused, with the
+            reason; ``save_model`` saves the model without them.
     """
 
     scheme: str
@@ -41,6 +45,8 @@ class Summary:
     total_parameters: int
     total_milliseconds: float | None
     model: str
+    must_stay: Mapping[int, str] = field(default_factory=dict)
+    not_saved: Mapping[int, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rest = self.total_parameters - sum(self.parameters)
@@ -51,11 +57,28 @@ class Summary:
             "parameters": [*self.parameters, rest],
             "kind": [*self.kinds, "all else"],
         }
+        if self.must_stay or self.not_saved:
+            columns["deletion"] = [*map(self._deletion, self.layers), ""]
         total: list[object] = [len(self.layers), sum(self.tau), None, self.total_parameters, self.model]
+        total += [""] * ("deletion" in columns)
         if self.milliseconds is not None and self.total_milliseconds is not None:
             columns["ms"] = [*self.milliseconds, max(0.0, self.total_milliseconds - sum(self.milliseconds))]
             total.append(self.total_milliseconds)
-        return format_table(columns, total=total)
+        lines = [format_table(columns, total=total)]
+        lines += [f"{which} must stay: {why}" for which, why in _by_reason(self.must_stay)]
+        lines += [f"without {which}, save_pretrained is refused: {why}" for which, why in _by_reason(self.not_saved)]
+        return "\n".join(lines)
+
+    def _deletion(self, layer: int) -> str:
+        return "must stay" if layer in self.must_stay else "not saved" if layer in self.not_saved else ""
+
+
+def _by_reason(reasons: Mapping[int, str]) -> list[tuple[str, str]]:
+    """The layers of each reason, and the reason; of many reasons the first three."""
+    found = [(why, [l for l in reasons if reasons[l] == why]) for why in dict.fromkeys(reasons.values())]
+    if len(found) > 3:
+        found = [*found[:2], ("for reasons of the same kind", [l for _, layers in found[2:] for l in layers])]
+    return [(f"layer{'s'[: len(layers) - 1]} {', '.join(map(str, layers))}", why) for why, layers in found]
 
 
 def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
@@ -112,6 +135,8 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         total_parameters=sum(p.numel() for p in model.parameters()),
         total_milliseconds=total,
         model=f"{scheme} network" if wrapping is None else type(model).__name__,
+        must_stay={} if wrapping is None else {steps.origin[l]: why for l, why in wrapping.fixed_layers().items()},
+        not_saved={} if wrapping is None else {l: why for l, why in wrapping.not_saved.items() if l in steps.origin},
     )
 
 

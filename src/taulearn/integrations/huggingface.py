@@ -20,7 +20,8 @@ from ..penalties import Penalty
 from ..pruning import Pruning
 from ..training.history import History
 from ..training.plain import from_plain, to_plain
-from ..wrapping.transformers import SavePretrained, is_pretrained
+from ..wrapping.configurations import is_pretrained
+from ..wrapping.save_pretrained import SavePretrained
 from .checkpoints import OptimizerFollower, follow_states, mark_
 from .companion import Companion, averages_in, model_with_time_steps, warn_of_frozen
 
@@ -126,7 +127,7 @@ class TimeStepsCallback(TrainerCallback):
         for module in whole.modules():
             guard = vars(module).get("save_pretrained")
             guard = guard.guard if isinstance(guard, _SaveCheckpoint) else guard  # of a training that failed
-            if isinstance(guard, SavePretrained):
+            if isinstance(guard, SavePretrained) and is_pretrained(module):  # others Trainer does not save so
                 self._replace_saving(module, _SaveCheckpoint(guard, model, state, self._record))
         if not isinstance(vars(whole).get("save_pretrained"), _SaveCheckpoint):  # the state dict itself is saved
             for each in (model, *companion.averaged()):

@@ -8,7 +8,8 @@ probe          the forward pass that finds blocks
 trial          deletions tried on example inputs
 observation    what a forward pass of a host shows, to be compared
 structure      taking blocks out of lists and other holders
-transformers   configurations, layer numbers and save_pretrained of Hugging Face transformers
+configurations configurations and layer numbers of Hugging Face transformers, which follow a deletion
+save_pretrained   what it writes, plain loading loads as the same model
 host           what a wrapped model keeps, and what pruning asks of it
 api            the public functions
 """

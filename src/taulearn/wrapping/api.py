@@ -2,20 +2,23 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .._deletion import WRAPPING
 from .._distributed import refuse_distributed
 from .._errors import unknown_name
 from ..nn.time_steps import TimeSteps
-from . import structure, transformers, trial
+from . import configurations, structure, trial
 from .blocks import NESTED, PassingTimeSteps, Step
 from .find_blocks import blocks_of, refusal
-from .host import Wrapping, install, uninstall, wrapping_of
+from .host import Wrapping, find_unsaved, install, uninstall, wrapping_of
 from .names import matching, nearest_names
 from .probe import Call, Probe, probe
+from .save_pretrained import ExampleInputs
 from .state import Form
 from .state_path import OUTSIDE, follow_states
 from .units import DisplacementUnits
@@ -122,19 +125,16 @@ def wrap(
     trained = _trained(model, train)
     wrapping = Wrapping(model, steps, tuple(layers), tuple(names), tuple(forms), frozenset(), {}, {})
     shorten, keep = trial.ways(wrapping, example_inputs)
-    install(
-        Wrapping(
-            model,
-            steps,
-            tuple(layers),
-            tuple(names),
-            tuple(forms),
-            shorten,
-            keep,
-            {p: p.requires_grad for p, flag in trained.items() if p.requires_grad != flag},
-            _units(steps) if units == "displacement" else None,
-        )
+    wrapping = replace(
+        wrapping,
+        shorten=shorten,
+        keep=keep,
+        trained={p: p.requires_grad for p, flag in trained.items() if p.requires_grad != flag},
+        units=_units(steps) if units == "displacement" else None,
+        inputs=ExampleInputs.of(example_inputs),
     )
+    install(wrapping)
+    vars(model)[WRAPPING] = replace(wrapping, not_saved=find_unsaved(wrapping))
     for parameter, flag in trained.items():
         parameter.requires_grad_(flag)
     return model
@@ -268,7 +268,7 @@ def _check_host(model: nn.Module) -> None:
 
 def _found(result: Probe, inputs: Any) -> list[Call]:
     """The blocks that the probe shows, or an error that lists why there is none."""
-    calls, reasons = blocks_of(result, transformers.refused_modules(result.host), inputs)
+    calls, reasons = blocks_of(result, configurations.refused_modules(result.host), inputs)
     if calls:
         return calls
     alike: dict[str, list[str]] = {}

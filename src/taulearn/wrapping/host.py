@@ -1,17 +1,20 @@
 """The time steps of an existing model, as pruning sees them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from .._deletion import WRAPPING, prunable_of
+from .._deletion import WRAPPING, all_or_nothing, prunable_of
 from ..nn.following import Follower, set_follower
 from ..nn.schemes import Residual, Scheme
 from ..nn.time_steps import TimeSteps
-from . import structure, transformers
+from . import configurations, structure
 from .blocks import Step
+from .comparison import Description
+from .save_pretrained import ExampleInputs, guard_saving, is_guarded, release_saving, saving_refused
 from .state import Form
 from .units import DisplacementUnits
 
@@ -30,6 +33,8 @@ class Wrapping:
         keep: Numbers (at the start) of blocks that cannot be deleted, with the reason.
         trained: The parameters whose ``requires_grad`` was changed, with what it was.
         units: Units of displacement of the steps, or None.
+        inputs: Example inputs, on which save_pretrained compares a pruned model with what is loaded.
+        not_saved: Numbers (at the start) of blocks without which save_pretrained is refused, with the reason.
     """
 
     host: nn.Module
@@ -41,6 +46,8 @@ class Wrapping:
     keep: dict[int, str]
     trained: dict[nn.Parameter, bool]
     units: DisplacementUnits | None = None
+    inputs: ExampleInputs = field(default_factory=ExampleInputs)
+    not_saved: dict[int, str] = field(default_factory=dict)
 
     @property
     def scheme(self) -> Scheme:
@@ -87,7 +94,7 @@ class Wrapping:
         self.time_steps.keep_(kept)
         if self.units is not None:
             self.units.keep_(kept)
-        transformers.follow_deletion(self.host, structure.remove(self.host, gone, self.shorten))
+        configurations.follow_deletion(self.host, structure.remove(self.host, gone, self.shorten))
         after = replace(self, layers=tuple(self.layers[i] for i in kept), forms=tuple(self.forms[i] for i in kept))
         for position, block in enumerate(after.layers):
             vars(block)["forward"] = replace(vars(block)["forward"], index=position)
@@ -126,7 +133,35 @@ def install(wrapping: Wrapping) -> None:
         )
     vars(host)[WRAPPING] = wrapping
     set_follower(host, HostFollower())
-    transformers.guard_saving(host, wrapping.layers)
+    guard_saving(host, wrapping.layers, wrapping.inputs)
+
+
+class _Undone(Exception):
+    """Ends a deletion that is tried."""
+
+
+def find_unsaved(wrapping: Wrapping) -> dict[int, str]:
+    """Without which single blocks ``save_pretrained`` would be refused, as far as it shows without saving.
+
+    Args:
+        wrapping: The wrapping of a model with all its blocks, which is in place. The model stays as it is.
+
+    Returns:
+        Reasons by block number.
+    """
+    host, number = wrapping.host, len(wrapping.layers)
+    known: dict[str, Description] = {}
+    reasons: dict[int, str] = {}
+    if number == 1 or not is_guarded(host):
+        return {}
+    for gone in sorted(set(range(number)) - wrapping.fixed_layers().keys()):
+        with suppress(_Undone), all_or_nothing([host], None):
+            wrapping.keep_layers_([l for l in range(number) if l != gone])
+            reason = saving_refused(host, known)
+            if reason is not None:
+                reasons[gone] = reason
+            raise _Undone
+    return reasons
 
 
 def take_states(wrapping: Wrapping, states: Sequence[tuple[str | int | None, str | int | None]]) -> None:
@@ -153,7 +188,7 @@ def drop_units(wrapping: Wrapping) -> None:
 def uninstall(wrapping: Wrapping) -> None:
     """Undo :func:`install`; deleted blocks stay deleted."""
     host = wrapping.host
-    transformers.release_saving(host)
+    release_saving(host)
     set_follower(host, None)
     for block in wrapping.layers:
         step = vars(block).pop("forward")

@@ -1,0 +1,323 @@
+"""Configurations and layer numbers of Hugging Face transformers, which follow a deletion.
+
+A configuration says how many layers there are (``num_hidden_layers`` and its relatives, ``depths`` of stages). It also
+speaks of single layers, in four ways: by one entry per layer (``layer_types``), by one entry per state between layers
+(``stage_names``), by the numbers of layers or states (``mlp_only_layers``, ``out_indices``, the keys of
+``per_layer_config``), and by how many come first (``first_k_dense_replace``). Modules hold copies of all that, and the
+number of their own layer, under which the cache keeps their keys. All must fit each other after a deletion: entries of
+layers that are gone go, and the numbers of those behind them get smaller.
+
+Which entry means which is told by its name, its size and its values. Whether that was right, and whether an entry is
+missing here, is tried by those who rely on it: by ``wrap``, which compares outputs, and by
+:mod:`taulearn.wrapping.save_pretrained`, which loads what it wrote.
+
+This module does not import transformers: its classes are known by their names.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .structure import LISTS, Shortened
+
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "num_hidden_groups")
+_ENCODER_COUNTS = ("encoder_layers", "num_encoder_layers")
+_DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
+_COUNTS_OF_ONE_SIDE = ("decoder_num_hidden_layers", "decoder_num_layers")
+_FIRST = ("first_k_dense_replace", "num_dense_layers")
+_OWN_NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")
+_NUMBERS = ("index", "indexes", "indices", "idx", "idxs", "ids")
+_CONFIGS = ("PreTrainedConfig", "PretrainedConfig")
+
+
+def is_of_transformers(value: object, *names: str) -> bool:
+    """Whether the value is of a class of transformers with one of these names.
+
+    Example:
+        >>> is_of_transformers(nn.Linear(1, 1), "PreTrainedModel")
+        False
+    """
+    return any(cls.__module__.startswith("transformers.") and cls.__name__ in names for cls in type(value).__mro__)
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers.
+
+    Example:
+        >>> is_pretrained(nn.Linear(1, 1))
+        False
+    """
+    return is_of_transformers(module, "PreTrainedModel")
+
+
+def refused_modules(host: nn.Module) -> dict[str, str]:
+    """Modules of transformers' models that must not become blocks on their own account, with the reason.
+
+    Args:
+        host: The model.
+
+    Returns:
+        Reasons by name: everything but the members of the lists that a configuration counts.
+    """
+    reasons = {}
+    for name, _ in host.named_modules():
+        above = name.rpartition(".")[0]
+        configs = _configs_around(host, above)
+        if name and configs and not _counted_by(host, configs[0], above):
+            reasons[name] = "it is not in a list of layers that the configuration of transformers counts"
+    return reasons
+
+
+def follow_deletion(host: nn.Module, shortened: Sequence[Shortened]) -> None:
+    """Let configurations, their copies in modules, and layer numbers follow.
+
+    A configuration is replaced by a changed copy wherever the host refers to it: other models may have been built from
+    the same object.
+
+    Args:
+        host: The model.
+        shortened: The lists that got shorter.
+    """
+    for each in shortened:
+        configs = _configs_around(host, each.name)
+        if not configs:
+            continue
+        for new, old in enumerate(each.kept):
+            _renumber(each.before[old], old - new)
+        memo: dict[int, Any] = {}
+        for module in host.modules():
+            for key, value in list(vars(module).items()):
+                if is_of_transformers(value, *_CONFIGS):
+                    vars(module)[key] = copy.deepcopy(value, memo)
+        cut = _Cut(each.name, len(each.before), each.kept)
+        around = _around(host, each.name)
+        inside = [module for old in each.kept for module in each.before[old].modules()]
+        for config in configs:
+            _mend_modules([*around, *inside], cut, _edit(memo[id(config)], cut))
+        _mend_counts(around[1:2], cut)
+        for module in around:
+            _mend_generation(module, cut)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What a list of layers lost.
+
+    Attributes:
+        name: Its name in the host.
+        length: Number of its layers before.
+        kept: Numbers of those that stayed.
+    """
+
+    name: str
+    length: int
+    kept: tuple[int, ...]
+
+    def before(self, number: int) -> int:
+        """How many of the first ``number`` layers stayed, which is the new number of the state between two layers."""
+        return sum(old < number for old in self.kept)
+
+    def numbers(self, values: Sequence[int]) -> list[int]:
+        """New numbers of the layers that stayed, from the end where the old ones were."""
+        stayed = [value for value in values if value % self.length in self.kept]
+        return [self.kept.index(v % self.length) - (len(self.kept) if v < 0 else 0) for v in stayed]
+
+    def states(self, values: Sequence[int]) -> list[int]:
+        """New numbers of states, of which there is one more than layers; those that became one are named once."""
+        total, after = self.length + 1, len(self.kept) + 1
+        return list(dict.fromkeys(self.before(v % total) - (after if v < 0 else 0) for v in values))
+
+
+def _configs_around(host: nn.Module, name: str) -> list[Any]:
+    """The configurations of the modules around this name, the innermost first."""
+    found: list[Any] = []
+    for module in _around(host, name):
+        config = vars(module).get("config")
+        if is_of_transformers(config, *_CONFIGS) and not any(config is each or _within(each, config) for each in found):
+            found.append(config)
+    return found
+
+
+def _around(host: nn.Module, name: str) -> list[nn.Module]:
+    """The module of this name and those that contain it, the innermost first."""
+    parts = name.split(".") if name else []
+    return [host.get_submodule(".".join(parts[:i])) for i in range(len(parts), -1, -1)]
+
+
+def _within(config: Any, outer: Any) -> bool:
+    """Whether a configuration is a part of another, as that of the text is in a model of text and images."""
+    parts = [value for value in vars(outer).values() if is_of_transformers(value, *_CONFIGS)]
+    return any(part is config or _within(config, part) for part in parts)
+
+
+def _counts(config: Any, name: str, length: int) -> list[str]:
+    """Names of the entries of a configuration that count the layers in the list ``name``."""
+
+    def counting(keys: Sequence[str]) -> list[str]:
+        return [key for key in keys if getattr(config, key, None) == length]
+
+    if "decoder" in name and (found := counting(_COUNTS_OF_ONE_SIDE)):
+        return found
+    specific, general = counting(_DECODER_COUNTS if "decoder" in name else _ENCODER_COUNTS), counting(_COUNTS)
+    return specific or general if getattr(config, "is_encoder_decoder", False) else specific + general
+
+
+def _stage(config: Any, name: str, length: int) -> int | None:
+    """The position in ``depths`` of the stage that the list ``name`` is a part of, or None."""
+    depths, numbers = getattr(config, "depths", None), [int(part) for part in name.split(".") if part.isdigit()]
+    if depths is None or len(numbers) != 1 or numbers[0] >= len(depths) or depths[numbers[0]] != length:
+        return None
+    return numbers[0]
+
+
+def _counted_by(host: nn.Module, config: Any, name: str) -> set[str]:
+    """Names of the entries of a configuration that count the members of a list, and of no list around it.
+
+    A block may be made of as many parts as its stack has blocks: then the entry counts the blocks.
+    """
+    holder = host.get_submodule(name)
+    if not name or not isinstance(holder, LISTS):
+        return set()
+    length, above = len(holder._modules), name.rpartition(".")[0]
+    counts = {*_counts(config, name, length), *(["depths"] if _stage(config, name, length) is not None else [])}
+    while above and counts:
+        counts -= _counted_by(host, config, above)
+        above = above.rpartition(".")[0]
+    return counts
+
+
+def _renumber(layer: nn.Module, shift: int) -> None:
+    for module in layer.modules():
+        for key in _OWN_NUMBERS:
+            number = vars(module).get(key)
+            if type(number) is int:
+                vars(module)[key] = number - shift
+
+
+def _edit(config: Any, cut: _Cut) -> dict[str, tuple[Any, Any]]:
+    """Change a configuration; returns the entries that changed, before and after."""
+    before = dict(vars(config))
+    stage = _stage(config, cut.name, cut.length)
+    if stage is not None:
+        depths = list(config.depths)
+        depths[stage] = len(cut.kept)
+        config.depths = type(config.depths)(depths)
+    elif counts := _counts(config, cut.name, cut.length):
+        overrides = _per_layer_overrides(config)
+        entries = {key: _follow(key, value, cut) for key, value in before.items() if _concerns(config, key, cut.name)}
+        for key in counts:
+            setattr(config, key, len(cut.kept))
+        vars(config).update({key: value for key, value in entries.items() if value is not None})
+        _follow_outputs(config, cut)
+        if overrides is not None:
+            config.per_layer_config = _by_number(overrides, cut)
+    after = vars(config)
+    return {key: (before[key], after[key]) for key in after if key in before and _unlike(before[key], after[key])}
+
+
+def _concerns(config: Any, key: str, name: str) -> bool:
+    """Whether an entry may speak of the layers in the list ``name``, and not of those on the other side."""
+    decoder = "decoder" in name
+    if "decoder" in key or "encoder" in key:
+        return ("decoder" in key) == decoder
+    both = getattr(config, "is_encoder_decoder", False) or any(hasattr(config, k) for k in _COUNTS_OF_ONE_SIDE)
+    return not (both and decoder)
+
+
+def _follow(key: str, value: Any, cut: _Cut) -> Any:
+    """An entry after the deletion, or None if it does not speak of single layers."""
+    words = key.split("_")
+    about_layers = bool({"layer", "layers", "block", "blocks"} & set(words)) or key == "attention_window"
+    if key in _FIRST and type(value) is int:
+        return cut.before(value)
+    if isinstance(value, Mapping) and about_layers and _numbers_layers(value, cut.length):
+        return _by_number(value, cut)
+    if not isinstance(value, list | tuple):
+        return None
+    ordered = words[-1] in ("layers", "blocks")
+    if (ordered or words[-1] in _NUMBERS) and "token" not in words and _are_numbers(value, cut.length, ordered):
+        return type(value)(cut.numbers(value))
+    if about_layers and len(value) == cut.length:
+        return type(value)(value[i] for i in cut.kept)
+    return None
+
+
+def _are_numbers(values: Sequence[Any], length: int, ordered: bool) -> bool:
+    """Whether these can be numbers of layers; flags and sizes of layers repeat themselves, or are in no order."""
+    if not values or any(type(v) is not int or not -length <= v < length for v in values):
+        return False
+    places = [v % length for v in values]
+    return len(set(places)) == len(places) and (not ordered or places == sorted(places))
+
+
+def _numbers_layers(value: Mapping[Any, Any], length: int) -> bool:
+    return bool(value) and all(str(key).isdigit() and int(key) < length for key in value)
+
+
+def _by_number(value: Mapping[Any, Any], cut: _Cut) -> dict[Any, Any]:
+    """A dictionary by layer number, whose keys stay what they were, numbers or strings."""
+    return {type(key)(cut.kept.index(int(key))): each for key, each in value.items() if int(key) in cut.kept}
+
+
+def _per_layer_overrides(config: Any) -> dict[Any, Any] | None:
+    """What differs between layers in transformers' own ``per_layer_config``, which is checked as a whole when set."""
+    if not getattr(config, "is_heterogeneous", False):
+        return None
+    overrides: dict[Any, Any] | None = config.to_dict().get("per_layer_config")
+    return overrides
+
+
+def _follow_outputs(config: Any, cut: _Cut) -> None:
+    """Names and numbers of the states that a backbone returns: the first is what enters the first layer."""
+    names, numbers = (getattr(config, key, None) for key in ("stage_names", "_out_indices"))
+    if names is None or len(names) != cut.length + 1:
+        return
+    names = names[: len(cut.kept) + 1]
+    changed: dict[str, Any] = {"stage_names": names}
+    if numbers is not None:
+        numbers = cut.states(numbers)
+        changed |= {"_out_indices": numbers, "_out_features": [names[i] for i in numbers]}
+    vars(config).update(changed)
+
+
+def _mend_modules(modules: Sequence[nn.Module], cut: _Cut, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Copies of a configuration's entries in the modules around the list and in its layers."""
+    for module in modules:
+        for key, value in list(vars(module).items()):
+            if key in changed and not _unlike(value, changed[key][0]):
+                new = changed[key][1]
+                vars(module)[key] = type(value)(new) if isinstance(value, list | tuple) else new
+            elif key == "num_features" and isinstance(value, list) and len(value) == cut.length + 1:
+                vars(module)[key] = [value[0], *(value[i + 1] for i in cut.kept)]
+
+
+def _mend_counts(owners: Sequence[nn.Module], cut: _Cut) -> None:
+    """Counts that the owner of the list holds, under whichever name."""
+    for module in owners:
+        for key in _COUNTS:
+            if type(vars(module).get(key)) is int and vars(module)[key] == cut.length:
+                vars(module)[key] = len(cut.kept)
+
+
+def _unlike(a: Any, b: Any) -> bool:
+    """Whether two entries differ; a list and a tuple of the same values do not."""
+    a, b = (list(each) if isinstance(each, list | tuple) else each for each in (a, b))
+    return type(a) is not type(b) or bool(a != b)
+
+
+def _mend_generation(module: nn.Module, cut: _Cut) -> None:
+    """Numbers of layers in the settings of generation: heads that align (Whisper), an early exit."""
+    settings = vars(module).get("generation_config")
+    heads, leave = getattr(settings, "alignment_heads", None), getattr(settings, "assistant_early_exit", None)
+    edits: dict[str, Callable[[], Any]] = {}
+    if heads and "decoder" in cut.name and all(0 <= layer < cut.length for layer, _ in heads):
+        edits["alignment_heads"] = lambda: [[cut.kept.index(l), head] for l, head in heads if l in cut.kept]
+    if type(leave) is int and "encoder" not in cut.name:
+        edits["assistant_early_exit"] = lambda: cut.before(leave)
+    if edits:
+        vars(module)["generation_config"] = copy.deepcopy(settings)
+        for key, value in edits.items():
+            setattr(vars(module)["generation_config"], key, value())

@@ -1,0 +1,356 @@
+"""``save_pretrained`` of wrapped models: what it writes, plain loading loads as the same model, or nothing is written.
+
+Models of transformers, diffusers and huggingface_hub's mixin, and whatever else has such a method, are written without
+their time steps and built anew from a configuration when they are loaded. So the steps must be 1, and a model that lost
+blocks must be what its configuration describes. Whether it is cannot be read off the configuration: the model is
+written into a folder aside, loaded from there, and compared with what it is, in tensors, in what its modules hold, and
+in its outputs on the example inputs. Only then its own method writes to the folder that was asked for. A model that has
+all its blocks is what it was, and is not compared.
+
+The guard stays on a pruned model when its steps are taken off, unless it is what its configuration describes.
+
+A model that is built around a wrapped one later (by PEFT, say) is not known here, and is not guarded.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .._deletion import WRAPPING
+from .comparison import STEPS, Description, in_short, other_outputs, other_values
+from .configurations import is_pretrained
+from .probe import undisturbed
+
+_SAVE = "save_pretrained"
+_PUSH = "push_to_hub"
+_INSTEAD = "Save with taulearn.save_model and load with taulearn.load_model(path, host)"
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleInputs:
+    """The example inputs of a wrapped model. They are no part of it: copies of the model share them, pickles lack them.
+
+    Attributes:
+        value: The inputs, on the CPU and without gradients; None: there are none.
+
+    Example:
+        >>> import pickle
+        >>> pickle.loads(pickle.dumps(ExampleInputs(torch.ones(1)))).value is None
+        True
+    """
+
+    value: Any = None
+
+    @classmethod
+    def of(cls, value: Any) -> "ExampleInputs":
+        """The inputs, out of the graph and off the accelerator."""
+        return cls(tree_map(lambda each: each.detach().cpu() if isinstance(each, Tensor) else each, value))
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "ExampleInputs":
+        return self
+
+    def __reduce__(self) -> tuple[type["ExampleInputs"], tuple[()]]:
+        return type(self), ()
+
+
+@dataclass(frozen=True, eq=False)
+class SavePretrained:
+    """``save_pretrained`` of a wrapped model, or of a pruned one that was wrapped.
+
+    Attributes:
+        model: The model that is saved.
+        host: The wrapped model that it is, or is a part of.
+        inputs: Example inputs of the host.
+        pruned: Whether blocks were deleted before the host was wrapped as it is now.
+        own: What the instance had as ``save_pretrained`` before, or None.
+    """
+
+    model: nn.Module
+    host: nn.Module
+    inputs: ExampleInputs = field(default_factory=ExampleInputs)
+    pruned: bool = False
+    own: Callable[..., Any] | None = None
+
+    @property
+    def inner(self) -> Callable[..., Any]:
+        """The model's own method."""
+        return self.own or MethodType(getattr(type(self.model), _SAVE), self.model)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """What ``inspect.signature`` shows."""
+        return self.inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model without its time steps.
+
+        Args:
+            *args: Handed on: the folder first.
+            **kwargs: Handed on.
+
+        Returns:
+            What the model's own method returns.
+
+        Raises:
+            ValueError: If a step differs from 1, or plain loading would not load the same model.
+        """
+        self._check_steps()
+        given = inspect.signature(self.inner).bind(*args, **kwargs)
+        if self.has_lost_blocks():
+            found = self.why_not(held=False) or self._loaded_unlike(given)
+            if found:
+                raise ValueError(
+                    "the model must be what its configuration describes for save_pretrained, got "
+                    f"{len(found)} differences: {'; '.join(found[:5])}. {_INSTEAD}"
+                )
+        return self._write(given)
+
+    def has_lost_blocks(self) -> bool:
+        """Whether blocks were deleted, now or before."""
+        wrapping = vars(self.host).get(WRAPPING)
+        return self.pruned or (wrapping is not None and len(wrapping.layers) < len(wrapping.names))
+
+    def why_not(self, known: dict[str, Description] | None = None, *, held: bool = True) -> list[str]:
+        """Why a model that lost blocks cannot be saved, as far as it shows without saving it; empty: it may.
+
+        Args:
+            known: Descriptions of models by their configurations, which are looked up and added to.
+            held: Whether to compare what modules hold, which may have changed when they were called.
+
+        Returns:
+            One line per reason.
+        """
+        kind = type(self.model).__name__
+        if _writes_adapters(self.model):
+            return [
+                "adapters alone are written, and are loaded into a model with all its blocks (merge_and_unload gives a "
+                "model without adapters)"
+            ]
+        if not callable(getattr(type(self.model), "from_pretrained", None)):
+            return [f"{kind} has no from_pretrained to try it with ({kind}.save_pretrained(model, ...) saves untried)"]
+        try:
+            expected = _described_by_configuration(self.model, {} if known is None else known)
+        except Exception as error:  # noqa: BLE001  whatever the class raises, it cannot be loaded
+            return [f"its configuration cannot be built ({in_short(error)})"]
+        return [] if expected is None else expected.differences(Description.of(self.model), held=held)
+
+    def _check_steps(self) -> None:
+        wrapping = vars(self.host).get(WRAPPING)
+        tau = torch.ones(0) if wrapping is None else wrapping.plain_steps()
+        if bool((tau != 1).any()):
+            raise ValueError(
+                f"the time steps must all be 1 for save_pretrained, got {[round(t, 4) for t in tau.tolist()]}: plain "
+                "loading would leave them out. Anneal them in the last epochs (taulearn.wrapping.anneal_to_one), or "
+                "save with taulearn.save_model and load with taulearn.load_model(path, host)"
+            )
+
+    def _write(self, given: inspect.BoundArguments, folder: str | None = None) -> Any:
+        """Call the model's own method without the steps, in the model and in a state dict that was handed over.
+
+        Args:
+            given: The arguments.
+            folder: Where to write instead, for trying: then nothing is pushed.
+
+        Returns:
+            What it returns.
+        """
+        own: dict[str, Any] = {k: dict(v) if k == _keywords(given) else v for k, v in given.arguments.items()}
+        for holder in (own, own.get(_keywords(given), {})):
+            if isinstance(holder.get("state_dict"), dict):
+                holder["state_dict"] = {k: v for k, v in holder["state_dict"].items() if not k.startswith(STEPS)}
+            if folder is not None and holder.get(_PUSH):
+                holder[_PUSH] = False
+        if folder is not None:
+            first, target = _target(given)
+            place = type(target)(folder) if isinstance(target, Path) else folder
+            own[first] = place if own[first] is target else (place, *own[first][1:])
+        arguments = copy.copy(given)
+        arguments.arguments = own
+        with _without_steps(self.model):
+            return self.inner(*arguments.args, **arguments.kwargs)
+
+    def _loaded_unlike(self, given: inspect.BoundArguments) -> list[str]:
+        """How what is loaded from a folder aside differs from the model."""
+        target = Path(_target(given)[1]).absolute()
+        if target.is_file():
+            return []  # its own method says so
+        beside = next(folder for folder in (target, *target.parents) if folder.is_dir())
+        named = given.arguments | given.arguments.get(_keywords(given), {})
+        with TemporaryDirectory(prefix=".taulearn-", dir=beside, ignore_cleanup_errors=True) as aside:
+            self._write(given, aside)
+            if not any(path.is_file() for path in Path(aside).rglob("*")):
+                return []  # another process writes
+            try:
+                with torch.random.fork_rng([]):
+                    loaded = self._load(aside, named.get("variant"))
+            except Exception as error:  # noqa: BLE001  whatever the class raises, it cannot be loaded
+                return [f"from_pretrained raises {in_short(error)}"]
+            with _without_steps(self.model):
+                own = self.model.state_dict()
+                return other_values(loaded, self.model, named.get("state_dict") or own) or self._acts_unlike(loaded)
+
+    def _load(self, folder: str, variant: str | None) -> Any:
+        kind: Any = type(self.model)
+        options: dict[str, Any] = {} if variant is None else {"variant": variant}
+        attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+        if is_pretrained(self.model) and isinstance(attention, str):
+            options["attn_implementation"] = attention
+        return kind.from_pretrained(folder, **options)
+
+    def _acts_unlike(self, loaded: nn.Module) -> list[str]:
+        """How outputs on the example inputs differ, and what modules hold, some of it only once they were called.
+
+        The loaded model gets the tensors of this one: averaged weights may have been saved in their place.
+        """
+        loaded.load_state_dict(self.model.state_dict(), strict=False, assign=True)
+        loaded.eval()
+        with undisturbed(self.host):
+            inputs, lines = self.inputs.value, list[str]()
+            if inputs is not None:
+                lines = other_outputs(loaded, self.model, self.host, inputs)
+            return lines or Description.of(loaded).differences(Description.of(self.model))
+
+
+def guard_saving(host: nn.Module, blocks: Sequence[nn.Module], inputs: ExampleInputs) -> None:
+    """Put :class:`SavePretrained` on every model in the host that can be saved so and contains blocks, and on the host.
+
+    Args:
+        host: The model.
+        blocks: Its blocks.
+        inputs: Its example inputs.
+    """
+    for module in host.modules():
+        held = any(part in blocks for part in module.modules()) or module is host
+        if held and module not in blocks and callable(getattr(type(module), _SAVE, None)):
+            before = _guard_of(module)
+            own = vars(module).get(_SAVE) if before is None else before.own
+            pruned = before is not None and before.pruned
+            vars(module)[_SAVE] = SavePretrained(module, host, inputs, pruned, own)
+
+
+def release_saving(host: nn.Module) -> None:
+    """Undo :func:`guard_saving`, while the host is wrapped; models that only a guard can save keep theirs."""
+    for module in host.modules():
+        guard = _guard_of(module)
+        if guard is None:
+            continue
+        del vars(module)[_SAVE]
+        if guard.has_lost_blocks() and (not _has_configuration(module) or guard.why_not()):
+            vars(module)[_SAVE] = replace(guard, pruned=True)
+        elif guard.own is not None:
+            vars(module)[_SAVE] = guard.own
+
+
+def is_guarded(host: nn.Module) -> bool:
+    """Whether a model in the host has a guard."""
+    return any(_guard_of(module) is not None for module in host.modules())
+
+
+def saving_refused(host: nn.Module, known: dict[str, Description]) -> str | None:
+    """Why ``save_pretrained`` would refuse the host as it is now, as far as it shows without saving.
+
+    Of models within models the outermost counts: parts of it were built otherwise than alone, without a pooler, say.
+
+    Args:
+        host: A wrapped model that lost blocks.
+        known: An empty dictionary, handed over again for the same model with other blocks: what is known already is
+            not built again.
+
+    Returns:
+        The reason, or None.
+    """
+    inside: set[nn.Module] = set()
+    for name, module in host.named_modules():
+        guard = _guard_of(module)
+        if guard is None or module in inside:
+            continue
+        inside |= set(module.modules())
+        found = guard.why_not(known)
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            return f"{name + ': ' if name else ''}{found[0]}{more}"
+    return None
+
+
+def _guard_of(module: nn.Module) -> SavePretrained | None:
+    saving = vars(module).get(_SAVE)
+    saving = getattr(saving, "guard", saving)  # a trainer's, which holds the guard
+    return saving if isinstance(saving, SavePretrained) else None
+
+
+def _writes_adapters(model: nn.Module) -> bool:
+    """Whether a model's own method writes adapters alone: one of PEFT, or of transformers with PEFT's adapters."""
+    peft = any(cls.__module__.partition(".")[0] == "peft" for cls in type(model).__mro__)
+    return peft or bool(vars(model).get("_hf_peft_config_loaded"))
+
+
+def _has_configuration(model: nn.Module) -> bool:
+    return is_pretrained(model) or _initial(model) is not None
+
+
+def _initial(model: nn.Module) -> Callable[[], Any] | None:
+    """What builds a model of diffusers or of huggingface_hub's mixin anew, or None."""
+    kind: Any = type(model)
+    config: Any = getattr(model, "config", None)
+    if callable(getattr(kind, "from_config", None)) and isinstance(config, dict):
+        return lambda: kind.from_config(copy.deepcopy(dict(config)))
+    arguments = getattr(model, "_hub_mixin_config", None)
+    if isinstance(arguments, dict):
+        return lambda: kind(**copy.deepcopy(arguments))
+    return None
+
+
+def _described_by_configuration(model: nn.Module, known: dict[str, Description]) -> Description | None:
+    """The description of the model that the configuration makes, built without memory; None: it has none."""
+    kind: Any = type(model)
+    config: Any = getattr(model, "config", None)
+    if is_pretrained(model):
+        written = config.to_json_string()
+    elif _initial(model) is not None:
+        written = repr(config if isinstance(config, dict) else getattr(model, "_hub_mixin_config", None))
+    else:
+        return None
+    key = f"{kind.__module__}.{kind.__qualname__} {written}"
+    if key not in known:
+        with torch.device("meta"), torch.random.fork_rng([]):
+            build = _initial(model) or (lambda: kind(_read_again(config)))
+            known[key] = Description.of(build())
+    return known[key]
+
+
+def _read_again(config: Any) -> Any:
+    """A configuration of transformers as it is read from the file in which it is written."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        config.save_pretrained(folder)
+        return type(config).from_pretrained(folder)
+
+
+def _target(given: inspect.BoundArguments) -> tuple[str, Any]:
+    """The name of a method's first parameter, and the folder that was given first."""
+    first, value = next(iter(given.arguments.items()))
+    return first, value[0] if isinstance(value, tuple) else value
+
+
+def _keywords(given: inspect.BoundArguments) -> str:
+    """The name under which a method takes keywords that it does not name."""
+    return next((p.name for p in given.signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+
+
+@contextmanager
+def _without_steps(model: nn.Module) -> Iterator[None]:
+    steps = model._modules.pop("time_steps", None)
+    try:
+        yield
+    finally:
+        if steps is not None:
+            model.add_module("time_steps", steps)
