@@ -60,7 +60,7 @@ class Description:
         ]
         lines += [f"{name} is a placeholder of a deleted block" for name in found.placeholders]
         return lines + [
-            f"{name} is {found.held[name]} for {value}"
+            f"{name} is {_text(found.held[name])} for {_text(value)}"
             for name, value in self.held.items()
             if held and name in found.held and (type(found.held[name]), found.held[name]) != (type(value), value)
         ]
@@ -81,6 +81,10 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(type(each) in (bool, int, float) for each in value)
     return value is None or type(value) in (bool, int, float, str)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
