@@ -100,6 +100,11 @@ def test_states_that_a_backbone_returns_follow() -> None:
     name = "dinov2 backbone"  # of four layers, it returns the states after the second and after the last
     for gone, numbers in ((0, [1, 3]), (2, [2, 3]), (3, [2, 3])):
         model = wrap(made(name), example_inputs=FAMILIES[name][1])
+        wrapping = wrapping_of(model)
+        assert wrapping is not None
+        if gone in wrapping.keep:  # of two blocks between states that are returned, one
+            assert gone != 0
+            continue
         with torch.no_grad():
             model.time_steps.values[gone] = 0.0
         before = answer(model, FAMILIES[name][1])
@@ -135,7 +140,7 @@ def test_the_other_side_of_a_model_stays_as_it_is() -> None:
     model = wrap(made("led"), example_inputs=FAMILIES["led"][1])
     prune(model, keep=[0, 1, 2, 4, 5])
     assert (model.config.encoder_layers, model.config.decoder_layers) == (3, 2)
-    assert model.config.attention_window == [4, 4, 8]
+    assert model.config.attention_window == [8, 4, 8]
     prune(model, keep=[1, 2, 3, 4])
     assert (model.config.encoder_layers, model.config.decoder_layers) == (2, 2)
     assert model.config.attention_window == [4, 8]

@@ -228,7 +228,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
             **SIDES,
             max_encoder_position_embeddings=64,
             max_decoder_position_embeddings=64,
-            attention_window=[4, 4, 8],
+            attention_window=[8, 4, 8],
         ),
         both_ids(),
     ),
@@ -251,7 +251,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         ),
         both_ids(),
     ),
-    "longformer": (model("LongformerForMaskedLM", "LongformerConfig", **TEXT, attention_window=[4, 8, 4, 8]), ids()),
+    "longformer": (model("LongformerForMaskedLM", "LongformerConfig", **TEXT, attention_window=[8, 4, 4, 8]), ids()),
     "beit": (model("BeitForImageClassification", "BeitConfig", **IMAGE), pixels()),
     "beit, shared bias": (
         model("BeitForImageClassification", "BeitConfig", **IMAGE, use_shared_relative_position_bias=True),

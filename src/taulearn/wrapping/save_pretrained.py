@@ -218,7 +218,7 @@ class SavePretrained:
             inputs, lines = self.inputs.value, list[str]()
             if inputs is not None:
                 lines = other_outputs(loaded, self.model, self.host, inputs)
-            return lines or Description.of(loaded).differences(Description.of(self.model))
+            return Description.of(loaded).differences(Description.of(self.model)) + lines
 
 
 def guard_saving(host: nn.Module, blocks: Sequence[nn.Module], inputs: ExampleInputs) -> None:
