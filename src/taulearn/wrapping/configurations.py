@@ -240,7 +240,7 @@ def _follow(key: str, value: Any, cut: _Cut) -> Any:
     ordered = words[-1] in ("layers", "blocks")
     if (ordered or words[-1] in _NUMBERS) and "token" not in words and _are_numbers(value, cut.length, ordered):
         return type(value)(cut.numbers(value))
-    if about_layers and len(value) == cut.length:
+    if about_layers and len(value) == cut.length and cut.kept:  # hosts ask for the largest entry, say
         return type(value)(value[i] for i in cut.kept)
     return None
 
