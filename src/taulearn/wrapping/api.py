@@ -63,6 +63,7 @@ def wrap(
             dictionary of keywords. Needed to find blocks, and to try whether the model can do without them, alone and
             several together: about three passes per block, more where a list cannot get shorter; so keep them small.
             Without them only members of a Sequential and of torch's encoder and decoder can be deleted.
+            They are kept, on the CPU, for ``save_pretrained`` of a pruned model, and are in none of its files.
         constraint: Of the time steps, see :class:`taulearn.TimeSteps`.
         init: Step of every block, or one per block. At 1 the model computes what it did, to the bit.
         horizon: Time horizon T. None: the sum of ``init``.

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from .._calls import call as call_model
 from .blocks import PassThrough
+from .observation import tensors_in
 
 STEPS = "time_steps."
 
@@ -180,7 +181,7 @@ def _call_of(model: nn.Module, host: nn.Module, inputs: Any) -> tuple[Any, Any, 
 
 def _other_tensors(output: Any, expected: Any) -> list[str]:
     """How outputs differ by more than sums do that are taken in another order."""
-    mine, theirs = ([v for v in tree_leaves(each) if isinstance(v, Tensor)] for each in (expected, output))
+    mine, theirs = ([v for _, v in tensors_in(each)] for each in (expected, output))
     if [t.shape for t in mine] != [t.shape for t in theirs]:
         return ["the loaded model gives outputs of other shapes on the example inputs"]
     for a, b in zip(mine, theirs, strict=True):

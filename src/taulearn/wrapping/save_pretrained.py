@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .._deletion import WRAPPING
+from .._undisturbed import undisturbed
 from .comparison import STEPS, Description, in_short, other_outputs, other_values
 from .configurations import is_pretrained
-from .probe import undisturbed
 
 _SAVE = "save_pretrained"
 _PUSH = "push_to_hub"
