@@ -370,8 +370,11 @@ def test_programs_are_refused() -> None:
         with pytest.raises(TypeError, match=word):
             wrap(program, example_inputs=x)
     mixed = nn.Sequential(Block(4), torch.jit.trace(Block(4).eval(), x), Block(4))
-    with pytest.raises(ValueError, match="TorchScript"):
-        wrap(mixed, ["0", "1"], example_inputs=x)
+    for example_inputs in (x, None):
+        with pytest.raises(ValueError, match="TorchScript"):
+            wrap(mixed, ["0", "1"], example_inputs=example_inputs)
+    with pytest.raises(ValueError, match=r"0 \(.*\) and 1 more: it is compiled by TorchScript"):
+        wrap(nn.Sequential(mixed[1], torch.jit.trace(Block(4).eval(), x)), example_inputs=x)
     assert names(mixed, x) == ("0", "2")
 
 

@@ -14,7 +14,7 @@ from .._errors import unknown_name
 from ..nn.time_steps import TimeSteps
 from . import configurations, structure, trial
 from .blocks import NESTED, PassingTimeSteps, Step
-from .find_blocks import blocks_of, refusal
+from .find_blocks import SCRIPTED, blocks_of, refusal
 from .host import Wrapping, find_unsaved, install, uninstall, wrapping_of
 from .names import matching, nearest_names
 from .probe import Call, Probe, probe
@@ -114,6 +114,9 @@ def wrap(
         names, forms = [call.name for call in calls], [call.form for call in calls]
     else:
         names = matching("blocks", blocks, [name for name, _ in model.named_modules() if name])
+        for name in names:
+            if isinstance(model.get_submodule(name), torch.jit.ScriptModule):
+                raise ValueError(f"blocks must name modules that can have a time step, got {name!r}: {SCRIPTED}")
         forms = [Form.taking(None, model.get_submodule(name).forward) for name in names]
         if result is not None:
             names.sort(key=lambda name: result.calls[name][0].order if name in result.calls else -1)

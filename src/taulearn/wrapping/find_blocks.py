@@ -13,6 +13,7 @@ only if it adds something to its input.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from .blocks import IN_PLACE
@@ -27,6 +28,7 @@ _NORMALISATIONS = (
     nn.LocalResponseNorm,
     nn.CrossMapLRN2d,
 )
+SCRIPTED = "it is compiled by TorchScript, whose modules cannot be changed: use the module that it was made from"
 _ALONE = (
     "it is alone of its kind on its way through the model and does not add to its input, as embeddings and gates are: "
     "name it in blocks if it is one"
@@ -83,7 +85,7 @@ def refusal(calls: list[Call], *, named: bool = False) -> str | None:
         The reason.
     """
     if not calls:
-        return "it was not called, or is compiled by TorchScript"
+        return "it was not called"
     first = calls[0]
     if len(calls) > 1:
         return f"it was called {len(calls)} times: a block used in several places has no single time step"
@@ -133,6 +135,9 @@ def find(result: Probe, refused: Mapping[str, str]) -> tuple[list[Call], dict[st
         for child_name, child in module.named_children():
             name = f"{prefix}.{child_name}" if prefix else child_name
             calls = result.calls.get(name, [])
+            if isinstance(child, torch.jit.ScriptModule):
+                reasons[name] = SCRIPTED
+                continue
             reason = refusal(calls) or refused.get(name)
             inside = len(found)
             if reason is None and not _only_calls_others(name, calls[0], result):
