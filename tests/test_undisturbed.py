@@ -1,7 +1,7 @@
 """Forward passes of the probe and of the trial leave nothing behind."""
 
 import random
-from collections import Counter, deque
+from collections import Counter, UserDict, deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -256,3 +256,11 @@ def test_measuring_times_leaves_nothing_behind(make: type[Changing]) -> None:
     summary(model, x)
     prune(model, budget={"latency_ms": 1e6, "example_inputs": x})
     assert picture(model) == before
+
+
+def test_inputs_in_a_mapping_of_another_class() -> None:
+    """As those that a tokenizer gives."""
+    inputs = UserDict(input=torch.zeros(2))
+    with undisturbed(nn.Identity(), inputs):
+        inputs["input"].add_(1)
+    assert inputs["input"].tolist() == [0.0, 0.0]

@@ -26,6 +26,22 @@ _SIMPLE = {bool, int, float, str, bytes, type(None), torch.dtype, torch.device}
 
 
 @contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Every submodule in evaluation mode, and back to its own mode afterwards.
+
+    Args:
+        model: Any module.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def undisturbed(model: nn.Module, inputs: Any = None) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards the model is as it was, also after an error.
 
@@ -68,6 +84,7 @@ class Before:
         seen: dict[int, Any] = {}
         # of scripted modules the tensors lie in no attribute
         waiting: list[Any] = [model, inputs, *model.modules(), *model.parameters(), *model.buffers()]
+        waiting += inputs.values() if isinstance(inputs, Mapping) else ()
         while waiting:
             each = waiting.pop()
             if id(each) in seen or type(each) in _SIMPLE:

@@ -176,3 +176,12 @@ def test_a_model_of_transformers() -> None:
     right = F.cross_entropy(model(images).logits, labels).item()
     assert history.epochs["validation.loss"][-1] == pytest.approx(right, rel=1e-5)
     assert "validation.accuracy" in history.epochs
+
+
+def test_a_frozen_normalisation_stays_frozen() -> None:
+    model = taulearn.nn.resnet(2, 3, 1, 2)
+    model.head = nn.Sequential(model.head, norm := nn.BatchNorm1d(1))
+    norm.eval()
+    evaluate(model, (torch.ones(3, 2), torch.ones(3, 1)), loss=F.mse_loss)
+    assert model.training
+    assert not norm.training

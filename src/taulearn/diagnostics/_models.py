@@ -64,18 +64,6 @@ def layers_of(model: nn.Module) -> Sequence[nn.Module]:
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Every submodule in evaluation mode, and back to its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def differentiable(model: nn.Module) -> Iterator[Tensor]:
     """All parameters require gradients, and the effective steps are a leaf of their own; everything is put back after.
 

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from .._counting import Mean, counted, watched
 from .._deletion import prunable_of
 from .._stages import check_has_stages, scalar
+from .._undisturbed import evaluation
 from ..calibration import recalibrate_
 from ..nn.network import TimeVariableNetwork
 from ..penalties import time_steps_of
 from ..pruning import PruneReport, prune
 from ..truncation import truncate
-from ._models import evaluation, layers_of
+from ._models import layers_of
 from .depth import DepthProfile, Loss, check_tolerance, depth_profile, within
 
 

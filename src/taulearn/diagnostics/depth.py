@@ -17,13 +17,14 @@ from .._counting import Mean, counted, watched
 from .._errors import is_number, positive_integer
 from .._stages import check_has_stages, scalar, stage_outputs
 from .._table import format_table
+from .._undisturbed import evaluation
 from ..calibration import Statistics, check_calibration, statistics_of, using
 from ..nn.early_exit import has_classes, tail_of
 from ..nn.network import TimeVariableNetwork
 from ..penalties import time_steps_of
 from ..wrapping.stages import record_states
 from ._cuts import parameters, times
-from ._models import check_batch, evaluation
+from ._models import check_batch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

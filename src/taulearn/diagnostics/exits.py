@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from .._errors import positive_integer
 from .._stages import check_has_stages, forward_with_states
 from .._table import format_table
+from .._undisturbed import evaluation
 from ..calibration import check_calibration
 from ..nn.early_exit import check_classes, check_confidence, confident
 from ..penalties import time_steps_of
-from ._models import check_batch, evaluation
+from ._models import check_batch
 from .depth import depth_statistics, outputs_at
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)

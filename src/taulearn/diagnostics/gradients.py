@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from .._errors import unknown_name
 from .._table import format_table
+from .._undisturbed import evaluation
 from ..penalties import time_steps_of
-from ._models import check_batch, differentiable, evaluation, layers_of, scheme_of, states_of
+from ._models import check_batch, differentiable, layers_of, scheme_of, states_of
 from ._products import Graph, by_matrices, by_products
 
 METHODS = ("auto", "exact", "products")

@@ -11,7 +11,7 @@ from .._table import format_table
 from ..nn.builders import FullyConnected
 from ..penalties import time_steps_of
 from ..wrapping.host import wrapping_of
-from ._models import evaluation, layers_of, scheme_of
+from ._models import layers_of, scheme_of
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         counts.append(sum(p.numel() for p in new))
     of_layers, total = None, None
     if example_inputs is not None:
-        with evaluation(model):
-            of_layers, total = layer_milliseconds(model, layers, example_inputs)
+        of_layers, total = layer_milliseconds(model, layers, example_inputs)
     wrapping = wrapping_of(model)
     kinds = [_kind(layer) for layer in layers]
     if wrapping is not None:

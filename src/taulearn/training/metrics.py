@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._counting import IGNORED, Counting, Mean, accuracy as accuracy, counted, watched
+from .._undisturbed import evaluation
 from ..penalties import time_steps_of
 from .batches import Batch, LoaderBatches, make_batches
 from .inspection import check_loss
@@ -49,7 +50,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and metrics of a model on a data set, in evaluation mode.
 
-    The model's mode and torch's global generator are put back, so that training goes on as if nothing had happened.
+    The modes of all modules and torch's global generator are put back, so that training goes on as before.
 
     Args:
         model: A model with time steps.
@@ -73,12 +74,9 @@ def evaluate(
     if loss is not None:
         check_loss(loss)
     batches = make_batches(data, batch_size, 0, values.device, shuffle=False, argument="data")
-    training = model.training
-    model.eval()
     means: dict[str, Mean] = {}
     strange = torch.zeros((), dtype=torch.bool, device=values.device)
-    generator = torch.get_rng_state()
-    try:
+    with evaluation(model), torch.random.fork_rng([]):  # a loader draws from the generator
         for inputs, targets in _in_order(batches):
             output = model(as_float(inputs, dtype))
             functions: dict[str, Metric] = {}
@@ -94,9 +92,6 @@ def evaluate(
             for name, function in functions.items():
                 value, counting = watched(function, output, targets)
                 means.setdefault(name, Mean()).add(value, counting, targets)
-    finally:
-        model.train(training)
-        torch.set_rng_state(generator)  # a loader draws from it, and training must not notice
     if bool(strange):
         del means["accuracy"]
     return {name: float(mean.value()) for name, mean in means.items()}

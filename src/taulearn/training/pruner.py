@@ -111,13 +111,7 @@ class Pruner:
 
     def _measure(self, sample: Any) -> tuple[tuple[float, ...], float]:
         inputs = sample if self.policy.example_inputs is None else self.policy.example_inputs
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            return layer_milliseconds(self.model, cast(Any, self.prunable).layers, inputs)
-        finally:
-            for module, training in modes:
-                module.training = training
+        return layer_milliseconds(self.model, cast(Any, self.prunable).layers, inputs)
 
     def _excess(self, costs: tuple[float, ...], whole: float, fixed: Mapping[int, str]) -> float:
         limit = self.policy.target_latency_ms

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ...._undisturbed import evaluation
 from ....diagnostics import (
     dense_gradients,
     feedforward_gradients,
@@ -20,7 +21,7 @@ from ....diagnostics import (
     memory_terms,
     residual_gradients,
 )
-from ....diagnostics._models import differentiable, evaluation
+from ....diagnostics._models import differentiable
 from ....diagnostics._products import Graph
 from ....nn import TimeVariableNetwork
 from ....nn.builders import FullyConnected
