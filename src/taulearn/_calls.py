@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +31,28 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+@contextmanager
+def forwards(others: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Other forwards on the instances of modules; their own come back afterwards.
+
+    Not by hooks: torch's TransformerEncoderLayer leaves its fast path where there are any, and some hosts call the
+    forward of their parts.
+
+    Args:
+        others: The forwards, by module.
+    """
+    own = {module: vars(module).get("forward") for module in others}
+    for module, other in others.items():
+        vars(module)["forward"] = other
+    try:
+        yield
+    finally:
+        for module, forward in own.items():
+            vars(module).pop("forward")
+            if forward is not None:
+                vars(module)["forward"] = forward
 
 
 def clock(model: nn.Module) -> Callable[[], float]:
@@ -99,7 +121,7 @@ def layer_milliseconds(model: nn.Module, layers: Sequence[nn.Module], inputs: An
 
     Args:
         model: The model.
-        layers: Modules of it, each called once.
+        layers: Modules of it.
         inputs: See :func:`call`.
 
     Returns:
@@ -111,25 +133,21 @@ def layer_milliseconds(model: nn.Module, layers: Sequence[nn.Module], inputs: An
         (1, True)
     """
     now = clock(model)
-    taken: list[list[float]] = [[] for _ in layers]
+    taken: dict[nn.Module, list[float]] = {layer: [] for layer in layers}
 
-    def timed(l: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(layer: nn.Module) -> Callable[..., Any]:
+        forward = layer.forward
+
         def run(*args: Any, **kwargs: Any) -> Any:
             before = now()
             output = forward(*args, **kwargs)
-            taken[l].append(now() - before)
+            taken[layer].append(now() - before)
             return output
 
         return run
 
     whole = milliseconds(model, inputs)
-    with _passes(model, inputs), ExitStack() as undo:
-        for l, layer in enumerate(layers):
-            own = {"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {}
-            undo.callback(vars(layer).update, own)
-            undo.callback(vars(layer).pop, "forward")
-            # not by hooks: torch's TransformerEncoderLayer leaves its fast path where there are any
-            vars(layer)["forward"] = timed(l, layer.forward)
+    with _passes(model, inputs), forwards({layer: timed(layer) for layer in layers}):
         for _ in range(REPEATS):
             call(model, inputs)
-    return tuple(statistics.median(times) for times in taken), whole
+    return tuple(statistics.median(taken[layer]) for layer in layers), whole

@@ -239,8 +239,7 @@ def _other_settings(host: nn.Module, manifest: Manifest) -> list[str]:
     if isinstance(manifest.model, Network | Wrapped):
         parts.add("model")
     there, here = (
-        {name: value for name, value in _leaves(each.model_dump(include=parts)) if not name.startswith("model.states")}
-        for each in (manifest, found)
+        dict(_leaves(each.model_dump(include=parts, exclude={"model": {"states"}}))) for each in (manifest, found)
     )
     absent = "nothing"
     return [

@@ -91,3 +91,11 @@ def test_table_aligns() -> None:
         "     1  x",
         "10,000  long  1.000e-09",
     ]
+
+
+def test_a_layer_that_stands_in_two_places_is_timed_in_both() -> None:
+    network = resnet(4, 4, 1, 3)
+    network.layers[2] = network.layers[1]
+    found = summary(network, torch.ones(1, 4)).milliseconds
+    assert found is not None
+    assert len(found) == 3

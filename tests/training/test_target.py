@@ -112,13 +112,13 @@ def test_a_latency_from_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def measured(model: nn.Module, layers: Any, inputs: Any) -> Any:
-        seen.append((model.training, len(layers), tuple(inputs.shape)))
+        seen.append((len(layers), tuple(inputs.shape)))
         return (0.5, 1.0, 1.0, 0.5, 2.0, 0.25), 6.0
 
     monkeypatch.setattr("taulearn.training.pruner.layer_milliseconds", measured)
     model = wrapped()
     history = trained(model, Pruning(target_latency_ms=3.4, by=3, penalised="none", criterion="share"))
-    assert seen == [(False, 6, (1, 1, 8, 8))]
+    assert seen == [(6, (1, 1, 8, 8))]
     assert history.deletions[0].layer == 4, "equal shares: the slowest goes first"
     gone = sum((0.5, 1.0, 1.0, 0.5, 2.0, 0.25)[d.layer] for d in history.deletions)
     assert 2.6 <= gone <= 3.6
@@ -127,7 +127,7 @@ def test_a_latency_from_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
             trained(wrapped(), Pruning(target_latency_ms=limit))
     x = digits(3)[0]
     trained(wrapped(), Pruning(target_latency_ms=3.4, example_inputs=x))
-    assert seen[-1][2] == (3, 1, 8, 8)
+    assert seen[-1][1] == (3, 1, 8, 8)
 
 
 def test_a_target_that_is_missed_is_said() -> None:

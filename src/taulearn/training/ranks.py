@@ -1,6 +1,6 @@
 """The processes of a data parallel training: each holds the whole model and a share of each batch.
 
-    g = sum_r c_r g_r / sum_r c_r,        c_r what the loss counts on rank r (training/counting.py)
+    g = sum_r c_r g_r / sum_r c_r,        c_r what the loss counts on rank r (taulearn/_counting.py)
 
 Gradients are added up in one flat buffer after the backward pass, before clipping and the optimiser's step, so that all
 processes take the same step. Nothing is wrapped around the model that a deletion would leave behind, as

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .._calls import call
-from .probe import forwards
+from .._calls import call, forwards
 
 _TOLERANCE = 0.03
 

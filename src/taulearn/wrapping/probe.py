@@ -7,15 +7,14 @@ context) and an entry that is an argument handed on are not it.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._calls import call as call_model
+from .._calls import call as call_model, forwards
 from .._undisturbed import undisturbed
 from .state import CUSTOMARY, Form, entries, parameter_names
 
@@ -143,7 +142,6 @@ def probe(host: nn.Module, example_inputs: Any) -> Probe:
 
         return run
 
-    # not hooks: some hosts call the forward of their parts
     modules = {
         name: each for name, each in host.named_modules() if name and not isinstance(each, torch.jit.ScriptModule)
     }
@@ -154,21 +152,6 @@ def probe(host: nn.Module, example_inputs: Any) -> Probe:
         call_model(host, example_inputs)
     _find_states(result)
     return result
-
-
-@contextmanager
-def forwards(others: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Other forwards on the instances of modules; their own come back afterwards."""
-    own = {module: vars(module).get("forward") for module in others}
-    for module, other in others.items():
-        vars(module)["forward"] = other
-    try:
-        yield
-    finally:
-        for module, forward in own.items():
-            vars(module).pop("forward")
-            if forward is not None:
-                vars(module)["forward"] = forward
 
 
 def _key(tensor: Tensor) -> Key:

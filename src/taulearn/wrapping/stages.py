@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._calls import call
+from .._calls import call, forwards
 from .._undisturbed import undisturbed
 from ..nn.each import mixing, running_statistics_held
 from .host import Wrapping, wrapping_of
-from .probe import forwards
 from .state import Form
 
 _SEEN = "_time_steps_seen"
@@ -91,7 +90,7 @@ def record_states(model: nn.Module, inputs: Any, *, arrivals: list[Tensor] | Non
 
         return run
 
-    with _forwards(wrapping, recording):
+    with forwards({block: recording(block) for block in wrapping.layers}):
         output = call(model, inputs)
     if seen.blocks != list(wrapping.layers):
         raise ValueError(
@@ -173,7 +172,7 @@ def skipping(model: nn.Module, depth: int) -> Iterator[None]:
             return block.forward
         return lambda *args, **kwargs: seen.forms[l].around(seen.forms[l].arriving(args, kwargs))
 
-    with _forwards(wrapping, passing):
+    with forwards({block: passing(block) for block in wrapping.layers}):
         yield
 
 
@@ -216,7 +215,7 @@ def _one_by_one(
             form = seen.forms[l]
             return lambda *args, **kwargs: form.around(states[k] if l == k - 1 else form.arriving(args, kwargs))
 
-        with _forwards(wrapping, passing):
+        with forwards({block: passing(block) for block in wrapping.layers}):
             outputs[k] = call(model, inputs)
     return outputs
 
@@ -248,7 +247,7 @@ def _in_one_pass(
 
         return run
 
-    with _forwards(wrapping, passing):
+    with forwards({block: passing(block) for block in wrapping.layers}):
         output = model(inputs.repeat(len(depths), *(1 for _ in inputs.shape[1:])))
     return dict(zip(depths, output.split(size), strict=True))
 
@@ -291,13 +290,6 @@ def _apart(y: Tensor) -> Tensor:
     """A state with noise as large as it is itself."""
     size = y.detach().abs().mean()
     return y.detach() + torch.randn_like(y) * torch.where(size > 0, size, torch.ones_like(size))
-
-
-@contextmanager
-def _forwards(wrapping: Wrapping, of: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
-    """Other forwards on the instances of the blocks; their own come back afterwards."""
-    with forwards({block: of(block) for block in wrapping.layers}):
-        yield
 
 
 def _seen(model: nn.Module, wrapping: Wrapping) -> Seen:

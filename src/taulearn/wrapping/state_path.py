@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .._calls import call as call_model
+from .._calls import call as call_model, forwards
 from .._undisturbed import undisturbed
-from .probe import Call, forwards
+from .probe import Call
 
 OUTSIDE = (
     "the model itself adds its output to its input, x + f(x), so that a step of 0 would give x + x: write the sum into "

@@ -38,7 +38,6 @@ _PLACE = (
     "ask for none)"
 )
 _TOGETHER = "where others are deleted the host gives another output without it than with tau = 0"
-_ALONE: frozenset[int] = frozenset()
 
 
 def ways(wrapping: Wrapping, example_inputs: Any | None) -> tuple[frozenset[str], dict[int, str]]:
@@ -118,7 +117,7 @@ class _Trial:
     def _check_ones(self) -> None:
         """Refuse a host that is another one as soon as there are steps, such as one that runs through its children."""
         try:
-            with self._without(_ALONE, ()):
+            with self._without((), ()):
                 found = self._observe()
             differs = difference(self.bare, found)
         except ValueError:  # of a block that cannot have a step
@@ -146,7 +145,7 @@ class _Trial:
         self.noise = {}
         return self._bare()
 
-    def why_not(self, block: int, shorten: Collection[str], gone: Collection[int] = _ALONE) -> str | None:
+    def why_not(self, block: int, shorten: Collection[str], gone: Collection[int] = ()) -> str | None:
         """Why a block cannot be deleted where others are gone already, or None if it can.
 
         Args:
@@ -222,14 +221,14 @@ class _Trial:
         if len(blocks) < 2:
             return True
         try:
-            with self._without(_ALONE, (), zero=blocks):
+            with self._without((), (), zero=blocks):
                 expected = self._observe()
         # hosts may raise anything
         except Exception:  # noqa: BLE001
             return False
         return self._differs(expected, blocks, shorten) is None
 
-    def _observe(self, gone: Collection[int] = _ALONE) -> Observation:
+    def _observe(self, gone: Collection[int] = ()) -> Observation:
         without = {self.blocks[l] for l in gone}
         watched = [module for module in self.watched if module not in without]
         return observe(self.wrapping.host, self.inputs, watched, self.memories)
