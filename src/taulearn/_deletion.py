@@ -6,18 +6,11 @@ from operator import is_
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ._optimizers import (
-    Change,
-    check_holds as check_holds,
-    check_holds_steps as check_holds_steps,
-    follow,
-    optimizers_in,
-    with_inner,
-)
-from .nn.following import REPLACED as REPLACED
+from ._optimizers import Change, follow, optimizers_in, with_inner
+from .nn.following import REPLACED, retire
 from .nn.schemes import Scheme
 from .nn.time_steps import TimeSteps
 
@@ -86,7 +79,7 @@ def check_averaged(averaged: AveragedModel, model: nn.Module) -> None:
         )
 
 
-class Before:
+class Snapshot:
     """Modules and optimisers as they are now, to be put back; a deletion changes no tensor, so references suffice.
 
     Args:
@@ -95,7 +88,7 @@ class Before:
 
     Example:
         >>> layer = nn.Linear(1, 1)
-        >>> before = Before([layer])
+        >>> before = Snapshot([layer])
         >>> del layer.weight
         >>> before.restore()
         >>> layer.weight.shape
@@ -147,7 +140,7 @@ class Before:
 @contextmanager
 def all_or_nothing(models: Sequence[nn.Module], optimizer: Any = None) -> Iterator[None]:
     """Put modules and optimisers, none, one or several, back when the body fails; it changes no tensor."""
-    before = Before(models, optimizers_in(optimizer))
+    before = Snapshot(models, optimizers_in(optimizer))
     try:
         yield
     except BaseException:
@@ -171,8 +164,3 @@ def delete(models: Sequence[nn.Module], kept: Sequence[int], optimizers: Sequenc
     after = {p: name for name, p in model.named_parameters()}
     reset = follow(optimizers, Change(old, new, index, before, after))
     return ("reset" if reset else "exact") if optimizers else "none", reset
-
-
-def retire(values: Tensor) -> None:
-    """Mark time steps that others replace, so that an optimiser that still holds them is known."""
-    setattr(values, REPLACED, True)

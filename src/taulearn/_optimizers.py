@@ -82,7 +82,7 @@ def optimizers_in(optimizer: Any) -> list[Any]:
     return [bare(each) for each in optimizer]
 
 
-def with_inner(optimizers: Iterable[Any]) -> list[Any]:
+def with_inner(optimizers: Iterable[Any]) -> Iterator[Any]:
     """Optimisers, and those that they keep in their attributes, each once.
 
     Args:
@@ -100,9 +100,9 @@ def with_inner(optimizers: Iterable[Any]) -> list[Any]:
         each = waiting.pop(0)
         if all(each is not other for other in found):
             found.append(each)
+            yield each
             kept = [value for name, value in vars(each).items() if name not in _KNOWN]
             waiting += [o for value in _leaves(kept) if isinstance(o := bare(value), torch.optim.Optimizer)]
-    return found
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -117,8 +117,12 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from _leaves(each)
 
 
-def _parameters(optimizers: Iterable[Any]) -> list[Tensor]:
-    """All parameters that optimisers hold, and those inside them."""
+def parameters_held(optimizers: Iterable[Any]) -> list[Tensor]:
+    """All parameters that optimisers hold, and those inside them.
+
+    Args:
+        optimizers: Some optimisers.
+    """
     return [p for each in with_inner(optimizers) for group in each.param_groups for p in group["params"]]
 
 
@@ -154,7 +158,7 @@ def check_holds(optimizer: Any, model: nn.Module) -> None:
             f"optimizer must be an optimiser of the model's parameters, got {given}: "
             f"write {name}(model.parameters(), lr=0.01)"
         )
-    own, held = {id(p) for p in model.parameters()}, _parameters([optimizer])
+    own, held = {id(p) for p in model.parameters()}, parameters_held([optimizer])
     check_current(held)
     if held and all(id(p) not in own for p in held):  # one that holds nothing has lost its layers
         raise ValueError(
@@ -208,7 +212,7 @@ def check_holds_steps(
     if not isinstance(values, nn.Parameter) or not values.requires_grad:
         return
     given = optimizers_in(optimizer)
-    if all(p is not values for p in _parameters(given)):
+    if all(p is not values for p in parameters_held(given)):
         got = "one that does not" if len(given) == 1 else f"{len(given)} that do not"
         raise ValueError(
             f"optimizer must hold the model's time steps, got {got}, so that tau would not train: {remedy}"
@@ -282,7 +286,7 @@ def follow(optimizers: Sequence[Any], change: Change) -> list[str]:
     seen: set[int] = set()  # wrappers share groups and state with what they wrap
     gone = {id(p) for p in change.before if change.successor(p) is not p}
     for optimizer in with_inner(optimizers):
-        together = _together(optimizer.param_groups, change)
+        together = _sizes_together(optimizer.param_groups, change)
         for group in optimizer.param_groups:
             if id(group) not in seen:
                 _follow_in_group(optimizer, group, change)
@@ -323,7 +327,7 @@ def _follow_in_group(optimizer: Any, group: dict[str, Any], change: Change) -> N
     group["params"][:] = left
 
 
-def _together(groups: Sequence[Mapping[str, Any]], change: Change) -> list[list[int]]:
+def _sizes_together(groups: Sequence[Mapping[str, Any]], change: Change) -> list[list[int]]:
     """Numbers of entries of the parameters of each group that the deletion changes, and of those of all groups."""
     changed = [group["params"] for group in groups if any(change.successor(p) is not p for p in group["params"])]
     if changed:

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from ._budget import Budget
 from ._choice import Criterion as Criterion, normalised, plan as plan, scores_of, shares as shares, within_budget
 from ._contribution import contribution as contribution
-from ._deletion import WRAPPING, Before, Prunable as Prunable, check_averaged, delete, prunable_of
+from ._deletion import WRAPPING, Prunable as Prunable, Snapshot, check_averaged, delete, prunable_of
 from ._distributed import expire, refuse_distributed, wrappers_around
 from ._optimizers import check_holds, check_holds_steps, optimizers_in
 from ._policy import THRESHOLD, Pruning as Pruning, check_one_decides, check_threshold
@@ -208,11 +208,11 @@ def prune(
     if averaged is not None:
         check_averaged(averaged, model)
     models = [model] if averaged is None else [model, averaged.module]
-    before = Before([])  # at first, whether gradients are recorded
+    before = Snapshot([])  # at first, whether gradients are recorded
     measured = callable(criterion) or isinstance(budget, Mapping)
     try:
         if measured:
-            before = Before([*models, *wrappers_around(model)], optimizers)  # what follows calls the model
+            before = Snapshot([*models, *wrappers_around(model)], optimizers)  # what follows calls the model
         chosen, note = _choose(prunable, model, threshold, keep, criterion, budget)
         number, parameters, deleted = prunable.time_steps.num_steps, _count(model), _deleted(prunable, chosen)
         gone = {i for i, _ in chosen}
@@ -220,7 +220,7 @@ def prune(
         state, notes = "unchanged" if optimizers else "none", [note]
         if deleted:
             wrappers = wrappers_around(model)
-            before = before if measured else Before([*models, *wrappers], optimizers)
+            before = before if measured else Snapshot([*models, *wrappers], optimizers)
             if WRAPPING in vars(model):
                 _forget_compiled()
             state, reset = delete(models, kept, optimizers)

@@ -12,8 +12,9 @@ import math
 
 from torch import nn
 
-from ._deletion import Before, retire
+from ._deletion import Snapshot
 from ._errors import positive_integer
+from .nn.following import retire
 from .nn.network import TimeVariableNetwork
 from .pruning import DeletedLayer, PruneReport, prune, shares
 from .wrapping.host import wrapping_of
@@ -60,7 +61,7 @@ def truncate(model: nn.Module, depth: int) -> PruneReport:
             "model must not have the constraint 'dependent', in which the last step takes up what is cut: train with "
             "'free'"
         )
-    as_it_was = Before([model])
+    before = Snapshot([model])
     try:
         deleted, parameters = _deleted(model, depth), _count(model)
         simplex = depth < number and model.time_steps.constraint == "simplex"
@@ -69,7 +70,7 @@ def truncate(model: nn.Module, depth: int) -> PruneReport:
             _cut(model, depth)
         return PruneReport(deleted, tuple(range(depth)), number, depth, parameters, _count(model), "none", note)
     except BaseException:
-        as_it_was.restore()
+        before.restore()
         raise
 
 

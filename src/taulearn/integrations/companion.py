@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .._deletion import all_or_nothing, check_holds, check_holds_steps
+from .._deletion import all_or_nothing
 from .._distributed import refuse_distributed
+from .._optimizers import check_holds, check_holds_steps
 from ..optim import group_of, register_projection
+from ..optim.groups import overflows
 from ..penalties import Penalty, time_steps_of
 from ..pruning import PruneReport, Pruning, prune
 from ..training.checks import check_pruning
@@ -188,8 +190,7 @@ class Companion:
 
     def _count(self) -> None:
         """Record the step that was taken; one that a GradScaler skipped is none."""
-        infinite = getattr(self.optimizer, "found_inf", None)  # fused optimisers are called, and do nothing
-        if self._row is None or (isinstance(infinite, Tensor) and bool(infinite.any())):
+        if self._row is None or any(bool(found.any()) for found in overflows(self.optimizer)):
             return
         assert self.recorder is not None
         self.recorder.add(self._row)

@@ -71,12 +71,17 @@ class Follower:
         """Delete all layers but those at these positions; there is no optimiser that could follow."""
         replaced = model.time_steps.values
         self.keep(model, kept)
-        setattr(replaced, REPLACED, True)
+        retire(replaced)
         expire_wrappers(model)
 
     def keep(self, model: Any, kept: Sequence[int]) -> None:
         """Let the model itself delete them."""
         model.keep_layers_(kept)
+
+
+def retire(values: Tensor) -> None:
+    """Mark time steps that others replace, so that an optimiser that still holds them is known."""
+    setattr(values, REPLACED, True)
 
 
 def set_follower(model: nn.Module, follower: Follower | None) -> None:

@@ -1,13 +1,13 @@
 """Parameter groups with the time steps apart, and the projection after each step."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._optimizers import LACKING, bare, check_current, check_holds, check_holds_steps, with_inner
+from .._optimizers import LACKING, bare, check_current, check_holds, check_holds_steps, parameters_held, with_inner
 from ..penalties import Penalty, time_steps_of
 from .projections import Projection
 from .steepest_descent import SteepestDescent
@@ -52,14 +52,8 @@ def group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, A
         >>> group_of(torch.optim.SGD([w], lr=0.5), w)["lr"]
         0.5
     """
-    for group in optimizer.param_groups:
-        if any(p is parameter for p in group["params"]):
-            return group
-    for inner in with_inner([optimizer])[1:]:
-        for group in inner.param_groups:
-            if any(p is parameter for p in group["params"]):
-                return cast(dict[str, Any], group)
-    return None
+    groups = (group for each in with_inner([optimizer]) for group in each.param_groups)
+    return next((group for group in groups if any(p is parameter for p in group["params"])), None)
 
 
 @torch.no_grad()
@@ -90,20 +84,28 @@ def constrain_(
     steps = time_steps_of(model)
     group = group_of(optimizer, steps.values)
     if group is None:
-        check_current(p for each in with_inner([optimizer]) for group in each.param_groups for p in group["params"])
+        check_current(parameters_held([optimizer]))
         return
     values = steps.values
     for penalty in penalties:
         values = penalty.proximal(values, group["lr"])
     values = steps.projected(values)
     if values is not steps.values:
-        for found in _overflows(optimizer, scaler):
+        for found in overflows(optimizer, scaler):
             values = torch.where(found.to(values.device) != 0, steps.values, values)
         steps.values.copy_(values)
 
 
-def _overflows(optimizer: Any, scaler: Any) -> list[Tensor]:
-    """Where one is not 0, the step under way is skipped; on a device they stay there: nobody waits for them."""
+def overflows(optimizer: Any, scaler: Any = None) -> list[Tensor]:
+    """Flags of a GradScaler for the step under way, which a fused optimiser skips by itself where one is not 0.
+
+    Args:
+        optimizer: The optimiser.
+        scaler: The GradScaler that was handed to its step, if it was.
+
+    Returns:
+        The flags, on their devices: reading them is a synchronisation.
+    """
     if scaler is not None:
         return list(scaler._found_inf_per_device(optimizer).values())
     found = getattr(optimizer, "found_inf", None)  # what GradScaler leaves there during a fused step

@@ -250,7 +250,7 @@ def _restore(parts: Parts, tensors: Mapping[str, Tensor], plain: Mapping[str, An
     if parts.averaged is not None:
         _follow_folding(parts.averaged.module, tensors, "averaged/module.")
         _load(parts.averaged, tensors, "averaged/")
-    optimizers, saved = with_inner([optimizer]), [plain, *plain.get("inner", [])]
+    optimizers, saved = list(with_inner([optimizer])), [plain, *plain.get("inner", [])]
     if len(optimizers) != len(saved):
         raise ValueError(
             f"optimizer must consist of {len(saved)} as at the start of the run, got {len(optimizers)}, those inside "

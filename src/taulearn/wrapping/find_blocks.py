@@ -33,8 +33,6 @@ _ALONE = (
     "it is alone of its kind on its way through the model and does not add to its input, as embeddings and gates are: "
     "name it in blocks if it is one"
 )
-
-
 _SCALES = "it has scales and shifts alone and does not add to its input, as a normalisation is"
 
 
@@ -51,7 +49,7 @@ def blocks_of(result: Probe, refused: Mapping[str, str], inputs: Any) -> tuple[l
     """
     none = dict(refused)
     while True:
-        calls, reasons = find(result, none)
+        calls, reasons = _outermost(result, none)
         found = _no_blocks(result, calls, inputs)
         if not found:
             return calls, reasons
@@ -118,16 +116,8 @@ def _only_scales(module: nn.Module) -> bool:
     return all(p.numel() == max((1, *p.shape)) for p in module.parameters())
 
 
-def find(result: Probe, refused: Mapping[str, str]) -> tuple[list[Call], dict[str, str]]:
-    """The blocks of a model, and why the other modules are none.
-
-    Args:
-        result: The probe.
-        refused: Names of modules that must not be taken, with reasons.
-
-    Returns:
-        The blocks in the order of their calls, and the reasons by name.
-    """
+def _outermost(result: Probe, refused: Mapping[str, str]) -> tuple[list[Call], dict[str, str]]:
+    """The outermost modules that may be blocks, in the order of their calls, and why the others are none."""
     found: list[Call] = []
     reasons: dict[str, str] = {}
 
