@@ -104,7 +104,7 @@ class Counting:
     """How a loss counts.
 
     Attributes:
-        by: What it is the mean over: "samples", "elements" of the targets, or "labels" that are not ignored.
+        by: The mean is over "samples", "elements" of the targets, or "labels" that are not ignored.
         summed: Whether it is a sum instead, so that parts add up as they are.
         classes: Number of classes, where the targets are class numbers.
         ignored: The label that does not count, where there is one.
@@ -126,7 +126,7 @@ class Counting:
     known: bool = False
 
     def of(self, targets: Tensor, device: torch.device | None = None) -> Tensor:
-        """What a part with these targets counts, a scalar in double precision.
+        """The count c_p of a part with these targets, a scalar in double precision.
 
         Args:
             targets: (batch, ...).
@@ -183,7 +183,7 @@ class Counting:
 
 
 BY_SAMPLES = Counting()
-"""How a function that is not known counts."""
+"""The counting of a function that is not one of torch's."""
 
 
 class Mean:
@@ -226,7 +226,7 @@ def watched(
     where: str = "",
     whole: Tensor | None = None,
 ) -> tuple[Any, Counting]:
-    """What a loss or metric answers, and how it counts.
+    """The value of a loss or metric, and how it counts.
 
     Args:
         function: Maps (output, target) to a scalar.

@@ -16,7 +16,7 @@ from .nn.time_steps import TimeSteps
 
 
 class Prunable(Protocol):
-    """What pruning asks of a model."""
+    """The attributes and methods of a model that can be pruned."""
 
     time_steps: TimeSteps
     scheme: Scheme
@@ -29,11 +29,11 @@ class Prunable(Protocol):
 
 
 WRAPPING = "_time_step_wrapping"
-"""The attribute in which a wrapped model keeps what pruning asks of it."""
+"""The attribute in which a wrapped model keeps its wrapping."""
 
 
 def prunable_of(model: nn.Module) -> Any:
-    """What pruning asks, of a model itself or of its wrapping; out of torch.compile's wrapper.
+    """The object that pruning works on: the model, or its wrapping; out of torch.compile's wrapper.
 
     Args:
         model: Any module.

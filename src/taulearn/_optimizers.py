@@ -24,7 +24,7 @@ LACKING = (
     "make it after wrap, from taulearn.parameter_groups(model, lr); or freeze them, "
     "model.time_steps.values.requires_grad_(False)"
 )
-"""What to do about an optimiser without the time steps where it is the only one."""
+"""The remedy where the only optimiser lacks the time steps."""
 
 
 def bare(optimizer: Any) -> Any:
@@ -106,7 +106,7 @@ def with_inner(optimizers: Iterable[Any]) -> Iterator[Any]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What lies in lists, tuples, sets and dictionaries, keys included, however deep."""
+    """Everything in nested lists, tuples, sets and dictionaries, keys included."""
     if isinstance(value, Mapping):
         yield from value
         value = value.values()
@@ -238,7 +238,7 @@ class Change:
     after: Mapping[Any, str]
 
     def successor(self, parameter: Tensor) -> Tensor | None:
-        """What stands in the place of a parameter now; None: nothing."""
+        """The parameter that replaces another one, or is that one still; None: it was deleted."""
         if parameter is self.old:
             return self.new
         return None if parameter in self.before and parameter not in self.after else parameter

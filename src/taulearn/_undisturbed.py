@@ -67,7 +67,7 @@ def undisturbed(model: nn.Module, inputs: Any = None) -> Iterator[None]:
 
 
 class Before:
-    """What a model consists of; for several passes on the same inputs it is found out once.
+    """All containers, tensors and generators of a model as they are now, to be put back after one or several passes.
 
     Args:
         model: Any module.
@@ -174,7 +174,7 @@ def _put_back(container: Any, content: Any) -> None:
 
 
 def _key(tensor: Tensor) -> Hashable:
-    """What all views of a tensor's memory have in common."""
+    """A key of a tensor's memory, the same for all views of it."""
     try:
         return tensor.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):  # sparse tensors, tensors made of several

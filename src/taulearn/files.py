@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 _PACKED = "taulearn"
 _VIEWED = "dtypes"
-"""Under what the metadata say of which type a tensor is that is stored as a view of others."""
+"""The key of the metadata that names the types of tensors which are stored as views of another type."""
 
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What file systems say that have no such thing as syncing."""
+"""Errors of file systems that cannot sync."""
 _NO_FOLDERS = _NO_SYNC | {errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
-"""What systems say besides on which folders cannot be opened (Windows) or synced (network and shared folders)."""
+"""The same, and errors where folders cannot be opened (Windows) or synced (network and shared folders)."""
 _PAUSES = (0.01, 0.05, 0.2, 0.5)
 """Seconds between attempts at a file that another program holds open, as a virus scanner on Windows does."""
 
@@ -218,7 +218,7 @@ def _is_held(dtype: "torch.dtype") -> bool:
 
 
 def _numbers(dtype: "torch.dtype") -> "torch.dtype":
-    """As which numbers others are stored, one dimension more: pairs where they are complex, else bytes."""
+    """The type as which such numbers are stored, with one dimension more: pairs where they are complex, else bytes."""
     import torch
 
     return {torch.complex128: torch.float64, torch.complex32: torch.float16}.get(dtype, torch.uint8)

@@ -52,7 +52,7 @@ class DeletedLayer:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What a call of :func:`prune` did; prints as a few lines.
+    """The result of :func:`prune`; prints as a few lines.
 
     Attributes:
         deleted: The deleted layers, in the order of deletion.
@@ -208,11 +208,11 @@ def prune(
     if averaged is not None:
         check_averaged(averaged, model)
     models = [model] if averaged is None else [model, averaged.module]
-    before = Snapshot([])  # at first, whether gradients are recorded
+    before = Snapshot([])  # of no module yet, only whether gradients are recorded: most calls delete nothing
     measured = callable(criterion) or isinstance(budget, Mapping)
     try:
         if measured:
-            before = Snapshot([*models, *wrappers_around(model)], optimizers)  # what follows calls the model
+            before = Snapshot([*models, *wrappers_around(model)], optimizers)  # a criterion or a clock calls the model
         chosen, note = _choose(prunable, model, threshold, keep, criterion, budget)
         number, parameters, deleted = prunable.time_steps.num_steps, _count(model), _deleted(prunable, chosen)
         gone = {i for i, _ in chosen}
@@ -281,7 +281,7 @@ def _deleted(prunable: Prunable, chosen: Iterable[tuple[int, float]]) -> tuple[D
 
 
 def _cautions(prunable: Prunable, deleted: Iterable[DeletedLayer], *, given: bool) -> Iterator[str]:
-    """What the report says of the accuracy, and of an optimiser that was not given."""
+    """Notes for the report: accuracy, and an optimiser that was not given."""
     if prunable.scheme.step_power != 1.0:
         size = sum(d.factor for d in deleted)
         yield f"error of the order tau^gamma, here {size:.2g} times the size of the deleted layers' values"

@@ -104,7 +104,7 @@ class DataFile:
 
 
 def _described(path: Path) -> str:
-    """What lies in a file's place, where it is none; empty where nothing does."""
+    """A description of something else in a file's place; empty where nothing is there."""
     if path.is_symlink() and not path.exists():
         return f"a link to {path.readlink()}, which is not there"
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""What the callbacks do beside another trainer's loop: penalties, projection, pruning, record."""
+"""Penalties, projection, pruning and record beside another trainer's loop: the common part of the callbacks."""
 
 import sys
 import warnings
@@ -209,7 +209,7 @@ class Companion:
             warnings.warn(f"the optimizer shrinks the time steps by weight decay, {decay:g}: {remedy}", stacklevel=3)
 
     def warn_of_target(self) -> None:
-        """Say what of the policy's target is left where training ended."""
+        """Warn where training ended before the policy's target was reached."""
         if self.pruner is not None and (shortfall := self.pruner.shortfall(self.iteration)):
             warnings.warn(shortfall, stacklevel=3)
 

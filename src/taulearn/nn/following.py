@@ -23,7 +23,7 @@ class Follower:
     """A hook before ``load_state_dict``: deletes the layers of a model that a marked state does not have.
 
     Attributes:
-        record: What travelled with the state that was loaded last, as bytes, or None.
+        record: The record that came with the state that was loaded last, as bytes, or None.
 
     Example:
         >>> import torch
@@ -94,7 +94,7 @@ def set_follower(model: nn.Module, follower: Follower | None) -> None:
 
 
 def follower_of(model: nn.Module) -> Follower | None:
-    """What :func:`set_follower` gave a model, or None.
+    """The follower of a model, or None.
 
     Example:
         >>> follower_of(nn.Linear(1, 1)) is None

@@ -60,7 +60,7 @@ def group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, A
 def constrain_(
     model: nn.Module, optimizer: torch.optim.Optimizer, penalties: Sequence[Penalty] = (), *, scaler: Any = None
 ) -> None:
-    """What follows an optimiser step, in place: the penalties' proximal maps, then the projection onto the constraint.
+    """The end of an optimiser step, in place: the penalties' proximal maps, then the projection onto the constraint.
 
     In a step that GradScaler lets a fused optimiser skip by itself, nothing moves.
 

@@ -35,7 +35,7 @@ KEPT = 2
 _KEEPER = "model, optimizer and scheduler"
 
 _SHAPE = ("T_0", "T_max", "T_mult", "eta_min", "gamma", "power", "step_size", "total_iters", "total_steps")
-"""What schedulers of torch keep of their shape, and do not change as they step."""
+"""Settings in the state of torch's schedulers, which they do not change as they step."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run was started with.
+    """The terms and the configuration with which a run was started.
 
     Attributes:
         terms: What must be the same when it is resumed (``training.checks.terms``).
@@ -200,7 +200,7 @@ def load_checkpoint(
 
 
 def read_start(folder: Path) -> tuple[Start, Position] | None:
-    """What the newest undamaged checkpoint says of its run, or None where there is none.
+    """Start and position of a run, from the newest undamaged checkpoint; None where there is none.
 
     Args:
         folder: The run's folder of checkpoints.

@@ -18,7 +18,7 @@ _REMEDY = (
 
 
 def cause_in(batches: TensorBatches | LoaderBatches, iteration: int, counting: Counting) -> str | None:
-    """What in the data made the loss of an iteration no number, or None if nothing is found.
+    """The fault in the data that made the loss of an iteration no number, or None if nothing is found.
 
     Args:
         batches: The training data.

@@ -46,7 +46,7 @@ def check_loss(loss: Loss) -> None:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a forward pass tells.
+    """Properties of losses and network that a forward pass shows.
 
     Attributes:
         countings: How each loss counts.
@@ -154,7 +154,7 @@ def _output(argument: str, model: nn.Module, inputs: Tensor) -> Any:
 
 
 def nothing_counts(targets: Tensor, counting: Counting) -> str | None:
-    """What the labels are, where none of them counts in the mean that a loss takes; or None.
+    """The value of the labels, in words, where none of them counts in the mean that a loss takes; or None.
 
     Args:
         targets: Of a batch, or of all the data.
@@ -195,7 +195,7 @@ def _loss_value(argument: str, loss: Loss, output: Any, targets: Tensor, known: 
 
 
 def _remedy(output: Any, targets: Tensor) -> str:
-    """What to do, where the shapes and types tell."""
+    """The remedy, where shapes and types tell it; else nothing."""
     if not isinstance(output, Tensor) or output.ndim != 2:
         return ""
     if targets.shape == output.shape:

@@ -115,7 +115,7 @@ class Loop:
             self.ranks.told(self._save)
 
     def _warn_of_target(self) -> None:
-        """Say what of the policy's target is left, however training ended."""
+        """Warn where training ended, in whatever way, before the policy's target was reached."""
         pruner = self.parts.pruner
         if self.ranks.first and pruner is not None and (shortfall := pruner.shortfall(self.position.iteration)):
             warnings.warn(shortfall, stacklevel=4)
@@ -311,7 +311,7 @@ class Loop:
         return diverged(what, at, self.recorder.history(), self.objective.columns, checkpoints, cause)
 
     def _interrupted(self) -> Interrupted:
-        """What Ctrl-C ends the run with; iterations that no checkpoint holds are named."""
+        """The exception that ends the run after Ctrl-C; it names iterations that no checkpoint holds."""
         at, every = self.position.iteration, self.settings.checkpoint_every
         detail, lost = f" after iteration {at}" if at else " before its first iteration", at - self.saved
         if lost and self.source is not None:

@@ -1,4 +1,4 @@
-"""What training minimises: data loss plus penalties, with one row of record per evaluation."""
+"""The objective of training: data loss plus penalties, with one row of record per evaluation."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
@@ -127,7 +127,7 @@ class Objective(nn.Module):
         return any(isinstance(p, StageCost) for p in self.penalties)
 
     def weights(self, parts: Sequence[Tensor], add: Callable[[Tensor], Tensor], *, counts: bool = True) -> list[Tensor]:
-        """What the parts of a batch weigh in it.
+        """The weights of the parts of a batch.
 
         Args:
             parts: The targets of each part.
@@ -206,7 +206,7 @@ def autocast_of(precision: str, device: torch.device) -> contextlib.AbstractCont
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a step does besides forward, backward and update.
+    """Options of a step besides forward, backward and update.
 
     Attributes:
         clip_norm: Largest norm of the gradient, or None.

@@ -132,7 +132,7 @@ class Pruner:
 
     @property
     def prunable(self) -> Prunable:
-        """What pruning asks of the model, as it is now."""
+        """The model, or its wrapping, as it is now."""
         found: Prunable = prunable_of(self.model)
         return found
 
@@ -170,7 +170,7 @@ class Pruner:
         return bool((found >= float(self.policy.threshold)).all())
 
     def measuring(self, iteration: int) -> AbstractContextManager[None] | None:
-        """In what to take the iteration of this number (from 0), where contributions are measured in it."""
+        """The context of the iteration of this number (from 0), where contributions are measured in it."""
         every = self.measure_every
         if self.running is None or every is None or iteration % every or self.over:
             return None
@@ -213,7 +213,7 @@ class Pruner:
         )
 
     def shortfall(self, iteration: int) -> str:
-        """What of a target is not reached where training ends, and what to do; empty where nothing is.
+        """How far a target is missed where training ends, and what to do; empty where it is reached.
 
         Args:
             iteration: Number of iterations taken.
@@ -323,13 +323,13 @@ class Pruner:
 
     @property
     def _criterion(self) -> str | Criterion | None:
-        """What ``taulearn.prune`` takes."""
+        """The criterion that is handed to ``taulearn.prune``."""
         if self.running is None:
             return self.policy.criterion
         return None if self.running.unseen else self._measured
 
     def _scores(self) -> list[float]:
-        """What shares are taken of, one figure per layer."""
+        """The numbers of which shares are taken, one per layer."""
         scores, power = scores_of(self._criterion, self.prunable, self.model)
         found: list[float] = shares(self.prunable.time_steps, power).tolist() if scores is None else scores
         return found
@@ -341,7 +341,7 @@ class Pruner:
             self.penalty.resize_(self.prunable.time_steps.values)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: plain data and tensors."""
+        """Plain data and tensors for a checkpoint."""
         running = self.running
         return {
             "target": None if self.target is None else self.target.state(),

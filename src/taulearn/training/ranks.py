@@ -28,7 +28,7 @@ TIMEOUT = timedelta(seconds=50)
 """How long a process waits for the gradients of the others."""
 
 CHANGED = "something changed weights in one process alone, a callback perhaps; change them alike in all of them"
-"""What to do where the processes' weights drift apart."""
+"""The remedy where the processes' weights drift apart."""
 
 _LOOK_EVERY = 32
 
@@ -70,7 +70,7 @@ class Ranks:
         return self.rank == 0
 
     def told(self, decide: Callable[[], Any]) -> Any:
-        """What rank 0 decides, or does; the others wait for it.
+        """The decision of rank 0; the others wait for it.
 
         Args:
             decide: Called on rank 0 alone; returns something that JSON holds, or nothing.

@@ -71,7 +71,7 @@ class Step:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """What ``inspect.signature`` shows."""
+        """The function whose signature ``inspect.signature`` shows."""
         return self.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from .units import DisplacementUnits
 
 @dataclass(frozen=True, eq=False)
 class Wrapping:
-    """What a wrapped model keeps of its wrapping. It is never changed: a deletion puts another in place.
+    """The wrapping of a model: its steps and blocks. It is never changed: a deletion puts another in place.
 
     Attributes:
         host: The model.

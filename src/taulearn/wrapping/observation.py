@@ -1,4 +1,4 @@
-"""What a forward pass of a host shows: the tensors in its output, and those with which its modules are called."""
+"""The tensors in the output of a host, and those with which its modules are called, compared between two passes."""
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -109,7 +109,7 @@ def _walk(
 
 
 def _held(value: Any, objects: set[int]) -> Iterator[tuple[Any, str, Any]]:
-    """What lies in a value: name, name in writing, and the thing itself."""
+    """The entries and attributes of a value: name, name as written in code, and the thing itself."""
     if isinstance(value, str | bytes | int | float | complex | type | nn.Module | ModuleType | None):
         return
     if isinstance(value, Mapping):
@@ -134,7 +134,7 @@ def _held(value: Any, objects: set[int]) -> Iterator[tuple[Any, str, Any]]:
 
 
 def difference(expected: Observation, found: Observation, without: Collection[nn.Module] = ()) -> str | None:
-    """What a host does in one pass and not in another, or None where both show the same.
+    """The first difference between two passes of a host, or None where there is none.
 
     A module that is called several times may be called less often: between two blocks, say, of which one is gone.
 

@@ -27,7 +27,7 @@ Pair = tuple[str | int, Any]
 
 @dataclass
 class Call:
-    """What one call of a module showed.
+    """One call of a module: its arguments, its output, and which of them are the state.
 
     Attributes:
         name: The module's name in the host.
@@ -160,7 +160,7 @@ def _key(tensor: Tensor) -> Key:
 
 
 def kind(module: nn.Module) -> Any:
-    """What modules have in common that are blocks of one sort: their class, of a Sequential those of its members."""
+    """A key that is equal for blocks of one sort: their class, of a Sequential the classes of its members."""
     return (nn.Sequential, *map(type, module.children())) if type(module) is nn.Sequential else type(module)
 
 

@@ -26,7 +26,7 @@ def parameter_names(forward: Callable[..., Any]) -> list[str]:
 
 
 def entries(output: Any) -> list[tuple[Any, Any]]:
-    """What a tuple, list, dictionary or ModelOutput holds, each with its position or key; of anything else nothing."""
+    """The entries of a tuple, list, dictionary or ModelOutput with their positions or keys; of anything else none."""
     if isinstance(output, Mapping):
         return list(output.items())
     return list(enumerate(output)) if isinstance(output, tuple | list) else []

@@ -1,4 +1,4 @@
-"""What a host does with the states between its blocks: a forward pass in which every block hands its input on.
+"""The way of the states from block to block, seen in a forward pass in which every block returns its input.
 
 With all steps at 0 the state must come out of each block, and out of whatever the host does with it, as it went in.
 Where the host itself adds the output to the input, ``x = x + f(x)``, it would get x + x: f is a branch, not a block. To
@@ -41,7 +41,7 @@ _PASSING = (
 
 @dataclass(frozen=True)
 class StatePath:
-    """What the pass showed of modules, by their positions.
+    """The result of the pass: sets of modules, by their positions.
 
     Attributes:
         outside: Those whose output the host combines with their input itself.
