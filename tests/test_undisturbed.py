@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taulearn import contribution, prune, summary, wrap
+from taulearn import contribution, fit, prune, summary, wrap
 from taulearn._undisturbed import undisturbed
+from taulearn.nn import resnet
 from wrapping.hosts import Block, transformers
 
 
@@ -264,3 +265,21 @@ def test_inputs_in_a_mapping_of_another_class() -> None:
     with undisturbed(nn.Identity(), inputs):
         inputs["input"].add_(1)
     assert inputs["input"].tolist() == [0.0, 0.0]
+
+
+class Counting(nn.Module):
+    """Counts its calls."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+def test_fit_checks_its_data_without_a_trace() -> None:
+    model = resnet(2, 3, 1, 2)
+    model.head = nn.Sequential(model.head, counting := Counting())
+    data, optimizer = (torch.zeros(4, 2), torch.zeros(4, 1)), torch.optim.SGD(model.parameters(), lr=0.1)
+    fit(model, data, loss=nn.functional.mse_loss, optimizer=optimizer, epochs=1, batch_size=2, progress=False)
+    assert counting.calls == 2, "one for each batch"

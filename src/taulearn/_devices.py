@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ._errors import first_line
+
 
 def usable_device(argument: str, device: torch.device | str) -> torch.device:
     """The device that a caller names, after it has computed something.
@@ -59,7 +61,7 @@ def _processor() -> str:
 
 def _reason(error: BaseException) -> str:
     """torch's reason, as far as it is one."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    text = first_line(error).rstrip(".")
     if text.startswith("Expected one of"):
         return "torch knows no such device"
     return "torch here has no such backend" if "aten::" in text or isinstance(error, ImportError) else text[:100]

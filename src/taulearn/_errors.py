@@ -50,6 +50,11 @@ def positive_integer(argument: str, value: SupportsIndex, why: str = "") -> int:
     return int(number)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def is_number(value: object) -> bool:
     """Whether a value can be compared with numbers: Python's and numpy's numbers, tensors of one element.
 

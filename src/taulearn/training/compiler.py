@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._errors import first_line
 from .._native import compiler_found
 
 _COUNT = itertools.count()
@@ -105,7 +106,7 @@ def compile_once(
                     raise
                 del ways[0]
                 compiled = None
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
             if not ways:
                 if failed is not None:
                     failed(reason)

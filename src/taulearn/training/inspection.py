@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._counting import BY_SAMPLES, Counting, UnfitTargets, watched
+from .._errors import first_line
+from .._undisturbed import undisturbed
 from .batches import Batch, LoaderBatches, TensorBatches, make_batches
 from .objective import Loss, as_float, autocast_of, input_dtype
 
@@ -92,13 +94,12 @@ def check_data(
         fault = bad_tensor_sample(batches)
         if fault is not None:
             raise ValueError(f"{argument} must hold finite numbers, but {fault}")
-    training, generator = model.training, torch.get_rng_state()
-    model.train()
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    model.eval()
     least = [1]
-    hooks = [norm.register_forward_pre_hook(_watch_size(len(inputs), least)) for norm in norms]
-    try:
+    with undisturbed(model, sample):
+        model.train()
+        for norm in [each for each in model.modules() if isinstance(each, _BatchNorm) and each.training]:
+            norm.register_forward_pre_hook(_watch_size(len(inputs), least))
+        model.eval()
         # with a gradient, like the steps: a loss may ask for one, or forget to have one
         with torch.set_grad_enabled(differentiated), autocast_of(precision, inputs.device):
             output = _output(argument, model, inputs)
@@ -109,11 +110,6 @@ def check_data(
                 "loss must be differentiable, got a value that does not depend on the outputs: "
                 "compute it with torch, without .item(), .detach() and argmax"
             )
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
-        torch.set_rng_state(generator)
     countings = iter([counting for _, counting in found])
     chosen = [BY_SAMPLES if each is None else next(countings) for each in losses]
     if isinstance(batches, LoaderBatches):
@@ -174,7 +170,7 @@ def _loss_value(argument: str, loss: Loss, output: Any, targets: Tensor, known: 
     except UnfitTargets:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError, UserWarning) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+        reason = first_line(error).rstrip(". ")
         shape = f", while outputs have the shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
         raise ValueError(
             f"{argument} must hold targets that the loss can compare with outputs, got {targets.dtype} of shape "

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
+from .._errors import first_line
 from ..pruning import DeletedLayer, PruneReport
 from .batches import LoaderBatches, TensorBatches
 from .pruner import Pruner
@@ -55,7 +56,7 @@ def _join() -> Ranks:
         gradients = dist.new_group(timeout=TIMEOUT)
         return Ranks(gradients, dist.new_group(backend="gloo", timeout=_PATIENCE))
     except RuntimeError as error:
-        raise ConnectionError(f"the processes of this training do not find each other: {_line(error)}") from error
+        raise ConnectionError(f"the processes of this training do not find each other: {first_line(error)}") from error
 
 
 def _initialise() -> None:
@@ -72,13 +73,9 @@ def _initialise() -> None:
                 "another port (torchrun --master-port, or MASTER_PORT), or let torchrun find one (--standalone)"
             ) from error
         raise ConnectionError(
-            f"the processes of this training do not find each other at {where}: {_line(error)}. Start all of "
+            f"the processes of this training do not find each other at {where}: {first_line(error)}. Start all of "
             "them, and choose another MASTER_PORT where another program listens there"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def _sampler(batches: LoaderBatches) -> Any:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._errors import first_line
 from .objective import Objective
 
 TIMEOUT = timedelta(seconds=50)
@@ -295,7 +296,7 @@ class Ranks:
             collective(*args, **kwargs)
         except RuntimeError as error:
             # gloo puts the place in its source in front, and advice behind
-            reason = re.sub(r"^\[[^\]]*\] *", "", str(error).strip()).splitlines()[0].partition(". ")[0]
+            reason = re.sub(r"^\[[^\]]*\] *", "", first_line(error)).partition(". ")[0]
             raise RankLost(
                 f"rank {self.rank} of {self.size} ends because another process of this training ended, or did not "
                 f"answer for {TIMEOUT.seconds} s ({reason}): what that one printed says why. The last checkpoint "
