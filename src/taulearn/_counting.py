@@ -7,9 +7,9 @@ that are not ignored, for losses between elements their number. ``reduction="sum
 function is taken for a mean over samples. Accumulated parts, the shares of several processes and the batches of an
 evaluation all go by this.
 
-What a loss does is seen while it is called: a call of torch's functional losses whose result the loss returns, and
-whose target has the elements of the data's targets. That holds for the functions, torch's loss modules,
-``functools.partial``, and functions like ``lambda output, labels: cross_entropy(output.logits, labels)``.
+What a loss does is seen while it is called: a call of torch's functional losses whose result, or a multiple of it, the
+loss returns, and whose target has the elements of the data's targets. That holds for the functions, torch's loss
+modules, ``functools.partial``, and functions like ``lambda output, labels: cross_entropy(output.logits, labels)``.
 """
 
 import inspect
@@ -29,6 +29,9 @@ _SAME_ELEMENTS = frozenset(
     ("contiguous", "detach", "double", "flatten", "float", "int", "long", "ravel", "reshape", "squeeze", "to", "view")
 )
 """Functions whose result has the elements of their first argument, in its order."""
+
+_MULTIPLES = frozenset(("mul", "multiply", "__mul__", "__rmul__", "div", "divide", "true_divide", "__truediv__", "neg"))
+"""Functions whose result is a multiple of their first argument, where the others are numbers."""
 
 
 def counted(targets: Tensor, ignored: int | None = None) -> Tensor:
@@ -271,9 +274,12 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if counting is None and isinstance(result, Tensor) and result.shape == (len(self.targets),) * 2:
             self._check_shapes(args[:2])
+        name = getattr(func, "__name__", "")
+        if counting is None and name in _MULTIPLES and not any(isinstance(each, Tensor) for each in args[1:]):
+            counting = next((each for value, each in self.calls if value is args[0]), None)
         if counting is not None:
             self.calls.append((result, counting))
-        elif getattr(func, "__name__", "") in _SAME_ELEMENTS and args and self._is_target(args[0]):
+        elif name in _SAME_ELEMENTS and args and self._is_target(args[0]):
             self.same.append(result)
         return result
 

@@ -61,6 +61,7 @@ CASES: dict[str, tuple[Loss, Tensor]] = {
     "margin": (nn.MultiMarginLoss(weight=WEIGHT), LABELS),
     "mse": (F.mse_loss, REAL),
     "mse sum": (nn.MSELoss(reduction="sum"), REAL),
+    "a multiple": (lambda y, z: 2.0 * F.cross_entropy(y, z, WEIGHT) / 3, SOME_IGNORED),
     "sum inside": (lambda y, z: F.l1_loss(2 * y, 2 * z, reduction="sum"), REAL),
     "huber": (nn.HuberLoss(delta=0.3), REAL),
     "binary": (nn.BCEWithLogitsLoss(weight=WEIGHT, pos_weight=WEIGHT), BINARY),
