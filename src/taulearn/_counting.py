@@ -7,12 +7,15 @@ that are not ignored, for losses between elements their number. ``reduction="sum
 function is taken for a mean over samples. Accumulated parts, the shares of several processes and the batches of an
 evaluation all go by this.
 
-What a loss does is seen while it is called: a call of torch's functional losses whose result, or a multiple of it, the
-loss returns, and whose target has the elements of the data's targets. That holds for the functions, torch's loss
-modules, ``functools.partial``, and functions like ``lambda output, labels: cross_entropy(output.logits, labels)``.
+What a loss does is seen while it is called: a call of torch's functional losses whose result the loss returns, or a
+multiple of it, or a sum of several that count alike, and whose target has the elements of the data's targets, or the
+same ones of each sample. That holds for the functions, torch's loss modules, ``functools.partial``, and functions like
+``lambda output, labels: cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())``.
 """
 
+import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,13 +28,20 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 IGNORED = -100
 """The label that torch's cross entropy passes over unless it is told another."""
 
-_SAME_ELEMENTS = frozenset(
-    ("contiguous", "detach", "double", "flatten", "float", "int", "long", "ravel", "reshape", "squeeze", "to", "view")
+_SAME_SHAPE = frozenset(
+    ("clone", "contiguous", "cpu", "cuda", "detach", "double", "float", "int", "long", "to", "type", "type_as")
 )
-"""Functions whose result has the elements of their first argument, in its order."""
+"""Functions whose result is their first argument, perhaps of another type or in another place."""
+_SAME_ELEMENTS = frozenset(
+    ("flatten", "movedim", "permute", "ravel", "reshape", "squeeze", "swapaxes", "t", "transpose", "unsqueeze", "view")
+)
+"""Functions whose result has the elements of their first argument, perhaps in another order."""
+_TURNED = (Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 
-_MULTIPLES = frozenset(("mul", "multiply", "__mul__", "__rmul__", "div", "divide", "true_divide", "__truediv__", "neg"))
-"""Functions whose result is a multiple of their first argument, where the others are numbers."""
+_MULTIPLES = frozenset(("__mul__", "__rmul__", "__truediv__", "div", "divide", "mul", "multiply", "true_divide"))
+_SUMS = frozenset(("__add__", "__radd__", "__sub__", "add", "sub", "subtract"))
+_SAME_NUMBER = frozenset(("__neg__", "mean", "neg", "negative", "sum", *_SAME_SHAPE, *_SAME_ELEMENTS))
+"""Functions that leave a single number what it is, but for its sign."""
 
 
 def counted(targets: Tensor, ignored: int | None = None) -> Tensor:
@@ -114,6 +124,7 @@ class Counting:
         weight: Weights of the classes, or None.
         scores: What the loss compared with the class numbers when it was seen, (batch, classes, ...).
         known: Whether the loss is one of torch's.
+        picked: Which of the targets it compares, as indices that leave the samples apart, taken one after the other.
 
     Example:
         >>> Counting("labels", classes=3, ignored=-100).of(torch.tensor([0, 2, -100])).item()
@@ -127,6 +138,21 @@ class Counting:
     weight: Tensor | None = None
     scores: Tensor | None = None
     known: bool = False
+    picked: tuple[Any, ...] = ()
+
+    def pick(self, targets: Tensor) -> Tensor:
+        """Those of the targets that the loss compares."""
+        for index in self.picked:
+            targets = targets[index]
+        return targets
+
+    def alike(self, other: "Counting") -> bool:
+        """Whether another loss weighs all parts of a batch as this one does."""
+        if self.summed or other.summed:
+            return self.summed and other.summed
+        if self.by != "labels" or other.by != "labels":
+            return self.by != "labels" and other.by != "labels"
+        return self.ignored == other.ignored and self.weight is other.weight and self.picked == other.picked
 
     def of(self, targets: Tensor, device: torch.device | None = None) -> Tensor:
         """The count c_p of a part with these targets, a scalar in double precision.
@@ -138,11 +164,22 @@ class Counting:
         if self.summed or self.by != "labels":
             number = 1 if self.summed else targets.numel() if self.by == "elements" else len(targets)
             return torch.full((), number, dtype=torch.float64, device=targets.device if device is None else device)
+        targets = self.pick(targets)
         counts = counted(targets, self.ignored)
         if self.weight is None:
             return counts.sum(dtype=torch.float64).to(device)
         weights = self.weight.detach()[targets.masked_fill(~counts, 0).long()]
         return weights.masked_fill(~counts, 0).sum(dtype=torch.float64).to(device)
+
+    def empty(self, targets: Tensor) -> Tensor | None:
+        """Whether no label of a part counts, so that its mean is 0/0, a boolean scalar; None: there is no such thing.
+
+        Args:
+            targets: Of the part.
+        """
+        if self.ignored is None or self.summed or targets.is_floating_point() or targets.is_complex():
+            return None
+        return replace(self, by="labels").of(targets) == 0
 
     def filled(self, targets: Tensor) -> Tensor:
         """The same targets, but class numbers that count where none of them does.
@@ -152,10 +189,11 @@ class Counting:
         Args:
             targets: Of the part.
         """
-        if self.by != "labels" or self.summed:
+        empty = self.empty(targets)
+        if empty is None:
             return targets
         some = targets.new_zeros(()) if self.weight is None else self.weight.argmax().to(targets.dtype)
-        return torch.where(self.of(targets) == 0, some, targets)
+        return torch.where(empty, some, targets)
 
     def check(self, argument: str, targets: Tensor, where: str = "") -> None:
         """Refuse class numbers that the network does not have; targets that are none pass.
@@ -173,6 +211,7 @@ class Counting:
         """
         if self.classes is None or targets.is_floating_point() or targets.is_complex():
             return
+        targets = self.pick(targets)
         outside = (targets >= self.classes) | (targets < 0)
         if self.ignored is not None:
             outside &= counted(targets, self.ignored)
@@ -205,10 +244,19 @@ class Mean:
         self._count: Tensor | None = None
         self._summed = False
 
-    def add(self, value: Tensor, counting: Counting, targets: Tensor) -> None:
-        """Take the figure, or several of them, of a batch; one of which nothing counts has no mean, and adds none."""
+    def add(self, value: Any, counting: Counting, targets: Tensor) -> None:
+        """Take the figure, or several of them, of a batch; one of which nothing counts has no mean, and adds none.
+
+        Args:
+            value: A tensor or a number.
+            counting: How it counts.
+            targets: Of the batch.
+        """
+        value = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
         count = counting.of(targets, value.device)
-        total = torch.where(count == 0, 0.0, value.detach().double() * count)
+        empty = counting.empty(targets)
+        nothing = count == 0 if empty is None else empty.to(value.device)
+        total = torch.where(nothing, 0.0, value.detach().double() * count)
         self._total = total if self._total is None else self._total + total
         self._count = count if self._count is None else self._count + count
         self._summed = counting.summed
@@ -247,7 +295,10 @@ def watched(
         >>> value.item(), counting.by, counting.of(torch.tensor([0, -100])).item()
         (1.0986123085021973, 'labels', 1.0)
     """
-    with _Watch(output, targets, argument, where, whole) as watch:
+    # what is compiled would hide its calls
+    compiles = "torch._dynamo" in sys.modules
+    seen = torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
+    with seen, _Watch(output, targets, argument, where, whole) as watch:
         value = function(output, targets)
     return value, watch.counting_of(value)
 
@@ -258,7 +309,8 @@ class _Watch(TorchFunctionMode):
     def __init__(self, output: Any, targets: Tensor, argument: str, where: str, whole: Tensor | None) -> None:
         super().__init__()
         self.output, self.targets, self.argument, self.where = output, targets, argument, where
-        self.whole, self.same = whole, [targets]
+        self.whole = whole
+        self.same: list[tuple[Tensor, tuple[Any, ...], bool]] = [(targets, (), True)]  # what is picked; like the data?
         self.calls: list[tuple[Any, Counting]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -274,25 +326,62 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if counting is None and isinstance(result, Tensor) and result.shape == (len(self.targets),) * 2:
             self._check_shapes(args[:2])
-        name = getattr(func, "__name__", "")
-        if counting is None and name in _MULTIPLES and not any(isinstance(each, Tensor) for each in args[1:]):
-            counting = next((each for value, each in self.calls if value is args[0]), None)
+        if counting is None:
+            counting = self._combined(func, args, kwargs)
         if counting is not None:
             self.calls.append((result, counting))
-        elif name in _SAME_ELEMENTS and args and self._is_target(args[0]):
-            self.same.append(result)
+        elif args and (of_targets := self._picked(args[0])) is not None:
+            self._follow(func, args, of_targets, result)
         return result
+
+    def _follow(self, func: Any, args: Any, of_targets: tuple[tuple[Any, ...], bool], result: Any) -> None:
+        """Know the targets again in what a function makes of them."""
+        name, (picked, whole) = getattr(func, "__name__", ""), of_targets
+        if name in _SAME_SHAPE:
+            self.same.append((result, picked, whole))
+        elif name in _SAME_ELEMENTS or func in _TURNED:
+            self.same.append((result, picked, False))
+        elif name == "__getitem__" and whole and _leaves_samples(args[1], args[0].ndim):
+            self.same.append((result, (*picked, args[1]), True))
+
+    def _combined(self, func: Any, args: Any, kwargs: Any) -> Counting | None:
+        """How a multiple of a loss, or a sum of several, counts; None: nothing is known of it."""
+        name = getattr(func, "__name__", "")
+        if not args or kwargs or name not in _SAME_NUMBER | _MULTIPLES | _SUMS:
+            return None
+        known = [found for each in args[:2] if (found := self._found(each)) is not None]
+        numbers = all(isinstance(each, int | float) or self._found(each) is not None for each in args[:2])
+        if name in _SAME_NUMBER:
+            return known[0] if known and known[0] is self._found(args[0]) else None
+        if not known or not numbers or len(args) != 2:
+            return None
+        if len(known) == 2:
+            return known[0] if name in _SUMS and known[0].alike(known[1]) else None
+        if known[0].summed:  # divided by the number of samples, perhaps
+            return (
+                known[0] if name in _SUMS and not any(each for each in args if isinstance(each, int | float)) else None
+            )
+        return known[0] if "div" not in name or self._found(args[0]) is not None else None
+
+    def _found(self, value: Any) -> Counting | None:
+        """How a number counts that a loss gave before."""
+        if not isinstance(value, Tensor) or value.ndim:
+            return None
+        return next((counting for result, counting in reversed(self.calls) if result is value), None)
 
     def counting_of(self, value: Any) -> Counting:
         """How the loss counts, given what it returned."""
-        for result, counting in reversed(self.calls):
-            if result is value:
-                return counting
+        if (found := self._found(value)) is not None:
+            return found
         labels = [counting for _, counting in self.calls if counting.classes is not None]
-        return replace(labels[-1], by="samples", summed=False, weight=None) if labels else BY_SAMPLES
+        return replace(labels[-1], by="samples", summed=False) if labels else BY_SAMPLES
+
+    def _picked(self, value: Any) -> tuple[tuple[Any, ...], bool] | None:
+        """What of the targets something is, and whether it has their shape but for what is left out."""
+        return next(((picked, whole) for each, picked, whole in self.same if value is each), None)
 
     def _is_target(self, value: Any) -> bool:
-        return any(value is each for each in self.same)
+        return self._picked(value) is not None
 
     def _counting(self, func: Any, given: Mapping[str, Any]) -> Counting:
         """How a call of one of torch's functions counts."""
@@ -305,13 +394,15 @@ class _Watch(TorchFunctionMode):
         if func in _SAMPLES or not self._is_target(target):
             return Counting(summed=summed, known=True)
         assert isinstance(scores, Tensor)
+        of_targets = self._picked(target)
+        assert of_targets is not None
         if func in _ELEMENTS:
             return Counting("samples" if reduction == "batchmean" else "elements", summed, known=True)
         if scores.shape == getattr(target, "shape", None) or scores.ndim < 2:  # class probabilities
             return Counting("elements", summed, known=True)
         classes, ignored = scores.shape[1], given.get("ignore_index")
         by = "samples" if ignored is None else "labels"
-        return Counting(by, summed, classes, ignored, given.get("weight"), scores, known=True)
+        return Counting(by, summed, classes, ignored, given.get("weight"), scores, True, of_targets[0])
 
     def _check_labels(self, counting: Counting) -> None:
         """Refuse class numbers out of range before torch does; on a GPU only once, for it takes a synchronisation."""
@@ -333,3 +424,12 @@ class _Watch(TorchFunctionMode):
                 f"shape {tuple(data.shape)}: a loss would compare every sample with every other; "
                 f"use targets.{'unsqueeze(1)' if flat else 'squeeze(1)'}"
             )
+
+
+def _leaves_samples(index: Any, ndim: int) -> bool:
+    """Whether an index takes the same of each sample."""
+    if not isinstance(index, tuple) or not all(each is ... or isinstance(each, int | slice) for each in index):
+        return False
+    if index[:1] == (slice(None),):
+        return True
+    return index[:1] == (...,) and len(index) <= ndim

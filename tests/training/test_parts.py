@@ -58,6 +58,17 @@ CASES: dict[str, tuple[Loss, Tensor]] = {
     "partial": (functools.partial(F.cross_entropy, weight=WEIGHT, ignore_index=1), LABELS),
     "a function around it": (lambda y, z: F.cross_entropy(2 * y, z.flatten().long()), SOME_IGNORED.unsqueeze(1)),
     "a subclass": (Halved(WEIGHT), SOME_IGNORED),
+    "a multiple": (lambda y, z: 0.5 * -F.cross_entropy(y, z) / -2, SOME_IGNORED),
+    "several": (
+        lambda y, z: sum((F.cross_entropy(y * k, z, WEIGHT) for k in (1, 2)), F.cross_entropy(y, z, WEIGHT)) / 3,
+        SOME_IGNORED,
+    ),
+    "its own mean": (lambda y, z: F.cross_entropy(y, z).mean(), SOME_IGNORED),
+    "an offset": (lambda y, z: 1 + F.cross_entropy(y, z), SOME_IGNORED),
+    "sum by number": (lambda y, z: F.cross_entropy(y, z, reduction="sum") / len(z), SOME_IGNORED),
+    "copied labels": (lambda y, z: F.cross_entropy(y, z.clone().type(torch.int64)), SOME_IGNORED.int()),
+    "a column": (lambda y, z: F.cross_entropy(y, z[:, 1]), torch.stack([LABELS + 9, SOME_IGNORED], 1)),
+    "the last column": (lambda y, z: F.cross_entropy(y, z[..., -1]), torch.stack([LABELS + 9, SOME_IGNORED], 1)),
     "margin": (nn.MultiMarginLoss(weight=WEIGHT), LABELS),
     "mse": (F.mse_loss, REAL),
     "mse sum": (nn.MSELoss(reduction="sum"), REAL),
@@ -259,3 +270,60 @@ def test_a_wrapped_model_with_momentum_and_clipping() -> None:
         options = {"batch_size": 9, "epochs": 3, "progress": False, "compile": "never", "clip_norm": 0.1}
         fit(net, (X, SOME_IGNORED), loss=F.cross_entropy, optimizer=optimizer, accumulate=parts, **options)
     assert_same(nets[0], nets[1])
+
+
+SHIFTED: dict[str, Loss] = {
+    "shifted": lambda y, z: F.cross_entropy(y[:, :-1].flatten(0, 1), z[:, 1:].flatten()),
+    "turned": lambda y, z: F.cross_entropy(y.transpose(0, 1).flatten(0, 1), z.T.flatten()),
+    "permuted": lambda y, z: F.cross_entropy(y.permute(1, 2, 0), z.permute(1, 0)),
+}
+
+
+@pytest.mark.parametrize("loss", SHIFTED.values(), ids=SHIFTED.keys())
+def test_labels_of_sequences(loss: Loss) -> None:
+    """Labels that a loss shifts or turns, as language models do, are known again."""
+    torch.manual_seed(0)
+    host = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]).double()
+    x, labels = torch.randn(8, 3, 4, dtype=torch.float64), torch.randint(4, (8, 3))
+    labels[torch.arange(8) % 4 > 0, 1:] = -100
+    labels[1] = -100
+    wrapped = [taulearn.wrap(copy.deepcopy(host), example_inputs=x[:2]) for _ in range(2)]
+    for each, accumulate in zip(wrapped, (1, 4), strict=True):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        fit(each, (x, labels), loss=loss, optimizer=optimizer, epochs=2, batch_size=8, accumulate=accumulate)
+    for one, other in zip(*(each.parameters() for each in wrapped), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_mixed_loss_of_ignored_labels_alone() -> None:
+    """Of a loss that is not known as a whole, too, such a part counts 0 and ends nothing."""
+
+    def mixed(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, WEIGHT) + output.square().mean()
+
+    network = model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    labels = torch.arange(N) % CLASSES
+    labels[torch.arange(N) % 3 > 0] = -100
+    history = fit(
+        network, (X, labels), loss=mixed, optimizer=optimizer, epochs=1, batch_size=N, accumulate=N, compile="never"
+    )
+    assert np.isfinite(history.iterations["loss"]).all()
+    assert np.isfinite(evaluate(network, (X, labels), loss=mixed, batch_size=1)["loss"])
+
+
+def test_a_compiled_loss_is_looked_at_as_it_is() -> None:
+    """Nothing is compiled to see how it counts, and it counts as what it was made of."""
+    compiled = torch.compile(F.cross_entropy, fullgraph=True, backend="eager")
+    whole = F.cross_entropy(model()(X), SOME_IGNORED).item()
+    assert evaluate(model(), (X, SOME_IGNORED), loss=compiled, batch_size=5)["loss"] == pytest.approx(whole, abs=1e-12)
+
+
+def test_metrics_that_return_numbers() -> None:
+    """Numbers of Python and numpy are figures, too."""
+    metrics: dict[str, Any] = {
+        "hits": lambda y, z: (y.argmax(1) == z).double().mean().item(),
+        "numpy": lambda y, z: np.mean((y.argmax(1) == z).numpy()),
+    }
+    found = evaluate(model(), (X, LABELS), metrics=metrics, batch_size=5)
+    assert found["hits"] == found["numpy"] == pytest.approx(accuracy(model()(X), LABELS).item(), abs=1e-12)

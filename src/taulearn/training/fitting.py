@@ -70,10 +70,10 @@ def fit(
         train: A pair of tensors (inputs, targets), a torch Dataset, or a DataLoader. uint8 inputs are images, scaled to
             [0, 1] in the step.
         loss: Maps (output, target) to a scalar. Torch's own losses (functions, modules, functools.partial of them, or
-            a function that returns the answer of one, or a multiple) are weighted by what they count where a batch is
-            taken in parts (``accumulate``, several processes, validation): labels that are not ignored, class weights,
-            elements; sums are added up. Any other is taken for a mean over samples. The output may be anything the
-            loss takes.
+            a function that returns the answer of one, a multiple of a mean, or a sum of several that count alike) are
+            weighted by what they count where a batch is taken in parts (``accumulate``, several processes, validation):
+            labels that are not ignored, class weights, elements; sums are added up. Any other is taken for a mean over
+            samples. The output may be anything the loss takes.
         optimizer: Any torch optimiser of the model's parameters (see ``taulearn.parameter_groups``). Several are not
             possible here: write the loop yourself, with ``taulearn.optim.register_projection`` and ``taulearn.prune``.
         epochs: Number of epochs in all.

@@ -143,6 +143,9 @@ class Objective(nn.Module):
         counted = torch.stack(rows) if counts else torch.zeros_like(torch.stack(rows))
         total = add(counted.sum(0))
         weights = [counted[:, i] if kind.summed else counted[:, i] / total[i] for i, kind in enumerate(kinds)]
+        for i, kind in enumerate(kinds):
+            if kind.by != "labels" and (empty := [e for part in parts if (e := kind.empty(part)) is not None]):
+                weights[i] = weights[i].masked_fill(torch.stack(empty).to(device), 0)
         return list(torch.stack(weights, 1).unbind())
 
     def forward(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
