@@ -417,3 +417,60 @@ def test_optimisers_of_this_kind_in_fit_with_deletions() -> None:
         tau = history.iterations["tau"]
         assert (tau[-1][[0, 2, 3]] != tau[-2][[0, 2, 3]]).all()
         assert loss_of(model).item() != start
+
+
+class Handing:
+    """A wrapper that shows the groups and state of its optimiser, and takes steps of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, slow: bool) -> None:
+        self.optimizer, self.calls = optimizer, 0
+        self.slow = [p.detach().clone() for group in optimizer.param_groups for p in group["params"] if slow]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+    def step(self, closure: Any = None) -> None:
+        self.calls += 1
+        self.optimizer.step()
+
+
+def test_a_wrapper_with_a_step_of_its_own_takes_it() -> None:
+    """It is no mere shell: ``fit`` calls its step."""
+    model = resnet(2, 3, 2, 3)
+    optimizer: Any = Handing(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), slow=False)
+    fit(
+        model,
+        (torch.ones(4, 2), torch.ones(4, 2)),
+        loss=nn.functional.mse_loss,
+        optimizer=optimizer,
+        epochs=3,
+        compile="never",
+    )
+    assert optimizer.calls == 3
+    assert prune(model, keep=[0, 2], optimizer=optimizer).optimizer == "exact"
+
+
+def test_a_wrapper_with_tensors_of_its_own_is_refused() -> None:
+    """What it keeps beside its optimiser cannot follow."""
+    model = resnet(2, 3, 2, 3)
+    optimizer: Any = Handing(torch.optim.SGD(model.parameters(), lr=0.1), slow=True)
+    with pytest.raises(ValueError, match="got Handing with tensors in its attribute 'slow'"):
+        prune(model, keep=[0, 2], optimizer=optimizer)
+    assert model.time_steps.num_steps == 3
+
+
+class Average:
+    """An average of weights, as an object."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.shadow = [p.detach().clone() for p in parameters]
+
+
+def test_tensors_inside_an_object_of_the_optimizer() -> None:
+    """They are found there, too."""
+    model = resnet(2, 3, 2, 3)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.average = Average(model.parameters())
+    with pytest.raises(ValueError, match="got SGD with tensors in its attribute 'average'"):
+        prune(model, keep=[0, 2], optimizer=optimizer)
+    assert model.time_steps.num_steps == 3

@@ -27,8 +27,14 @@ LACKING = (
 """The remedy where the only optimiser lacks the time steps."""
 
 
+_PREPARING = frozenset(("accelerate", "lightning", "lightning_fabric", "pytorch_lightning", "transformers"))
+"""Packages whose wrappers have a step of their own that does what is left to the loop."""
+
+
 def bare(optimizer: Any) -> Any:
     """The optimiser itself, out of a wrapper that hands everything on to it, as those of accelerate and Lightning do.
+
+    A wrapper with a step of its own, as Lookahead or SAM may be written, is an optimiser and stays.
 
     Args:
         optimizer: An optimiser, or a wrapper with another one as its ``optimizer``, whose groups and state it shows as
@@ -51,6 +57,9 @@ def _handed_on_to(optimizer: Any) -> Any:
     """The optimiser to which a wrapper without groups, state and hooks of its own hands everything on, or None."""
     inner = getattr(optimizer, "optimizer", None)
     if inner is optimizer or not isinstance(inner, torch.optim.Optimizer):
+        return None
+    steps = [kind.__module__ for kind in type(optimizer).__mro__ if "step" in vars(kind)]
+    if steps and steps[0].partition(".")[0] not in _PREPARING:
         return None
     shown = all(getattr(optimizer, name, None) is getattr(inner, name) for name in ("param_groups", "state"))
     hooks = vars(optimizer).get("_optimizer_step_post_hooks")
@@ -431,9 +440,18 @@ def check_follows(
     allowed = _attributes_by_parameter(optimizer, named) if by_parameter else []
     for name, value in vars(optimizer).items():
         if name not in _KNOWN and all(value is not each for each in (*lists, *allowed)):
-            tensors = [each for each in _leaves(value) if isinstance(each, Tensor)]
+            tensors = [each for leaf in _leaves(value) for each in _inside(leaf) if isinstance(each, Tensor)]
             if any(id(each) in gone or (each.numel() > 1 and id(each) not in held) for each in tensors):
                 raise _cannot_follow(optimizer, f"its attribute {name!r}")
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """What lies in an object of the optimiser, such as an average of the weights; modules and functions are others'."""
+    others = (nn.Module, torch.optim.Optimizer, type)
+    if hasattr(value, "__dict__") and not isinstance(value, (Tensor, *others)) and not callable(value):
+        yield from _leaves(vars(value))
+    else:
+        yield value
 
 
 def _cannot_follow(optimizer: Any, place: str) -> ValueError:

@@ -149,7 +149,8 @@ def register_projection(
     hook = Projection(model, penalties, lambda scaler: constrain_(model, optimizer, penalties, scaler=scaler))
     if isinstance(optimizer, SteepestDescent):
         return optimizer.register_constraint(hook)
-    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+    unmade = isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "_optimizer_step_post_hooks")
+    if unmade or not hasattr(optimizer, "register_step_post_hook"):
         raise TypeError(
             f"optimizer must be an optimiser of torch whose __init__ has run, got a {type(optimizer).__name__} that "
             "calls no hooks after its step: call taulearn.optim.constrain_(model, optimizer, penalties) after each step"
