@@ -148,3 +148,31 @@ def test_a_deletion_happens_in_the_average_as_well_or_nowhere(monkeypatch: pytes
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         trainer(pruning(every=3), average).fit(module, batches())
     assert module.steps.num_steps == average._average_model.module.steps.num_steps == 5
+
+
+class Normalised(Wrapped):
+    """With batch normalisation, whose statistics the average takes an epoch of its own for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(1)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["callback first", "average first"])
+def test_nothing_acts_in_an_epoch_for_the_statistics_of_an_average(first: bool) -> None:
+    """No proximal step, no penalty, no deletion, no line of the record; what Lightning itself does there is its own."""
+    hooks = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            hooks.append(len(trainer.optimizers[0]._optimizer_step_post_hooks))
+
+    module, callback = Normalised(), pruning()
+    average = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=SWA_START)
+    callbacks = [callback, average] if first else [average, callback]
+    trainer(*callbacks, Watch()).fit(module, batches())
+    number = callback.history.num_iterations
+    assert number == EPOCHS * len(batches())
+    assert len(callback.history.epochs["layers"]) == EPOCHS + 1
+    assert all(hooks[:number])
+    assert hooks[number:] == [0] * len(batches())

@@ -65,6 +65,7 @@ class TimeStepsCallback(Callback):
         super().__init__()
         self._companion = Companion(penalties, pruning, progress=progress)
         self._training = ExitStack()
+        self._trained = False
 
     @property
     def history(self) -> History:
@@ -78,6 +79,7 @@ class TimeStepsCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start beside the optimiser that holds the time steps."""
         self._training.close()  # of a training that failed before its own end
+        self._trained = False
         if not pl_module.automatic_optimization:
             raise ValueError(
                 "automatic_optimization must be True for this callback, got a module that steps its optimisers by "
@@ -121,12 +123,16 @@ class TimeStepsCallback(Callback):
         self._companion.start_epoch(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Measure, where the policy asks for it."""
-        self._companion.start_iteration()
+        """Measure, where the policy asks for it; nothing in an epoch for the statistics of an average."""
+        if trainer.fit_loop._skip_backward and not self._trained:
+            self._trained = True
+            self._training.close()
+        if not self._trained:
+            self._companion.start_iteration()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Add the penalties' gradients."""
-        if optimizer is self._optimizer:
+        if optimizer is self._optimizer and not self._trained:
             self._companion.before_step()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -136,7 +142,8 @@ class TimeStepsCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Prune, where the policy counts epochs."""
-        self._companion.end_epoch(trainer.current_epoch + 1)
+        if not self._trained:
+            self._companion.end_epoch(trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the optimiser; say what of a target is left."""
