@@ -58,7 +58,7 @@ CASES: dict[str, tuple[Loss, Tensor]] = {
     "partial": (functools.partial(F.cross_entropy, weight=WEIGHT, ignore_index=1), LABELS),
     "a function around it": (lambda y, z: F.cross_entropy(2 * y, z.flatten().long()), SOME_IGNORED.unsqueeze(1)),
     "a subclass": (Halved(WEIGHT), SOME_IGNORED),
-    "a multiple": (lambda y, z: 0.5 * -F.cross_entropy(y, z) / -2, SOME_IGNORED),
+    "another multiple": (lambda y, z: 0.5 * -F.cross_entropy(y, z) / -2, SOME_IGNORED),
     "several": (
         lambda y, z: sum((F.cross_entropy(y * k, z, WEIGHT) for k in (1, 2)), F.cross_entropy(y, z, WEIGHT)) / 3,
         SOME_IGNORED,
