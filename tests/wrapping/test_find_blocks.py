@@ -402,3 +402,156 @@ def test_reasons_name_the_outermost_module_first() -> None:
         wrap(nn.Sequential(nn.Linear(4, 4), Wider()), example_inputs=torch.ones(2, 4))
     lines = [line.split()[0] for line in str(caught.value).splitlines() if line.startswith("  ")]
     assert lines[:2] == ["0", "1"]
+
+
+class Gated(nn.Module):
+    """A host that multiplies what it adds by gates of its own, which hide it at the start."""
+
+    def __init__(self, way: Callable[[Tensor, Tensor, Tensor], Tensor], gate: Tensor) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Branch(6) for _ in range(3))
+        self.gates = nn.ParameterList(nn.Parameter(gate.clone()) for _ in range(3))
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        for f, gate in zip(self.layers, self.gates, strict=True):
+            x = self.way(x, gate, f(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    "way", [lambda x, g, y: x + g * y, torch.addcmul, lambda x, g, y: x + torch.tanh(g) * y], ids=["sum", "one", "tanh"]
+)
+@pytest.mark.parametrize(
+    "gate", [torch.zeros(()), torch.zeros(6), torch.full((6,), 1e-5), torch.linspace(1e-5, 1e-4, 6)], ids=str
+)
+def test_a_residual_sum_behind_gates_that_are_small_at_first(way: Any, gate: Tensor) -> None:
+    host, x = Gated(way, gate), torch.randn(5, 6)
+    with pytest.raises(ValueError, match="the model itself adds"):
+        wrap(host, example_inputs=x)
+    with pytest.raises(ValueError, match=r"got 'layers.0': the model itself adds"):
+        wrap(host, "layers.*", example_inputs=x)
+    assert all(torch.equal(each, gate) for each in host.gates)
+
+
+def sums_of_states(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    total = torch.zeros_like(x)
+    for block in blocks:
+        x = block(x)
+        total = total + x
+    return total
+
+
+def skips(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    first = blocks[0](x)
+    second = blocks[1](first)
+    y: Tensor = blocks[2](second + first)
+    return y
+
+
+@pytest.mark.parametrize("way", [sums_of_states, skips])
+def test_sums_across_blocks_that_are_residual_themselves(way: Callable[[nn.ModuleList, Tensor], Tensor]) -> None:
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Residual(6) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return way(self.layers, x)
+
+    assert names(Host(), torch.randn(5, 6)) == ("layers.0", "layers.1", "layers.2")
+
+
+class Residual(Branch):
+    """A block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Around(nn.Module):
+    """A module around layers that does something else to its state as well."""
+
+    def __init__(self, way: Callable[[nn.Module, Tensor], Tensor], layer: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer(6) for _ in range(3))
+        self.norm = nn.LayerNorm(6)
+        self.places = nn.Parameter(torch.randn(5, 6))
+        self.way = way
+
+    def through(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self, x)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda m, x: m.norm(m.through(x + m.places)),
+        lambda m, x: m.norm(m.through(x * 6**0.5)),
+        lambda m, x: x + m.norm(m.through(x)),
+    ],
+    ids=["positions", "scale", "skip"],
+)
+def test_an_encoder_that_does_more_than_call_its_layers_is_no_block(way: Any) -> None:
+    host = nn.Sequential(nn.Linear(4, 6), Around(way, Residual), nn.Linear(6, 2))
+    assert names(host, torch.randn(5, 4)) == ("1.layers.0", "1.layers.1", "1.layers.2")
+
+
+def test_an_encoder_that_adds_its_layers_outputs_is_no_block() -> None:
+    def way(around: Any, x: Tensor) -> Tensor:
+        for layer in around.layers:
+            x = x + layer(x)
+        return x
+
+    host, x = nn.Sequential(nn.Linear(4, 6), Around(way, Branch), nn.Linear(6, 2)), torch.randn(5, 4)
+    with pytest.raises(ValueError, match=r"1\.layers\.0 \(Branch\) and 5 more: the model itself adds"):
+        wrap(host, example_inputs=x)
+    assert wrap(host, "1", example_inputs=x).time_steps.num_steps == 1  # where it is named
+
+
+def test_a_single_block_of_two_layers_of_one_kind_is_a_block() -> None:
+    host = nn.Sequential(nn.Linear(4, 6), Double(), nn.Linear(6, 2))
+    assert names(host, torch.randn(5, 4)) == ("1",)
+
+
+class Double(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(mlp(6), mlp(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.inner(x)
+        return y
+
+
+class Series(nn.Module):
+    def __init__(self, way: Callable[[Any, Any, Tensor], Tensor], skip: bool) -> None:
+        super().__init__()
+        self.first, self.second = (nn.ModuleList(Branch(6) for _ in range(3)) for _ in range(2))
+        self.way, self.skip = way, skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for f, g in zip(self.first, self.second, strict=True):
+            y = self.way(f, g, y)
+        return x - y if self.skip else y
+
+
+@pytest.mark.parametrize(
+    "way", [lambda f, g, x: x + g(f(x)), lambda f, g, x: x + g(torch.relu(f(x))), lambda f, g, x: g(f(x)).add_(x)]
+)
+def test_branches_of_several_modules_in_the_host(way: Any) -> None:
+    host, x = Series(way, skip=False), torch.randn(5, 6)
+    with pytest.raises(ValueError, match="the model itself adds"):
+        wrap(host, example_inputs=x)
+    with pytest.raises(ValueError, match=r"'first.0': the model itself adds"):
+        wrap(host, ["first.*", "second.*"], example_inputs=x)
+
+
+def test_one_skip_across_all_layers_makes_no_branches() -> None:
+    assert len(names(Series(lambda f, g, x: g(f(x)), skip=True), torch.randn(5, 6))) == 6

@@ -126,6 +126,22 @@ def model(name: str, config: str, **options: Any) -> Callable[[], Any]:
 
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "bert": (model("BertForMaskedLM", "BertConfig", **TEXT), ids()),
+    "hiera": (  # a stage that must not be empty
+        model(
+            "HieraModel",
+            "HieraConfig",
+            embed_dim=8,
+            image_size=[32, 32],
+            patch_stride=[4, 4],
+            depths=[3, 3],
+            num_heads=[1, 2],
+            num_query_pool=1,
+            query_stride=[2, 2],
+            masked_unit_size=[4, 4],
+            initializer_range=0.3,
+        ),
+        pixels(),
+    ),
     "distilbert": (
         model(
             "DistilBertForMaskedLM",
@@ -478,3 +494,32 @@ def test_without_one_block_a_family_is_saved_as_what_it_is_or_refused_as_was_sai
                 assert (loaded is None) == (gone in told), f"{name} without block {gone}"
                 if loaded is not None:
                     torch.testing.assert_close(answer(loaded, inputs), expected, rtol=0, atol=1e-5)
+
+
+def test_list_of_a_stage_gets_shorter_though_one_member_must_stay() -> None:
+    make, inputs = FAMILIES["hiera"]
+    built = wrap(make().eval(), example_inputs=inputs)
+    assert len(summary(built).must_stay) == 1
+    assert not summary(built).not_saved
+
+
+def test_detr_with_a_backbone_of_convolutions(tmp_path: Path) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        sides = {k: v for k, v in SIDES.items() if k.endswith(("layers", "heads", "ffn_dim", "d_model"))}
+        backbone = t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], out_features=["stage2"])
+        config = t.DetrConfig(
+            **sides, num_queries=5, use_timm_backbone=False, use_pretrained_backbone=False, backbone_config=backbone
+        )
+        return t.DetrModel(config).eval()
+
+    built = wrap(make(), example_inputs=pixels())
+    wrapping = wrapping_of(built)
+    assert wrapping is not None
+    assert not summary(built).not_saved
+    for name in ("backbone.model.encoder.stages.0.layers.1", "encoder.layers.0"):
+        built = wrap(make(), example_inputs=pixels())
+        prune(built, keep=[l for l, each in enumerate(wrapping.names) if each != name])
+        assert built.backbone.model.channels == [16]
+        loaded = saved_and_loaded(built, tmp_path / name)
+        torch.testing.assert_close(answer(loaded, pixels()), answer(built, pixels()), rtol=0, atol=1e-5)

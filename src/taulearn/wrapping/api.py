@@ -57,8 +57,8 @@ def wrap(
             None: found by forward passes: the outermost modules that own parameters, are called once and return a
             state of the shape of the one they got, which the block before them left. Left out are modules that only
             call others in turn, layers of torch.nn, normalisations and scalings, and those that are alone of their kind
-            and add nothing to their input (embeddings, gates). Modules whose output the model itself adds to their
-            input, x + f(x), cannot have steps in this form and are refused.
+            and add nothing to their input (embeddings, gates) or hold several blocks (encoders). Modules whose output
+            the model itself adds to their input, x + f(x), cannot have steps in this form and are refused.
         example_inputs: Inputs for forward passes in evaluation mode: a tensor, a tuple of arguments or a
             dictionary of keywords. Needed to find blocks, and to try whether the model can do without them, alone and
             several together: about three passes per block, more where a list cannot get shorter; so keep them small.

@@ -71,6 +71,17 @@ def refused_modules(host: nn.Module) -> dict[str, str]:
     return reasons
 
 
+def counts(host: nn.Module, name: str) -> bool:
+    """Whether a configuration of transformers counts the members of a list.
+
+    Args:
+        host: The model.
+        name: The list's name in it.
+    """
+    configs = _configs_around(host, name.rpartition(".")[0])
+    return bool(configs and _counted_by(host, configs[0], name))
+
+
 def follow_deletion(host: nn.Module, shortened: Sequence[Shortened]) -> None:
     """Let configurations, their copies in modules, and layer numbers follow.
 
@@ -290,7 +301,7 @@ def _mend_modules(modules: Sequence[nn.Module], cut: _Cut, changed: Mapping[str,
             if key in changed and not _unlike(value, changed[key][0]):
                 new = changed[key][1]
                 vars(module)[key] = type(value)(new) if isinstance(value, list | tuple) else new
-            elif key == "num_features" and isinstance(value, list) and len(value) == cut.length + 1:
+            elif key == "num_features" and "stage_names" in changed and len(value) == cut.length + 1:
                 vars(module)[key] = [value[0], *(value[i + 1] for i in cut.kept)]
 
 

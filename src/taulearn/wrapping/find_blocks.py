@@ -7,7 +7,7 @@ list of blocks, so that those inside it are taken.
 
 What the host does with them is seen in a second pass (:mod:`taulearn.wrapping.state_path`): where it adds the output
 of a module to its input itself, the module is none; and one that is alone of its kind on its path of states is a block
-only if it adds something to its input.
+only if it adds something to its input, and holds no blocks: an encoder that adds positions, say, holds its layers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,6 +29,7 @@ _NORMALISATIONS = (
     nn.CrossMapLRN2d,
 )
 SCRIPTED = "it is compiled by TorchScript, whose modules cannot be changed: use the module that it was made from"
+_HOLDS = "it is alone of its kind and holds several modules of one kind: name it in blocks if it is a block"
 _ALONE = (
     "it is alone of its kind on its way through the model and does not add to its input, as embeddings and gates are: "
     "name it in blocks if it is one"
@@ -47,6 +48,45 @@ def blocks_of(result: Probe, refused: Mapping[str, str], inputs: Any) -> tuple[l
     Returns:
         The blocks in the order of their calls, and the reasons by name.
     """
+    calls, reasons = _settled(result, refused, inputs)
+    while True:
+        kinds = [kind(call.module) for call in calls]
+        for call in calls:
+            if kinds.count(kind(call.module)) == 1:
+                inner = _settled(result, {**refused, call.name: _HOLDS}, inputs)
+                if _holds_blocks(result.host, call, *inner, inputs):
+                    refused = {**refused, call.name: _HOLDS}
+                    calls, reasons = inner
+                    break
+        else:
+            return calls, reasons
+
+
+def _holds_blocks(host: nn.Module, outer: Call, calls: list[Call], reasons: Mapping[str, str], inputs: Any) -> bool:
+    """Whether a module is a list of blocks, or of branches that it adds to its state, rather than a block.
+
+    Args:
+        host: The model.
+        outer: A call of a module that is alone of its kind.
+        calls: The blocks where it is none.
+        reasons: Why others are none then.
+        inputs: The example inputs of the probe.
+    """
+    inside = f"{outer.name}."
+    calls = [call for call in calls if call.name.startswith(inside)]
+    path = follow_states(host, calls, inputs) if len(calls) > 1 else None
+    blocks = [] if path is None else [kind(calls[l].module) for l in path.adding]
+    branches = []
+    for name, why in reasons.items():
+        if name.startswith(inside) and why == OUTSIDE:
+            holders = (host.get_submodule(each) for each in _outer(name) if each.startswith(inside))
+            if any(isinstance(each, nn.ModuleList) for each in holders):
+                branches.append(kind(host.get_submodule(name)))
+    return any(each.count(some) > 1 for each in (blocks, branches) for some in each)
+
+
+def _settled(result: Probe, refused: Mapping[str, str], inputs: Any) -> tuple[list[Call], dict[str, str]]:
+    """The blocks, without those that turn out to be none when states are followed."""
     none = dict(refused)
     while True:
         calls, reasons = _outermost(result, none)

@@ -15,7 +15,7 @@ A model that is built around a wrapped one later (by PEFT, say) is not known her
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -204,7 +204,8 @@ class SavePretrained:
         options: dict[str, Any] = {} if variant is None else {"variant": variant}
         attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
         if is_pretrained(self.model) and isinstance(attention, str):
-            options["attn_implementation"] = attention
+            with suppress(Exception):  # a part, such as a backbone of convolutions, may know no attention
+                return kind.from_pretrained(folder, attn_implementation=attention, **options)
         return kind.from_pretrained(folder, **options)
 
     def _acts_unlike(self, loaded: nn.Module) -> list[str]:

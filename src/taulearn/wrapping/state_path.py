@@ -3,12 +3,14 @@
 With all steps at 0 the state must come out of each block, and out of whatever the host does with it, as it went in.
 Where the host itself adds the output to the input, ``x = x + f(x)``, it would get x + x: f is a branch, not a block. To
 see that, every operator of the pass is looked at: one that brings together what a module left and what was there before
-it, and makes something else of them than that, shows a residual sum (or a gate) in the host.
+it, and makes something else of them than that, shows a residual sum (or a gate) in the host. Parameters that are
+constant have noise in their place: gates of zero would hide it. A module that adds something to its input itself is a
+block all the same: what the host adds to it are skips across blocks, or sums of states.
 
 Two tensors are on one path where one was made from the other by operators that keep the number of elements.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .._calls import call as call_model, forwards
 from .._undisturbed import undisturbed
+from .noise import noise_for, put_noise
 from .probe import Call
 
 OUTSIDE = (
@@ -26,6 +29,7 @@ OUTSIDE = (
     "the module, and wrap that"
 )
 
+_TOLERANCE = 1e-3
 _FUSED = ("_transformer_encoder_layer_fwd",)
 _SUMS = ("add", "add_", "sub", "sub_", "rsub", *_FUSED)
 _SCALINGS = ("mul", "mul_", "div", "div_")
@@ -44,7 +48,7 @@ class StatePath:
     """The result of the pass: sets of modules, by their positions.
 
     Attributes:
-        outside: Those whose output the host combines with their input itself.
+        outside: Those whose output the host combines with their input, which they do not themselves.
         adding: Those that add something to their input.
         chains: Sets of those that hand a state from one to the next.
     """
@@ -65,15 +69,20 @@ def follow_states(host: nn.Module, calls: Sequence[Call], inputs: Any) -> StateP
     Returns:
         What was seen; None if the host does not run in this way.
     """
-    watch = _Watch()
-    passing = {call.module: watch.passing(l, call) for l, call in enumerate(calls)}
-    try:
-        with undisturbed(host, inputs), forwards(passing), watch:
-            call_model(host, inputs)
-    # hosts may raise anything where their blocks do nothing
-    except Exception:  # noqa: BLE001
-        return None
-    return StatePath(frozenset(watch.outside), frozenset(watch.adding), _chains(len(calls), watch.links))
+    for noise in (noise_for(host), {}):
+        watch = _Watch()
+        passing = {call.module: watch.passing(l, call) for l, call in enumerate(calls)}
+        try:
+            with undisturbed(host, inputs), forwards(passing):
+                put_noise(host, noise)
+                with watch:
+                    call_model(host, inputs)
+        # hosts may raise anything where their blocks do nothing
+        except Exception:  # noqa: BLE001
+            continue
+        outside = frozenset(watch.outside | watch.repeated()) - watch.adding
+        return StatePath(outside, frozenset(watch.adding), _chains(len(calls), watch.links))
+    return None
 
 
 class _Watch(TorchDispatchMode):
@@ -82,13 +91,16 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.outside: set[int] = set()
+        self.branches: list[frozenset[int]] = []
         self.adding: set[int] = set()
         self.links: set[tuple[int, int]] = set()
         self.values: list[Tensor] = []  # keeps them alive, so that identities are not used again
         self.node: dict[int, int] = {}
         self.path: list[frozenset[int]] = []
+        self.history: list[frozenset[int]] = []  # the path, and what came before the modules on it
         self.left: dict[int, int] = {}
         self.before: dict[int, frozenset[int]] = {}
+        self.earlier: dict[int, frozenset[int]] = {}
         self.inside: _Inside | None = None
         self.resting = False
 
@@ -99,7 +111,7 @@ class _Watch(TorchDispatchMode):
         def run(*args: Any, **kwargs: Any) -> Any:
             x = call.form.arriving(args, kwargs)
             assert x is not None
-            self.before[l] = self.path[self._node(x)]
+            self.before[l], self.earlier[l] = self.path[self._node(x)], self.history[self._node(x)]
             self.links |= {(m, l) for m, node in self.left.items() if node in self.before[l]}
             self.inside = _Inside(x)
             output = forward(*args, **kwargs)
@@ -111,7 +123,7 @@ class _Watch(TorchDispatchMode):
             self.resting = True
             state = x.to(y.dtype, copy=True)
             self.resting = False
-            self.left[l] = self._node(state)
+            self.left[l] = self._add(state, frozenset(), self.earlier[l])
             return call.form.replaced(output, state)
 
         return run
@@ -141,27 +153,47 @@ class _Watch(TorchDispatchMode):
     def _node(self, tensor: Tensor) -> int:
         """The number of a tensor as it is now."""
         if id(tensor) not in self.node:
-            self._add(tensor, frozenset())
+            self._add(tensor, frozenset(), frozenset())
         return self.node[id(tensor)]
 
-    def _add(self, tensor: Tensor, path: frozenset[int]) -> None:
+    def _add(self, tensor: Tensor, path: frozenset[int], history: frozenset[int]) -> int:
         node = len(self.values)
         self.values.append(tensor)
         self.node[id(tensor)] = node
         self.path.append(path | {node})
+        self.history.append(history | {node})
+        return node
+
+    def repeated(self) -> set[int]:
+        """The modules in branches of several, x + g(f(x)), if there are several such sums.
+
+        A single one may be a skip across all blocks.
+        """
+        return {l for each in self.branches if any(not each & other for other in self.branches) for l in each}
 
     def _outside(self, made: Tensor, nodes: list[int], func: Any) -> None:
         """An operator of the host."""
-        for l, state in self.left.items():
-            after = [n for n in nodes if state in self.path[n]]
-            beside = [self.path[n] & self.before[l] for n in nodes if state not in self.path[n]]
-            shared = frozenset[int]().union(*beside)
-            if after and shared and not any(_same(made, self.values[n]) for n in shared):
-                self.outside.add(l)
+        self.outside |= self._brought_together(made, nodes, self.path, self.before)
+        branch = self._brought_together(made, nodes, self.history, self.earlier)
+        if branch:
+            self.branches.append(branch)
         known = self.node.get(id(made))
         if not nodes or (known in nodes and not func._schema.is_mutable):
             return
-        self._add(made, frozenset[int]().union(*(self.path[n] for n in nodes)))
+        self._add(made, *(frozenset[int]().union(*(of[n] for n in nodes)) for of in (self.path, self.history)))
+
+    def _brought_together(
+        self, made: Tensor, nodes: list[int], paths: Sequence[frozenset[int]], before: Mapping[int, frozenset[int]]
+    ) -> frozenset[int]:
+        """The modules whose output an operator brought together with what was there before them."""
+        found = set[int]()
+        for l, state in self.left.items():
+            after = [n for n in nodes if state in paths[n]]
+            beside = [paths[n] & before[l] for n in nodes if state not in paths[n]]
+            shared = frozenset[int]().union(*beside)
+            if after and shared and not any(_same(made, self.values[n]) for n in shared):
+                found.add(l)
+        return frozenset(found)
 
 
 class _Inside:
@@ -193,8 +225,9 @@ class _Inside:
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.is_complex() != b.is_complex():
         return False
-    a, b = (torch.view_as_real(each) if each.is_complex() else each.float() for each in (a, b))
-    return torch.allclose(a, b, rtol=0.0, atol=1e-3 * float(b.abs().nan_to_num().amax()), equal_nan=True)
+    tolerance = min(_TOLERANCE, 20 * torch.finfo(a.dtype).eps) if a.is_floating_point() else _TOLERANCE
+    a, b = ((torch.view_as_real(each) if each.is_complex() else each).double() for each in (a, b))
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance * float(b.abs().nan_to_num().amax()), equal_nan=True)
 
 
 def _chains(number: int, links: set[tuple[int, int]]) -> tuple[frozenset[int], ...]:

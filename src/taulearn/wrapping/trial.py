@@ -4,7 +4,8 @@ A list of blocks may get shorter only if the host runs through it in order. Whet
 list: hosts take blocks by number, count them, keep what some of them return, or run through several lists at once. So
 deletions are carried out, compared with the same blocks at tau = 0, and undone: each block alone, then one after the
 other until none is left, then all but the first. A list in which that fails keeps its length, with placeholders, if
-more blocks can go in that way; a block without which the host is another one stays.
+more blocks can go in that way (at least two more where a configuration counts the blocks, which knows no placeholders);
+a block without which the host is another one stays.
 
 Compared are the output and the arguments of all blocks and modules around them. Parameters that are constant, as gates
 and heads at the start are zero, have noise in their place meanwhile: they would hide what the host does with a block.
@@ -17,12 +18,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._undisturbed import Before
-from . import structure
+from . import configurations, structure
 from .blocks import PassingTimeSteps, Skip
 from .host import Wrapping, install
+from .noise import noise_for, put_noise
 from .observation import Observation, answers, difference, finite, observe
 
 _NOT_TRIED = (
@@ -89,7 +91,8 @@ def _way(trial: "_Trial", name: str | None, members: Sequence[int]) -> tuple[set
     shorter = staying({name})
     if any(trial.why_not(l, ()) is None for l in shorter):
         places = staying(())
-        if len(places) < len(shorter):
+        # a list that a configuration counts can be saved only where it gets shorter: then one member may well stay
+        if len(places) + configurations.counts(trial.wrapping.host, name) < len(shorter):
             return set(), places
     return {name}, shorter
 
@@ -110,7 +113,7 @@ class _Trial:
         around = [each for each in host.modules() if each is not host and each not in inside]
         self.watched = [each for each in (*blocks, *around) if not isinstance(each, torch.jit.ScriptModule)]
         self.memories = _memories(host, blocks)
-        self.noise = _noise(host)
+        self.noise = noise_for(host)
         self.bare = self._bare()
         self._check_ones()
 
@@ -134,7 +137,7 @@ class _Trial:
     def _bare(self) -> Observation:
         """The host as it is, with noise unless it fails or overflows with it."""
         with self.before.kept():
-            self._put_noise()
+            put_noise(self.wrapping.host, self.noise)
             try:
                 seen = self._observe()
                 if finite(seen) or not self.noise:
@@ -238,7 +241,7 @@ class _Trial:
         """The host with all steps 1, without some blocks and with others at tau = 0; afterwards it is as it was."""
         like = self.wrapping.time_steps.values
         with self.before.kept():
-            self._put_noise()
+            put_noise(self.wrapping.host, self.noise)
             ones = PassingTimeSteps(self.number, horizon=self.number, dtype=like.dtype, device=like.device)
             wrapping = replace(self.wrapping, time_steps=ones.eval(), shorten=frozenset(shorten), keep={})
             install(wrapping)
@@ -248,16 +251,6 @@ class _Trial:
                 block = self.blocks[l]
                 vars(block)["forward"] = Skip(block.forward, self.wrapping.forms[l])
             yield
-
-    def _put_noise(self) -> None:
-        # copies, as the host may write into them
-        noise = {p: nn.Parameter(each.clone(), requires_grad=p.requires_grad) for p, each in self.noise.items()}
-        for module in self.wrapping.host.modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter in noise:
-                    module._parameters[name] = noise[parameter]
 
 
 def _short(error: Exception) -> str:
@@ -276,30 +269,3 @@ def _memories(host: nn.Module, blocks: Sequence[nn.Module]) -> frozenset[str]:
                 continue
             names |= {each.name for each in parameters if each.default is None}
     return frozenset(names)
-
-
-@torch.no_grad()
-def _noise(host: nn.Module) -> dict[nn.Parameter, Tensor]:
-    """Values in place of constant parameters: of their size and sign, but such that none is small or like another."""
-    generator = torch.Generator().manual_seed(0)
-    noise: dict[nn.Parameter, Tensor] = {}
-    for parameter in host.parameters():
-        if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or not _constant(parameter):
-            continue
-        value, shape = float(parameter.flatten()[0]), parameter.shape
-        drawn = torch.rand(shape, generator=generator)
-        if abs(value) > 0.1:
-            drawn = value * (0.5 + drawn)
-        elif parameter.ndim < 2:
-            drawn = 0.1 + 0.4 * drawn
-        else:
-            drawn = (2.0 * drawn - 1.0) * (3.0 * shape[0] / parameter.numel()) ** 0.5
-        noise[parameter] = drawn.to(parameter)
-    return noise
-
-
-def _constant(values: Tensor) -> bool:
-    if values.is_meta or values.numel() == 0:
-        return False
-    flat = values.flatten()
-    return bool((flat[:8] == flat[0]).all()) and bool((flat == flat[0]).all()) and bool(torch.isfinite(flat[0]))
