@@ -7,6 +7,7 @@ folding        plain steps from units, and ones in the end
 probe          a forward pass that records the calls of all modules
 find_blocks    which of the modules are blocks, and why the others are none
 state_path     what the host does with the states between its blocks
+noise          values in place of constant parameters, for passes that show what a host does
 trial          deletions tried on example inputs
 observation    forward passes of the trial, compared
 stages         outputs of a wrapped model cut after each block
