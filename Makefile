@@ -44,9 +44,10 @@ test-all: $(STAMP) ## every test
 coverage: $(STAMP) ## the tests, and which lines of the package they reach: at least 90 %
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-lint: $(STAMP) ## ruff: rules and layout
+lint: $(STAMP) ## ruff: rules and layout; import-linter: rooms import downwards
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo
 
 format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix

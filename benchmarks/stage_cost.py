@@ -24,7 +24,7 @@ import taulearn
 from taulearn.diagnostics import depth_statistics, early_exit
 from taulearn.nn import TimeVariableNetwork, resnet, resnet_v2
 from taulearn.penalties import Penalty, StageCost
-from taulearn.training.fused import FusedSGD
+from taulearn.training.fast.fused import FusedSGD
 from taulearn.training.objective import Objective, StepOptions
 from taulearn.training.step import PlainStep
 

@@ -102,9 +102,9 @@ def steps_alone(
     With ``looking``, after each of them it is asked whether a layer has to go, as ``Pruning(every=1)`` does.
     """
     from taulearn import Pruning
+    from taulearn.adaptivity.controller import Pruner
     from taulearn.training.batches import TensorBatches
     from taulearn.training.objective import Objective, StepOptions
-    from taulearn.training.pruner import Pruner
     from taulearn.training.step import Engine
 
     network = make()

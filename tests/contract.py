@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from taulearn import prune
-from taulearn._deletion import prunable_of
+from taulearn.adaptivity.coarsen import check_prunable
+from taulearn.adaptivity.transaction import prunable_of
 from taulearn.nn import TimeSteps
-from taulearn.pruning import check_prunable
 
 CONSTRAINTS = ("free", "fixed", "dependent", "simplex")
 DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taulearn.adaptivity.coarsen import PruneReport
 from taulearn.nn import TimeSteps, TimeVariableNetwork, resnet
-from taulearn.pruning import PruneReport
 
 DOUBLE = torch.float64
 KEEP = (0, 2, 4)

@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from taulearn import wrap
 from taulearn.calibration import Statistics, norms_in, recalibrate_, statistics_of, using
+from taulearn.depth.truncate import truncate
 from taulearn.diagnostics import choose_layers, depth_profile, depth_statistics, early_exit
 from taulearn.nn import resnet, resnet_v2
-from taulearn.truncation import truncate
 
 DOUBLE = torch.float64
 

@@ -10,18 +10,9 @@ from torch import Tensor, nn
 
 from reference import Array, array, linear_layers
 from taulearn.nn import SmoothReLU, TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
+from taulearn.nn.time_steps import time_steps_of
 from taulearn.optim import constrain_
-from taulearn.penalties import (
-    L1,
-    L2,
-    BiasOrdering,
-    ElasticNet,
-    GroupLasso,
-    Penalty,
-    TimeHorizon,
-    WeightElasticNet,
-    time_steps_of,
-)
+from taulearn.penalties import L1, L2, BiasOrdering, ElasticNet, GroupLasso, Penalty, TimeHorizon, WeightElasticNet
 
 TAU = [0.5, -0.25, 0.125, 0.75]
 all_builders = pytest.mark.parametrize("builder", [feedforward, resnet, densenet, fractional_dnn])

@@ -13,6 +13,10 @@ from torch import nn
 import taulearn
 from small_networks import DOUBLE, KEEP, batch, count, deleted, network
 from taulearn import Pruning, prune
+from taulearn.adaptivity.coarsen import PruneReport, check_prunable
+from taulearn.adaptivity.estimate import shares
+from taulearn.adaptivity.mark import plan
+from taulearn.adaptivity.transaction import Prunable
 from taulearn.nn import (
     Fractional,
     PadSkips,
@@ -24,7 +28,6 @@ from taulearn.nn import (
     fractional_dnn,
     resnet,
 )
-from taulearn.pruning import Prunable, PruneReport, check_prunable, plan, shares
 
 
 class TestRule:

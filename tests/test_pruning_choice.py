@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from small_networks import deleted, network
 from taulearn import prune, wrap
-from taulearn._budget import within_latency
+from taulearn.adaptivity.mark import within_latency
 from taulearn.nn import Residual, TimeSteps, TimeVariableNetwork, fractional_dnn
 
 
@@ -143,7 +143,7 @@ def test_a_latency_that_nothing_meets_changes_nothing() -> None:
 
 def test_the_largest_number_within_a_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     model, order = slow(), [0, 2, 4, 5, 3]
-    monkeypatch.setattr("taulearn._budget.milliseconds", lambda m, _: 10.0 * m.time_steps.num_steps)
+    monkeypatch.setattr("taulearn.adaptivity.mark.milliseconds", lambda m, _: 10.0 * m.time_steps.num_steps)
     for limit, left in [(60.0, 6), (59.9, 5), (30.0, 3), (10.0, 1)]:
         deletions, taken = within_latency(model, order, 6, {"latency_ms": limit, "example_inputs": None})
         assert (6 - deletions, taken) == (left, 10.0 * left)

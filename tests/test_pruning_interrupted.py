@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 import taulearn
 from small_networks import DOUBLE, Picture, batch, loss_of, network, train
 from taulearn import PruneReport, contribution, prune, wrap
+from taulearn.depth.truncate import truncate
 from taulearn.nn import resnet
-from taulearn.truncation import truncate
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 PACKAGE = str(Path(taulearn.__file__).parent)
@@ -109,7 +109,7 @@ def a_millisecond_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         model(inputs)
         return float(model.time_steps.num_steps)
 
-    monkeypatch.setattr("taulearn._budget.milliseconds", milliseconds)
+    monkeypatch.setattr("taulearn.adaptivity.mark.milliseconds", milliseconds)
 
 
 def without_optimizer() -> Setting:

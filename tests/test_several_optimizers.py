@@ -199,7 +199,7 @@ class TestRefusals:
         model = network()
         optimizers = muon_and_adamw(model)
         with monkeypatch.context() as context:
-            context.setattr("taulearn._deletion.follow", lambda *_: 1 / 0)
+            context.setattr("taulearn.adaptivity.transaction.follow", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 prune(model, keep=KEEP, optimizer=optimizers)
         assert prune(model, keep=KEEP, optimizer=optimizers).optimizer == "exact"

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from taulearn import Pruning, fit, prune
+from taulearn.depth.truncate import truncate
 from taulearn.nn import TimeVariableNetwork, densenet, fractional_dnn, resnet, resnet_v2
 from taulearn.penalties import L1, StageCost
-from taulearn.truncation import truncate
 from training.support import assert_same_history, assert_same_weights
 
 DOUBLE = torch.float64

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from taulearn import load_model, save_model, wrap
+from taulearn.depth.truncate import truncate
 from taulearn.nn import (
     IdentitySkips,
     Residual,
@@ -18,7 +19,6 @@ from taulearn.nn import (
     fractional_dnn,
     resnet,
 )
-from taulearn.truncation import truncate
 
 DOUBLE = torch.float64
 BUILDERS: dict[str, Callable[..., TimeVariableNetwork]] = {

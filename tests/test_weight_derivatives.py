@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from reference import caputo_weight
 from taulearn import caputo
-from taulearn._adjoint_parts import WeightDerivatives
+from taulearn.caputo.weight_derivatives import WeightDerivatives
 
 DOUBLE = torch.float64
 

@@ -31,14 +31,16 @@ if TYPE_CHECKING:
         training as training,
         wrapping as wrapping,
     )
+    from .adaptivity.coarsen import PruneReport as PruneReport, prune as prune
+    from .adaptivity.estimate import contribution as contribution
+    from .adaptivity.policies import Pruning as Pruning
+    from .depth.truncate import truncate as truncate
     from .diagnostics import summary as summary
     from .export import export_model as export_model
     from .nn.time_steps import TimeSteps as TimeSteps
     from .optim import parameter_groups as parameter_groups
-    from .pruning import PruneReport as PruneReport, Pruning as Pruning, contribution as contribution, prune as prune
     from .saving import load_model as load_model, save_model as save_model
     from .training import History as History, fit as fit
-    from .truncation import truncate as truncate
     from .wrapping import unwrap as unwrap, wrap as wrap
 
 __version__ = "0.1.0"
@@ -80,18 +82,18 @@ __all__ = [
 # Where the names of __all__ live that are not modules themselves.
 _HOMES = {
     "History": ".training",
-    "PruneReport": ".pruning",
-    "Pruning": ".pruning",
+    "PruneReport": ".adaptivity.coarsen",
+    "Pruning": ".adaptivity.policies",
     "TimeSteps": ".nn.time_steps",
-    "contribution": ".pruning",
+    "contribution": ".adaptivity.estimate",
     "export_model": ".export",
     "fit": ".training",
     "load_model": ".saving",
     "parameter_groups": ".optim",
-    "prune": ".pruning",
+    "prune": ".adaptivity.coarsen",
     "save_model": ".saving",
     "summary": ".diagnostics",
-    "truncate": ".truncation",
+    "truncate": ".depth.truncate",
     "unwrap": ".wrapping",
     "wrap": ".wrapping",
 }

@@ -30,11 +30,11 @@ from ._architecture_parts import (
     schemes,
     widths_of,
 )
-from ._deletion import prunable_of
 from ._manifest import Host, Manifest, Named, Network, Steps, Wrapped, short
+from .adaptivity.transaction import prunable_of
 from .nn.network import TimeVariableNetwork
 from .nn.time_steps import TimeSteps
-from .wrapping.host import wrapping_of
+from .wrapping.wrapped_model import wrapping_of
 
 
 def describe(model: nn.Module, weights_sha256: str) -> Manifest:

@@ -37,13 +37,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import caputo
-from ._adjoint_parts import WeightDerivatives, carry_back, check_network, loss_gradient, slope
 from ._errors import unknown_name
 from ._table import format_table
-from .nn.builders import FullyConnected
+from .caputo.weight_derivatives import WeightDerivatives
+from .nn.builders import FlattenInput, FullyConnected
 from .nn.network import TimeVariableNetwork
-from .nn.schemes import Fractional
-from .nn.skips import ComposedSkips
+from .nn.schemes import Fractional, Residual
+from .nn.skips import ComposedSkips, IdentitySkips, PadSkips, Skips
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -316,3 +316,101 @@ def _angle(u: Tensor, v: Tensor) -> Tensor:
     """The angle in degrees, accurate also near 0 and 180 (Kahan)."""
     u, v = u / u.norm(), v / v.norm()
     return torch.rad2deg(2.0 * torch.atan2((u - v).norm(), (u + v).norm()))
+
+
+def check_network(network: nn.Module) -> None:
+    """Refuse networks whose adjoint the papers do not write down.
+
+    Raises:
+        TypeError: If it is no TimeVariableNetwork.
+        ValueError: If scheme, layers, skips, head or stem are of another kind.
+    """
+    if not isinstance(network, TimeVariableNetwork):
+        raise TypeError(
+            f"network must be a TimeVariableNetwork, got {type(network).__name__}: build it with taulearn.nn, or let "
+            "autograd differentiate it"
+        )
+    if not isinstance(network.scheme, Residual | Fractional):
+        raise ValueError(
+            f"network must have the residual or the fractional scheme, got {network.scheme.name!r}: no adjoint system "
+            "is written down for it; autograd differentiates every scheme"
+        )
+    for l, layer in enumerate(network.layers):
+        if not isinstance(layer, FullyConnected):
+            raise ValueError(
+                f"layers of network must be FullyConnected, sigma(W y + b), got {type(layer).__name__} as layer {l}: "
+                "autograd differentiates all others"
+            )
+        if any(True for _ in layer.activation.parameters()):
+            raise ValueError(
+                f"activations of network must have no parameters, got {type(layer.activation).__name__} in layer {l}: "
+                "the adjoint systems know W, b and tau only"
+            )
+    if any(True for _ in network.stem.parameters()) or not isinstance(network.stem, FlattenInput | nn.Identity):
+        raise ValueError(f"stem of network must be an nn.Identity or FlattenInput, got {type(network.stem).__name__}")
+    if not isinstance(network.head, nn.Linear | nn.Identity):
+        raise ValueError(f"head of network must be an nn.Linear or nn.Identity, got {type(network.head).__name__}")
+    _check_skips(network.skips)
+
+
+def _check_skips(skips: Skips) -> None:
+    if not isinstance(skips, IdentitySkips | PadSkips | ComposedSkips):
+        raise ValueError(
+            f"skips of network must be identities, padding or linear maps, got {type(skips).__name__}: "
+            "P^T is not known for it"
+        )
+    if isinstance(skips, ComposedSkips):
+        for l, module in enumerate(skips.maps):
+            linear = isinstance(module, nn.Linear) and module.bias is None
+            if not linear and not isinstance(module, nn.Identity):
+                raise ValueError(
+                    f"skips of network must be linear maps without bias, got {module} past layer {l}: "
+                    "P^T is not known for it"
+                )
+
+
+def carry_back(skips: Skips, phi: Tensor, source: int, target: int) -> Tensor:
+    """(P_source^target)^T phi, for rows phi of the width of state ``target``."""
+    if isinstance(skips, PadSkips):
+        # the transpose of padding is truncation, and the other way round
+        change = skips.widths[source] - phi.shape[-1]
+        return nn.functional.pad(phi, (0, change)) if change > 0 else phi[..., : skips.widths[source]]
+    if isinstance(skips, ComposedSkips):
+        for layer in reversed(range(source, target)):
+            module = skips.maps[layer]
+            phi = phi @ module.weight if isinstance(module, nn.Linear) else phi
+    return phi
+
+
+def slope(activation: nn.Module, z: Tensor, layer: int) -> Tensor:
+    """sigma'(z) by one forward-mode product.
+
+    Raises:
+        ValueError: If a second product, in a direction of random signs, shows that sigma does not act entrywise.
+    """
+
+    def sigma(z: Tensor) -> Tensor:
+        value: Tensor = activation(z.clone())
+        return value
+
+    generator = torch.Generator().manual_seed(0)
+    signs = (torch.randint(2, z.shape, generator=generator) * 2 - 1).to(z)
+    derivative: Tensor = torch.func.jvp(sigma, (z,), (torch.ones_like(z),))[1]
+    probe: Tensor = torch.func.jvp(sigma, (z,), (signs,))[1]
+    if probe.shape != z.shape or not torch.allclose(probe, derivative * signs, equal_nan=True):
+        raise ValueError(
+            f"activations of network must act entrywise and without randomness, got {type(activation).__name__} in "
+            f"layer {layer}: sigma' is no vector; autograd differentiates it"
+        )
+    return derivative
+
+
+def loss_gradient(loss: Callable[[Tensor, Tensor], Tensor], output: Tensor, targets: Tensor) -> Tensor:
+    """phi_out, the gradient of the loss with respect to the network's output."""
+    with torch.enable_grad():
+        output = output.detach().requires_grad_()
+        value = loss(output, targets)
+        if value.numel() != 1:
+            raise ValueError(f"loss must return a scalar, got shape {tuple(value.shape)}: take its mean over the batch")
+        (gradient,) = torch.autograd.grad(value.sum(), output)
+    return gradient

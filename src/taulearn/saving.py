@@ -18,16 +18,16 @@ from typing import TypeVar, overload
 from torch import Tensor, nn
 
 from ._architecture import build, describe, differences
-from ._deletion import all_or_nothing, prunable_of
 from ._distributed import refuse_distributed
 from ._manifest import Manifest, Network, Wrapped, read_manifest, short
+from .adaptivity.coarsen import prune
+from .adaptivity.transaction import all_or_nothing, prunable_of
 from .files import check_tensors, move, read_tensors, tensor_bytes, write_bytes
 from .nn.network import TimeVariableNetwork
 from .nn.time_steps import TimeSteps
-from .pruning import prune
-from .wrapping.api import rewrap
 from .wrapping.folding import folded_state
-from .wrapping.host import drop_units, take_states, wrapping_of
+from .wrapping.wrap_model import rewrap
+from .wrapping.wrapped_model import drop_units, take_states, wrapping_of
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from taulearn import prune, wrap
+from taulearn.depth.choose_layers import stages_of
+from taulearn.depth.truncate import truncate
 from taulearn.diagnostics import choose_layers, depth_profile
-from taulearn.diagnostics.decision import stages_of
 from taulearn.nn import densenet, fractional_dnn, resnet, resnet_v2
-from taulearn.truncation import truncate
-from taulearn.wrapping.host import WRAPPING, wrapping_of
+from taulearn.wrapping.wrapped_model import WRAPPING, wrapping_of
 from wrapping.hosts import Block
 
 DOUBLE = torch.float64

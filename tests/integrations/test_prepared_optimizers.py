@@ -9,7 +9,7 @@ from torch import nn
 
 from small_networks import DOUBLE, KEEP, assert_same_bits, loss_of, network
 from taulearn import Pruning, fit, prune
-from taulearn._optimizers import bare
+from taulearn.adaptivity.optimizer_state import bare
 from taulearn.optim import constrain_, group_of, parameter_groups, register_projection
 from taulearn.penalties import L1
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from contract import Case, TimeVariableContract
 from taulearn import load_model, prune, save_model
+from taulearn.depth.truncate import truncate
 from taulearn.nn import TimeVariableNetwork, resnet_v2
-from taulearn.truncation import truncate
 
 DOUBLE = torch.float64
 

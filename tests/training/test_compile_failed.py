@@ -27,7 +27,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         raise RuntimeError("no such instruction: vaddpd\nand much more")
 
-    monkeypatch.setattr("taulearn.training.compiler._compiler_found", lambda: True)
+    monkeypatch.setattr("taulearn.training.fast.compiler._compiler_found", lambda: True)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     return calls
 

@@ -14,7 +14,7 @@ from taulearn import fit
 from taulearn.nn import resnet
 from taulearn.training import Diverged
 from taulearn.training.batches import TensorBatches
-from taulearn.training.inspection import bad_tensor_sample
+from taulearn.training.check_data import bad_tensor_sample
 from training.support import digits, network, run_fit, sgd
 
 X, Z = digits()

@@ -17,7 +17,7 @@ from taulearn import Pruning, fit, parameter_groups
 from taulearn.nn import Residual, TimeSteps, TimeVariableNetwork
 from taulearn.penalties import L1, TimeHorizon
 from taulearn.training import History, Run
-from taulearn.training.compiler import COMPILE_PAYS_FROM, compile_once
+from taulearn.training.fast.compiler import COMPILE_PAYS_FROM, compile_once
 from training.support import (
     Crash,
     StubbornTanh,
@@ -188,7 +188,7 @@ def test_a_compiled_run_resumes_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_auto_decides_from_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taulearn.training.compiler._compiler_found", lambda: True)
+    monkeypatch.setattr("taulearn.training.fast.compiler._compiler_found", lambda: True)
     train(sgd(), "auto", options=lambda optimizer: {"run": tmp_path / "run"})
     decisions = Run.open(tmp_path / "run").decisions
     assert decisions["compile"] == f"eager: 50 iterations ahead, compiling pays from {COMPILE_PAYS_FROM}"
@@ -198,13 +198,13 @@ def test_auto_decides_from_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @needs_compiler
 def test_auto_compiles_a_long_run_and_no_longer_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
-    monkeypatch.setattr("taulearn.training.compiler.COMPILE_PAYS_FROM", 45)
+    monkeypatch.setattr("taulearn.training.fast.compiler.COMPILE_PAYS_FROM", 45)
 
     def compile_nothing(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         compiled.append(function)
         return function
 
-    monkeypatch.setattr("taulearn.training.fused.compile_once", compile_nothing)
+    monkeypatch.setattr("taulearn.training.fast.fused.compile_once", compile_nothing)
 
     def options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         return {"penalties": [L1(0.6, proximal=True)], "pruning": Pruning(0.05, every=9)}

@@ -15,7 +15,7 @@ from taulearn.functional import half_mse_loss
 from taulearn.nn import fractional_dnn, resnet
 from taulearn.optim import SteepestDescent
 from taulearn.training import History
-from taulearn.training._layout import Layout
+from taulearn.training.fast.layout import Layout
 
 ATEN = torch.ops.aten
 # inductor's graphs know permute alone

@@ -15,7 +15,7 @@ import taulearn
 from taulearn import Pruning, parameter_groups
 from taulearn.penalties import L1, StageCost
 from taulearn.training import History, Interrupted, StopTraining
-from taulearn.training.fused import FusedSGD
+from taulearn.training.fast.fused import FusedSGD
 from training.support import LOSS, assert_same_history, assert_same_weights, digits, network, run_fit
 from training.test_fused import assert_close
 
@@ -24,7 +24,7 @@ OPTIONS = {"dtype": torch.float64, "hidden_layers": 4, "init": [0.35, 0.06, 0.44
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taulearn.training.fused.compile_once", lambda function, **_: function)
+    monkeypatch.setattr("taulearn.training.fast.fused.compile_once", lambda function, **_: function)
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_a_model_that_a_callback_pruned_without_the_optimizer_is_noticed() -> No
 
 
 def test_the_steps_alone_decide_what_is_asked_of_them() -> None:
-    from taulearn.training.pruner import Pruner
+    from taulearn.adaptivity.controller import Pruner
 
     model = network(**OPTIONS)
     pruner = Pruner(Pruning(0.05, every=1), model, torch.optim.SGD(model.parameters(), lr=0.1), 1, 1)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from taulearn.training import _products
-from taulearn.training._layout import Layout
-from taulearn.training.compiler import compile_once
+from taulearn.training.fast import products as _products
+from taulearn.training.fast.compiler import compile_once
+from taulearn.training.fast.layout import Layout
 
 SMALL = torch.ops.taulearn.small_product.default
 SHAPES = [(2, 2, 2), (3, 17, 5), (7, 2, 3), (5, 16, 16), (6, 64, 4), (13, 48, 31), (100, 100, 100), (9, 113, 20)]

@@ -31,7 +31,7 @@ def trained(policy: Pruning, *, model: Any = None, epochs: int = 10, lr: float =
 
 @pytest.fixture(autouse=True)
 def one_millisecond_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taulearn.training.pruner.layer_milliseconds", lambda model, layers, _: ((1.0,) * 8, 9.0))
+    monkeypatch.setattr("taulearn.adaptivity.controller.layer_milliseconds", lambda model, layers, _: ((1.0,) * 8, 9.0))
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_the_run_records_it_until_it_is_gone_on_with(kind: str, tmp_path: Path) 
 
 def test_layers_of_which_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last epoch ends, and layers are still there."""
-    monkeypatch.setattr("taulearn.training.pruner.Pruner.prune", lambda *_: None)
+    monkeypatch.setattr("taulearn.adaptivity.controller.Pruner.prune", lambda *_: None)
     with pytest.warns(UserWarning, match="8 blocks are left, target_blocks=2 asked for: the other layers must stay"):
         trained(BLOCKS, epochs=2)
 
@@ -139,7 +139,7 @@ def test_layers_that_the_user_deleted_count(kind: str) -> None:
 
 @pytest.mark.filterwarnings("always:the target of pruning")
 def test_the_command_line_says_it(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taulearn.training.pruner.Pruner.prune", lambda *_: None)
+    monkeypatch.setattr("taulearn.adaptivity.controller.Pruner.prune", lambda *_: None)
     small = ["--hidden-layers", "4", "--width", "4", "--epochs", "1", "--batch-size", "800"]
     code = main(["train", *small, "--prune-blocks", "2", "--run", str(tmp_path / "run")])
     captured = capsys.readouterr()

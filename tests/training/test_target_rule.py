@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from taulearn.training.target import Target
+from taulearn.adaptivity.target import Target
 
 
 def target(penalised: str = "next", number: int = 6, excess: float = 3.0, **options: Any) -> Target:

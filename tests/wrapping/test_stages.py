@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from taulearn import Pruning, fit, prune, wrap
+from taulearn.depth.wrapped_states import intermediate_outputs, record_states, skipping
 from taulearn.penalties import L1, StageCost
-from taulearn.wrapping.stages import intermediate_outputs, record_states, skipping
 from wrapping.hosts import Block, Host, evaluated, every_host, tensor
 
 

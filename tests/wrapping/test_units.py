@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from taulearn import load_model, prune, save_model, unwrap, wrap
 from taulearn._calls import call
 from taulearn.wrapping import anneal_to_one, fold_units, wrapping_of
-from taulearn.wrapping.units import DisplacementUnits
+from taulearn.wrapping.displacement import DisplacementUnits
 from wrapping.hosts import BY_NAME, Block, Host, evaluated, every_host, tensor
 
 PRETRAINED = [BY_NAME["vit"], BY_NAME["gpt2"]]

@@ -3,16 +3,16 @@
 Results are dataclasses that print as tables; figures are drawn from them alone.
 """
 
-from .decision import DepthDecision as DepthDecision, choose_layers as choose_layers
-from .depth import (
+from ..depth.choose_layers import DepthDecision as DepthDecision, choose_layers as choose_layers
+from ..depth.exits import EarlyExit as EarlyExit, early_exit as early_exit
+from ..depth.profile import (
     DepthProfile as DepthProfile,
     depth_profile as depth_profile,
     depth_statistics as depth_statistics,
 )
-from .exits import EarlyExit as EarlyExit, early_exit as early_exit
-from .figure import plot_propagation as plot_propagation, propagation_figure as propagation_figure
 from .gradients import GradientPropagation as GradientPropagation, gradient_propagation as gradient_propagation
 from .overview import Summary as Summary, summary as summary
+from .propagation_figure import plot_propagation as plot_propagation, propagation_figure as propagation_figure
 from .recursions import (
     dense_gradients as dense_gradients,
     feedforward_gradients as feedforward_gradients,

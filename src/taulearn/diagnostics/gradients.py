@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from .._errors import unknown_name
 from .._table import format_table
 from .._undisturbed import evaluation
-from ..penalties import time_steps_of
-from ._models import check_batch, differentiable, layers_of, scheme_of, states_of
-from ._products import Graph, by_matrices, by_products
+from ..depth.layers import check_batch, differentiable, layers_of, scheme_of, states_of
+from ..nn.time_steps import time_steps_of
+from .jacobian_products import Graph, by_matrices, by_products
 
 METHODS = ("auto", "exact", "products")
 # Widths up to it: "exact". A decomposition then takes milliseconds, and the rows fit into memory.

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import caputo
-from .._adjoint_parts import WeightDerivatives
+from ..caputo.weight_derivatives import WeightDerivatives
 
 Jacobians = Sequence[Float[Tensor, "*batch width width"]]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import tomli_w
 
-from .._devices import machine
 from ..files import write_bytes
+from ..training.devices import machine
 from .reproduce import Judged, draw, tabulate, write_claims
 from .results import Results
 from .suite import Suite

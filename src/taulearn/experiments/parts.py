@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, StepLR
 
 from .. import data, penalties
-from .._devices import usable_device
 from .._errors import unknown_name
+from ..adaptivity.policies import Pruning
 from ..data import Samples
 from ..data.catalog import CATALOGUE
 from ..functional import half_mse_loss
@@ -19,7 +19,7 @@ from ..nn.builders import BUILDERS
 from ..nn.convolutional import resnet_v2
 from ..nn.network import TimeVariableNetwork
 from ..optim import SteepestDescent, parameter_groups
-from ..pruning import Pruning
+from ..training.devices import usable_device
 from ..training.objective import Loss
 from .config import TrainConfig
 from .consistency import FAST_FROM

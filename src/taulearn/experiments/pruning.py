@@ -7,15 +7,16 @@ from typing import Literal
 
 from torch import nn
 
-from .._policy import check_one_decides
+from ..adaptivity.coarsen import PruneReport, prune
+from ..adaptivity.estimate import shares
+from ..adaptivity.policies import check_one_decides
 from ..calibration import norms_in, recalibrate_
-from ..diagnostics.decision import DepthDecision, choose_layers
+from ..depth.choose_layers import DepthDecision, choose_layers
+from ..depth.truncate import truncate
 from ..nn.network import TimeVariableNetwork
-from ..pruning import PruneReport, prune, shares
 from ..saving import save_model
 from ..training import evaluate
 from ..training.objective import as_float
-from ..truncation import truncate
 from . import parts
 from .finished import finished_run
 

@@ -32,11 +32,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import caputo, functional
+from ..adaptivity.policies import Pruning
 from ..nn.network import TimeVariableNetwork
 from ..nn.schemes import Fractional
 from ..nn.skips import Skips
 from ..nn.time_steps import TimeSteps
-from ..pruning import Pruning
 from .config import TrainConfig
 
 

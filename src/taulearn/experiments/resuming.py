@@ -1,7 +1,7 @@
 """What may be changed in a run's settings before it is resumed, and what may not."""
 
 from ..training.checkpoint import read_start
-from ..training.run import Run
+from ..training.run_folder import Run
 from .config import TrainConfig
 
 MAY_CHANGE = {"epochs", "threads", "device", "checkpoint_every", "trace", "tensorboard"}

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._deletion import prunable_of
 from .._distributed import refuse_distributed
 from .._errors import unknown_name
+from ..adaptivity.transaction import prunable_of
 from ..files import move, write_bytes
-from ..penalties import time_steps_of
+from ..nn.time_steps import time_steps_of
 from ..saving import load_model, save_model
 from .arguments import answers, arguments, inference_copy
 from .check import compare, outputs_on

@@ -11,12 +11,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .._deletion import prunable_of
+from ..adaptivity.coarsen import prune
+from ..adaptivity.transaction import prunable_of
 from ..files import tensor_bytes
 from ..nn.following import ORIGIN, RECORD, Follower, set_follower
-from ..nn.time_steps import TimeSteps
-from ..penalties import time_steps_of
-from ..pruning import prune
+from ..nn.time_steps import TimeSteps, time_steps_of
 
 
 def models_with_time_steps(module: nn.Module) -> dict[str, nn.Module]:

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .._deletion import all_or_nothing
 from .._distributed import refuse_distributed
-from .._optimizers import check_holds, check_holds_steps
+from ..adaptivity.coarsen import PruneReport, prune
+from ..adaptivity.controller import Pruner
+from ..adaptivity.optimizer_state import check_holds, check_holds_steps
+from ..adaptivity.policies import Pruning
+from ..adaptivity.target import SteeredL1
+from ..adaptivity.transaction import all_or_nothing
+from ..nn.time_steps import time_steps_of
 from ..optim import group_of, register_projection
 from ..optim.groups import overflows
-from ..penalties import Penalty, time_steps_of
-from ..pruning import PruneReport, Pruning, prune
-from ..training.checks import check_pruning
+from ..penalties import Penalty
+from ..training.check_arguments import check_pruning
 from ..training.history import Deletion, History, Recorder
 from ..training.objective import as_penalties
-from ..training.pruner import Pruner
-from ..training.target import SteeredL1
 from .checkpoints import models_with_time_steps
 
 

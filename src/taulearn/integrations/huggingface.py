@@ -13,11 +13,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .._optimizers import bare
+from ..adaptivity.optimizer_state import bare
+from ..adaptivity.policies import Pruning
 from ..files import write_tensors
 from ..nn.following import ORIGIN, Follower, follower_of
 from ..penalties import Penalty
-from ..pruning import Pruning
 from ..training.history import History
 from ..training.plain import from_plain, to_plain
 from ..wrapping.configurations import is_pretrained

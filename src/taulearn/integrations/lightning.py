@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..adaptivity.policies import Pruning
+from ..nn.time_steps import time_steps_of
 from ..optim import group_of
-from ..penalties import Penalty, time_steps_of
-from ..pruning import Pruning
+from ..penalties import Penalty
 from ..training.history import History
 from ..training.step import SEARCHING
 from .checkpoints import mark_states

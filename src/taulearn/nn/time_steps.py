@@ -201,3 +201,29 @@ class TimeSteps(nn.Module):
         if self.origin != tuple(range(self.num_steps)):
             parts.append(f"origin={self.origin}")
         return ", ".join(parts)
+
+
+def time_steps_of(model: nn.Module) -> TimeSteps:
+    """The time steps of a model.
+
+    Args:
+        model: A TimeVariableNetwork or a wrapped model.
+
+    Returns:
+        Its ``time_steps``.
+
+    Raises:
+        TypeError: If it has none.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> time_steps_of(resnet(2, 3, 1, 4)).num_steps
+        4
+    """
+    steps = getattr(model, "time_steps", None)
+    if not isinstance(steps, TimeSteps):
+        raise TypeError(
+            f"model must have time steps, got {type(model).__name__}: build it with taulearn.nn, or wrap it with "
+            "taulearn.wrap"
+        )
+    return steps

@@ -7,8 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._optimizers import LACKING, bare, check_current, check_holds, check_holds_steps, parameters_held, with_inner
-from ..penalties import Penalty, time_steps_of
+from ..adaptivity.optimizer_state import (
+    LACKING,
+    bare,
+    check_current,
+    check_holds,
+    check_holds_steps,
+    parameters_held,
+    with_inner,
+)
+from ..nn.time_steps import time_steps_of
+from ..penalties import Penalty
 from .projections import Projection
 from .steepest_descent import SteepestDescent
 

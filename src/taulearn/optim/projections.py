@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._optimizers import bare
+from ..adaptivity.optimizer_state import bare
 from ..penalties import Penalty
 
 

@@ -17,10 +17,16 @@ References:
     [3] Püttschneider, Heilig, Fischer, Faulwasser (2025), Towards an optimal control perspective of ResNet training.
 """
 
-from .base import Penalty as Penalty, time_steps_of as time_steps_of
-from .stage_cost import StageCost as StageCost
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ..nn.time_steps import time_steps_of as time_steps_of
+from .base import Penalty as Penalty
 from .steps import L1 as L1, L2 as L2, ElasticNet as ElasticNet, TimeHorizon as TimeHorizon
 from .weights import BiasOrdering as BiasOrdering, GroupLasso as GroupLasso, WeightElasticNet as WeightElasticNet
+
+if TYPE_CHECKING:
+    from ..depth.stage_cost import StageCost as StageCost
 
 __all__ = [
     "L1",
@@ -34,3 +40,10 @@ __all__ = [
     "WeightElasticNet",
     "time_steps_of",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """StageCost, imported when asked for: it needs the intermediate outputs of any model, and so most rooms."""
+    if name == "StageCost":
+        return import_module("..depth.stage_cost", __name__).StageCost
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

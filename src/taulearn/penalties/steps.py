@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from .._errors import is_number
 from ..functional import soft_threshold
-from ..nn.time_steps import TimeSteps
-from .base import Penalty, non_negative, time_steps_of
+from ..nn.time_steps import TimeSteps, time_steps_of
+from .base import Penalty, non_negative
 
 
 class _StepPenalty(Penalty):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .base import Penalty, non_negative, time_steps_of
+from ..nn.time_steps import time_steps_of
+from .base import Penalty, non_negative
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:

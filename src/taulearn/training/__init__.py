@@ -5,4 +5,4 @@ from .fitting import fit as fit
 from .history import Deletion as Deletion, History as History
 from .metrics import accuracy as accuracy, evaluate as evaluate
 from .ranks import RankLost as RankLost, RanksDisagree as RanksDisagree
-from .run import Run as Run
+from .run_folder import Run as Run

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from .._optimizers import check_follows, with_inner
+from ..adaptivity.coarsen import prune
+from ..adaptivity.controller import Pruner
+from ..adaptivity.optimizer_state import check_follows, with_inner
 from ..files import check_tensors, read_tensors, write_tensors
-from ..penalties import time_steps_of
-from ..pruning import prune
-from ..wrapping.host import drop_units, wrapping_of
-from .checks import disagreements
+from ..nn.time_steps import time_steps_of
+from ..wrapping.wrapped_model import drop_units, wrapping_of
+from .check_arguments import disagreements
 from .history import History
 from .plain import from_plain, to_plain
-from .pruner import Pruner
 
 FORMAT = 1
 KEPT = 2

@@ -7,9 +7,9 @@ import numpy as np
 
 from .._counting import Counting
 from .batches import LoaderBatches, TensorBatches
+from .check_data import bad_sample, ignored_batch
 from .events import Diverged
 from .history import History
-from .inspection import bad_sample, ignored_batch
 
 _REMEDY = (
     "Lower the learning rate (lr, tau_lr), clip gradients (clip_norm), "

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .history import Deletion
-from .run import Run
+from .run_folder import Run
 
 
 class Diverged(ArithmeticError):

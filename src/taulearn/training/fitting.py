@@ -10,25 +10,34 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from .._devices import usable_device
 from .._distributed import refuse_distributed
-from .._optimizers import bare
+from ..adaptivity.controller import Pruner
+from ..adaptivity.optimizer_state import bare
+from ..adaptivity.policies import Pruning
+from ..nn.time_steps import time_steps_of
 from ..optim.projections import check_projections
-from ..penalties import Penalty, time_steps_of
-from ..pruning import Pruning
+from ..penalties import Penalty
 from .batches import TensorBatches, make_batches
+from .check_arguments import (
+    bare_scheduler,
+    check_callbacks,
+    check_optimizer,
+    check_options,
+    check_parts,
+    check_pruning,
+    terms,
+)
+from .check_data import check_data, check_loss
 from .checkpoint import Parts, check_contents
-from .checks import bare_scheduler, check_callbacks, check_optimizer, check_options, check_parts, check_pruning, terms
+from .devices import usable_device
 from .events import EpochEnd
 from .history import History
-from .inspection import check_data, check_loss
 from .interruption import announced
 from .loop import Loop, Settings
 from .metrics import Metric, choose_metrics
 from .objective import Loss, Objective, StepOptions, as_float, as_penalties, input_dtype, losses_of
 from .parallel import begin_pruning, check_shares, has_whole_batches, joined, open_alike
-from .pruner import Pruner
-from .run import Run, tidy
+from .run_folder import Run, tidy
 from .tensorboard import TensorBoard
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .events import Interrupted
-from .run import Run
+from .run_folder import Run
 
 
 @contextmanager

@@ -11,25 +11,25 @@ import numpy as np
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ..adaptivity.controller import Pruner
+from ..nn.time_steps import time_steps_of
 from ..optim import register_projection
 from ..optim.projections import suspended_projections
-from ..penalties import time_steps_of
 from .batches import LoaderBatches, TensorBatches
+from .check_arguments import steps_each_iteration
+from .check_data import check_validation
 from .checkpoint import Parts, Position, Start, drop_old, load_checkpoint, save_checkpoint
-from .checks import steps_each_iteration
-from .compiler import worth_compiling
 from .divergence import cause_in, diverged
 from .events import Diverged, EpochEnd, Interrupted, StopTraining
+from .fast.compiler import worth_compiling
 from .history import Deletion, History, Recorder
-from .inspection import check_validation
 from .interruption import deferred
 from .metrics import Metric, evaluate
 from .objective import Objective, StepOptions
 from .parallel import prune_alike
 from .progress import Progress, epoch_line, layers_left
-from .pruner import Pruner
 from .ranks import CHANGED, Ranks
-from .run import Run
+from .run_folder import Run
 from .step import Engine
 
 _FLUSH_EVERY = 1000

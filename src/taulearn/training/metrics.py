@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from .._counting import IGNORED, Counting, Mean, accuracy as accuracy, counted, watched
 from .._undisturbed import evaluation
-from ..penalties import time_steps_of
+from ..nn.time_steps import time_steps_of
 from .batches import Batch, LoaderBatches, make_batches
-from .inspection import check_loss
+from .check_data import check_loss
 from .objective import Loss, as_float, input_dtype
 
 Metric = Callable[[Any, Tensor], Tensor]

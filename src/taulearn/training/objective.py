@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._counting import BY_SAMPLES, Counting
-from .._stages import forward_with_states
+from ..adaptivity.target import SteeredL1
+from ..depth.states import forward_with_states
 from ..nn.network import TimeVariableNetwork
-from ..penalties import Penalty, StageCost, time_steps_of
-from .target import SteeredL1
+from ..nn.time_steps import time_steps_of
+from ..penalties import Penalty, StageCost
 
 Loss = Callable[[Any, Tensor], Tensor]
 

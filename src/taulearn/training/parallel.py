@@ -14,11 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from .._errors import first_line
-from ..pruning import DeletedLayer, PruneReport
+from ..adaptivity.coarsen import DeletedLayer, PruneReport
+from ..adaptivity.controller import Pruner
 from .batches import LoaderBatches, TensorBatches
-from .pruner import Pruner
 from .ranks import CHANGED, TIMEOUT, Ranks
-from .run import Run
+from .run_folder import Run
 
 _PATIENCE = timedelta(hours=24)
 _DRAWING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)

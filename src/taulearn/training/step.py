@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adaptivity.controller import Pruner
+from ..nn.time_steps import time_steps_of
 from ..optim import SteepestDescent
-from ..penalties import time_steps_of
 from ..wrapping.folding import fold_average
 from .batches import LoaderBatches, TensorBatches
-from .compiler import compile_once
-from .fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fused, why_not_pure
-from .line_search import CompiledValues
+from .fast.compiler import compile_once
+from .fast.fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fused, why_not_pure
+from .fast.line_search import CompiledValues
 from .objective import Objective, StepOptions, autocast_of
 from .parallel import has_whole_batches, start_epoch
-from .pruner import Pruner
 from .ranks import Ranks
 
 SEARCHING = (torch.optim.LBFGS, SteepestDescent)

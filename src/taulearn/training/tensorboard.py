@@ -4,9 +4,9 @@ import functools
 import os
 from pathlib import Path
 
-from ..penalties import time_steps_of
+from ..nn.time_steps import time_steps_of
 from .events import EpochEnd
-from .run import Run
+from .run_folder import Run
 
 
 class TensorBoard:

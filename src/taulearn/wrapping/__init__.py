@@ -19,7 +19,7 @@ host           what a wrapped model keeps, and what pruning asks of it
 api            the public functions
 """
 
-from .api import unwrap as unwrap, wrap as wrap
-from .blocks import PassThrough as PassThrough
+from .block import PassThrough as PassThrough
 from .folding import anneal_to_one as anneal_to_one, fold_units as fold_units
-from .host import Wrapping as Wrapping, wrapping_of as wrapping_of
+from .wrap_model import unwrap as unwrap, wrap as wrap
+from .wrapped_model import Wrapping as Wrapping, wrapping_of as wrapping_of

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .._calls import call as call_model
-from .blocks import PassThrough
+from .block import PassThrough
 from .observation import tensors_in
 
 STEPS = "time_steps."

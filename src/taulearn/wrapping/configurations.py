@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from .structure import LISTS, Shortened
+from .remove_blocks import LISTS, Shortened
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "num_hidden_groups")
 _ENCODER_COUNTS = ("encoder_layers", "num_encoder_layers")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import IN_PLACE
+from .block import IN_PLACE
 from .probe import Call, Key, Probe, kind
 from .state_path import OUTSIDE, follow_states
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .._deletion import check_averaged
 from .._errors import is_number
-from .host import drop_units, wrapping_of
+from ..adaptivity.transaction import check_averaged
+from .wrapped_model import drop_units, wrapping_of
 
 
 @torch.no_grad()

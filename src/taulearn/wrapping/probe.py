@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._calls import call as call_model, forwards
 from .._undisturbed import undisturbed
-from .state import CUSTOMARY, Form, entries, parameter_names
+from .state_argument import CUSTOMARY, Form, entries, parameter_names
 
 Key = tuple[int, int]
 """A tensor at one moment: its identity, and the number of in-place changes so far."""

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .._deletion import WRAPPING
 from .._undisturbed import undisturbed
+from ..adaptivity.transaction import WRAPPING
 from .comparison import STEPS, Description, in_short, other_outputs, other_values
 from .configurations import is_pretrained
 

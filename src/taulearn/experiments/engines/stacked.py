@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from ..._choice import shares_of
+from ...adaptivity.estimate import shares_of
 from ...nn.network import TimeVariableNetwork
 from ...training.batches import TensorBatches
-from ...training.compiler import compile_once
+from ...training.fast.compiler import compile_once
 from ...training.history import Recorder
 from ...training.metrics import choose_metrics
 from ...training.objective import Objective, as_float

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...pruning import Pruning, prune
+from ...adaptivity.coarsen import prune
+from ...adaptivity.policies import Pruning
 from ...report import write_html
 from ...saving import save_model
 from ...training import Run, evaluate
 from ...training.batches import TensorBatches
-from ...training.compiler import worth_compiling
-from ...training.fused import why_not_pure
+from ...training.fast.compiler import worth_compiling
+from ...training.fast.fused import why_not_pure
 from ...training.history import Deletion, Recorder
 from ...training.objective import Objective, StepOptions
 from ...training.thinning import thinned

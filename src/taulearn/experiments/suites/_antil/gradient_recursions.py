@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...._undisturbed import evaluation
+from ....depth.layers import differentiable
 from ....diagnostics import (
     dense_gradients,
     feedforward_gradients,
@@ -21,8 +22,7 @@ from ....diagnostics import (
     memory_terms,
     residual_gradients,
 )
-from ....diagnostics._models import differentiable
-from ....diagnostics._products import Graph
+from ....diagnostics.jacobian_products import Graph
 from ....nn import TimeVariableNetwork
 from ....nn.builders import FullyConnected
 from ....nn.schemes import Fractional

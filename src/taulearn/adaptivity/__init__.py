@@ -1,0 +1,5 @@
+"""Fewer layers while training: criteria estimate, rules mark, a transaction deletes; policies say when.
+
+The public names are ``taulearn.prune``, ``taulearn.Pruning``, ``taulearn.PruneReport`` and ``taulearn.contribution``.
+Nothing is imported here, as other rooms rest on the transaction alone.
+"""

@@ -1,0 +1,311 @@
+"""Adaptive pruning: a layer whose time step is near zero is the identity and is deleted with all its variables.
+
+Rule (Herberg, Herzog, Koehne 2023, section 3): layer l goes when abs(tau_l)^p < threshold * sum_j abs(tau_j)^p, with
+p = 1 for the residual and p = gamma for the fractional scheme (whose increment is proportional to tau^gamma); smallest
+share first, shares recomputed after each deletion.
+
+Three stages, one function each: the shares (:func:`shares`), the plan (:func:`plan`), the transaction (:func:`prune`).
+"""
+
+import math
+import operator
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from .._distributed import expire, refuse_distributed, wrappers_around
+from .estimate import Criterion as Criterion, contribution as contribution, normalised, scores_of, shares as shares
+from .mark import Budget, plan as plan, within_budget
+from .optimizer_state import check_holds, check_holds_steps, optimizers_in
+from .policies import THRESHOLD, Pruning as Pruning, check_one_decides, check_threshold
+from .transaction import WRAPPING, Prunable as Prunable, Snapshot, check_averaged, delete, prunable_of
+
+_ALL_OF_THEM = (
+    "hand over all that train this model, optimizer=[muon, adamw], the one that holds the time steps among them; or "
+    "freeze the steps, model.time_steps.values.requires_grad_(False)"
+)
+
+
+@dataclass(frozen=True)
+class DeletedLayer:
+    """One deleted layer.
+
+    Attributes:
+        layer: Its number at the start of training, from 0.
+        share: abs(tau)^p over the sum of all layers that existed when it was chosen.
+        factor: What multiplied its layer function: abs(tau), or tau^gamma Gamma(2-gamma); the deletion changes the
+            state by this times the layer's value.
+        parameters: Number of variables that went with it.
+    """
+
+    layer: int
+    share: float
+    factor: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """The result of :func:`prune`; prints as a few lines.
+
+    Attributes:
+        deleted: The deleted layers, in the order of deletion.
+        kept: Positions, before the call, of the layers that stayed.
+        layers_before: Number of layers before.
+        layers_after: Number of layers after.
+        parameters_before: Number of variables before.
+        parameters_after: Number of variables after.
+        optimizer: "none" (not given), "unchanged", "exact" (all state is what it was, bit by bit, without the entries
+            of what was deleted) or "reset" (some of it could not follow and is made anew; the note says what).
+        note: What the reader should know of the accuracy of the deletion, of state of an optimiser that was reset, or
+            of an optimiser that was not given.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> print(prune(resnet(2, 3, 1, 4), keep=[0, 2]))
+        deleted layers 1, 3 (shares 0.25, 0.25): 4 -> 2 layers, 52 -> 26 parameters
+    """
+
+    deleted: tuple[DeletedLayer, ...]
+    kept: tuple[int, ...]
+    layers_before: int
+    layers_after: int
+    parameters_before: int
+    parameters_after: int
+    optimizer: str
+    note: str = ""
+
+    def __bool__(self) -> bool:
+        """Whether anything was deleted."""
+        return bool(self.deleted)
+
+    def __str__(self) -> str:
+        if not self.deleted:
+            return f"no layer deleted: {self.layers_after} layers, {self.parameters_after:,} parameters"
+        plural = "s" if len(self.deleted) > 1 else ""
+        layers = ", ".join(str(d.layer) for d in self.deleted)
+        shares = ", ".join(f"{d.share:.2g}" for d in self.deleted)
+        text = (
+            f"deleted layer{plural} {layers} (share{plural} {shares}): "
+            f"{self.layers_before} -> {self.layers_after} layers, "
+            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
+        )
+        return text + (f"; {self.note}" if self.note else "")
+
+
+def check_prunable(model: nn.Module) -> Prunable:
+    """The model as something that can be pruned, or an error that says why it cannot.
+
+    Args:
+        model: A model with time steps.
+
+    Returns:
+        The same model, or its wrapping.
+
+    Raises:
+        TypeError: If it has no time steps, or is a wrapper of data parallel training.
+        ValueError: If its scheme does not become the identity at tau = 0, it has a single layer, every layer must stay,
+            or its parameters are sharded.
+
+    Example:
+        >>> from taulearn.nn import densenet
+        >>> check_prunable(densenet(2, 3, 1, 4))
+        Traceback (most recent call last):
+        ...
+        ValueError: model has the dense scheme, in which tau = 0 is not the identity: no layer can be deleted; use a ...
+    """
+    refuse_distributed("model", model)
+    found = prunable_of(model)
+    if not all(hasattr(found, name) for name in ("time_steps", "scheme", "fixed_layers", "keep_layers_")):
+        raise TypeError(
+            f"model must be a network with time steps, got {type(model).__name__}: build it with taulearn.nn or wrap "
+            "it with taulearn.wrap, and hand over the network itself, not a wrapper around it"
+        )
+    prunable = cast(Prunable, found)
+    if not prunable.scheme.deletes_exactly:
+        raise ValueError(
+            f"model has the {prunable.scheme.name} scheme, in which tau = 0 is not the identity: "
+            "no layer can be deleted; use a residual or fractional network"
+        )
+    if prunable.time_steps.num_steps == 1:
+        raise ValueError("model has a single layer, which must stay: start deeper, or train without pruning")
+    fixed = prunable.fixed_layers()
+    if len(fixed) == prunable.time_steps.num_steps and len(set(fixed.values())) == 1:
+        raise ValueError(f"model must have a layer that can be deleted, got none: {next(iter(fixed.values()))}")
+    return prunable
+
+
+def prune(
+    model: nn.Module,
+    threshold: float | None = None,
+    *,
+    keep: Iterable[int] | None = None,
+    criterion: str | Criterion | None = None,
+    budget: Budget | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    averaged: AveragedModel | None = None,
+) -> PruneReport:
+    """Delete layers whose time step is near zero, in model, optimisers and averaged model, or in none of them.
+
+    An optimiser goes on with the surviving parameters and their exact state: nothing is rebuilt. If anything fails,
+    all is as before.
+
+    Args:
+        model: A residual or fractional network with time steps, or a wrapped model.
+        threshold: Layers with a smaller share of sum abs(tau)^p are deleted, see the module's text; in (0, 1). None:
+            0.01, where neither ``keep`` nor ``budget`` is given; one of the three decides.
+        keep: Positions (now, from 0) of the layers to keep instead of the rule.
+        criterion: What shares are taken of: "share", abs(tau); "power", abs(tau)^gamma with the scheme's gamma (1 for
+            the residual scheme); a function (tau, model) -> one score >= 0 per layer, such as
+            ``taulearn.contribution(inputs)``. None: "power" for the fractional scheme, else "share".
+        budget: A number of layers to keep, or {"latency_ms": x, "example_inputs": inputs} for
+            as many as a forward pass allows that takes at most x milliseconds, measured here and now in evaluation
+            mode. The layers with the largest shares stay.
+        optimizer: The optimiser of the model's parameters, or a list of all of them where there are several (Muon for
+            the matrices, AdamW for the rest). State that is kept by parameter, and has its shape, follows; what cannot
+            is reset, which the report says. None: there is none; one that was made before holds the old time steps
+            then, and would train tau no more. ``fit`` and the next call of ``prune`` refuse it, and so does the
+            projection of ``register_projection``; a hand-written loop without it does not notice.
+        averaged: Averaged weights of the model, pruned alike.
+
+    Returns:
+        What was done.
+
+    Raises:
+        TypeError: If the model has no time steps, ``keep`` is no list of integers, ``optimizer`` no optimiser, or
+            ``averaged`` no AveragedModel.
+        ValueError: If the threshold lies outside (0, 1) or stands beside ``keep`` or ``budget``, the model cannot be
+            pruned, ``keep`` or ``budget`` leave out a layer that must stay, no deletion meets the latency, no optimiser
+            holds the time steps that train, or one does not hold the model's parameters or keeps its state where it
+            cannot follow.
+
+    References:
+        Herberg, Herzog, Koehne (2023), section 3, adaptive pruning.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(784, 100, 10, 6, init=[0.5, 0.2, 0.001, 0.1, 0.0, 0.2])
+        >>> report = prune(network, 0.01)
+        >>> [d.layer for d in report.deleted], report.parameters_before - report.parameters_after
+        ([4, 2], 20202)
+    """
+    if threshold is not None:
+        check_threshold(threshold)
+    check_one_decides(threshold, keep=keep, budget=budget)
+    prunable = check_prunable(model)
+    model = getattr(model, "_orig_mod", model)
+    optimizers = optimizers_in(optimizer)
+    for each in optimizers:
+        check_holds(each, model)
+    if optimizers:
+        check_holds_steps(optimizers, model, _ALL_OF_THEM)
+    if averaged is not None:
+        check_averaged(averaged, model)
+    models = [model] if averaged is None else [model, averaged.module]
+    before = Snapshot([])  # of no module yet, only whether gradients are recorded: most calls delete nothing
+    measured = callable(criterion) or isinstance(budget, Mapping)
+    try:
+        if measured:
+            before = Snapshot([*models, *wrappers_around(model)], optimizers)  # a criterion or a clock calls the model
+        chosen, note = _choose(prunable, model, threshold, keep, criterion, budget)
+        number, parameters, deleted = prunable.time_steps.num_steps, _count(model), _deleted(prunable, chosen)
+        gone = {i for i, _ in chosen}
+        kept = tuple(i for i in range(number) if i not in gone)
+        state, notes = "unchanged" if optimizers else "none", [note]
+        if deleted:
+            wrappers = wrappers_around(model)
+            before = before if measured else Snapshot([*models, *wrappers], optimizers)
+            if WRAPPING in vars(model):
+                _forget_compiled()
+            state, reset = delete(models, kept, optimizers)
+            expire(wrappers)
+            notes += [*_cautions(prunable, deleted, given=bool(optimizers)), *reset]
+        return PruneReport(
+            deleted,
+            kept,
+            number,
+            len(kept),
+            parameters,
+            _count(model),
+            state,
+            "; ".join(each for each in notes if each),
+        )
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _choose(
+    prunable: Prunable,
+    model: nn.Module,
+    threshold: float | None,
+    keep: Iterable[int] | None,
+    criterion: str | Criterion | None,
+    budget: Budget | None,
+) -> tuple[list[tuple[int, float]], str]:
+    """Positions of what goes, with shares, and what the report says of the choice."""
+    steps, fixed, note = prunable.time_steps, prunable.fixed_layers(), ""
+    scores, exponent = scores_of(criterion, prunable, model)
+    if budget is not None:
+        if keep is not None:
+            raise ValueError("budget must be None where keep is given: keep names the layers already")
+        chosen, note = within_budget(budget, model, steps, exponent, scores, fixed)
+    elif keep is None:
+        chosen = plan(steps, THRESHOLD if threshold is None else threshold, power=exponent, fixed=fixed, scores=scores)
+    else:
+        positions = _positions(keep)
+        if not positions or positions[0] < 0 or positions[-1] >= steps.num_steps:
+            raise ValueError(f"keep must name layers in 0 .. {steps.num_steps - 1}, got {positions}")
+        all_shares = shares(steps, exponent).tolist() if scores is None else normalised(scores)
+        chosen = [(i, all_shares[i]) for i in range(steps.num_steps) if i not in positions]
+    gone = {i for i, _ in chosen}
+    for layer in sorted(gone & fixed.keys()):
+        kept = [i for i in range(steps.num_steps) if i not in gone]
+        raise ValueError(f"keep must contain layer {layer}, got {kept}: {fixed[layer]}")
+    return chosen, note
+
+
+def _deleted(prunable: Prunable, chosen: Iterable[tuple[int, float]]) -> tuple[DeletedLayer, ...]:
+    steps, power = prunable.time_steps, prunable.scheme.step_power
+    tau, gain = steps.tau.detach().double().abs().tolist(), math.gamma(2.0 - power)
+    layers, own = cast(Any, prunable).layers, int(isinstance(steps.values, nn.Parameter))
+    return tuple(
+        DeletedLayer(steps.origin[i], share, gain * tau[i] ** power, own + _count(layers[i])) for i, share in chosen
+    )
+
+
+def _cautions(prunable: Prunable, deleted: Iterable[DeletedLayer], *, given: bool) -> Iterator[str]:
+    """Notes for the report: accuracy, and an optimiser that was not given."""
+    if prunable.scheme.step_power != 1.0:
+        size = sum(d.factor for d in deleted)
+        yield f"error of the order tau^gamma, here {size:.2g} times the size of the deleted layers' values"
+    if not given and prunable.time_steps.values.grad is not None:
+        yield "an optimiser made before this no longer trains tau: hand it over (optimizer=...) or make a new one"
+
+
+def _positions(keep: Iterable[int]) -> list[int]:
+    """The positions to keep in order, each once."""
+    try:
+        if isinstance(keep, str | bytes):
+            raise TypeError
+        return sorted({operator.index(i) for i in keep})
+    except TypeError:
+        raise TypeError(f"keep must be a list of layer numbers, such as [0, 2], got {keep!r}") from None
+
+
+def _forget_compiled() -> None:
+    """torch.compile gives up on a function after eight versions of it: a deletion starts the count anew.
+
+    Whatever is compiled is compiled again on its next call.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,400 @@
+"""Pruning inside the loop: what a policy asks for, carried out on model, optimiser and record together."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from .._calls import layer_milliseconds
+from ..optim import group_of
+from .coarsen import PruneReport, check_prunable, prune
+from .estimate import Criterion, RunningContribution, scores_of, shares, shares_of
+from .optimizer_state import check_follows, with_inner
+from .policies import Pruning
+from .target import SteeredL1, Target, window
+from .transaction import Prunable, prunable_of
+
+_MEASURE_EVERY = 20
+"""Most iterations between two measurements of contributions; one costs about a thirtieth of an iteration."""
+_ENOUGH = 20
+"""Number of measurements after which a layer that was never called is worth a warning."""
+
+
+class Pruner:
+    """A policy at work on one model.
+
+    Args:
+        policy: The policy.
+        model: A model that can be pruned.
+        optimizer: Its optimiser.
+        epochs: Number of epochs.
+        per_epoch: Iterations per epoch.
+
+    Attributes:
+        penalty: The penalty that a target steers, or None.
+        every: Iterations between two looks; None: at the end of each epoch.
+        least: The smallest share at the last look of a policy that goes by the steps, or None.
+
+    Raises:
+        ValueError: If the model, the optimiser or the length of the training does not allow the target.
+    """
+
+    def __init__(
+        self, policy: Pruning, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, per_epoch: int
+    ) -> None:
+        self.policy, self.model, self.optimizer = policy, model, optimizer
+        check_prunable(model)
+        self._check_optimizer()
+        self.penalty: SteeredL1 | None = None
+        self.target: Target | None = None
+        self.every = policy.every if isinstance(policy.every, int) else None
+        if policy.targeted:
+            check_penalised(policy, self.prunable, optimizer)
+            if policy.penalised != "none":
+                self.penalty = SteeredL1(self.prunable.time_steps.values)
+            self._window = window(policy.by, policy.every, epochs, per_epoch)
+            self.every = self._window[2]
+        self.per_epoch = per_epoch
+        self.running = RunningContribution(model) if policy.measured else None
+        self._warned = False
+        self.least: float | None = None
+
+    def _check_optimizer(self) -> None:
+        """Refuse now, rather than at the first deletion, an optimiser that could not follow it."""
+        layers, fixed = cast(Any, self.prunable).layers, self.prunable.fixed_layers()
+        gone = {id(p) for l, layer in enumerate(layers) if l not in fixed for p in layer.parameters()}
+        gone.add(id(self.prunable.time_steps.values))
+        named = {p: name for name, p in self.model.named_parameters()}
+        for each in with_inner([self.optimizer]):
+            check_follows(each, named, gone)
+
+    def begin(self, sample: Any) -> None:
+        """Find out what has to go; to be called once, before training.
+
+        Args:
+            sample: Inputs of one sample, on which a latency is measured unless the policy has others.
+
+        Raises:
+            ValueError: If the target is no less than what the model has, or cannot be reached.
+        """
+        if not self.policy.targeted:
+            return
+        steps, fixed = self.prunable.time_steps, self.prunable.fixed_layers()
+        number, wanted, whole = steps.num_steps, self.policy.target_blocks, 0.0
+        if wanted is not None:
+            if wanted >= number:
+                raise ValueError(
+                    f"target_blocks must be less than {number}, the number of layers of the model, got {wanted}: "
+                    "nothing would go; train without pruning"
+                )
+            if wanted < len(fixed):
+                layer, reason = next(iter(fixed.items()))
+                raise ValueError(
+                    f"target_blocks must be at least {len(fixed)}, the number of layers that must stay, got {wanted}: "
+                    f"layer {layer} stays because {reason}"
+                )
+            costs, excess = (1.0,) * number, float(number - wanted)
+        else:
+            costs, whole = self._measure(sample)
+            excess = self._excess(costs, whole, fixed)
+        by_number = dict(zip(steps.origin, costs, strict=True))
+        numbers = range(max(steps.origin) + 1)
+        self.target = Target(
+            self.policy.penalised, *self._window, [by_number.get(l, 0.0) for l in numbers], excess, whole
+        )
+
+    def _measure(self, sample: Any) -> tuple[tuple[float, ...], float]:
+        inputs = sample if self.policy.example_inputs is None else self.policy.example_inputs
+        return layer_milliseconds(self.model, cast(Any, self.prunable).layers, inputs)
+
+    def _excess(self, costs: tuple[float, ...], whole: float, fixed: Mapping[int, str]) -> float:
+        limit = self.policy.target_latency_ms
+        assert limit is not None
+        free = sorted(costs[i] for i in range(len(costs)) if i not in fixed)
+        smallest = whole - sum(free[1:] if not fixed else free)
+        if limit >= whole:
+            raise ValueError(
+                f"target_latency_ms must be less than the {whole:.3g} ms that a forward pass takes now on this "
+                f"machine, got {limit:g}: nothing would go; train without pruning"
+            )
+        if limit < smallest:
+            raise ValueError(
+                f"target_latency_ms must be at least {smallest:.3g}, what a forward pass takes on this machine with "
+                f"all layers gone that can go (now {whole:.3g} ms), got {limit:g}"
+            )
+        return whole - limit
+
+    @property
+    def prunable(self) -> Prunable:
+        """The model, or its wrapping, as it is now."""
+        found: Prunable = prunable_of(self.model)
+        return found
+
+    @property
+    def measure_every(self) -> int | None:
+        """Iterations between two measurements of contributions, or None."""
+        return None if self.running is None else max(1, min((self.every or self.per_epoch) // 4, _MEASURE_EVERY))
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing can go any more, or nothing has to."""
+        single = self.prunable.time_steps.num_steps == 1
+        return single or (self.target is not None and self.target.reached)
+
+    def due(self, iteration: int, *, epoch_ends: bool) -> bool:
+        """Whether to look at the layers after this iteration, counted from 1."""
+        return not self.over and (epoch_ends if self.every is None else iteration % self.every == 0)
+
+    @property
+    def by_steps(self) -> bool:
+        """Whether the steps alone decide, by a threshold: a record of them tells when a layer had to go."""
+        return not self.policy.targeted and self.running is None and not callable(self.policy.criterion)
+
+    def idle(self, tau: Tensor) -> bool:
+        """Whether, as the policy goes by the steps, no layer has to go with any of these.
+
+        Args:
+            tau: Steps, (times, layers); where one is not finite, the answer is no.
+        """
+        assert self.policy.threshold is not None
+        prunable, fixed = self.prunable, self.prunable.fixed_layers()
+        _, power = scores_of(self.policy.criterion, prunable, self.model)
+        found = shares_of(tau.cpu(), power)[:, [i for i in range(tau.shape[1]) if i not in fixed]]
+        self.least = float(found[-1].min()) if found.numel() else None
+        return bool((found >= float(self.policy.threshold)).all())
+
+    def measuring(self, iteration: int) -> AbstractContextManager[None] | None:
+        """The context of the iteration of this number (from 0), where contributions are measured in it."""
+        every = self.measure_every
+        if self.running is None or every is None or iteration % every or self.over:
+            return None
+        return self.running.measuring()
+
+    def prune(self, iteration: int, averaged: AveragedModel | None) -> PruneReport | None:
+        """Look at the layers: delete what has to go, and let the target steer the penalty.
+
+        Args:
+            iteration: Number of iterations taken.
+            averaged: Averaged weights, pruned alike.
+
+        Returns:
+            What was deleted, or None if nothing was.
+        """
+        if self._waits(iteration):
+            return None
+        options: dict[str, Any] = {"optimizer": self.optimizer, "averaged": averaged}
+        origin = self.prunable.time_steps.origin
+        if self.target is None:
+            assert self.policy.threshold is not None
+            report: PruneReport | None = prune(self.model, self.policy.threshold, criterion=self._criterion, **options)
+        else:
+            report = self._reach(iteration, options)
+        if report:
+            self._follow([origin.index(l) for l in self.prunable.time_steps.origin])
+        if self.target is not None:
+            self._steer(iteration)
+        return report or None
+
+    @property
+    def advice(self) -> str:
+        """What to say where a share of the steps was compared with a threshold, and nothing was ever deleted."""
+        if self.least is None or self.policy.threshold is None:
+            return ""
+        remedy = "; Pruning(target_blocks=..) finds the weight of a penalty by itself"
+        return (
+            f"no layer was deleted: the smallest share was {self.least:.3g}, the threshold {self.policy.threshold:g}"
+            f"{remedy if self.prunable.time_steps.values.requires_grad else ''}"
+        )
+
+    def shortfall(self, iteration: int) -> str:
+        """How far a target is missed where training ends, and what to do; empty where it is reached.
+
+        Args:
+            iteration: Number of iterations taken.
+        """
+        target, policy = self.target, self.policy
+        origin = self.prunable.time_steps.origin
+        if target is None or target.reached:
+            return ""
+        if policy.target_blocks is not None:
+            reached, number = len(origin) <= policy.target_blocks, len(origin)
+            left = f"{number} {'block is' if number == 1 else 'blocks are'} left, target_blocks={policy.target_blocks}"
+        else:
+            assert policy.target_latency_ms is not None
+            now = target.whole - sum(target.costs) + sum(target.costs[layer] for layer in origin)
+            reached = now <= policy.target_latency_ms
+            left = f"{now:.3g} of {target.whole:.3g} ms are left, target_latency_ms={policy.target_latency_ms:g}"
+        when = f"; training ended after iteration {iteration}, and layers go until iteration {target.deadline}"
+        remedy = "train longer, choose an earlier by, or delete more with prune"
+        if iteration >= target.deadline:
+            when, remedy = "", "the other layers must stay, or nothing was known of them: choose another target"
+        return "" if reached else f"the target of pruning is not reached: {left} asked for{when}: {remedy}"
+
+    def follow(
+        self, kept: Sequence[int] | None, target: Mapping[str, Any] | None, averaged: AveragedModel | None
+    ) -> PruneReport | None:
+        """Do what another process's :meth:`prune` did.
+
+        Args:
+            kept: Positions of the layers that it kept; None: all of them.
+            target: The state of its target.
+            averaged: Averaged weights, pruned alike.
+
+        Returns:
+            What was deleted, or None if nothing was.
+        """
+        report = None
+        if kept is not None:
+            report = prune(self.model, keep=kept, optimizer=self.optimizer, averaged=averaged)
+            self._follow(list(kept))
+        self.aim(target)
+        return report
+
+    def aim(self, target: Mapping[str, Any] | None) -> None:
+        """Take over the target of another process.
+
+        Args:
+            target: Its state; None: there is none.
+        """
+        if target is not None:
+            self.target = Target(**target)
+            if self.penalty is not None:
+                self._set_penalty()
+
+    def _reach(self, iteration: int, options: Mapping[str, Any]) -> PruneReport | None:
+        """Delete what the target wants gone now."""
+        assert self.target is not None
+        steps, fixed = self.prunable.time_steps, list(self.prunable.fixed_layers())
+        scores = self._scores()
+        gone = self.target.deletions(iteration, steps.origin, scores, fixed)
+        if iteration == self.target.deadline and not self.target.reached:
+            warnings.warn(
+                f"the target of pruning is not reached at its time, iteration {iteration}: {self.target.gone:g} of "
+                f"{self.target.excess:g} went, and the layers that are left must stay",
+                stacklevel=2,
+            )
+        if not gone:
+            return None
+        kept = [i for i in range(steps.num_steps) if i not in gone]
+        return prune(self.model, keep=kept, criterion=lambda *_: torch.tensor(scores, dtype=torch.float64), **options)
+
+    def _waits(self, iteration: int) -> bool:
+        """Whether to put off deletions, since nothing is known yet of what some layers contribute."""
+        running = self.running
+        if running is None or not running.unseen:
+            return False
+        late = self.target is not None and iteration >= self.target.deadline
+        if late or (running.number >= _ENOUGH and not self._warned):
+            self._warned = True
+            otherwise = "shares of abs(tau) take its place" if late else "nothing is deleted before it is known"
+            layers = [self.prunable.time_steps.origin[l] for l in running.unseen]
+            warnings.warn(
+                f"layers {layers} were called in none of {running.number} measured iterations, so that what they "
+                f"contribute is unknown: {otherwise}",
+                stacklevel=2,
+            )
+        return not late
+
+    def _steer(self, iteration: int) -> None:
+        """Let the target move alpha."""
+        if self.penalty is None or self.target is None:
+            return
+        steps, fixed = self.prunable.time_steps, list(self.prunable.fixed_layers())
+        group = group_of(self.optimizer, steps.values)
+        assert group is not None
+        tau = steps.tau.detach().double().tolist()
+        self.target.steer(iteration, steps.origin, tau, self._scores(), fixed, float(group["lr"]))
+        self._set_penalty()
+
+    def _set_penalty(self) -> None:
+        assert self.penalty is not None
+        assert self.target is not None
+        self.penalty.set(self.target.alpha, self.target.penalised_among(self.prunable.time_steps.origin))
+
+    def _measured(self, _tau: Tensor, _model: nn.Module) -> Tensor:
+        assert self.running is not None
+        return self.running.values
+
+    @property
+    def _criterion(self) -> str | Criterion | None:
+        """The criterion that is handed to ``taulearn.prune``."""
+        if self.running is None:
+            return self.policy.criterion
+        return None if self.running.unseen else self._measured
+
+    def _scores(self) -> list[float]:
+        """The numbers of which shares are taken, one per layer."""
+        scores, power = scores_of(self._criterion, self.prunable, self.model)
+        found: list[float] = shares(self.prunable.time_steps, power).tolist() if scores is None else scores
+        return found
+
+    def _follow(self, kept: list[int]) -> None:
+        if self.running is not None:
+            self.running.keep_(kept)
+        if self.penalty is not None:
+            self.penalty.resize_(self.prunable.time_steps.values)
+
+    def state(self) -> dict[str, Any]:
+        """Plain data and tensors for a checkpoint."""
+        running = self.running
+        return {
+            "target": None if self.target is None else self.target.state(),
+            "contributions": None if running is None else running.values,
+            "measurements": 0 if running is None else running.number,
+            "counts": None if running is None else running.counts,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`, of a run whose layers the model has now.
+
+        Raises:
+            ValueError: If the run had another kind of policy.
+        """
+        kinds = [(state["target"] is None, self.policy.targeted), (state["contributions"] is None, self.running)]
+        if any(absent == bool(wanted) for absent, wanted in kinds):
+            raise ValueError("pruning must be as at the start of the run, got another kind of target or criterion")
+        if state["target"] is not None:
+            self.target = Target(**state["target"])
+            self.every = self.target.every
+        if self.running is not None:
+            self.running.values, self.running.number = state["contributions"], state["measurements"]
+            self.running.counts = list(state.get("counts") or [self.running.number] * len(self.running.values))
+        if self.penalty is not None:
+            self.penalty.resize_(self.prunable.time_steps.values)
+            self._set_penalty()
+
+
+def check_penalised(policy: Pruning, prunable: Prunable, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a policy whose penalty on the steps could not lead to its target.
+
+    Args:
+        policy: One with a target.
+        prunable: What is pruned.
+        optimizer: Its optimiser.
+
+    Raises:
+        ValueError: If the steps do not change, their sum is constant, or the optimiser does not hold them.
+    """
+    steps = prunable.time_steps
+    if policy.penalised == "none":
+        return
+    remedy = "or cut layers off without a penalty, penalised='none'"
+    if steps.constraint == "fixed":
+        raise ValueError(
+            "constraint must not be 'fixed' where a penalty on the steps leads to the target: they do not change; "
+            f"use 'free', {remedy}"
+        )
+    if steps.constraint == "simplex" and policy.penalised == "all":
+        raise ValueError(
+            "constraint must not be 'simplex' with penalised='all': the sum of the steps is constant; "
+            "use penalised='next', or constraint 'free'"
+        )
+    if not steps.values.requires_grad or group_of(optimizer, steps.values) is None:
+        raise ValueError(
+            "optimizer must hold the time steps where a penalty on them leads to the target, got one that does "
+            f"not: make it from taulearn.parameter_groups(model, lr), {remedy}"
+        )

@@ -1,0 +1,191 @@
+"""Which layers a deletion takes: those with the smallest shares, by a threshold or down to a budget."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .._calls import milliseconds
+from .._errors import positive_integer
+from .._undisturbed import Before
+from ..nn.time_steps import TimeSteps
+from .estimate import normalised, shares
+from .transaction import prunable_of
+
+Budget = int | Mapping[str, Any]
+_LATENCY = {"latency_ms", "example_inputs"}
+
+
+def plan(
+    steps: TimeSteps,
+    threshold: float,
+    *,
+    power: float = 1.0,
+    fixed: Iterable[int] = (),
+    scores: Sequence[float] | None = None,
+    number: int | None = None,
+) -> list[tuple[int, float]]:
+    """Which layers the rule deletes: the smallest share first, while one lies below the threshold.
+
+    The shares are computed anew after each deletion.
+
+    Args:
+        steps: The time steps; not changed. A dependent last step takes up what is deleted, simplex steps are projected
+            again.
+        threshold: In (0, 1).
+        power: Exponent of the shares.
+        fixed: Positions that must stay.
+        scores: Shares are taken of these instead of abs(tau)^power.
+        number: Layers are deleted until so many are left, whatever the threshold.
+
+    Returns:
+        Pairs of position (before any deletion) and share at the moment of choice, in the order of deletion; at least
+        one layer stays.
+
+    Example:
+        >>> plan(TimeSteps(4, init=[1.0, 0.004, 0.5, -0.002]), 0.01, fixed=[0])
+        [(3, 0.001328), (1, 0.002660)]
+    """
+    steps = copy.deepcopy(steps)
+    positions = list(range(steps.num_steps))
+    kept_always = set(fixed)
+    chosen = []
+    while len(positions) > (1 if number is None else number):
+        now = shares(steps, power).tolist() if scores is None else normalised([scores[l] for l in positions])
+        candidates = [(share, i) for i, share in enumerate(now) if positions[i] not in kept_always]
+        if not candidates or (number is None and min(candidates)[0] >= threshold):
+            break
+        share, i = min(candidates)
+        chosen.append((positions.pop(i), share))
+        steps.keep_(j for j in range(steps.num_steps) if j != i)
+    return chosen
+
+
+def within_budget(
+    budget: Budget,
+    model: nn.Module,
+    steps: TimeSteps,
+    power: float,
+    scores: list[float] | None,
+    fixed: Mapping[int, str],
+) -> tuple[list[tuple[int, float]], str]:
+    """What a budget deletes.
+
+    Args:
+        budget: As ``prune`` takes it.
+        model: The model.
+        steps: Its time steps.
+        power: Exponent of the shares.
+        scores: What the shares are taken of instead of abs(tau)^power.
+        fixed: Positions that must stay, with reasons.
+
+    Returns:
+        Pairs of position and share, and what the report says of the budget.
+
+    Raises:
+        ValueError: If the budget is none, or cannot be met.
+    """
+    check_budget(budget)
+    number = budget if not isinstance(budget, Mapping) else max(1, len(fixed))
+    if number < len(fixed):
+        layer, reason = next(iter(fixed.items()))
+        raise ValueError(
+            f"budget must be at least {len(fixed)}, the number of layers that must stay, got {number}: "
+            f"layer {layer} stays because {reason}"
+        )
+    if number > steps.num_steps:
+        raise ValueError(
+            f"budget must be at most {steps.num_steps}, the number of layers that there are, got {number}: "
+            "there is nothing to delete"
+        )
+    order = plan(steps, 0.5, power=power, fixed=fixed, scores=scores, number=int(number))
+    notes = []
+    if isinstance(budget, Mapping):
+        deletions, taken = within_latency(model, [i for i, _ in order], steps.num_steps, budget)
+        order = order[:deletions]
+        notes.append(f"a forward pass takes {taken:.3g} ms, allowed are {float(budget['latency_ms']):g}")
+    sizes = shares(steps, power).tolist() if scores is None else scores
+    gone = {i for i, _ in order}
+    left = [size for i, size in enumerate(sizes) if i not in gone and i not in fixed]
+    if gone and left and min(left) <= max(sizes[i] for i in gone) * (1.0 + 1e-9):
+        notes.append(
+            "of layers with equal shares the first went; criterion=taulearn.contribution(inputs) tells them apart"
+        )
+    return order, "; ".join(notes)
+
+
+def check_budget(budget: Budget) -> None:
+    """Refuse what is neither a number of layers nor a latency with example inputs.
+
+    Args:
+        budget: What the caller gave.
+
+    Raises:
+        ValueError: If it is something else, or out of range.
+
+    Example:
+        >>> check_budget(4)
+    """
+    if not isinstance(budget, Mapping):
+        positive_integer("budget", budget, "at least one layer stays")
+        return
+    if set(budget) != _LATENCY:
+        raise ValueError(
+            "budget must be a number of layers or {'latency_ms': x, 'example_inputs': inputs}, "
+            f"got keys {sorted(map(str, budget))}"
+        )
+    limit = budget["latency_ms"]
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0.0 < limit < math.inf:
+        raise ValueError(f"budget['latency_ms'] must be a positive number of milliseconds, got {limit!r}")
+
+
+def within_latency(model: nn.Module, order: Sequence[int], number: int, budget: Mapping[str, Any]) -> tuple[int, float]:
+    """The smallest number of deletions after which a forward pass takes no longer than allowed.
+
+    Deletions are carried out, timed in evaluation mode and undone; by bisection, so that few are tried.
+
+    Args:
+        model: The model, left as it is.
+        order: Positions in the order of deletion.
+        number: Number of layers now.
+        budget: latency_ms and example_inputs.
+
+    Returns:
+        The number of deletions, and the milliseconds measured with it.
+
+    Raises:
+        ValueError: If even with all deletions it takes longer.
+    """
+    limit, taken = float(budget["latency_ms"]), dict[int, float]()
+
+    def time(deletions: int) -> float:
+        if deletions not in taken:
+            gone = set(order[:deletions])
+            taken[deletions] = _time_without(model, gone, number, budget["example_inputs"])
+        return taken[deletions]
+
+    if time(len(order)) > limit:
+        raise ValueError(
+            f"budget['latency_ms'] must be at least what the smallest model takes, got {limit:g}: with "
+            f"{number - len(order)} of {number} layers it takes {time(len(order)):.3g} ms on this machine"
+        )
+    deletions = _smallest(lambda k: time(k) <= limit, len(order))
+    return deletions, time(deletions)
+
+
+def _smallest(fits: Callable[[int], bool], last: int) -> int:
+    """The smallest number up to ``last``, which fits, from which on all fit."""
+    low, high = 0, last
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return high
+
+
+def _time_without(model: nn.Module, gone: set[int], number: int, inputs: Any) -> float:
+    with Before(model).kept(()):  # nothing is copied here: the passes inside put values back themselves
+        if gone:
+            prunable_of(model).keep_layers_([i for i in range(number) if i not in gone])
+        return milliseconds(model, inputs)

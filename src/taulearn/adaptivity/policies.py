@@ -1,0 +1,168 @@
+"""When layers are deleted in training, and how many: the policies that ``fit`` takes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._errors import positive_integer, unknown_name
+
+THRESHOLD = 0.01
+PENALISED = ("next", "all", "none")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """The policy that ``fit`` takes: delete layers with small shares, or reach a target by a given epoch.
+
+    Without a target every layer whose share lies below the threshold is deleted when the model is looked at. With a
+    target the right layers and the right moment are found by a controller: from early in the run to epoch ``by`` layers
+    go one after the other, the one with the smallest share first, each faded out before by a proximal l1 penalty on its
+    step, whose weight alpha the controller steers so that the step is gone in time. Never more layers go than the
+    target asks for, and after it the network trains on unpenalised.
+
+    Args:
+        threshold: Share of the sum of abs(tau), in (0, 1). None: 0.01; with a target it has no place.
+        every: "epoch", or a number of iterations >= 1 (the paper: 1). None: each epoch, with a target a hundredth of
+            the iterations until ``by``.
+        criterion: What shares are taken of: "share", abs(tau); "power"; "contribution", the mean norm of what a layer
+            adds to the state, a running mean measured while training; or a function (tau, model) -> one score >= 0 per
+            layer. None: as for ``taulearn.prune``; with a target "contribution".
+        target_blocks: Number of layers to keep.
+        target_latency_ms: Or milliseconds that a forward pass may take: time of the whole and of each layer are
+            measured when training begins, in evaluation mode; layers go by their share per millisecond until the rest
+            of them takes no longer.
+        example_inputs: What the latency is measured on, as for ``taulearn.prune``. None: one training sample.
+        by: When the target is reached: a number of epochs, or as a float the share of the run, in (0, 1].
+        penalised: What the penalty acts on: "next", the layer to go; "all" layers alike; "none": layers are cut off
+            without a penalty, tau need not train. "all" also shrinks the steps that stay, which have to grow again
+            after the target is reached.
+
+    Raises:
+        ValueError: If an argument lies outside its range or contradicts another one.
+
+    Example:
+        >>> Pruning(0.01, every=100).due(iteration=300, epoch_ends=False)
+        True
+        >>> Pruning(target_blocks=9, by=10).targeted
+        True
+    """
+
+    threshold: float | None = None
+    every: str | int | None = None
+    criterion: str | Callable[[Tensor, nn.Module], Tensor] | None = field(default=None, kw_only=True)
+    target_blocks: int | None = field(default=None, kw_only=True)
+    target_latency_ms: float | None = field(default=None, kw_only=True)
+    example_inputs: Any = field(default=None, kw_only=True, compare=False, repr=False)
+    by: float | int = field(default=0.6, kw_only=True)
+    penalised: str = field(default="next", kw_only=True)
+
+    def __post_init__(self) -> None:
+        every = self.every
+        if every not in ("epoch", None) and (not isinstance(every, int) or every is True or every < 1):
+            raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
+        if self.criterion is not None and not isinstance(self.criterion, str) and not callable(self.criterion):
+            raise TypeError(
+                f"criterion must be a name or a function (tau, model) -> scores, got {self.criterion!r}: "
+                "use 'share', 'power' or 'contribution', or leave it out"
+            )
+        if isinstance(self.criterion, str) and self.criterion not in ("share", "power", "contribution"):
+            raise unknown_name("criterion", self.criterion, ("share", "power", "contribution"))
+        if self.targeted:
+            self._check_target()
+        else:
+            self._check_without_target()
+            object.__setattr__(self, "threshold", THRESHOLD if self.threshold is None else self.threshold)
+            object.__setattr__(self, "every", "epoch" if every is None else every)
+            assert self.threshold is not None
+            check_threshold(self.threshold)
+
+    @property
+    def targeted(self) -> bool:
+        """Whether there is a target."""
+        return self.target_blocks is not None or self.target_latency_ms is not None
+
+    @property
+    def measured(self) -> bool:
+        """Whether contributions are to be measured in training."""
+        return self.criterion == "contribution" or (self.targeted and self.criterion is None)
+
+    def due(self, *, iteration: int, epoch_ends: bool) -> bool:
+        """Whether to prune after this iteration, counted from 1; with a target the controller knows."""
+        return epoch_ends if not isinstance(self.every, int) else iteration % self.every == 0
+
+    def _check_target(self) -> None:
+        if self.target_blocks is not None and self.target_latency_ms is not None:
+            raise ValueError("target_latency_ms must be left out with target_blocks: give the one that matters")
+        name = "target_blocks" if self.target_latency_ms is None else "target_latency_ms"
+        if self.threshold is not None:
+            raise ValueError(
+                f"threshold must be left out with {name}, got {self.threshold!r}: the target says how many layers go"
+            )
+        if self.target_blocks is not None:
+            positive_integer("target_blocks", self.target_blocks, "at least one layer stays")
+            if self.example_inputs is not None:
+                raise ValueError("example_inputs must be left out with target_blocks: they are for measuring a latency")
+        limit = self.target_latency_ms
+        if limit is not None and (
+            isinstance(limit, bool) or not isinstance(limit, int | float) or not 0.0 < limit < math.inf
+        ):
+            raise ValueError(
+                f"target_latency_ms must be a positive number of milliseconds, got {limit!r}: give a float such as 4.0"
+            )
+        if isinstance(self.by, bool) or not isinstance(self.by, int | float):
+            raise ValueError(f"by must be a number of epochs, or a share of the run in (0, 1], got {self.by!r}")
+        if isinstance(self.by, int):
+            positive_integer("by", self.by, "the target is reached after so many epochs")
+        elif not 0.0 < self.by <= 1.0:
+            raise ValueError(
+                f"by must lie in (0, 1] as a float, got {self.by!r}: it is a share of the run; a number of epochs is "
+                "an integer"
+            )
+        if self.penalised not in PENALISED:
+            raise unknown_name("penalised", self.penalised, PENALISED)
+
+    def _check_without_target(self) -> None:
+        for name, default in (("example_inputs", None), ("by", 0.6), ("penalised", "next")):
+            given = getattr(self, name)
+            if given is not default and not (isinstance(given, str | float) and given == default):
+                raise ValueError(
+                    f"{name} must be left out without a target, got {given!r}: give target_blocks or target_latency_ms"
+                )
+
+
+def check_one_decides(threshold: float | None, **others: object) -> None:
+    """Refuse a threshold beside something else that decides what is deleted.
+
+    Args:
+        threshold: What the caller gave, or None.
+        others: The other arguments by name; None where they are not given.
+
+    Raises:
+        ValueError: If both are given.
+
+    Example:
+        >>> check_one_decides(None, keep=[0, 1])
+    """
+    for name, given in others.items():
+        if threshold is not None and given is not None:
+            raise ValueError(f"threshold must be left out where {name} is given, got {threshold}: one of them decides")
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a threshold that is no share.
+
+    Args:
+        threshold: What the caller gave.
+
+    Raises:
+        ValueError: If it lies outside (0, 1).
+
+    Example:
+        >>> check_threshold(0.01)
+    """
+    if not (isinstance(threshold, Real) and 0.0 < threshold < 1.0):
+        raise ValueError(f"threshold must lie in (0, 1), got {threshold!r}: it is a share of sum |tau|")

@@ -1,0 +1,166 @@
+"""The transaction of pruning: layers go from models and optimiser together, or everything stays as it was."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..nn.following import REPLACED, retire
+from ..nn.schemes import Scheme
+from ..nn.time_steps import TimeSteps
+from .optimizer_state import Change, follow, optimizers_in, with_inner
+
+
+class Prunable(Protocol):
+    """The attributes and methods of a model that can be pruned."""
+
+    time_steps: TimeSteps
+    scheme: Scheme
+
+    def fixed_layers(self) -> dict[int, str]:
+        """Positions that must stay, with the reason."""
+
+    def keep_layers_(self, indices: Sequence[int]) -> None:
+        """Delete all other layers."""
+
+
+WRAPPING = "_time_step_wrapping"
+"""The attribute in which a wrapped model keeps its wrapping."""
+
+
+def prunable_of(model: nn.Module) -> Any:
+    """The object that pruning works on: the model, or its wrapping; out of torch.compile's wrapper.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The model's wrapping, or the model, which need not be :class:`Prunable`.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(2, 3, 1, 4)
+        >>> prunable_of(network) is network
+        True
+    """
+    inner = getattr(model, "_orig_mod", model)
+    return vars(inner).get(WRAPPING, inner)
+
+
+def check_averaged(averaged: AveragedModel, model: nn.Module) -> None:
+    """Refuse what is no average of this model.
+
+    Args:
+        averaged: What the caller gave.
+        model: The model.
+
+    Raises:
+        TypeError: If it is no AveragedModel.
+        ValueError: If it averages a model with other parameters.
+
+    Example:
+        >>> check_averaged(AveragedModel(nn.Linear(1, 1)), nn.Linear(1, 1))
+    """
+    if not isinstance(averaged, AveragedModel):
+        given = f"the class {averaged.__name__}" if isinstance(averaged, type) else f"a {type(averaged).__name__}"
+        raise TypeError(
+            f"averaged must be torch's AveragedModel of the model, got {given}: "
+            "write torch.optim.swa_utils.AveragedModel(model)"
+        )
+    shapes, theirs = ([tuple(p.shape) for p in each.parameters()] for each in (model, averaged.module))
+    if shapes != theirs:
+        raise ValueError(
+            "averaged must average this model, got one whose parameters have other shapes: make it from this model, "
+            "and hand it to every call of prune"
+        )
+
+
+class Snapshot:
+    """Modules and optimisers as they are now, to be put back; a deletion changes no tensor, so references suffice.
+
+    Args:
+        models: The modules.
+        optimizers: The optimisers, with all that is inside them.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> before = Snapshot([layer])
+        >>> del layer.weight
+        >>> before.restore()
+        >>> layer.weight.shape
+        torch.Size([1, 1])
+    """
+
+    def __init__(self, models: Sequence[nn.Module], optimizers: Sequence[Any] = ()) -> None:
+        self._models, self._differentiating = models, torch.is_grad_enabled()
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        for model in models:
+            for module in model.modules():
+                self._remember(vars(module))
+                for value in vars(module).values():
+                    self._remember(value)
+        waiting: list[Any] = []
+        for each in with_inner(optimizers):
+            waiting += [vars(each), each.param_groups, getattr(each, "state", {})]
+        while waiting:
+            container = waiting.pop()
+            if self._remember(container) or isinstance(container, tuple):
+                waiting += container.values() if isinstance(container, dict) else container
+
+    def _remember(self, container: Any) -> bool:
+        """Keep what is in a container now; returns whether it is one that was not known."""
+        if not isinstance(container, dict | list | set) or id(container) in self._contents:
+            return False
+        copied = dict(container) if isinstance(container, dict) else [*container]
+        self._contents[id(container)] = (container, copied)
+        return True
+
+    def restore(self) -> None:
+        """Put everything back, into the objects that held it."""
+        for container, content in self._contents.values():
+            now = [*container, *(container.values() if isinstance(container, dict) else ())]
+            then = [*content, *(content.values() if isinstance(content, dict) else ())]
+            if len(now) == len(then) and all(map(is_, now, then)):
+                continue  # also dictionaries that cannot be changed
+            container.clear()
+            if isinstance(container, list):
+                container.extend(content)
+            else:
+                container.update(content)
+        for model in self._models:
+            for parameter in model.parameters():
+                vars(parameter).pop(REPLACED, None)
+        torch.set_grad_enabled(self._differentiating)
+
+
+@contextmanager
+def all_or_nothing(models: Sequence[nn.Module], optimizer: Any = None) -> Iterator[None]:
+    """Put modules and optimisers, none, one or several, back when the body fails; it changes no tensor."""
+    before = Snapshot(models, optimizers_in(optimizer))
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        raise
+
+
+def delete(models: Sequence[nn.Module], kept: Sequence[int], optimizers: Sequence[Any]) -> tuple[str, list[str]]:
+    """Delete the layers and let the optimisers follow; returns a word for their state, and what of it was reset."""
+    model = models[0]
+    steps = prunable_of(model).time_steps
+    old, before = steps.values, {p: name for name, p in model.named_parameters()}
+    own = list(kept[:-1] if steps.constraint == "dependent" else kept)
+    for each in models:
+        prunable_of(each).keep_layers_(kept)
+    new = steps.values
+    index = torch.tensor(own, dtype=torch.long, device=old.device)
+    if old.grad is not None:
+        new.grad = old.grad[index]
+    retire(old)
+    after = {p: name for name, p in model.named_parameters()}
+    reset = follow(optimizers, Change(old, new, index, before, after))
+    return ("reset" if reset else "exact") if optimizers else "none", reset

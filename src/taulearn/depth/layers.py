@@ -1,0 +1,106 @@
+"""What the diagnostics ask of a model, and the conditions under which they look at it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..adaptivity.transaction import prunable_of
+from ..nn.time_steps import TimeSteps, time_steps_of
+from ..wrapping.wrapped_model import wrapping_of
+from .wrapped_states import record_states
+
+
+class HasStates(Protocol):
+    """A model with learned time steps that shows its states."""
+
+    def states(self, x: Tensor) -> list[Tensor]:
+        """y_1 .. y_N."""
+
+
+class BlockStates:
+    """The states of a wrapped model: what its blocks return, with their steps, caught on the way through.
+
+    Args:
+        model: The wrapped model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def states(self, x: Tensor) -> list[Tensor]:
+        """y_1 .. y_N of one forward pass."""
+        return record_states(self.model, x)[1][1:]
+
+
+def states_of(model: nn.Module) -> HasStates:
+    """The states of a network built by this package or wrapped by it."""
+    time_steps_of(model)
+    if callable(getattr(model, "states", None)):
+        return cast(HasStates, model)
+    if wrapping_of(model) is None:
+        raise TypeError(
+            f"network must have a method states(x) -> [y_1, .., y_N], got {type(model).__name__} without: build it "
+            "with taulearn.nn, or wrap it"
+        )
+    return BlockStates(model)
+
+
+def layers_of(model: nn.Module) -> Sequence[nn.Module]:
+    """The layer functions, one per time step."""
+    steps = time_steps_of(model)
+    layers = getattr(prunable_of(model), "layers", None)
+    if not isinstance(layers, nn.ModuleList | tuple) or len(layers) != steps.num_steps:
+        raise TypeError(
+            f"model must have layers, one per time step, got {type(model).__name__} with {steps.num_steps} steps: "
+            "build it with taulearn.nn"
+        )
+    return list(layers)
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[Tensor]:
+    """All parameters require gradients, and the effective steps are a leaf of their own; everything is put back after.
+
+    Yields:
+        The leaf, tau (N,), whatever the constraint.
+    """
+    steps = time_steps_of(model)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    own = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(steps).items()}
+    tau = nn.Parameter(steps.tau.detach().clone())
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(True)
+        steps.constraint = "free"
+        steps.values = tau
+        # The other attention kernels can be differentiated once only. In forward mode fractional networks take their
+        # plain path: the blocked one can be differentiated once only, and not with respect to single states.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            yield tau
+    finally:
+        vars(steps).clear()
+        vars(steps).update(own)
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+
+
+def check_batch(inputs: Tensor) -> None:
+    """Refuse what is no batch."""
+    if inputs.ndim < 2 or len(inputs) == 0:
+        raise ValueError(
+            f"inputs must be a batch (samples, ...) of at least one sample, got shape {tuple(inputs.shape)}: for one "
+            "sample take inputs.unsqueeze(0)"
+        )
+
+
+def scheme_of(model: nn.Module) -> tuple[str, float]:
+    """Name of the scheme, and the power with which its step multiplies the layer function."""
+    scheme = getattr(prunable_of(model), "scheme", None)
+    steps: TimeSteps | None = getattr(model, "time_steps", None)
+    assert steps is not None
+    return getattr(scheme, "name", type(model).__name__), float(getattr(scheme, "step_power", 1.0))

@@ -1,0 +1,102 @@
+"""Cutting a network after some of its layers, so that it computes its intermediate output and nothing else.
+
+The layers from the cut on go with all their variables, also those whose skips are no identities: these skips are a part
+of the head from then on. The cut network is the one with tau_l = 0 for all l >= k (residual and fractional schemes).
+
+References:
+    Püttschneider, Heilig, Fischer, Faulwasser (2025), Towards an optimal control perspective of ResNet training.
+"""
+
+import copy
+import math
+
+from torch import nn
+
+from .._errors import positive_integer
+from ..adaptivity.coarsen import DeletedLayer, PruneReport, prune
+from ..adaptivity.estimate import shares
+from ..adaptivity.transaction import Snapshot
+from ..nn.following import retire
+from ..nn.network import TimeVariableNetwork
+from ..wrapping.wrapped_model import wrapping_of
+
+
+def truncate(model: nn.Module, depth: int) -> PruneReport:
+    """Cut a model after its first ``depth`` layers, in place.
+
+    Args:
+        model: A TimeVariableNetwork of any scheme, or a wrapped model.
+        depth: Number of layers to keep, at least 1; all: nothing is done.
+
+    Returns:
+        What was deleted. An optimiser made before still holds what is gone: make a new one to train on.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If there are not so many layers, the steps are bound to add up to the horizon with constraint
+            "dependent", or the blocks of a wrapped model cannot be deleted.
+
+    Example:
+        >>> import torch
+        >>> from taulearn.nn import resnet
+        >>> network, x = resnet(2, 3, 1, 4), torch.ones(5, 2)
+        >>> expected = network.intermediate_outputs(x)[2]
+        >>> print(truncate(network, 2))
+        deleted layers 3, 2 (shares 0.25, 0.25): 4 -> 2 layers, 52 -> 26 parameters
+        >>> torch.allclose(network(x), expected)
+        True
+    """
+    depth = positive_integer("depth", depth, "a network needs at least one layer")
+    steps = getattr(model, "time_steps", None)
+    number = 0 if steps is None else steps.num_steps
+    if steps is not None and depth > number:
+        raise ValueError(f"depth must be at most {number}, the number of layers, got {depth}")
+    if wrapping_of(model) is not None:
+        return prune(model, keep=range(depth))
+    if not isinstance(model, TimeVariableNetwork):
+        behind = " behind torch.compile: give the model that it was compiled from"
+        hint = behind if hasattr(model, "_orig_mod") else ": build it with taulearn.nn, or wrap it with taulearn.wrap"
+        raise TypeError(f"model must be a TimeVariableNetwork or a wrapped model, got {type(model).__name__}{hint}")
+    if depth < number and model.time_steps.constraint == "dependent":
+        raise ValueError(
+            "model must not have the constraint 'dependent', in which the last step takes up what is cut: train with "
+            "'free'"
+        )
+    before = Snapshot([model])
+    try:
+        deleted, parameters = _deleted(model, depth), _count(model)
+        simplex = depth < number and model.time_steps.constraint == "simplex"
+        note = "the steps that are left were projected, so that they add up to the horizon" if simplex else ""
+        if depth < number:
+            _cut(model, depth)
+        return PruneReport(deleted, tuple(range(depth)), number, depth, parameters, _count(model), "none", note)
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _deleted(network: TimeVariableNetwork, depth: int) -> tuple[DeletedLayer, ...]:
+    steps, power = network.time_steps, network.scheme.step_power
+    share, tau = shares(steps, power).tolist(), steps.tau.double().abs().tolist()
+    own, gain = int(isinstance(steps.values, nn.Parameter)), math.gamma(2.0 - power)
+    return tuple(
+        DeletedLayer(steps.origin[l], share[l], gain * tau[l] ** power, own + _count(network.layers[l]))
+        for l in reversed(range(depth, steps.num_steps))
+    )
+
+
+def _cut(network: TimeVariableNetwork, depth: int) -> None:
+    number, skips = len(network.layers), copy.deepcopy(network.skips)
+    maps = [skips.past(l) for l in range(depth, number) if not skips.unchanged(l)]
+    if maps:
+        ends = list(network.head) if type(network.head) is nn.Sequential else [network.head]
+        network.head = nn.Sequential(*maps, *ends)
+    kept = range(depth)
+    retire(network.time_steps.values)
+    network.time_steps.keep_(kept)
+    network.skips.keep_(kept)
+    network.layers = nn.ModuleList(network.layers[l] for l in kept)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

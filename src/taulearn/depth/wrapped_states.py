@@ -1,0 +1,308 @@
+"""The states of a wrapped model, and its intermediate outputs, without any block computed twice.
+
+The intermediate output yhat_k is what the model gives when every block from the k-th on passes its input on, which is
+tau = 0. The blocks before it need not be computed again: in a forward pass in which each block is replaced by one that
+passes its input on, but for the k-th, which answers y_k, only what lies around the blocks is computed.
+
+All k at once: the inputs are repeated, one group of samples for each k, and the blocks put y_k into the group it
+belongs to. A host that mixes samples, or has them in another dimension than the first, would notice; so both ways are
+compared once, on states that all differ, and a host in which they differ gets one pass for each k.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._calls import call, forwards
+from .._undisturbed import undisturbed
+from ..nn.each import mixing, running_statistics_held
+from ..wrapping.state_argument import Form
+from ..wrapping.wrapped_model import Wrapping, wrapping_of
+
+_SEEN = "_time_steps_seen"
+
+
+@dataclass
+class Seen:
+    """What forward passes showed of a host; forgotten after a deletion.
+
+    Attributes:
+        blocks: The blocks, in the order of their calls.
+        forms: How each one's output holds the state.
+        ends: Whether something happens to the state between a block and the next one.
+        batches: Whether all groups can go through the host at once; None: not tried yet.
+    """
+
+    blocks: list[nn.Module] = field(default_factory=list)
+    forms: list[Form] = field(default_factory=list)
+    ends: list[bool] = field(default_factory=list)
+    batches: bool | None = None
+
+
+def record_states(model: nn.Module, inputs: Any, *, arrivals: list[Tensor] | None = None) -> tuple[Any, list[Tensor]]:
+    """A forward pass with the states between the blocks.
+
+    Args:
+        model: A wrapped model.
+        inputs: Its inputs: a tensor (batch, ...), a tuple of arguments, or a dictionary of keywords.
+        arrivals: A list that gets the blocks' inputs, which are not the states where something lies between the blocks.
+
+    Returns:
+        The output; and the states: y_0, the first block's input, and y_1 .. y_N, what the blocks return.
+
+    Raises:
+        ValueError: If the blocks are not called one after the other, each once.
+
+    Example:
+        >>> from taulearn import wrap
+        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        >>> model = wrap(nn.Sequential(block(), block(), nn.Linear(4, 1)), ["0", "1"])
+        >>> output, states = record_states(model, torch.ones(5, 4))
+        >>> len(states), torch.equal(output, model(torch.ones(5, 4)))
+        (3, True)
+    """
+    wrapping = _wrapping(model)
+    states: list[Tensor] = []
+    seen = Seen()
+
+    def recording(block: nn.Module) -> Callable[..., Any]:
+        forward, form = block.forward, wrapping.forms[wrapping.layers.index(block)]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            x, output = form.arriving(args, kwargs), forward(*args, **kwargs)
+            y = form.leaving(output)
+            assert x is not None
+            assert y is not None
+            if arrivals is not None:
+                arrivals.append(x)
+            if not states:
+                states.append(x)
+            else:
+                seen.ends.append(x is not states[-1])
+            states.append(y)
+            seen.blocks.append(block)
+            seen.forms.append(Form.of(output, form))
+            return output
+
+        return run
+
+    with forwards({block: recording(block) for block in wrapping.layers}):
+        output = call(model, inputs)
+    if seen.blocks != list(wrapping.layers):
+        raise ValueError(
+            "model must call its blocks one after the other in the order of their steps, got another order or number "
+            "of calls: wrap it with example_inputs, which show the order"
+        )
+    seen.ends.append(True)
+    before = _seen(model, wrapping)
+    if before.forms == seen.forms and before.ends == seen.ends:
+        seen.batches = before.batches
+    vars(model)[_SEEN] = seen
+    return output, states
+
+
+def intermediate_outputs(
+    model: nn.Module, inputs: Any, *, states: Sequence[Tensor] | None = None, final: bool = True
+) -> dict[int, Any]:
+    """The outputs yhat_k of a wrapped model whose blocks from the k-th on pass their input on.
+
+    Args:
+        model: A wrapped model.
+        inputs: Its inputs: a tensor (batch, ...), a tuple of arguments, or a dictionary of keywords.
+        states: y_0 .. y_N of a forward pass on ``inputs``, from :func:`record_states`. None: computed.
+        final: Whether yhat_N is wanted.
+
+    Returns:
+        For k = 0 .. N what the model returns; for k = N the same as ever.
+
+    Raises:
+        ValueError: If the model is not wrapped, or there is not one state per block and the input's.
+
+    Example:
+        >>> from taulearn import wrap
+        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        >>> model = wrap(nn.Sequential(block(), block(), nn.Linear(4, 1)), ["0", "1"])
+        >>> x = torch.ones(5, 4)
+        >>> outputs = intermediate_outputs(model, x)
+        >>> list(outputs), torch.allclose(outputs[0], model[2](x)), torch.equal(outputs[2], model(x))
+        ([0, 1, 2], True, True)
+    """
+    wrapping = _wrapping(model)
+    number = len(wrapping.layers)
+    last: dict[int, Any] = {}
+    if states is None:
+        output, states = record_states(model, inputs)
+        last = {number: output}
+    elif len(states) != number + 1:
+        raise ValueError(
+            f"states must be y_0 .. y_{number}, got {len(states)} tensors: take those of "
+            "taulearn.wrapping.record_states"
+        )
+    depths = range(number + (final and not last))
+    outputs = _tails(model, wrapping, inputs, states, depths)
+    return {**outputs, **(last if final else {})}
+
+
+@contextmanager
+def skipping(model: nn.Module, depth: int) -> Iterator[None]:
+    """The blocks from the ``depth``-th on pass their input on, as with tau = 0, and are not computed.
+
+    Args:
+        model: A wrapped model.
+        depth: Number of blocks that are computed.
+
+    Example:
+        >>> from taulearn import wrap
+        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        >>> model = wrap(nn.Sequential(block(), block()), ["0", "1"])
+        >>> with skipping(model, 0):
+        ...     model(torch.ones(1, 4)).tolist()
+        [[1.0, 1.0, 1.0, 1.0]]
+    """
+    wrapping = _wrapping(model)
+    seen = _seen(model, wrapping)
+
+    def passing(block: nn.Module) -> Callable[..., Any]:
+        l = wrapping.layers.index(block)
+        if l < depth:
+            return block.forward
+        return lambda *args, **kwargs: seen.forms[l].around(seen.forms[l].arriving(args, kwargs))
+
+    with forwards({block: passing(block) for block in wrapping.layers}):
+        yield
+
+
+def _tails(
+    model: nn.Module, wrapping: Wrapping, inputs: Any, states: Sequence[Tensor], depths: Sequence[int]
+) -> dict[int, Any]:
+    seen = _seen(model, wrapping)
+    inside = {module for block in wrapping.layers for module in block.modules()}
+    if any(norm not in inside for norm in mixing(model)):
+        with running_statistics_held(model):
+            return _one_by_one(model, wrapping, seen, inputs, states, depths)
+    if not _in_groups(inputs, states):
+        return _one_by_one(model, wrapping, seen, inputs, states, depths)
+    if seen.batches is None:
+        seen.batches = _same_in_one_pass(model, wrapping, seen, inputs, states, depths)
+    way = _in_one_pass if seen.batches else _one_by_one
+    return way(model, wrapping, seen, inputs, states, depths)
+
+
+def _in_groups(inputs: Any, states: Sequence[Tensor]) -> bool:
+    """Whether inputs and states have their samples where one pass would repeat them."""
+    if not isinstance(inputs, Tensor) or inputs.ndim == 0 or len(inputs) == 0:
+        return False
+    return all(y.ndim > 0 and len(y) == len(inputs) for y in states)
+
+
+def _one_by_one(
+    model: nn.Module,
+    wrapping: Wrapping,
+    seen: Seen,
+    inputs: Any,
+    states: Sequence[Tensor],
+    depths: Sequence[int],
+) -> dict[int, Any]:
+    outputs = {}
+    for k in depths:
+
+        def passing(block: nn.Module, k: int = k) -> Callable[..., Any]:
+            l = wrapping.layers.index(block)
+            form = seen.forms[l]
+            return lambda *args, **kwargs: form.around(states[k] if l == k - 1 else form.arriving(args, kwargs))
+
+        with forwards({block: passing(block) for block in wrapping.layers}):
+            outputs[k] = call(model, inputs)
+    return outputs
+
+
+def _in_one_pass(
+    model: nn.Module,
+    wrapping: Wrapping,
+    seen: Seen,
+    inputs: Tensor,
+    states: Sequence[Tensor],
+    depths: Sequence[int],
+) -> dict[int, Any]:
+    size, first, last = len(inputs), depths[0], depths[-1]
+    waiting: list[int] = []
+
+    def passing(block: nn.Module) -> Callable[..., Any]:
+        l = wrapping.layers.index(block)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            x = seen.forms[l].arriving(args, kwargs)
+            assert x is not None
+            if first <= l + 1 <= last:
+                waiting.append(l + 1)
+            if waiting and seen.ends[l]:  # until something happens to the states, they need not be in their places
+                before, after = x[: (waiting[0] - first) * size], x[(waiting[-1] - first + 1) * size :]
+                x = torch.cat([before, *(states[k] for k in waiting), after])
+                waiting.clear()
+            return seen.forms[l].around(x)
+
+        return run
+
+    with forwards({block: passing(block) for block in wrapping.layers}):
+        output = model(inputs.repeat(len(depths), *(1 for _ in inputs.shape[1:])))
+    return dict(zip(depths, output.split(size), strict=True))
+
+
+def _same_in_one_pass(
+    model: nn.Module,
+    wrapping: Wrapping,
+    seen: Seen,
+    inputs: Tensor,
+    states: Sequence[Tensor],
+    depths: Sequence[int],
+) -> bool | None:
+    """Whether one pass gives what single passes give; tried in evaluation mode, without a trace.
+
+    The states of the trial are others than the given ones, each with noise of its own: equal states, as steps of zero
+    leave them, would look alike in a host that mixes them.
+
+    Returns:
+        None where it cannot be told: with a single depth, or outputs that are not finite.
+    """
+    if len(depths) < 2:
+        return None
+    with undisturbed(model):
+        apart = [_apart(y) for y in states]
+        single = _one_by_one(model, wrapping, seen, inputs, apart, depths)
+        if not all(isinstance(each, Tensor) and len(each) == len(inputs) for each in single.values()):
+            return False
+        if not all(bool(torch.isfinite(each).all()) for each in single.values()):
+            return None
+        try:
+            together = _in_one_pass(model, wrapping, seen, inputs, apart, depths)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False
+        return all(
+            torch.allclose(together[k], single[k], rtol=1e-3, atol=1e-3 * float(single[k].abs().max())) for k in depths
+        )
+
+
+def _apart(y: Tensor) -> Tensor:
+    """A state with noise as large as it is itself."""
+    size = y.detach().abs().mean()
+    return y.detach() + torch.randn_like(y) * torch.where(size > 0, size, torch.ones_like(size))
+
+
+def _seen(model: nn.Module, wrapping: Wrapping) -> Seen:
+    """What is known of a host: what it showed, or what it showed when it was wrapped."""
+    found = vars(model).get(_SEEN)
+    blocks = list(wrapping.layers)
+    if isinstance(found, Seen) and found.blocks == blocks:
+        return found
+    return Seen(blocks, list(wrapping.forms), [True] * len(blocks))
+
+
+def _wrapping(model: nn.Module) -> Wrapping:
+    wrapping = wrapping_of(model)
+    if wrapping is None:
+        raise ValueError(f"model must be wrapped, got {type(model).__name__} without: wrap it with taulearn.wrap")
+    return wrapping

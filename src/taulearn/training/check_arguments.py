@@ -1,0 +1,267 @@
+"""What ``fit`` asks of its arguments, other than data: options, optimiser, scheduler, averaged weights."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import AveragedModel
+
+from .._errors import positive_integer, unknown_name
+from ..adaptivity.coarsen import check_prunable
+from ..adaptivity.optimizer_state import bare, check_holds, check_holds_steps, with_inner
+from ..adaptivity.policies import Pruning
+from ..adaptivity.transaction import check_averaged, prunable_of
+from ..nn.time_steps import time_steps_of
+from ..optim import SteepestDescent
+from ..penalties import Penalty
+
+_OVER_EPOCHS = "laid out over all epochs"
+"""Among the terms of a run: what changes its course when the number of epochs does."""
+
+
+def check_options(
+    counts: Mapping[str, int], names: Mapping[str, tuple[str, Sequence[str]]], clip_norm: float | None, seed: int
+) -> None:
+    """Refuse counts below one, unknown names, and a norm or seed out of range.
+
+    Args:
+        counts: Values that must be integers >= 1, by the argument's name.
+        names: Values with those that would do, by the argument's name.
+        clip_norm: Largest norm of the gradient, or None.
+        seed: Of the order.
+
+    Raises:
+        ValueError: Naming the argument.
+
+    Example:
+        >>> check_options({"epochs": 3}, {"compile": ("auto", ("auto", "never"))}, None, 0)
+    """
+    for name, value in counts.items():
+        positive_integer(name, value)
+    for name, (given, known) in names.items():
+        if given not in known:
+            raise unknown_name(name, given, known)
+    if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
+        raise ValueError(f"clip_norm must be positive or None, got {clip_norm!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, clip_norm: float | None) -> None:
+    """Refuse what is no optimiser of this model.
+
+    Args:
+        optimizer: What the caller gave.
+        model: The model.
+        clip_norm: Largest norm of the gradient, or None.
+
+    Raises:
+        TypeError: If it is a name or a class.
+        ValueError: If it does not hold the model's parameters, or does not go with clipping.
+    """
+    check_holds(optimizer, model)
+    check_holds_steps(optimizer, model)
+    if clip_norm is not None and isinstance(optimizer, torch.optim.LBFGS | SteepestDescent):
+        name = type(optimizer).__name__
+        raise ValueError(f"clip_norm must be None with {name}, whose line search needs the true gradient")
+
+
+def check_pruning(pruning: Pruning | None, model: nn.Module) -> None:
+    """Refuse what is no policy, and a model of which no layer could be deleted.
+
+    Args:
+        pruning: What the caller gave.
+        model: The model.
+
+    Raises:
+        TypeError: If it is no policy.
+        ValueError: If the model cannot be pruned.
+    """
+    if pruning is None:
+        return
+    if not isinstance(pruning, Pruning):
+        raise TypeError(f"pruning must be a Pruning policy, got {pruning!r}: write pruning=taulearn.Pruning(0.01)")
+    check_prunable(model)
+
+
+def check_callbacks(callbacks: Sequence[Callable[..., Any]], metrics: object) -> None:
+    """Refuse callbacks and metrics that cannot be called.
+
+    Args:
+        callbacks: What the caller gave.
+        metrics: Likewise.
+
+    Raises:
+        TypeError: If something cannot be called, or is not in a list.
+
+    Example:
+        >>> check_callbacks(print, "auto")
+        Traceback (most recent call last):
+        ...
+        TypeError: callbacks must be a sequence of functions, got one function: write callbacks=[...]
+    """
+    if not isinstance(callbacks, Iterable) or isinstance(callbacks, str):
+        given = "one function" if callable(callbacks) else repr(callbacks)
+        raise TypeError(f"callbacks must be a sequence of functions, got {given}: write callbacks=[...]")
+    for callback in callbacks:
+        if not callable(callback):
+            raise TypeError(f"callbacks must be functions of an EpochEnd, got {callback!r}")
+    if isinstance(metrics, Mapping):
+        for name, metric in metrics.items():
+            if not callable(metric):
+                raise TypeError(f"metrics must map names to functions of (output, target), got {metric!r} for {name!r}")
+
+
+def check_parts(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | None,
+    averaged: AveragedModel | None,
+    iterations: int,
+) -> None:
+    """Refuse a scheduler that belongs to another optimiser or ends too early, and averaged weights of another model.
+
+    Args:
+        model: The model.
+        optimizer: Its optimiser.
+        scheduler: What the caller gave.
+        averaged: What the caller gave.
+        iterations: Number of iterations of the whole training.
+
+    Raises:
+        TypeError: If one of the two is something else.
+        ValueError: If it does not fit.
+    """
+    if averaged is not None:
+        check_averaged(averaged, model)
+    if scheduler is None:
+        return
+    if not isinstance(scheduler, LRScheduler):
+        given = f"the class {scheduler.__name__}" if isinstance(scheduler, type) else repr(scheduler)
+        raise TypeError(
+            f"scheduler must be a torch scheduler of the optimizer, got {given}: "
+            "write for instance torch.optim.lr_scheduler.StepLR(optimizer, 10)"
+        )
+    its = bare(getattr(scheduler, "optimizer", optimizer))
+    if all(its is not each for each in with_inner([optimizer])):
+        raise ValueError("scheduler must change the learning rate of optimizer, got one that was made for another")
+    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < iterations:
+        raise ValueError(
+            f"scheduler must cover all {iterations} iterations, got OneCycleLR with total_steps="
+            f"{scheduler.total_steps}: make it with total_steps={iterations}; it steps each iteration"
+        )
+
+
+def bare_scheduler(scheduler: Any) -> Any:
+    """The scheduler of torch in one that accelerate prepared; anything else as it is.
+
+    Args:
+        scheduler: What the caller gave.
+
+    Example:
+        >>> bare_scheduler(None) is None
+        True
+    """
+    while not isinstance(scheduler, LRScheduler) and isinstance(getattr(scheduler, "scheduler", None), LRScheduler):
+        scheduler = scheduler.scheduler
+    return scheduler
+
+
+def steps_each_iteration(scheduler: LRScheduler | None) -> bool:
+    """Whether a scheduler counts iterations: OneCycleLR, CyclicLR, and any combination that contains one of them.
+
+    Args:
+        scheduler: The scheduler, or None.
+
+    Example:
+        >>> steps_each_iteration(None)
+        False
+    """
+    return any(isinstance(part, OneCycleLR | CyclicLR) for part in _parts(scheduler))
+
+
+def _parts(scheduler: LRScheduler | None) -> Iterator[LRScheduler]:
+    """A scheduler, and those it is composed of (SequentialLR, ChainedScheduler)."""
+    if scheduler is None:
+        return
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _parts(part)
+
+
+def terms(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | None,
+    penalties: Iterable[Penalty],
+    pruning: Pruning | None,
+    **plain: int | float | str | bool | None,
+) -> dict[str, Any]:
+    """What a run is started with and must be resumed with, as plain data for its checkpoints.
+
+    Args:
+        model: The model.
+        optimizer: Its optimiser.
+        scheduler: Its scheduler, or None.
+        penalties: Its penalties.
+        pruning: The policy, or None.
+        **plain: Further arguments of fit.
+    """
+    found = list(penalties)
+    policy = None if pruning is None else {name: _plain(value) for name, value in vars(pruning).items()}
+    by_share = pruning is not None and pruning.targeted and isinstance(pruning.by, float)
+    return {
+        **{name: _plain(value) for name, value in plain.items()},
+        "model": _described(model),
+        "optimizer": type(optimizer).__name__,
+        "scheduler": None if scheduler is None else type(scheduler).__name__,
+        "penalties": [penalty.name for penalty in found],
+        "pruning": policy,
+        _OVER_EPOCHS: [penalty.name for penalty in found if penalty.scheduled] + ["pruning"] * by_share,
+    }
+
+
+def _described(model: nn.Module) -> str:
+    """What of a model its weights do not tell."""
+    steps, scheme = time_steps_of(model), getattr(prunable_of(model), "scheme", None)
+    bound = "" if steps.lower_bound is None else f", lower_bound={steps.lower_bound:g}"
+    return f"{scheme!r} with constraint={steps.constraint!r}, horizon={steps.horizon:g}{bound}"
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back; an object by the name of its type."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, torch.Tensor):
+        return "Tensor"
+    if isinstance(value, int | float):
+        return float(value) if isinstance(value, float) else int(value)
+    if hasattr(value, "__index__"):
+        return int(value)
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else type(value).__name__
+
+
+def disagreements(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a resumed run is asked to do otherwise than at its start, in words; more epochs are none of it.
+
+    Args:
+        began: :func:`terms` of the checkpoint.
+        now: Those of the call.
+
+    Example:
+        >>> disagreements({"seed": 0, "accumulate": 1}, {"seed": 1, "accumulate": 1})
+        ['seed must be 0 as at the start of the run, got 1']
+    """
+    said = [
+        f"{name} must be {began[name]!r} as at the start of the run, got {value!r}"
+        for name, value in now.items()
+        if name in began and began[name] != value and name not in ("epochs", _OVER_EPOCHS)
+    ]
+    if now.get(_OVER_EPOCHS) and began.get("epochs") != now["epochs"]:
+        said.append(
+            f"epochs must be {began.get('epochs')} as at the start of the run, over which "
+            f"{' and '.join(now[_OVER_EPOCHS])} is laid out, got {now['epochs']}"
+        )
+    return said

@@ -1,0 +1,358 @@
+"""The public ``wrap`` and ``unwrap``."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .._distributed import refuse_distributed
+from .._errors import unknown_name
+from ..adaptivity.transaction import WRAPPING
+from ..nn.time_steps import TimeSteps
+from . import configurations, remove_blocks as structure, try_deletion as trial
+from .block import NESTED, PassingTimeSteps, Step
+from .block_names import matching, nearest_names
+from .displacement import DisplacementUnits
+from .find_blocks import SCRIPTED, blocks_of, refusal
+from .probe import Call, Probe, probe
+from .save_pretrained import ExampleInputs
+from .state_argument import Form
+from .state_path import OUTSIDE, follow_states
+from .wrapped_model import Wrapping, find_unsaved, install, uninstall, wrapping_of
+
+M = TypeVar("M", bound=nn.Module)
+
+_PLACEHOLDER = (
+    "its place stays when it is deleted, and what stands there is known from example inputs: wrap the host with "
+    "example_inputs before loading"
+)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def wrap(
+    model: M,
+    blocks: str | Iterable[str] | None = None,
+    *,
+    example_inputs: Any = None,
+    constraint: str = "free",
+    init: float | Sequence[float] | Tensor = 1.0,
+    horizon: float | None = None,
+    lower_bound: float | None = None,
+    train: str | Iterable[str] = "all",
+    units: str = "steps",
+    compile: str | None = None,  # noqa: A002  the name it had
+) -> M:
+    """Give an existing model time steps: each block B becomes x + tau (B(x) - x), which is B(x) at tau = 1.
+
+    The model is changed in place. Names of its parameters stay, so that its checkpoints load; ``time_steps.values`` is
+    added. A Sequential gets the time steps as a last member, which returns its input. To prune, to save and to load, go
+    on with ``taulearn.prune``, ``save_model`` and ``load_model``.
+
+    Args:
+        model: Any model. Of nested modules, wrap the outermost: what lies outside cannot follow a deletion.
+        blocks: Names of the blocks, or patterns, whose wildcards stay within one part of a name ("encoder.layers.*").
+            None: found by forward passes: the outermost modules that own parameters, are called once and return a
+            state of the shape of the one they got, which the block before them left. Left out are modules that only
+            call others in turn, layers of torch.nn, normalisations and scalings, and those that are alone of their kind
+            and add nothing to their input (embeddings, gates) or hold several blocks (encoders). Modules whose output
+            the model itself adds to their input, x + f(x), cannot have steps in this form and are refused.
+        example_inputs: Inputs for forward passes in evaluation mode: a tensor, a tuple of arguments or a
+            dictionary of keywords. Needed to find blocks, and to try whether the model can do without them, alone and
+            several together: about three passes per block, more where a list cannot get shorter; so keep them small.
+            Without them only members of a Sequential and of torch's encoder and decoder can be deleted.
+            They are kept, on the CPU, for ``save_pretrained`` of a pruned model, and are in none of its files.
+        constraint: Of the time steps, see :class:`taulearn.TimeSteps`.
+        init: Step of every block, or one per block. At 1 the model computes what it did, to the bit.
+        horizon: Time horizon T. None: the sum of ``init``.
+        lower_bound: Smallest step.
+        train: What trains besides the time steps: "all" (whatever trains now), "tau" (nothing), or names and patterns
+            of parameters and of modules with all they contain, such as ["head", "blocks.*.norm"].
+        units: "steps", or "displacement": tau_l is the root mean square of what block l adds to the state, over that
+            on the first batch in training (:mod:`taulearn.wrapping.displacement`), so that no scaling of weights stands
+            in for a step. Saved and unwrapped models have plain steps. Constraint "free" without bound only. For a
+            block that is the identity at first the unit is a tenth of the state's root mean square.
+        compile: Has no effect any more, and will go: steps are torch's own operations.
+
+    Returns:
+        The same model, with ``time_steps``.
+
+    Raises:
+        TypeError: If ``model`` is no module, compiled, or a DistributedDataParallel.
+        ValueError: If it is sharded, or has time steps already, no block is found (the message says why each module was
+            refused), a name matches nothing, a named module cannot be a block, or the steps contradict each other.
+
+    Example:
+        >>> import taulearn
+        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        >>> model = nn.Sequential(nn.Linear(2, 4), block(), block(), block(), nn.Linear(4, 1))
+        >>> _ = wrap(model, example_inputs=torch.ones(1, 2))
+        >>> model.time_steps.tau
+        Parameter containing:
+        tensor([1., 1., 1.], requires_grad=True)
+        >>> print(taulearn.prune(model, keep=[0, 2]))
+        deleted layer 1 (share 0.33): 3 -> 2 layers, 80 -> 59 parameters
+    """
+    _check_host(model)
+    _check_units(units, constraint, lower_bound)
+    if compile is not None:
+        warnings.warn(
+            "compile has no effect on wrap any more, as steps are torch's own operations: leave it out",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+    result = None if example_inputs is None else probe(model, example_inputs)
+    if blocks is None:
+        if result is None:
+            raise ValueError(
+                "example_inputs must be given where blocks are to be found by a forward pass, got None: give a batch, "
+                "or name the blocks"
+            )
+        calls = _found(result, example_inputs)
+        names, forms = [call.name for call in calls], [call.form for call in calls]
+    else:
+        names = matching("blocks", blocks, [name for name, _ in model.named_modules() if name])
+        for name in names:
+            if isinstance(model.get_submodule(name), torch.jit.ScriptModule):
+                raise ValueError(f"blocks must name modules that can have a time step, got {name!r}: {SCRIPTED}")
+        forms = [Form.taking(None, model.get_submodule(name).forward) for name in names]
+        if result is not None:
+            names.sort(key=lambda name: result.calls[name][0].order if name in result.calls else -1)
+            calls = [_named(name, result) for name in names]
+            _check_path(result, calls, example_inputs)
+            forms = [call.form for call in calls]
+    layers = [model.get_submodule(name) for name in names]
+    _check_blocks(model, names, layers)
+    steps = _steps(layers, init, horizon, constraint, lower_bound)
+    trained = _trained(model, train)
+    wrapping = Wrapping(model, steps, tuple(layers), tuple(names), tuple(forms), frozenset(), {}, {})
+    shorten, keep = trial.ways(wrapping, example_inputs)
+    wrapping = replace(
+        wrapping,
+        shorten=shorten,
+        keep=keep,
+        trained={p: p.requires_grad for p, flag in trained.items() if p.requires_grad != flag},
+        units=_units(steps) if units == "displacement" else None,
+        inputs=ExampleInputs.of(example_inputs),
+    )
+    install(wrapping)
+    vars(model)[WRAPPING] = replace(wrapping, not_saved=find_unsaved(wrapping))
+    for parameter, flag in trained.items():
+        parameter.requires_grad_(flag)
+    return model
+
+
+def rewrap(
+    model: nn.Module,
+    blocks: Sequence[str],
+    shortened: Iterable[str],
+    *,
+    constraint: str,
+    horizon: float,
+    lower_bound: float | None,
+) -> None:
+    """Wrap a model as another of its kind was, without trying deletions again.
+
+    Args:
+        model: A fresh model.
+        blocks: Exact names, one per step.
+        shortened: Names of lists that deletion shortens; blocks elsewhere stay.
+        constraint: Of the steps.
+        horizon: Time horizon; the steps start equal.
+        lower_bound: Smallest step.
+
+    Raises:
+        ValueError: If the model cannot be wrapped, or lacks a block or a list.
+    """
+    _check_host(model)
+    known = dict(model.named_modules())
+    for name in (*blocks, *shortened):
+        if name not in known or (name in blocks and known[name] is model):
+            raise ValueError(f"it has no {name!r}{nearest_names(name, known)}")
+    layers = [known[name] for name in blocks]
+    _check_blocks(model, blocks, layers)
+    for name in shortened:
+        if not isinstance(known[name], structure.LISTS):
+            raise ValueError(f"{name!r} must be a ModuleList or a Sequential, got a {type(known[name]).__name__}")
+    number = len(layers)
+    steps = _steps(layers, max(horizon / number, lower_bound or 0.0), horizon, constraint, lower_bound)
+    lists = [structure.list_of(model, layer) for layer in layers]
+    keep = {l: _PLACEHOLDER for l, name in enumerate(lists) if name not in set(shortened)}
+    forms = tuple(Form.taking(None, layer.forward) for layer in layers)
+    install(Wrapping(model, steps, tuple(layers), tuple(blocks), forms, frozenset(shortened), keep, {}))
+
+
+def unwrap(model: M, *, discard_steps: bool = False) -> M:
+    """Take the time steps off again; deleted blocks stay deleted.
+
+    Args:
+        model: A wrapped model, changed in place.
+        discard_steps: Whether steps other than 1 may be thrown away, which changes what the model computes.
+
+    Returns:
+        The same model, as it was before :func:`wrap`.
+
+    Raises:
+        ValueError: If the model is not wrapped, or a step differs from 1 and ``discard_steps`` is false.
+
+    Example:
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 1))
+        >>> unwrap(wrap(model, "0"))
+        Sequential(
+          (0): Sequential(...)
+          (1): Linear(in_features=4, out_features=1, bias=True)
+        )
+    """
+    wrapping = wrapping_of(model)
+    if wrapping is None:
+        raise ValueError(f"model must be wrapped, got {type(model).__name__} without: nothing is to be taken off")
+    tau = wrapping.plain_steps()
+    if not discard_steps and bool((tau != 1).any()):
+        raise ValueError(
+            f"the time steps must all be 1, got {[round(t, 4) for t in tau.tolist()]}: without them the model computes "
+            "something else. Anneal them (taulearn.wrapping.anneal_to_one), or pass discard_steps=True"
+        )
+    uninstall(wrapping)
+    return model
+
+
+def _check_units(units: str, constraint: str, lower_bound: float | None) -> None:
+    if units not in ("steps", "displacement"):
+        raise unknown_name("units", units, ("steps", "displacement"))
+    if units == "displacement" and (constraint != "free" or lower_bound is not None):
+        found = f"constraint {constraint!r}" if constraint != "free" else f"lower_bound {lower_bound:g}"
+        raise ValueError(
+            f"units must be 'steps' with {found}, got 'displacement': such steps are folded into plain ones when the "
+            "model is saved, which then would not fulfil it; wrap with constraint='free' and no lower_bound"
+        )
+
+
+def _units(steps: TimeSteps) -> DisplacementUnits:
+    return DisplacementUnits(steps.num_steps, dtype=steps.values.dtype, device=steps.values.device)
+
+
+def _check_host(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            what = f"its module {name!r} compiled" if name else "it compiled"
+            raise TypeError(f"model must be the model itself, got {what}: wrap it first, then compile")
+        if isinstance(module, torch.jit.ScriptModule) and not name:
+            raise TypeError(
+                "model must be a Python module, got a ScriptModule, whose parts cannot be changed: wrap the module "
+                "that it was made from"
+            )
+        if "train" in vars(module):  # torch.export forbids to change between training and evaluation
+            raise TypeError(
+                f"model must be a Python module, got {f'its module {name!r}' if name else 'a program'} from "
+                "torch.export, whose mode is fixed: wrap the module that it was made from, then export"
+            )
+    refuse_distributed("model", model, "wrap")
+    if wrapping_of(model) is not None:
+        raise ValueError(
+            "model must not be wrapped yet, got one that is: use its time_steps, or call taulearn.unwrap first"
+        )
+    if hasattr(model, "time_steps"):
+        raise ValueError(
+            f"model must not have time steps yet, got a {type(model).__name__} with time_steps: use those, or rename "
+            "the attribute"
+        )
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("forward"), Step) or wrapping_of(module) is not None:
+            raise ValueError(f"model must not contain wrapped modules, got {name!r}, which is: unwrap that one first")
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+            raise ValueError(
+                f"model must not use nested tensors, whose arithmetic is incomplete, got the TransformerEncoder "
+                f"{name!r} that does: {NESTED}, or set its use_nested_tensor to False"
+            )
+
+
+def _found(result: Probe, inputs: Any) -> list[Call]:
+    """The blocks that the probe shows, or an error that lists why there is none."""
+    calls, reasons = blocks_of(result, configurations.refused_modules(result.host), inputs)
+    if calls:
+        return calls
+    alike: dict[str, list[str]] = {}
+    for name in sorted(reasons, key=lambda name: name.count(".")):  # the outermost first
+        alike.setdefault(reasons[name], []).append(name)
+    lines = []
+    for why, names in alike.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"  {names[0]} ({type(result.host.get_submodule(names[0])).__name__}){more}: {why}")
+    listed = "\n".join(lines[:30] + ([f"  and {len(lines) - 30} more reasons"] if len(lines) > 30 else []))
+    raise ValueError(
+        "model must have a block whose output has the shape of its input, got none. Seen in the forward pass:\n"
+        f"{listed or '  no module was called'}\nName what is to be wrapped in blocks, or write each block as one module"
+    )
+
+
+def _named(name: str, result: Probe) -> Call:
+    """The call of a module that the user named, or an error that says why it cannot be a block."""
+    calls = result.calls.get(name, [])
+    reason = refusal(calls, named=True)
+    if reason is not None:
+        raise ValueError(f"blocks must name modules that can have a time step, got {name!r}: {reason}")
+    return calls[0]
+
+
+def _check_path(result: Probe, calls: list[Call], inputs: Any) -> None:
+    path = follow_states(result.host, calls, inputs)
+    if path is not None and path.outside:
+        name = calls[min(path.outside)].name
+        raise ValueError(f"blocks must name modules that can have a time step, got {name!r}: {OUTSIDE}")
+
+
+def _check_blocks(model: nn.Module, names: Sequence[str], layers: Sequence[nn.Module]) -> None:
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(name)
+    for name, layer in zip(names, layers, strict=True):
+        holders = {id(model.get_submodule(each.rpartition(".")[0])) for each in places[layer]}
+        keys = {each.rpartition(".")[2] for each in places[layer]}
+        if len(holders) > 1 or len(keys) > 1:
+            raise ValueError(
+                f"blocks must have one place each, got {name!r}, which is also {', '.join(places[layer][1:])}"
+                ": a block used in several places has no single time step; leave it out of blocks"
+            )
+        inner = [other for other in names if other.startswith(f"{name}.")]
+        if inner:
+            raise ValueError(f"blocks must not contain each other, got {name!r} and {inner[0]!r}: name one of them")
+    if len(set(layers)) < len(layers):
+        raise ValueError("blocks must be different modules")
+
+
+def _steps(
+    layers: Sequence[nn.Module],
+    init: float | Sequence[float] | Tensor,
+    horizon: float | None,
+    constraint: str,
+    lower_bound: float | None,
+) -> TimeSteps:
+    """Steps on the device of the first block, of its type (complex: of its parts'), at least of single precision."""
+    number = len(layers)
+    floating = [p for p in layers[0].parameters() if p.is_floating_point() or p.is_complex()]
+    dtype = floating[0].dtype.to_real() if floating else torch.get_default_dtype()
+    start = torch.as_tensor(init, dtype=torch.float64)
+    total = float(start.sum()) if start.ndim else float(start) * number
+    return PassingTimeSteps(
+        number,
+        horizon=(total if total > 0 else float(number)) if horizon is None else horizon,
+        constraint=constraint,
+        lower_bound=lower_bound,
+        init=init,
+        dtype=torch.float32 if dtype in _HALF else dtype,
+        device=floating[0].device if floating else None,
+    )
+
+
+def _trained(model: nn.Module, train: str | Iterable[str]) -> dict[nn.Parameter, bool]:
+    """Which parameters are to train; empty: those that train now."""
+    if train == "all":
+        return {}
+    named = dict(model.named_parameters())
+    modules = [name for name, _ in model.named_modules() if name]
+    chosen = set() if train == "tau" else set(matching("train", train, [*named, *modules]))
+    return {p: name in chosen or any(name.startswith(f"{module}.") for module in chosen) for name, p in named.items()}
