@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import os
+import shutil
 import types
 import warnings
 from collections.abc import Callable
@@ -10,7 +12,6 @@ from typing import Any
 import torch
 
 from ..._errors import first_line
-from .native import compiler_found
 
 _COUNT = itertools.count()
 
@@ -48,7 +49,8 @@ _OPTIONS: dict[str, Any] = {"fallback_random": True}
 
 
 def _compiler_found() -> bool:
-    return torch.cuda.is_available() or compiler_found()
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
+    return torch.cuda.is_available() or any(map(shutil.which, compilers))
 
 
 def compile_once(
@@ -69,7 +71,7 @@ def compile_once(
         function: A function or bound method of tensors.
         fused: Whether it is a pure function of tensors, always of the same shapes and types: the C++ wrapper is used,
             and nothing is checked before a call.
-        by_columns: Whether such a function stores tall matrices by columns, see training/_layout.py.
+        by_columns: Whether such a function stores tall matrices by columns, see layout.py.
         fallback: What computes the same where compilation fails. None: ``function``.
         failed: Told the reason when compilation fails.
 
@@ -126,10 +128,10 @@ def _options_of_fused(*, by_columns: bool) -> list[dict[str, Any]]:
     options["cpp_wrapper"] = True
     options["cpp.min_chunk_size"] = 4096  # smaller kernels are done before a second thread has begun
     with contextlib.suppress(ImportError):  # parts of torch that may move
-        from . import products as _products
         from .layout import Layout
+        from .products import options as options_of_products
 
-        products = _products.options()
+        products = options_of_products()
         return [
             options | more | {"post_grad_custom_post_pass": Layout(by_columns=by_columns, products=bool(more))}
             for more in ([products, {}] if products else [{}])

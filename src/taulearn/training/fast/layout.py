@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from . import products as _products
+from . import products as small_products
 
 _ATEN = torch.ops.aten
 _TALL, _NARROW = 1000, 64
@@ -55,12 +55,12 @@ class Layout(CustomGraphPass):
         if self.by_columns and all(_follows(user) for node in graph.nodes if _is_tall(node) for user in node.users):
             _store_by_columns(graph)
         if self.products:
-            _products.call_small_products(graph)
+            small_products.call_small_products(graph)
 
     def uuid(self) -> Any:
         """What the compiler's cache tells this pass by."""
         return get_hash_for_files(
-            (__file__, _products.__file__, str(_products.SOURCE)), str((self.by_columns, self.products))
+            (__file__, small_products.__file__, str(small_products.SOURCE)), str((self.by_columns, self.products))
         )
 
 

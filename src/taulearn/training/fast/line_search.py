@@ -1,7 +1,7 @@
 """What a line search asks for, compiled: the objective alone, and the objective with its gradient.
 
 Two pure functions of the parameters, one call each; a step of ``taulearn.optim.SteepestDescent`` takes one gradient and
-a value or two. As in training/fused.py, torch.func differentiates the objective and inductor makes the code.
+a value or two. As in fused.py, torch.func differentiates the objective and inductor makes the code.
 """
 
 from collections.abc import Callable

@@ -7,13 +7,13 @@ by the compiler that torch.compile needs anyway, and the code that torch.compile
 
 import ctypes
 import functools
+import platform
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-
-from . import native as _native
 
 _MM = torch.ops.aten.mm.default
 SOURCE = Path(__file__).with_name("products.cpp")
@@ -63,11 +63,30 @@ def options() -> dict[str, Any]:
 
     if not hasattr(config.aot_inductor, "custom_ops_to_c_shims"):
         return {}
-    without = "compiled steps use torch's matrix products, up to a quarter slower"
-    # global, as code that is compiled later looks for it there
-    if _native.load(SOURCE, lambda path: ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL), without) is None:
-        return {}
-    return {"aot_inductor.custom_ops_to_c_shims": _shims()}
+    return {"aot_inductor.custom_ops_to_c_shims": _shims()} if _load() else {}
+
+
+def _load() -> bool:
+    """Compile products.cpp, unless it was before, and take it into use; a warning tells where that fails."""
+    try:
+        from torch._inductor.codecache import CppCodeCache
+
+        # kept libraries are found by the text alone
+        processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        key = f"// torch {torch.__version__}, Python {platform.python_version()}, {processor}\n"
+        library = CppCodeCache.load(key + SOURCE.read_text("utf-8"), device_type="cpu")
+        ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)  # global, as code that is compiled later looks for it there
+    except Exception as error:  # noqa: BLE001  compilers raise anything, and torch does without
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "error: " in line), lines[0])
+        warnings.warn(
+            f"compiled steps use torch's matrix products, up to a quarter slower, as {SOURCE.name} did not compile: "
+            f"{reason} (install a current g++ or set CXX; set TORCHINDUCTOR_CACHE_DIR where the cache cannot be "
+            "written)",
+            stacklevel=3,
+        )
+        return False
+    return True
 
 
 def call_small_products(graph: fx.Graph) -> None:
