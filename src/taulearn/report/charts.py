@@ -1,90 +1,148 @@
-"""The interactive figures of the report, as plotly.js reads them: dictionaries of traces and layout, made from records.
+"""The interactive charts of the report, as plotly.js reads them: traces and layout, made from records.
 
 Colours of text, grid and background are left to the page, which knows whether it is light or dark; a trace whose
-``meta`` says ``ink`` takes the colour of the text.
-``meta.variant`` names the alternative drawings of one figure between which the page switches.
+``meta`` says ``ink`` takes the colour of the text. ``meta.variant`` names the alternative drawings of one chart between
+which the page switches.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from taulearn.report.figures import PALETTE, palette
 from taulearn.report.records import (
+    POINTS,
     Column,
-    HistoryRecord,
     Line,
+    count_iterations,
     finite_line,
     iteration_numbers,
+    last_finite,
     penalty_names,
     running_mean,
     tau_lines,
     thin,
 )
 
-POINTS = 2000
-DASHES = ("solid", "dash")
-Figure = dict[str, Any]
+if TYPE_CHECKING:
+    from taulearn.training.history import History
+
 Trace = dict[str, Any]
 
 
-def tau_explorer(history: HistoryRecord) -> Figure:
-    """The time steps over the iterations: a line per layer, a cross where it was deleted, and the sum.
+@dataclass(frozen=True)
+class Chart:
+    """A chart and the words around it.
 
-    Args:
-        history: The record of a run.
-
-    Returns:
-        The figure, with the variants "effective" and "raw" where the record tells them apart.
+    Attributes:
+        title: Plain text.
+        caption: Plain text, also the alternative text of the picture.
+        data: Traces.
+        layout: Axes and legend.
+        controls: Axes ("x", "y") that switch between logarithmic and linear.
+        wide: Whether it is drawn taller, over the width of the page.
     """
-    variants = {"effective": False, "raw": True} if "raw_tau" in history.iterations else {None: False}
-    return {
-        "data": [trace for variant, raw in variants.items() for trace in _tau_traces(history, variant, raw)],
-        "layout": _layout("iteration", "τ", xaxis={"type": "log"}),
+
+    title: str
+    caption: str
+    data: list[Trace]
+    layout: dict[str, Any]
+    controls: Sequence[str] = ()
+    wide: bool = False
+
+    @property
+    def variants(self) -> list[str]:
+        """The alternative drawings, the one that is shown first in front."""
+        return list(dict.fromkeys(trace["meta"]["variant"] for trace in self.data if "variant" in trace["meta"]))
+
+
+def run_charts(history: "History") -> dict[str, Chart]:
+    """The charts of one run, those for which its record holds the columns."""
+    charts = {}
+    if count_iterations(history):
+        charts["tau"], charts["loss"] = tau_explorer(history), loss_curves(history)
+    accuracy = history.epochs.get("validation.accuracy")
+    if accuracy is not None:
+        columns = {"validation.accuracy": "validation", "train.accuracy": "training"}
+        last = last_finite(accuracy)
+        caption = f"Accuracy after each epoch, last {'not recorded' if last is None else f'{last:.4f}'}."
+        charts["accuracy"] = epoch_curves("Accuracy", caption, [("", history)], columns, "accuracy")
+    if count_iterations(history) and "stage_loss" in history.iterations:
+        charts["depths"] = depth_losses(history)
+    if "layers" in history.epochs:
+        charts["sizes"] = sizes(history)
+    return charts
+
+
+def comparison_charts(runs: "Sequence[tuple[str, History]]") -> dict[str, Chart]:
+    """The charts of several runs side by side, those with at least one line."""
+    penalised = any("train.total" in history.epochs and penalty_names(history) for _, history in runs)
+    training = {"train.loss": "data loss", "train.total": "total"} if penalised else {"train.loss": ""}
+    mean = f"Mean loss over each epoch{', dashed with all penalties' if penalised else ''}."
+    accuracy, loss = (
+        "Accuracy on the validation data after each epoch.",
+        "Loss on the validation data after each epoch.",
+    )
+    charts = {
+        "accuracy": epoch_curves("Accuracy", accuracy, runs, {"validation.accuracy": ""}, "accuracy"),
+        "loss": epoch_curves("Training loss", mean, runs, training, "loss"),
+        "validation-loss": epoch_curves("Validation loss", loss, runs, {"validation.loss": ""}, "loss"),
+        "layers": epoch_curves("Layers", "Layers after each epoch.", runs, {"layers": ""}, "layers"),
     }
+    return {key: chart for key, chart in charts.items() if chart.data}
 
 
-def loss_curves(history: HistoryRecord) -> Figure:
+def tau_explorer(history: "History") -> Chart:
+    """The time steps over the iterations: a line per layer, a cross where it was deleted, and the sum."""
+    variants = {"effective": False, "raw": True} if "raw_tau" in history.iterations else {None: False}
+    data = [trace for variant, raw in variants.items() for trace in _tau_traces(history, variant, raw)]
+    gone = ", ".join(f"{deletion.layer} (iteration {deletion.iteration:,})" for deletion in history.deletions[:12])
+    more = f" and {len(history.deletions) - 12} more" if len(history.deletions) > 12 else ""
+    caption = (
+        f"Time steps of {history.iterations['tau'].shape[1]} layers over {count_iterations(history):,} iterations; "
+        f"layers are numbered as at the start. {f'Deleted: {gone}{more}' if gone else 'No layer was deleted'}. "
+        "A click on a name isolates its line."
+    )
+    return Chart("Time steps", caption, data, _layout("iteration", "τ", x_type="log"), ("x",), wide=True)
+
+
+def loss_curves(history: "History") -> Chart:
     """Data loss, each penalty and their total over the iterations, and the loss on validation data after each epoch.
 
-    Long records have the variants "mean", smoothed over ``smoothing_window`` batches, and "batch".
+    Long records have the variants "mean", smoothed over one batch in 200, and "batch".
     """
     columns = {"loss": "data loss"} | {f"penalty.{name}": f"penalty {name}" for name in penalty_names(history)}
     if len(columns) > 1 and "total" in history.iterations:
         columns["total"] = "total"
-    window = smoothing_window(history)
+    numbers = iteration_numbers(history)
+    window = max(1, len(numbers) // 200)
+    rows = thin(len(numbers), POINTS)
     data = []
     for variant, width in ({"mean": window, "batch": 1} if window > 1 else {None: 1}).items():
-        colours = palette(len(columns))
-        for (column, label), colour in zip(columns.items(), colours, strict=True):
-            values = history.iterations[column]
-            rows = thin(len(values), POINTS)
-            line = finite_line(iteration_numbers(history)[rows], running_mean(values, width)[rows])
-            trace = _trace(
-                line, label, colour, "iteration", ink=column == "total", dash="dash" if column == "total" else "solid"
-            )
-            data.append(_variant(trace, variant))
+        for (column, label), colour in zip(columns.items(), palette(len(columns)), strict=True):
+            line = finite_line(numbers[rows], running_mean(history.iterations[column], width)[rows])
+            ink = column == "total"
+            dash = "dash" if ink else "solid"
+            data.append(_trace(line, label, colour, "iteration", variant=variant, ink=ink, dash=dash))
     if "validation.loss" in history.epochs:
         # Without the value before training: plotly.js draws a line from iteration 0 along the whole logarithmic axis.
         line = finite_line(np.asarray(history.epochs["iteration"])[1:], history.epochs["validation.loss"][1:])
         data.append(_trace(line, "validation loss", PALETTE[4], "iteration", dash="dot", markers=True))
-    return {"data": data, "layout": _layout("iteration", "loss", xaxis={"type": "log"}, yaxis={"type": "log"})}
+    smoothed = f" (mean over {window} iterations, or each batch)" if window > 1 else ""
+    total = "the total that is differentiated (without proximal penalties, which act after a step)"
+    penalties = f", each penalty, and {total}" if penalty_names(history) else ""
+    layout = _layout("iteration", "loss", x_type="log", y_type="log")
+    return Chart("Losses", f"Data loss{smoothed}{penalties}.", data, layout, ("x", "y"))
 
 
-def depth_losses(history: HistoryRecord) -> Figure:
-    """The loss of the network cut after each layer, on the training batches of three parts of a training.
-
-    Args:
-        history: The record of a run with a stage cost.
-
-    Returns:
-        The figure; layers that are deleted leave gaps.
-    """
+def depth_losses(history: "History") -> Chart:
+    """The loss of the network cut after each layer, on the training batches of three parts of a training."""
     losses = np.asarray(history.iterations["stage_loss"], dtype=np.float64)
-    number = len(losses)
-    width = max(1, number // 10)
-    middle = (number - width) // 2
+    width = max(1, len(losses) // 10)
+    middle = (len(losses) - width) // 2
     parts = {"first tenth": slice(0, width), "middle": slice(middle, middle + width), "last tenth": slice(-width, None)}
     data = []
     for (label, rows), colour in zip(parts.items(), palette(3), strict=True):
@@ -92,92 +150,68 @@ def depth_losses(history: HistoryRecord) -> Figure:
         if len(there):
             line = finite_line(there, np.nanmean(losses[rows][:, there], axis=0))
             data.append(_trace(line, label, colour, "layers", markers=True))
-    return {"data": data, "layout": _layout("first k layers", "loss", yaxis={"type": "log"})}
-
-
-def smoothing_window(history: HistoryRecord) -> int:
-    """Recorded batches over which the smoothed losses are averaged: one in 200, at least one.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> smoothing_window(SimpleNamespace(iterations={"loss": np.zeros(12000)}))
-        60
-    """
-    return max(1, len(iteration_numbers(history)) // 200)
+    caption = "Loss of the network cut after its first layers, on the training batches of three parts of the training."
+    return Chart("Loss at each depth", caption, data, _layout("first k layers", "loss", y_type="log"), ("y",))
 
 
 def epoch_curves(
-    runs: list[tuple[str, HistoryRecord]],
-    columns: dict[str, str],
-    label: str,
-    *,
-    log: bool = False,
-    steps: bool = False,
-) -> Figure:
-    """Columns of one or several runs over the epochs.
+    title: str, caption: str, runs: "Sequence[tuple[str, History]]", columns: Mapping[str, str], label: str
+) -> Chart:
+    """One or two columns of one or several runs over the epochs; a column that a run lacks is left out.
 
-    Args:
-        runs: Names and histories.
-        columns: Names of one or two columns, each with the label of its line; those that a run lacks are left out.
-        label: Title of the vertical axis.
-        log: Start with a logarithmic vertical axis.
-        steps: Whole numbers that change in steps, drawn from zero.
-
-    Returns:
-        The figure. Of several runs each has its colour, and the columns differ by dashes.
+    Of several runs each has its colour, and the columns differ by dashes.
     """
-    compared = len(runs) > 1
+    compared, log, steps = len(runs) > 1, label == "loss", label == "layers"
     colours = palette(len(runs) if compared else len(columns))
     data = []
     for number, (name, history) in enumerate(runs):
         for k, (column, meaning) in enumerate(columns.items()):
-            if column in history.epochs:
-                values = np.asarray(history.epochs[column])
-                rows = thin(len(values), POINTS)
-                title = ", ".join(word for word in (name, meaning) if word)
-                colour, dash = (colours[number], DASHES[k]) if compared else (colours[k], "solid")
-                shape, markers = "hv" if steps else "linear", len(values) <= 60 and not steps
-                line = finite_line(rows, values[rows])
-                data.append(_trace(line, title, colour, "epoch", dash=dash, shape=shape, markers=markers))
-    whole = {"rangemode": "tozero", "tickformat": ",d", "nticks": 6} if steps else {}
-    layout = _layout("epoch", label, yaxis={"type": "log" if log else "linear"} | whole)
+            if column not in history.epochs:
+                continue
+            values = np.asarray(history.epochs[column])
+            rows = thin(len(values), POINTS)
+            style = {"dash": ("solid", "dash")[k] if compared else "solid", "shape": "hv" if steps else "linear"}
+            words = ", ".join(word for word in (name, meaning) if word)
+            colour, markers = colours[number if compared else k], len(values) <= 60 and not steps
+            data.append(_trace(finite_line(rows, values[rows]), words, colour, "epoch", markers=markers, **style))
+    layout = _layout("epoch", label, y_type="log" if log else "linear")
+    if steps:
+        layout["yaxis"] |= {"rangemode": "tozero", "tickformat": ",d", "nticks": 6}
     if compared:
         layout["legend"]["orientation"] = "h"
-    return {"data": data, "layout": layout | {"showlegend": len(data) > 1}}
+    return Chart(title, caption, data, layout | {"showlegend": len(data) > 1}, ("y",) if log else ())
 
 
-def sizes(history: HistoryRecord) -> Figure:
+def sizes(history: "History") -> Chart:
     """Layers, parameters and seconds per epoch over the epochs, in three panels with one axis below."""
     panels = (("layers", "layers", ",d"), ("parameters", "parameters", ",d"), ("seconds", "seconds per epoch", ".3~g"))
-    layout = _layout("epoch", "", xaxis={"anchor": "y3"}) | {"showlegend": False, "annotations": []}
+    layout = _layout("epoch", "") | {"showlegend": False, "annotations": []}
+    layout["xaxis"] |= {"anchor": "y3"}
     data = []
     for panel, (column, label, number) in enumerate(panels):
         values = np.asarray(history.epochs[column])
         timed = column == "seconds"
         rows = thin(len(values), POINTS)[1 if timed else 0 :]
-        colour, shape = PALETTE[(0, 3, 2)[panel]], "linear" if timed else "hv"
-        trace = _trace(finite_line(rows, values[rows]), label, colour, "epoch", shape=shape, number=number)
-        axis = f"yaxis{panel + 1 if panel else ''}"
-        data.append(trace | {"yaxis": axis.replace("axis", "")})
+        colour, shape, axis = PALETTE[(0, 3, 2)[panel]], "linear" if timed else "hv", ("y", "y2", "y3")[panel]
+        data.append(_trace(finite_line(rows, values[rows]), label, colour, "epoch", shape=shape, number=number))
+        data[-1]["yaxis"] = axis
         top = round(0.93 - 0.35 * panel, 2)
-        layout[axis] = {"rangemode": "tozero", "domain": [round(top - 0.23, 2), top], "nticks": 4, "tickformat": number}
+        layout[axis.replace("y", "yaxis")] = {
+            "rangemode": "tozero", "domain": [round(top - 0.23, 2), top], "nticks": 4, "tickformat": number
+        }  # fmt: skip
         place = {"xref": "paper", "yref": "paper", "x": 0, "y": top, "xanchor": "left", "yanchor": "bottom"}
         layout["annotations"].append(place | {"text": label, "showarrow": False})
-    return {"data": data, "layout": layout}
+    caption = "Layers and parameters after each epoch, and the seconds it took."
+    return Chart("Layers, parameters, time", caption, data, layout)
 
 
 def plotly_text(text: str) -> str:
-    """Text that plotly.js shows as it is: it reads a small part of HTML in titles and names.
-
-    Example:
-        >>> plotly_text("<b>a & b</b>")
-        '&lt;b&gt;a &amp; b&lt;/b&gt;'
-    """
+    """Text that plotly.js shows as it is: it reads a small part of HTML in titles and names."""
     return escape(text, quote=False)
 
 
-def _tau_traces(history: HistoryRecord, variant: str | None, raw: bool) -> list[Trace]:
-    layers, total = tau_lines(history, raw=raw, limit=POINTS)
+def _tau_traces(history: "History", variant: str | None, raw: bool) -> list[Trace]:
+    layers, total = tau_lines(history, raw=raw)
     colours = palette(len(layers))
     # Said on the line rather than on the cross: near both, plotly.js shows the line's text.
     fates = {
@@ -185,23 +219,23 @@ def _tau_traces(history: HistoryRecord, variant: str | None, raw: bool) -> list[
         f"<br>share {gone.share:.3g}, {gone.parameters:,} parameters removed"
         for gone in history.deletions
     }
+
+    def trace(line: Line, name: str, group: str, colour: str, *, ink: bool = False, **more: Any) -> Trace:
+        dash = "dash" if ink else "solid"
+        return _trace(line, name, colour, "iteration", variant=variant, ink=ink, dash=dash, legendgroup=group, **more)
+
     data = []
     for layer, (line, colour) in enumerate(zip(layers, colours, strict=True)):
-        hover = f"layer {layer}<br>iteration %{{x:,d}}<br>τ = %{{y:.5~g}}{fates.get(layer, '')}<extra></extra>"
-        data.append(
-            _trace(line, f"layer {layer}", colour, "iteration", hover=hover) | {"legendgroup": f"layer {layer}"}
-        )
+        name = f"layer {layer}"
+        hover = f"{name}<br>iteration %{{x:,d}}<br>τ = %{{y:.5~g}}{fates.get(layer, '')}<extra></extra>"
+        data.append(trace(line, name, name, colour, hovertemplate=hover))
     for layer in fates:
         end = Line(layers[layer].x[-1:], layers[layer].y[-1:])
         marker = {"symbol": "x", "size": 10, "color": colours[layer]}
         mark = {"mode": "markers", "marker": marker, "showlegend": False, "hoverinfo": "skip", "hovertemplate": None}
-        trace = _trace(end, f"layer {layer} deleted", colours[layer], "iteration")
-        data.append(trace | mark | {"legendgroup": f"layer {layer}"})
+        data.append(trace(end, f"layer {layer} deleted", f"layer {layer}", colours[layer], **mark))
     hover = "sum of all layers<br>iteration %{x:,d}<br>Σ τ = %{y:.5~g}<extra></extra>"
-    data.append(
-        _trace(total, "sum", PALETTE[0], "iteration", hover=hover, ink=True, dash="dash") | {"legendgroup": "sum"}
-    )
-    return [_variant(trace, variant) for trace in data]
+    return [*data, trace(total, "sum", "sum", PALETTE[0], ink=True, hovertemplate=hover)]
 
 
 def _trace(
@@ -210,42 +244,32 @@ def _trace(
     colour: str,
     unit: str,
     *,
-    hover: str | None = None,
+    variant: str | None = None,
     ink: bool = False,
     dash: str = "solid",
     shape: str = "linear",
     markers: bool = False,
     number: str = ".5~g",
+    **more: Any,
 ) -> Trace:
+    """A line of a chart; ``more`` are attributes that plotly.js knows."""
+    choice = {} if variant is None else {"visible": variant in ("effective", "mean")}
     return {
         "type": "scatter",
         "mode": "lines+markers" if markers else "lines",
         "name": plotly_text(name),
         "x": line.x.tolist(),
-        "y": _rounded(line.y),
+        "y": [float(f"{value:.7g}") for value in line.y.tolist()],
         "line": {"color": colour, "width": 1.8, "dash": dash, "shape": shape},
         "marker": {"size": 5},
-        "hovertemplate": hover or f"%{{fullData.name}}<br>{unit} %{{x:,d}}<br>%{{y:{number}}}<extra></extra>",
-        "meta": {"ink": ink},
-    }
+        "hovertemplate": f"%{{fullData.name}}<br>{unit} %{{x:,d}}<br>%{{y:{number}}}<extra></extra>",
+        "meta": {"ink": ink} | ({} if variant is None else {"variant": variant}),
+    } | choice | more  # fmt: skip
 
 
-def _variant(trace: Trace, variant: str | None) -> Trace:
-    if variant is None:
-        return trace
-    return trace | {"meta": trace["meta"] | {"variant": variant}, "visible": variant in ("effective", "mean")}
-
-
-def _rounded(values: Column) -> list[float]:
-    return [float(f"{value:.7g}") for value in values.tolist()]
-
-
-def _layout(
-    x: str, y: str, *, xaxis: dict[str, Any] | None = None, yaxis: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    return {
-        "xaxis": {"title": {"text": x}} | (xaxis or {}),
-        "yaxis": {"title": {"text": y}} | (yaxis or {}),
+def _layout(x: str, y: str, *, x_type: str | None = None, y_type: str | None = None) -> dict[str, Any]:
+    axes = (("xaxis", x, x_type), ("yaxis", y, y_type))
+    return {axis: {"title": {"text": title}} | ({"type": kind} if kind else {}) for axis, title, kind in axes} | {
         "hovermode": "closest",
         "legend": {"itemclick": "toggleothers", "itemdoubleclick": "toggle"},
         "showlegend": True,

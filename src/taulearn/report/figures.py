@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from taulearn.report.records import (
-    Column,
-    HistoryRecord,
-    Runs,
+    POINTS,
     finite_line,
     iteration_numbers,
     named_histories,
@@ -31,14 +29,16 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
     from matplotlib.typing import LineStyleType
 
+    from taulearn.report.records import Runs
+    from taulearn.training.history import History
+
 # Okabe and Ito's colours, told apart under the common colour vision deficiencies; black is the sum's, yellow too pale.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D31", "#7F7F7F")
 LEGEND_LIMIT = 12
-POINTS = 2000
 
 
 def tau_trajectories(
-    history: HistoryRecord, *, ax: "Axes | None" = None, show_sum: bool = True, raw: bool = False
+    history: "History", *, ax: "Axes | None" = None, show_sum: bool = True, raw: bool = False
 ) -> "Axes":
     """The time steps over the iterations, on a logarithmic axis, as in figures 4.4 to 4.6.
 
@@ -97,7 +97,7 @@ def tau_trajectories(
 
 
 def losses(
-    runs: Runs,
+    runs: "Runs",
     *,
     ax: "Axes | None" = None,
     by: str = "epoch",
@@ -170,7 +170,7 @@ def losses(
     return ax
 
 
-def accuracy(runs: Runs, *, ax: "Axes | None" = None, smooth: int = 1) -> "Axes":
+def accuracy(runs: "Runs", *, ax: "Axes | None" = None, smooth: int = 1) -> "Axes":
     """Accuracy on the validation data over the epochs, several runs side by side, as in figures 4.1 to 4.3.
 
     Args:
@@ -206,7 +206,7 @@ def accuracy(runs: Runs, *, ax: "Axes | None" = None, smooth: int = 1) -> "Axes"
     return ax
 
 
-def layers_and_parameters(history: HistoryRecord, *, ax: "Axes | None" = None) -> "Axes":
+def layers_and_parameters(history: "History", *, ax: "Axes | None" = None) -> "Axes":
     """Number of layers (left axis) and of parameters (right axis) over the epochs.
 
     Args:
