@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from taulearn.report import write_html
-from taulearn.report.records import unique_names
 from taulearn.report.charts import depth_losses, loss_curves, tau_explorer
+from taulearn.report.records import unique_names
 from taulearn.training.history import History
 
 HOSTILE = "</script><script>alert(1)</script>\"quoted\" 'single' & <b>%{x}</b>"

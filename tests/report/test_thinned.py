@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from taulearn.report import figures
-from taulearn.report.records import count_iterations, tau_lines
 from taulearn.report.charts import loss_curves
+from taulearn.report.records import count_iterations, tau_lines
 from taulearn.training.thinning import thinned
 
 

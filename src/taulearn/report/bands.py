@@ -94,7 +94,7 @@ def tau_bands(histories: "Sequence[History]", ax: "Axes", *, raw: bool = False) 
         _band(ax, x[shown], lines, colour, rf"$\tau^{{[{layer}]}}$", "-")
     total = np.nansum(steps, axis=2)
     _band(ax, x, (total.mean(0), total.min(0), total.max(0)), "black", r"$\sum_\ell \tau^{[\ell]}$", "--")
-    cross = {"markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6, "linestyle": "none"}
+    cross: dict[str, Any] = {"markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6, "linestyle": "none"}
     for history in histories:
         for gone in history.deletions:
             value = last_finite(history.iterations["tau"][:, gone.layer])

@@ -15,7 +15,6 @@ import numpy as np
 from taulearn.report.figures import PALETTE, palette
 from taulearn.report.records import (
     POINTS,
-    Column,
     Line,
     count_iterations,
     finite_line,
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from taulearn.training.history import History
 
 Trace = dict[str, Any]
+STEPS: Trace = {"shape": "hv"}
+INK: Trace = {"line": {"dash": "dash"}, "meta": {"ink": True}}
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,11 @@ def comparison_charts(runs: "Sequence[tuple[str, History]]") -> dict[str, Chart]
     penalised = any("train.total" in history.epochs and penalty_names(history) for _, history in runs)
     training = {"train.loss": "data loss", "train.total": "total"} if penalised else {"train.loss": ""}
     mean = f"Mean loss over each epoch{', dashed with all penalties' if penalised else ''}."
-    accuracy, loss = (
-        "Accuracy on the validation data after each epoch.",
-        "Loss on the validation data after each epoch.",
-    )
+    after = "on the validation data after each epoch."
     charts = {
-        "accuracy": epoch_curves("Accuracy", accuracy, runs, {"validation.accuracy": ""}, "accuracy"),
+        "accuracy": epoch_curves("Accuracy", f"Accuracy {after}", runs, {"validation.accuracy": ""}, "accuracy"),
         "loss": epoch_curves("Training loss", mean, runs, training, "loss"),
-        "validation-loss": epoch_curves("Validation loss", loss, runs, {"validation.loss": ""}, "loss"),
+        "validation-loss": epoch_curves("Validation loss", f"Loss {after}", runs, {"validation.loss": ""}, "loss"),
         "layers": epoch_curves("Layers", "Layers after each epoch.", runs, {"layers": ""}, "layers"),
     }
     return {key: chart for key, chart in charts.items() if chart.data}
@@ -124,13 +122,12 @@ def loss_curves(history: "History") -> Chart:
     for variant, width in ({"mean": window, "batch": 1} if window > 1 else {None: 1}).items():
         for (column, label), colour in zip(columns.items(), palette(len(columns)), strict=True):
             line = finite_line(numbers[rows], running_mean(history.iterations[column], width)[rows])
-            ink = column == "total"
-            dash = "dash" if ink else "solid"
-            data.append(_trace(line, label, colour, "iteration", variant=variant, ink=ink, dash=dash))
+            style = INK if column == "total" else {}
+            data.append(_variant(_trace(line, label, colour, "iteration", **style), variant))
     if "validation.loss" in history.epochs:
         # Without the value before training: plotly.js draws a line from iteration 0 along the whole logarithmic axis.
         line = finite_line(np.asarray(history.epochs["iteration"])[1:], history.epochs["validation.loss"][1:])
-        data.append(_trace(line, "validation loss", PALETTE[4], "iteration", dash="dot", markers=True))
+        data.append(_trace(line, "validation loss", PALETTE[4], "iteration", line={"dash": "dot"}, markers=True))
     smoothed = f" (mean over {window} iterations, or each batch)" if window > 1 else ""
     total = "the total that is differentiated (without proximal penalties, which act after a step)"
     penalties = f", each penalty, and {total}" if penalty_names(history) else ""
@@ -170,10 +167,10 @@ def epoch_curves(
                 continue
             values = np.asarray(history.epochs[column])
             rows = thin(len(values), POINTS)
-            style = {"dash": ("solid", "dash")[k] if compared else "solid", "shape": "hv" if steps else "linear"}
             words = ", ".join(word for word in (name, meaning) if word)
             colour, markers = colours[number if compared else k], len(values) <= 60 and not steps
-            data.append(_trace(finite_line(rows, values[rows]), words, colour, "epoch", markers=markers, **style))
+            style = STEPS if steps else {"dash": "dash"} if compared and k else {}
+            data.append(_trace(finite_line(rows, values[rows]), words, colour, "epoch", markers=markers, line=style))
     layout = _layout("epoch", label, y_type="log" if log else "linear")
     if steps:
         layout["yaxis"] |= {"rangemode": "tozero", "tickformat": ",d", "nticks": 6}
@@ -184,23 +181,25 @@ def epoch_curves(
 
 def sizes(history: "History") -> Chart:
     """Layers, parameters and seconds per epoch over the epochs, in three panels with one axis below."""
-    panels = (("layers", "layers", ",d"), ("parameters", "parameters", ",d"), ("seconds", "seconds per epoch", ".3~g"))
+    panels = (
+        ("layers", "layers", ",d", PALETTE[0], STEPS),
+        ("parameters", "parameters", ",d", PALETTE[3], STEPS),
+        ("seconds", "seconds per epoch", ".3~g", PALETTE[2], {"shape": "linear"}),
+    )
     layout = _layout("epoch", "") | {"showlegend": False, "annotations": []}
     layout["xaxis"] |= {"anchor": "y3"}
     data = []
-    for panel, (column, label, number) in enumerate(panels):
+    for number, (column, label, form, colour, style) in enumerate(panels):
         values = np.asarray(history.epochs[column])
-        timed = column == "seconds"
-        rows = thin(len(values), POINTS)[1 if timed else 0 :]
-        colour, shape, axis = PALETTE[(0, 3, 2)[panel]], "linear" if timed else "hv", ("y", "y2", "y3")[panel]
-        data.append(_trace(finite_line(rows, values[rows]), label, colour, "epoch", shape=shape, number=number))
-        data[-1]["yaxis"] = axis
-        top = round(0.93 - 0.35 * panel, 2)
-        layout[axis.replace("y", "yaxis")] = {
-            "rangemode": "tozero", "domain": [round(top - 0.23, 2), top], "nticks": 4, "tickformat": number
-        }  # fmt: skip
-        place = {"xref": "paper", "yref": "paper", "x": 0, "y": top, "xanchor": "left", "yanchor": "bottom"}
-        layout["annotations"].append(place | {"text": label, "showarrow": False})
+        rows = thin(len(values), POINTS)[1 if column == "seconds" else 0 :]
+        hover = f"{label}<br>epoch %{{x:,d}}<br>%{{y:{form}}}<extra></extra>"
+        axis, top = str(number + 1 if number else ""), round(0.93 - 0.35 * number, 2)
+        trace = _trace(finite_line(rows, values[rows]), label, colour, "epoch", line=style)
+        data.append(trace | {"yaxis": f"y{axis}", "hovertemplate": hover})
+        place = {"domain": [round(top - 0.23, 2), top], "rangemode": "tozero"}
+        layout[f"yaxis{axis}"] = place | {"nticks": 4, "tickformat": form}
+        corner = {"xref": "paper", "yref": "paper", "x": 0, "y": top, "xanchor": "left", "yanchor": "bottom"}
+        layout["annotations"].append(corner | {"text": label, "showarrow": False})
     caption = "Layers and parameters after each epoch, and the seconds it took."
     return Chart("Layers, parameters, time", caption, data, layout)
 
@@ -220,51 +219,40 @@ def _tau_traces(history: "History", variant: str | None, raw: bool) -> list[Trac
         for gone in history.deletions
     }
 
-    def trace(line: Line, name: str, group: str, colour: str, *, ink: bool = False, **more: Any) -> Trace:
-        dash = "dash" if ink else "solid"
-        return _trace(line, name, colour, "iteration", variant=variant, ink=ink, dash=dash, legendgroup=group, **more)
-
     data = []
     for layer, (line, colour) in enumerate(zip(layers, colours, strict=True)):
         name = f"layer {layer}"
         hover = f"{name}<br>iteration %{{x:,d}}<br>τ = %{{y:.5~g}}{fates.get(layer, '')}<extra></extra>"
-        data.append(trace(line, name, name, colour, hovertemplate=hover))
+        data.append(_trace(line, name, colour, "iteration", hovertemplate=hover, legendgroup=name))
     for layer in fates:
         end = Line(layers[layer].x[-1:], layers[layer].y[-1:])
-        marker = {"symbol": "x", "size": 10, "color": colours[layer]}
-        mark = {"mode": "markers", "marker": marker, "showlegend": False, "hoverinfo": "skip", "hovertemplate": None}
-        data.append(trace(end, f"layer {layer} deleted", f"layer {layer}", colours[layer], **mark))
+        mark = {"mode": "markers", "marker": {"symbol": "x", "size": 10, "color": colours[layer]}, "showlegend": False}
+        mark |= {"hoverinfo": "skip", "hovertemplate": None, "legendgroup": f"layer {layer}"}
+        data.append(_trace(end, f"layer {layer} deleted", colours[layer], "iteration") | mark)
     hover = "sum of all layers<br>iteration %{x:,d}<br>Σ τ = %{y:.5~g}<extra></extra>"
-    return [*data, trace(total, "sum", "sum", PALETTE[0], ink=True, hovertemplate=hover)]
+    data.append(_trace(total, "sum", PALETTE[0], "iteration", hovertemplate=hover, legendgroup="sum", **INK))
+    return [_variant(trace, variant) for trace in data]
 
 
-def _trace(
-    line: Line,
-    name: str,
-    colour: str,
-    unit: str,
-    *,
-    variant: str | None = None,
-    ink: bool = False,
-    dash: str = "solid",
-    shape: str = "linear",
-    markers: bool = False,
-    number: str = ".5~g",
-    **more: Any,
-) -> Trace:
-    """A line of a chart; ``more`` are attributes that plotly.js knows."""
-    choice = {} if variant is None else {"visible": variant in ("effective", "mean")}
+def _trace(points: Line, name: str, colour: str, unit: str, /, *, markers: bool = False, **more: Any) -> Trace:
+    """A line of a chart over iterations, epochs or layers; ``more`` are attributes that plotly.js knows."""
     return {
         "type": "scatter",
         "mode": "lines+markers" if markers else "lines",
         "name": plotly_text(name),
-        "x": line.x.tolist(),
-        "y": [float(f"{value:.7g}") for value in line.y.tolist()],
-        "line": {"color": colour, "width": 1.8, "dash": dash, "shape": shape},
+        "x": points.x.tolist(),
+        "y": [float(f"{value:.7g}") for value in points.y.tolist()],
+        "line": {"color": colour, "width": 1.8} | more.pop("line", {}),
         "marker": {"size": 5},
-        "hovertemplate": f"%{{fullData.name}}<br>{unit} %{{x:,d}}<br>%{{y:{number}}}<extra></extra>",
-        "meta": {"ink": ink} | ({} if variant is None else {"variant": variant}),
-    } | choice | more  # fmt: skip
+        "hovertemplate": f"%{{fullData.name}}<br>{unit} %{{x:,d}}<br>%{{y:.5~g}}<extra></extra>",
+        "meta": {},
+    } | more
+
+
+def _variant(trace: Trace, variant: str | None) -> Trace:
+    """A trace as part of one of the alternative drawings."""
+    choice = {"meta": trace["meta"] | {"variant": variant}, "visible": variant in ("effective", "mean")}
+    return trace if variant is None else trace | choice
 
 
 def _layout(x: str, y: str, *, x_type: str | None = None, y_type: str | None = None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from taulearn.training.history import History
     from taulearn.training.run_folder import Run
 
-    Runs = Run | History | Sequence[Run | History] | Mapping[str, Run | History]
-
+Runs: TypeAlias = "Run | History | Sequence[Run | History] | Mapping[str, Run | History]"
 Column = np.ndarray[Any, np.dtype[Any]]
 POINTS = 2000
 
@@ -24,7 +23,7 @@ class Line(NamedTuple):
     y: Float[np.ndarray, "points"]
 
 
-def named_histories(runs: "Runs") -> "list[tuple[str, History]]":
+def named_histories(runs: Runs) -> "list[tuple[str, History]]":
     """The histories of one or several runs, each with a name that no other has."""
     if isinstance(runs, Mapping):
         pairs = [(str(name), run) for name, run in runs.items()]
@@ -37,7 +36,7 @@ def named_histories(runs: "Runs") -> "list[tuple[str, History]]":
             "runs must hold at least one run, got none: give a run, a history, a list or a mapping from names to them"
         )
     names = unique_names([name for name, _ in pairs])
-    return [(name, getattr(run, "history", run)) for name, (_, run) in zip(names, pairs, strict=True)]
+    return [(name, cast("History", getattr(run, "history", run))) for name, (_, run) in zip(names, pairs, strict=True)]
 
 
 def unique_names(names: Iterable[str]) -> list[str]:
