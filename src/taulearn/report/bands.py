@@ -32,16 +32,8 @@ def epoch_bands(
 ) -> "Axes":
     """Draw a column per epoch for several settings: the mean over the seeds as a line, their range as a band.
 
-    Args:
-        groups: The records of each setting's seeds, by the label of its line.
-        column: Name of the column.
-        ax: Where to draw.
-        colours: By label; None: the palette, in order.
-        styles: Styles of lines, by label; None: solid.
-        first: The first epoch drawn; 0 is before training, 1 the first that has a training loss.
-
-    Returns:
-        The Axes.
+    ``groups`` are the records of each setting's seeds by the label of its line, ``colours`` and ``styles`` those of the
+    lines by label; ``first`` is the first epoch drawn: 0 is before training, 1 the first that has a training loss.
 
     Example:
         >>> from types import SimpleNamespace
@@ -65,15 +57,7 @@ def tau_bands(histories: "Sequence[History]", ax: "Axes", *, raw: bool = False) 
     """Draw the time steps over the iterations, one line per layer, and their sum.
 
     A layer's line is the mean over the seeds that still have it and ends where fewer than half of them do; a cross
-    marks each deletion.
-
-    Args:
-        histories: The records of a setting's seeds.
-        ax: Where to draw.
-        raw: The steps before the lower bound was applied, where the record tells them apart.
-
-    Returns:
-        The Axes, with logarithmic iterations.
+    marks each deletion. ``raw``: the steps before the lower bound was applied, where the record tells them apart.
 
     Example:
         >>> from types import SimpleNamespace

@@ -15,15 +15,7 @@ from taulearn.report.html import asset, render, write_page
 
 @dataclass(frozen=True)
 class ClaimRow:
-    """A claim as the report shows it.
-
-    Attributes:
-        id: Short name.
-        statement: What is claimed.
-        outcome: "holds", "holds in part", "does not hold" or "not measured".
-        sentence: Which parts hold.
-        figures: What was measured.
-    """
+    """A claim with its outcome ("holds", "holds in part", "does not hold", "not measured") and what was measured."""
 
     id: str
     statement: str
@@ -34,14 +26,7 @@ class ClaimRow:
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run as the report lists it.
-
-    Attributes:
-        name: Setting and seed.
-        facets: What it can be filtered by, for instance {"data": "mnist"}.
-        values: Its figures, by the columns' titles.
-        link: Its own report, relative to this one; None where there is none.
-    """
+    """A run: what it can be filtered by, its values by the columns' titles, and the relative path of its own report."""
 
     name: str
     facets: Mapping[str, str]
@@ -51,13 +36,7 @@ class RunRow:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure.
-
-    Attributes:
-        title: For instance "Figure 4.1".
-        caption: What it shows, plain text.
-        png: The picture.
-    """
+    """A drawn figure: its title, what it shows, the picture as PNG."""
 
     title: str
     caption: str

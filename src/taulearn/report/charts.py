@@ -205,8 +205,8 @@ def sizes(history: "History") -> Chart:
 
 
 def plotly_text(text: str) -> str:
-    """Text that plotly.js shows as it is: it reads a small part of HTML in titles and names."""
-    return escape(text, quote=False)
+    """Text that plotly.js shows as it is: it reads a small part of HTML in names, and fills in what stands in %{}."""
+    return escape(text, quote=False).replace("%{", "%&#123;")
 
 
 def _tau_traces(history: "History", variant: str | None, raw: bool) -> list[Trace]:

@@ -147,7 +147,8 @@ def losses(
             numbers = history.epochs["iteration"] if source is history.epochs else iteration_numbers(history)
             line = finite_line(rows if by == "epoch" else np.asarray(numbers)[rows], values[rows])
             label = _plain(name if style == "-" else f"{name}, {meaning}")
-            curve = ax.plot(line.x, line.y, style, color=colour, linewidth=1.4, label=label)
+            width = 1.6 if style == ":" else 1.4
+            curve = ax.plot(line.x, line.y, style, color=colour, linewidth=width, label=label)
             handles += curve if style == "-" else []
             drawn[meaning] = style
     if ax.lines and all((np.asarray(line.get_ydata()) > 0).all() for line in ax.lines):
