@@ -36,16 +36,7 @@ INK: Trace = {"line": {"dash": "dash"}, "meta": {"ink": True}}
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart and the words around it.
-
-    Attributes:
-        title: Plain text.
-        caption: Plain text, also the alternative text of the picture.
-        data: Traces.
-        layout: Axes and legend.
-        controls: Axes ("x", "y") that switch between logarithmic and linear.
-        wide: Whether it is drawn taller, over the width of the page.
-    """
+    """A chart and the plain words around it; ``controls`` are the axes that switch between logarithmic and linear."""
 
     title: str
     caption: str
@@ -210,6 +201,7 @@ def plotly_text(text: str) -> str:
 
 
 def _tau_traces(history: "History", variant: str | None, raw: bool) -> list[Trace]:
+    """The lines of the layers, the crosses at their ends, and the sum."""
     layers, total = tau_lines(history, raw=raw)
     colours = palette(len(layers))
     # Said on the line rather than on the cross: near both, plotly.js shows the line's text.
@@ -218,7 +210,6 @@ def _tau_traces(history: "History", variant: str | None, raw: bool) -> list[Trac
         f"<br>share {gone.share:.3g}, {gone.parameters:,} parameters removed"
         for gone in history.deletions
     }
-
     data = []
     for layer, (line, colour) in enumerate(zip(layers, colours, strict=True)):
         name = f"layer {layer}"
