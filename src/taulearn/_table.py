@@ -1,17 +1,16 @@
 """Plain text tables, for results that print."""
 
 from collections.abc import Mapping, Sequence
+from io import StringIO
+
+# Nothing but a rule under the heading and one above the last line.
+_RULES = "    \n    \n -- \n    \n -- \n -- \n    \n    \n"
 
 
 def format_table(columns: Mapping[str, Sequence[object]], *, total: Sequence[object] = ()) -> str:
-    """Columns side by side, numbers to the right, with a rule under the heading and above the last line.
+    """Set columns side by side, numbers to the right, with a rule under the heading and above the last line.
 
-    Args:
-        columns: Heading and entries of each column, all of one length; None prints as a blank, floats with four digits.
-        total: Entries of a last line, one per column; empty: no such line.
-
-    Returns:
-        Several lines without a trailing newline.
+    Entries None print as a blank, floats with four digits; ``total`` holds those of a last line, one per column.
 
     Example:
         >>> print(format_table({"layer": [0, 1], "tau": [0.5, 0.25]}, total=["sum", 0.75]))
@@ -22,24 +21,25 @@ def format_table(columns: Mapping[str, Sequence[object]], *, total: Sequence[obj
         -------------
           sum  0.7500
     """
-    rows = list(zip(*columns.values(), strict=True)) + ([tuple(total)] if total else [])
-    cells = [[_text(value) for value in row] for row in rows]
-    widths = [max(len(heading), *(len(row[i]) for row in cells), 0) for i, heading in enumerate(columns)]
-    left = [all(isinstance(v, str) for v in values) for values in columns.values()]
-    lines = [_line(list(columns), widths, left), *(_line(row, widths, left) for row in cells)]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    lines.insert(1, rule)
-    if total:
-        lines.insert(-1, rule)
-    return "\n".join(lines)
+    from rich.box import Box
+    from rich.console import Console
+    from rich.table import Table
 
-
-def _line(cells: Sequence[str], widths: Sequence[int], left: Sequence[bool]) -> str:
-    parts = [c.ljust(w) if on_left else c.rjust(w) for c, w, on_left in zip(cells, widths, left, strict=True)]
-    return "  ".join(parts).rstrip()
+    table = Table(box=Box(_RULES, ascii=True), show_edge=False, pad_edge=False, show_footer=bool(total))
+    table.collapse_padding = True
+    for number, (heading, values) in enumerate(columns.items()):
+        last, left = _text(total[number]) if total else "", all(isinstance(value, str) for value in values)
+        table.add_column(heading, last, justify="left" if left else "right", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(_text, row))
+    text = StringIO()
+    plain = Console(file=text, width=10_000, color_system=None, markup=False, emoji=False, force_jupyter=False)
+    plain.print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _text(value: object) -> str:
+    """A value as it is printed."""
     if value is None:
         return ""
     if isinstance(value, float):

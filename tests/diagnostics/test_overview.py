@@ -93,6 +93,11 @@ def test_table_aligns() -> None:
     ]
 
 
+def test_names_in_a_table_are_text_and_wide_letters_keep_their_column() -> None:
+    table = format_table({"name": ["[red]x[/red] [/b] :smile:", "層"], "n": [1, 2]})
+    assert table.splitlines()[2:] == ["[red]x[/red] [/b] :smile:  1", "層" + " " * 25 + "2"]
+
+
 def test_a_layer_that_stands_in_two_places_is_timed_in_both() -> None:
     network = resnet(4, 4, 1, 3)
     network.layers[2] = network.layers[1]

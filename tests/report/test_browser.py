@@ -6,7 +6,7 @@ import pytest
 
 from taulearn.report import write_html
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)><b>b</b>\"q\" 'q'"
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)><b>b</b>%{x}\"q\" 'q'"
 
 
 @pytest.fixture

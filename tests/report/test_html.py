@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from taulearn.report import write_html
+from taulearn.report.charts import depth_losses, loss_curves, tau_explorer
 from taulearn.report.records import unique_names
-from taulearn.report.traces import depth_losses, loss_curves, tau_explorer
 from taulearn.training.history import History
 
 HOSTILE = "</script><script>alert(1)</script>\"quoted\" 'single' & <b>%{x}</b>"
@@ -144,7 +144,7 @@ def test_several_runs_are_compared(write, make_run, make):
 
 
 def test_tau_explorer_has_a_line_per_layer_a_mark_per_deletion_and_the_sum(record):
-    data = tau_explorer(record)["data"]
+    data = tau_explorer(record).data
     assert [trace["name"] for trace in data] == [
         *(f"layer {layer}" for layer in range(6)),
         *(f"layer {layer} deleted" for layer in (2, 3, 4)),
@@ -156,14 +156,14 @@ def test_tau_explorer_has_a_line_per_layer_a_mark_per_deletion_and_the_sum(recor
 
 
 def test_loss_curves_hold_data_loss_penalties_total_and_validation(make):
-    data = loss_curves(make())["data"]
+    data = loss_curves(make()).data
     assert [trace["name"] for trace in data if trace["meta"].get("variant") != "batch"] == [
         "data loss",
         "penalty l1",
         "total",
         "validation loss",
     ]
-    short = loss_curves(make(epochs=2, per_epoch=20, deletions=()))["data"]
+    short = loss_curves(make(epochs=2, per_epoch=20, deletions=())).data
     assert all("variant" not in trace["meta"] for trace in short)
 
 
@@ -172,19 +172,19 @@ def test_losses_at_each_depth_are_drawn_where_they_are_recorded(record):
     losses[:, 1:] = np.linspace(2.0, 1.0, 40)[:, None] - [0.0, 0.1, 0.2]
     losses[20:, 2] = np.nan
     history = History(record.iterations | {"loss": losses[:, 3], "stage_loss": losses}, record.epochs, [])
-    traces = depth_losses(history)["data"]
+    traces = depth_losses(history).data
     assert [trace["name"] for trace in traces] == ["first tenth", "middle", "last tenth"]
     assert [list(trace["x"]) for trace in traces] == [[1, 2, 3], [1, 2, 3], [1, 3]]
     assert traces[2]["y"][0] == pytest.approx(losses[-4:, 1].mean(), rel=1e-5)
 
 
 def test_regression_validation_loss_before_training_is_not_drawn_on_the_logarithmic_axis(record):
-    validation = loss_curves(record)["data"][-1]
+    validation = loss_curves(record).data[-1]
     assert validation["x"][0] == 600
 
 
 def test_raw_time_steps_are_a_variant(make):
-    variants = [trace["meta"]["variant"] for trace in tau_explorer(make(raw=True, deletions=()))["data"]]
+    variants = [trace["meta"]["variant"] for trace in tau_explorer(make(raw=True, deletions=())).data]
     assert variants == ["effective"] * 7 + ["raw"] * 7
 
 

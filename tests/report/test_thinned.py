@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from taulearn.report import figures
+from taulearn.report.charts import loss_curves
 from taulearn.report.records import count_iterations, tau_lines
-from taulearn.report.traces import loss_curves
 from taulearn.training.thinning import thinned
 
 
@@ -29,7 +29,7 @@ def test_losses_lie_on_the_lines_of_the_whole_record(both):
     x, y = np.asarray(drawn.get_xdata()), np.asarray(drawn.get_ydata())
     np.testing.assert_array_equal(y, whole.iterations["loss"][x - 1])
     assert x[-1] == 12_000
-    single = [trace for trace in loss_curves(small)["data"] if trace["meta"].get("variant") == "batch"]
+    single = [trace for trace in loss_curves(small).data if trace["meta"].get("variant") == "batch"]
     for trace in single:
         assert trace["x"][-1] == 12_000
 

@@ -10,17 +10,19 @@ import numpy as np
 from jaxtyping import Float
 
 from taulearn.report.figures import palette
-from taulearn.report.records import HistoryRecord, iteration_numbers, last_finite
+from taulearn.report.records import Column, iteration_numbers, last_finite, time_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from taulearn.training.history import History
 
 POINTS = 400
 BAND = 0.18
 
 
 def epoch_bands(
-    groups: Mapping[str, Sequence[HistoryRecord]],
+    groups: "Mapping[str, Sequence[History]]",
     column: str,
     ax: "Axes",
     *,
@@ -28,18 +30,10 @@ def epoch_bands(
     styles: Mapping[str, Any] | None = None,
     first: int = 0,
 ) -> "Axes":
-    """A column per epoch for several settings.
+    """Draw a column per epoch for several settings: the mean over the seeds as a line, their range as a band.
 
-    Args:
-        groups: The records of each setting's seeds, by the label of its line.
-        column: Name of the column.
-        ax: Where to draw.
-        colours: By label; None: the palette, in order.
-        styles: Styles of lines, by label; None: solid.
-        first: The first epoch drawn; 0 is before training, 1 the first that has a training loss.
-
-    Returns:
-        The Axes.
+    ``groups`` are the records of each setting's seeds by the label of its line, ``colours`` and ``styles`` those of the
+    lines by label; ``first`` is the first epoch drawn: 0 is before training, 1 the first that has a training loss.
 
     Example:
         >>> from types import SimpleNamespace
@@ -51,36 +45,19 @@ def epoch_bands(
     own = dict(zip(groups, palette(len(groups)), strict=True))
     for label, histories in groups.items():
         length = min(len(history.epochs[column]) for history in histories)
-        values = np.stack([np.asarray(history.epochs[column], dtype=np.float64)[:length] for history in histories])
-        colour = (colours or own)[label]
-        x = np.arange(first, length)
-        ax.plot(
-            x,
-            values.mean(0)[first:],
-            color=colour,
-            linewidth=1.3,
-            linestyle=(styles or {}).get(label, "-"),
-            label=label,
-        )
-        ax.fill_between(x, values.min(0)[first:], values.max(0)[first:], color=colour, alpha=BAND, linewidth=0)
+        values = np.stack([np.asarray(history.epochs[column], dtype=np.float64)[first:length] for history in histories])
+        lines = values.mean(0), values.min(0), values.max(0)
+        _band(ax, np.arange(first, length), lines, (colours or own)[label], label, (styles or {}).get(label, "-"))
     ax.set_xlabel("Epoch")
     ax.grid(True, color="0.9", linewidth=0.6)
     return ax
 
 
-def tau_bands(histories: Sequence[HistoryRecord], ax: "Axes", *, raw: bool = False) -> "Axes":
-    """The time steps over the iterations, one line per layer, and their sum.
+def tau_bands(histories: "Sequence[History]", ax: "Axes", *, raw: bool = False) -> "Axes":
+    """Draw the time steps over the iterations, one line per layer, and their sum.
 
     A layer's line is the mean over the seeds that still have it and ends where fewer than half of them do; a cross
-    marks each deletion.
-
-    Args:
-        histories: The records of a setting's seeds.
-        ax: Where to draw.
-        raw: The steps before the lower bound was applied, where the record tells them apart.
-
-    Returns:
-        The Axes, with logarithmic iterations.
+    marks each deletion. ``raw``: the steps before the lower bound was applied, where the record tells them apart.
 
     Example:
         >>> from types import SimpleNamespace
@@ -92,26 +69,21 @@ def tau_bands(histories: Sequence[HistoryRecord], ax: "Axes", *, raw: bool = Fal
     last = min(int(iteration_numbers(history)[-1]) for history in histories)
     x = np.unique(np.geomspace(1, last, POINTS).round().astype(np.int64))
     steps = np.stack([_on_grid(history, x, raw) for history in histories])
-    layers = steps.shape[2]
-    colours = palette(layers)
+    colours = palette(steps.shape[2])
     for layer, colour in enumerate(colours):
-        _band(ax, x, steps[:, :, layer], colour, rf"$\tau^{{[{layer}]}}$", "-")
-    _band(ax, x, np.nansum(steps, axis=2), "black", r"$\sum_\ell \tau^{[\ell]}$", "--")
+        values = steps[:, :, layer]
+        shown = np.isfinite(values).sum(0) >= max(1, (len(values) + 1) // 2)
+        kept = values[:, shown]
+        lines = np.nanmean(kept, axis=0), np.nanmin(kept, axis=0), np.nanmax(kept, axis=0)
+        _band(ax, x[shown], lines, colour, rf"$\tau^{{[{layer}]}}$", "-")
+    total = np.nansum(steps, axis=2)
+    _band(ax, x, (total.mean(0), total.min(0), total.max(0)), "black", r"$\sum_\ell \tau^{[\ell]}$", "--")
+    cross: dict[str, Any] = {"markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6, "linestyle": "none"}
     for history in histories:
         for gone in history.deletions:
-            column = np.asarray(history.iterations["tau"])[:, gone.layer]
-            value = last_finite(column)
+            value = last_finite(history.iterations["tau"][:, gone.layer])
             if value is not None:
-                ax.plot(
-                    [gone.iteration],
-                    [value],
-                    "X",
-                    color=colours[gone.layer],
-                    markersize=6,
-                    markeredgecolor="white",
-                    markeredgewidth=0.6,
-                    linestyle="none",
-                )
+                ax.plot([gone.iteration], [value], "X", color=colours[gone.layer], **cross)
     ax.set_xscale("log")
     ax.set_xlim(1, last)
     ax.set_xlabel("Iteration")
@@ -120,10 +92,9 @@ def tau_bands(histories: Sequence[HistoryRecord], ax: "Axes", *, raw: bool = Fal
     return ax
 
 
-def _on_grid(history: HistoryRecord, x: np.ndarray[Any, Any], raw: bool) -> Float[np.ndarray, "points layers"]:
+def _on_grid(history: "History", x: Column, raw: bool) -> Float[np.ndarray, "points layers"]:
     """The steps at given iterations, between recorded ones along straight lines, NaN from their deletion on."""
-    name = "raw_tau" if raw and "raw_tau" in history.iterations else "tau"
-    tau, there = np.asarray(history.iterations[name], dtype=np.float64), iteration_numbers(history)
+    tau, there = time_steps(history, raw), iteration_numbers(history)
     result = np.full((len(x), tau.shape[1]), np.nan)
     for layer, column in enumerate(tau.T):
         known = np.isfinite(column)
@@ -133,14 +104,8 @@ def _on_grid(history: HistoryRecord, x: np.ndarray[Any, Any], raw: bool) -> Floa
     return result
 
 
-def _band(
-    ax: "Axes", x: np.ndarray[Any, Any], values: Float[np.ndarray, "seeds points"], colour: str, label: str, style: str
-) -> None:
-    known = np.isfinite(values)
-    shown = known.sum(0) >= max(1, (len(values) + 1) // 2)
-    if not shown.any():
-        ax.plot([], [], style, color=colour, label=label)
-        return
-    kept = values[:, shown]
-    ax.plot(x[shown], np.nanmean(kept, axis=0), style, color=colour, linewidth=1.3, label=label)
-    ax.fill_between(x[shown], np.nanmin(kept, axis=0), np.nanmax(kept, axis=0), color=colour, alpha=BAND, linewidth=0)
+def _band(ax: "Axes", x: Column, lines: tuple[Column, Column, Column], colour: str, label: str, style: Any) -> None:
+    """Draw a mean as a line and the range from the lowest to the highest as a band around it."""
+    mean, low, high = lines
+    ax.plot(x, mean, color=colour, linewidth=1.3, linestyle=style, label=label)
+    ax.fill_between(x, low, high, color=colour, alpha=BAND, linewidth=0)

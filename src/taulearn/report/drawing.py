@@ -84,24 +84,15 @@ def network(
     for column, w in enumerate(weights):
         order = np.argsort(np.abs(w), axis=None)[-_MOST_LINES:]  # the largest last, above the others
         to, of = np.unravel_index(order, w.shape)
-        ends = np.stack(
-            [
-                np.stack([np.full(len(order), column), heights[column][of]], axis=1),
-                np.stack([np.full(len(order), column + 1), heights[column + 1][to]], axis=1),
-            ],
-            axis=1,
-        )
+        left, right = heights[column][of], heights[column + 1][to]
+        ends = [[(column, start), (column + 1, end)] for start, end in zip(left, right, strict=True)]
         sizes = np.abs(w)[to, of]
-        ax.add_collection(
-            LineCollection(
-                list(ends), array=sizes, cmap="Greys", norm=lines, linewidths=0.3 + 1.5 * np.clip(sizes / top, 0, 1)
-            )
-        )
+        widths = 0.3 + 1.5 * np.clip(sizes / top, 0, 1)
+        ax.add_collection(LineCollection(ends, array=sizes, cmap="Greys", norm=lines, linewidths=widths))
     dots = Normalize(-bound, bound)
     for column, y in enumerate(heights):
-        hidden = 0 < column <= len(biases)
         colours: dict[str, Any] = {"facecolors": "white"}
-        if hidden:
+        if 0 < column <= len(biases):
             colours = {"c": biases[column - 1], "cmap": "coolwarm", "norm": dots}
         ax.scatter(np.full(len(y), column), y, s=26, edgecolors="0.3", linewidths=0.5, zorder=3, **colours)
         ax.text(column, 1.06, names[column], ha="center", va="bottom", fontsize="small")

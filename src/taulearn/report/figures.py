@@ -8,13 +8,12 @@ References:
     Herberg, Herzog, Koehne (2023), Time regularization in optimal time variable learning, figures 4.1 to 4.6.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from taulearn.report.records import (
-    Column,
-    HistoryRecord,
+    POINTS,
     Runs,
     finite_line,
     iteration_numbers,
@@ -31,14 +30,15 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
     from matplotlib.typing import LineStyleType
 
+    from taulearn.training.history import History
+
 # Okabe and Ito's colours, told apart under the common colour vision deficiencies; black is the sum's, yellow too pale.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D31", "#7F7F7F")
 LEGEND_LIMIT = 12
-POINTS = 2000
 
 
 def tau_trajectories(
-    history: HistoryRecord, *, ax: "Axes | None" = None, show_sum: bool = True, raw: bool = False
+    history: "History", *, ax: "Axes | None" = None, show_sum: bool = True, raw: bool = False
 ) -> "Axes":
     """The time steps over the iterations, on a logarithmic axis, as in figures 4.4 to 4.6.
 
@@ -71,20 +71,14 @@ def tau_trajectories(
     for layer, (line, colour) in enumerate(zip(layers, colours, strict=True)):
         handles += ax.plot(line.x, line.y, color=colour, linewidth=1.4, label=rf"$\tau^{{[{layer}]}}$")
     if len(handles) > LEGEND_LIMIT:
-        handles = [
-            handles[layer] for layer in np.unique(np.linspace(0, len(handles) - 1, LEGEND_LIMIT).round().astype(int))
-        ]
+        handles = [handles[layer] for layer in np.linspace(0, len(handles) - 1, LEGEND_LIMIT).round().astype(int)]
     if show_sum:
-        handles += ax.plot(
-            total.x, total.y, color="black", linestyle="--", linewidth=1.2, label=r"$\sum\,\tau^{[\ell]}$"
-        )
+        handles += ax.plot(total.x, total.y, "--", color="black", linewidth=1.2, label=r"$\sum\,\tau^{[\ell]}$")
     ends = [(layers[gone.layer], colours[gone.layer]) for gone in history.deletions if len(layers[gone.layer].x)]
     if ends:
-        x, y = [line.x[-1] for line, _ in ends], [line.y[-1] for line, _ in ends]
-        ax.scatter(
-            x, y, c=[colour for _, colour in ends], marker="X", s=55, edgecolors="white", linewidths=0.7, zorder=3
-        )
-        handles.append(_end_mark())
+        x, y, marks = zip(*((line.x[-1], line.y[-1], colour) for line, colour in ends), strict=True)
+        ax.scatter(x, y, c=marks, marker="X", s=55, edgecolors="white", linewidths=0.7, zorder=3)
+        handles.append(_sample(marker="X", linestyle="none", label="deleted"))
     ax.set_xscale("log")
     ax.set_xlim(left=1)
     ax.set_xlabel("Iteration")
@@ -138,31 +132,26 @@ def losses(
     handles: list[Line2D] = []
     drawn: dict[str, LineStyleType] = {}
     for (name, history), colour in zip(pairs, palette(len(pairs)), strict=True):
-        columns = history.epochs if by == "epoch" else history.iterations
-        prefix = "train." if by == "epoch" else ""
-        curves: list[tuple[Column | None, LineStyleType, str]] = [(columns.get(f"{prefix}loss"), "-", "data loss")]
+        columns, prefix = (history.epochs, "train.") if by == "epoch" else (history.iterations, "")
+        curves: list[tuple[str, LineStyleType, str]] = [(f"{prefix}loss", "-", "data loss")]
         if total and penalty_names(history):
-            curves.append((columns.get(f"{prefix}total"), "--", "total with penalties"))
+            curves.append((f"{prefix}total", "--", "total with penalties"))
+        if validation:
+            curves.append(("validation.loss", ":", "validation loss"))
         for column, style, meaning in curves:
-            if column is not None:
-                rows = thin(len(column), POINTS)
-                x = rows if by == "epoch" else iteration_numbers(history)[rows]
-                line = finite_line(x, running_mean(column, smooth)[rows])
-                label = _plain(name if style == "-" else f"{name}, {meaning}")
-                curve = ax.plot(line.x, line.y, style, color=colour, linewidth=1.4, label=label)
-                handles += curve if style == "-" else []
-                drawn[meaning] = style
-        if validation and "validation.loss" in history.epochs:
-            x = (
-                np.arange(len(history.epochs["validation.loss"]))
-                if by == "epoch"
-                else np.asarray(history.epochs["iteration"])
-            )
-            line = finite_line(x, running_mean(history.epochs["validation.loss"], smooth if by == "epoch" else 1))
-            ax.plot(line.x, line.y, ":", color=colour, linewidth=1.6, label=_plain(f"{name}, validation loss"))
-            drawn["validation loss"] = ":"
-    values = [np.asarray(line.get_ydata()) for line in ax.lines]
-    if values and all((value > 0).all() for value in values):
+            source = history.epochs if column == "validation.loss" else columns
+            if column not in source:
+                continue
+            values = running_mean(source[column], smooth if source is columns else 1)
+            rows = thin(len(values), POINTS)
+            numbers = history.epochs["iteration"] if source is history.epochs else iteration_numbers(history)
+            line = finite_line(rows if by == "epoch" else np.asarray(numbers)[rows], values[rows])
+            label = _plain(name if style == "-" else f"{name}, {meaning}")
+            width = 1.6 if style == ":" else 1.4
+            curve = ax.plot(line.x, line.y, style, color=colour, linewidth=width, label=label)
+            handles += curve if style == "-" else []
+            drawn[meaning] = style
+    if ax.lines and all((np.asarray(line.get_ydata()) > 0).all() for line in ax.lines):
         ax.set_yscale("log")
     ax.set_xlabel("Epoch" if by == "epoch" else "Iteration")
     ax.set_ylabel("Loss")
@@ -206,7 +195,7 @@ def accuracy(runs: Runs, *, ax: "Axes | None" = None, smooth: int = 1) -> "Axes"
     return ax
 
 
-def layers_and_parameters(history: HistoryRecord, *, ax: "Axes | None" = None) -> "Axes":
+def layers_and_parameters(history: "History", *, ax: "Axes | None" = None) -> "Axes":
     """Number of layers (left axis) and of parameters (right axis) over the epochs.
 
     Args:
@@ -224,27 +213,21 @@ def layers_and_parameters(history: HistoryRecord, *, ax: "Axes | None" = None) -
         'Layers'
     """
     ax = _axes(ax)
-    epoch = np.arange(len(history.epochs["layers"]))
-    (left,) = ax.step(epoch, history.epochs["layers"], where="post", color=PALETTE[0], linewidth=1.6, label="layers")
     right_axes = ax.twinx()
-    (right,) = right_axes.step(
-        epoch,
-        history.epochs["parameters"],
-        where="post",
-        color=PALETTE[3],
-        linestyle="--",
-        linewidth=1.6,
-        label="parameters",
-    )
-    ax.set_ylim(0, 1.08 * max(1, np.max(history.epochs["layers"])))
-    right_axes.set_ylim(0, 1.08 * max(1, np.max(history.epochs["parameters"])))
+    handles: list[Line2D] = []
+    for axes, column, colour, style in ((ax, "layers", PALETTE[0], "-"), (right_axes, "parameters", PALETTE[3], "--")):
+        values = np.asarray(history.epochs[column])
+        handles += axes.step(
+            np.arange(len(values)), values, where="post", color=colour, linestyle=style, linewidth=1.6, label=column
+        )
+        axes.set_ylim(0, 1.08 * max(1.0, float(np.max(values))))
     ax.locator_params(integer=True)
     right_axes.yaxis.set_major_formatter("{x:,.0f}")
     ax.set_xlabel("Epoch")
     ax.set_ylabel("Layers")
     right_axes.set_ylabel("Parameters")
     right_axes.spines["top"].set_visible(False)
-    ax.legend(handles=[left, right], fontsize="small", loc="lower left")
+    ax.legend(handles=handles, fontsize="small", loc="lower left")
     return ax
 
 
@@ -274,20 +257,20 @@ def _axes(ax: "Axes | None") -> "Axes":
     return ax
 
 
-def _end_mark() -> "Line2D":
+def _sample(**style: Any) -> "Line2D":
+    """A grey line that explains a style in the legend."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color="0.4", marker="X", linestyle="none", label="deleted")
+    return Line2D([], [], color="0.4", **style)
 
 
 def _plain(name: str) -> str:
+    """A name without mathematics."""
     return name.replace("$", r"\$")
 
 
 def _legend(ax: "Axes", handles: "list[Line2D]", styles: "dict[str, LineStyleType]") -> None:
-    from matplotlib.lines import Line2D
-
-    labels = [str(handle.get_label()) for handle in handles]
-    meanings = [Line2D([], [], color="0.4", linestyle=style) for style in styles.values()]
+    """Name the runs by colour and the columns by style, also those whose label matplotlib would leave out."""
+    samples = [_sample(linestyle=style) for style in styles.values()]
     if handles:
-        ax.legend([*handles, *meanings], [*labels, *styles], fontsize="small")
+        ax.legend([*handles, *samples], [*(str(each.get_label()) for each in handles), *styles], fontsize="small")

@@ -1,9 +1,9 @@
 """The report: one HTML file that holds everything it shows, plotly.js included, and asks no server for anything.
 
-Names, labels and values of the configuration are data of unknown origin. They enter the page through ``html.escape``
-(text), ``json`` with every ``<``, ``>`` and ``&`` written as an escape (figures) and ``traces.plotly_text`` (labels
-that plotly.js would read as markup). Beyond that the page's content security policy names its own scripts by their
-hashes and forbids every other script and every connection.
+Names, labels and values of the configuration are data of unknown origin. They enter the page through the template's
+autoescape (text), ``tojson`` (charts) and ``charts.plotly_text`` (labels that plotly.js would read as markup). Beyond
+that the page's content security policy names its own scripts by their hashes and forbids every other script and every
+connection.
 """
 
 import base64
@@ -11,18 +11,19 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from html import escape
 from importlib import resources
 from pathlib import Path
-from string import Template
+from typing import TYPE_CHECKING, Any
 
 from taulearn.files import move
-from taulearn.report.records import RunRecord, unique_names
-from taulearn.report.sections import comparison, description, run_section
-from taulearn.report.traces import Figure
+from taulearn.report.records import unique_names
+from taulearn.report.sections import comparison, description, flat, run_section
+
+if TYPE_CHECKING:
+    from taulearn.training.run_folder import Run
 
 
-def write_html(runs: RunRecord | Sequence[RunRecord], path: str | os.PathLike[str]) -> Path:
+def write_html(runs: "Run | Sequence[Run]", path: str | os.PathLike[str]) -> Path:
     """Write the interactive report of one or several runs as one self-contained HTML file.
 
     The file is written aside and renamed, so an earlier report stays whole until the new one is. The same records
@@ -44,6 +45,8 @@ def write_html(runs: RunRecord | Sequence[RunRecord], path: str | os.PathLike[st
         Traceback (most recent call last):
         ValueError: runs must hold at least one run, got none: open one with Run.open(path)
     """
+    from plotly.offline import get_plotlyjs
+
     several = list(runs) if isinstance(runs, Sequence) else [runs]
     if not several:
         raise ValueError("runs must hold at least one run, got none: open one with Run.open(path)")
@@ -54,64 +57,65 @@ def write_html(runs: RunRecord | Sequence[RunRecord], path: str | os.PathLike[st
         raise FileNotFoundError(
             f"path must lie in an existing folder, got {str(target)!r}: make {str(target.parent)!r} first"
         )
-    return write_page(target, page(several))
+    names = unique_names([run.name for run in several])
+    sections = [run_section(f"run-{k}", name, run) for k, (name, run) in enumerate(zip(names, several, strict=True), 1)]
+    content: dict[str, Any] = {"runs": sections, "comparison": None}
+    if len(several) == 1:
+        content |= {"title": f"Run {names[0]}", "subtitle": description(several[0].config)}
+    else:
+        content |= {"title": f"{len(several)} runs compared", "subtitle": ", ".join(names)}
+        content["comparison"] = comparison(names, several)
+    charts = {key: chart for section in sections for key, chart in section["charts"].items()}
+    charts |= content["comparison"]["charts"] if content["comparison"] else {}
+    figures = {key: {"data": chart.data, "layout": chart.layout} for key, chart in charts.items()}
+    plotly = str(get_plotlyjs()).replace("</script", "<\\/script")
+    return write_page(target, render([asset("report.css")], [plotly, asset("report.js")], figures=figures, **content))
 
 
-def write_page(target: Path, text: str) -> Path:
+def render(styles: Sequence[str], scripts: Sequence[str], **content: Any) -> str:
+    """The page: the template filled with its content, the styles and the scripts that its policy allows."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "sort_keys": True, "separators": (",", ":")}
+    environment.filters |= {"text": text, "flat": flat}
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    return environment.from_string(asset("template.html")).render(
+        content,
+        styles=[Markup(style) for style in styles],
+        scripts=[Markup(script) for script in scripts],
+        policy=Markup(" ".join(f"'sha256-{each}'" for each in hashes)),
+    )
+
+
+def asset(name: str) -> str:
+    """A file that the pages are made of."""
+    return (resources.files("taulearn.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+def text(value: object) -> str:
+    """A value as text: numbers short, None as "none", text as it is, anything else as JSON.
+
+    Example:
+        >>> text(0.1 + 0.2), text(130006), text(None), text([100, 50]), text(True)
+        ('0.3', '130006', 'none', '[100, 50]', 'true')
+    """
+    if value is None:
+        return "none"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def write_page(target: Path, page: str) -> Path:
     """Write a page aside and rename it, so that an earlier one stays whole until then; without torch."""
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        aside.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        aside.write_text(page, encoding="utf-8", errors="replace", newline="\n")
         move(aside, target)
     finally:
         aside.unlink(missing_ok=True)
     return target
-
-
-def page(runs: Sequence[RunRecord]) -> str:
-    """The text of the report.
-
-    Args:
-        runs: At least one run.
-
-    Returns:
-        A whole HTML document, the same for the same records.
-    """
-    from plotly.offline import get_plotlyjs
-
-    names = unique_names([run.name for run in runs])
-    figures: dict[str, Figure] = {}
-    if len(runs) == 1:
-        heading, subtitle = f"Run {names[0]}", description(runs[0].config)
-        sections = [run_section(runs[0], figures, "run-1")]
-    else:
-        heading, subtitle = f"{len(runs)} runs compared", ", ".join(names)
-        sections = [comparison(names, runs, figures)]
-        for k, (name, run) in enumerate(zip(names, runs, strict=True), start=1):
-            summary = f"<summary><h2>{escape(name)}</h2></summary>"
-            section = run_section(run, figures, f"run-{k}")
-            sections.append(f'<details class="run" id="run-{k}">{summary}\n{section}</details>')
-    assets = resources.files("taulearn.report") / "assets"
-    plotly = str(get_plotlyjs()).replace("</script", "<\\/script")
-    script = (assets / "report.js").read_text(encoding="utf-8")
-    return Template((assets / "page.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"{heading} · taulearn"),
-        heading=escape(heading),
-        subtitle=escape(subtitle),
-        policy=f"{hash_source(plotly)} {hash_source(script)}",
-        style=(assets / "report.css").read_text(encoding="utf-8"),
-        body="\n".join(sections),
-        figures=_json(figures),
-        plotly=plotly,
-        script=script,
-    )
-
-
-def hash_source(script: str) -> str:
-    """What the content security policy knows a script by."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-def _json(value: object) -> str:
-    text = json.dumps(value, allow_nan=False, sort_keys=True, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,102 +1,87 @@
-"""The sections of the report: one run, and several runs side by side."""
+"""The sections of the report as data for its template: one run, and several runs side by side."""
 
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from taulearn.report.elements import (
-    deletion_table,
-    epoch_table,
-    figure_element,
-    final_accuracy,
-    key_figures,
-    key_value_table,
-    number,
-    table,
-)
-from taulearn.report.records import HistoryRecord, RunRecord, count_iterations, penalty_names
-from taulearn.report.traces import (
-    Figure,
-    depth_losses,
-    epoch_curves,
-    loss_curves,
-    sizes,
-    smoothing_window,
-    tau_explorer,
-)
+import numpy as np
+
+from taulearn.report.charts import comparison_charts, run_charts
+from taulearn.report.records import count_iterations, last_finite, thin
+
+if TYPE_CHECKING:
+    from taulearn.training.history import History
+    from taulearn.training.run_folder import Run
+
+EPOCH_ROWS = 200
 
 
-def run_section(run: RunRecord, figures: dict[str, Figure], prefix: str) -> str:
-    """Everything about one run.
-
-    Args:
-        run: The run.
-        figures: Takes the figures that the page is to draw, by the names that the section refers to.
-        prefix: What these names start with.
-
-    Returns:
-        HTML.
-    """
-    history = run.history
-    tiles = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
-        for label, value, note in key_figures(history)
-    )
-    parts = [f'<dl class="key-figures">{tiles}</dl>']
-    curves = []
-    if count_iterations(history):
-        parts.append(_time_steps(history, figures, f"{prefix}-tau"))
-        curves.append(_losses(history, figures, f"{prefix}-loss"))
-    if "validation.accuracy" in history.epochs:
-        curves.append(_accuracy(history, figures, f"{prefix}-accuracy"))
-    if count_iterations(history) and "stage_loss" in history.iterations:
-        curves.append(_depths(history, figures, f"{prefix}-depths"))
-    size = _sizes(history, figures, f"{prefix}-sizes") if "layers" in history.epochs else ""
-    parts.append(f'<div class="aside">{deletion_table(history)}{size}</div>')
-    parts.append(f'<div class="pair">{"".join(curves)}</div>')
-    parts.append(epoch_table(history))
-    settings = {"Configuration": run.config, "Versions": run.versions, "Decisions": run.decisions}
-    tables = "".join(key_value_table(title, values) for title, values in settings.items())
-    parts.append(f'<div class="settings">{tables}</div>')
-    return "\n".join(parts)
-
-
-def comparison(names: Sequence[str], runs: Sequence[RunRecord], figures: dict[str, Figure]) -> str:
-    """Several runs side by side: key figures, the options that differ, curves.
-
-    Args:
-        names: One name per run; run k = 1, 2, ... is the target of the link ``#run-k``.
-        runs: The runs.
-        figures: Takes the figures that the page is to draw.
-
-    Returns:
-        HTML.
-    """
-    pairs = [(name, run.history) for name, run in zip(names, runs, strict=True)]
-    links = [f'<a href="#run-{k}">{escape(name)}</a>' for k, name in enumerate(names, start=1)]
-    parts = [_results(links, [run.history for run in runs]), _differences(links, runs)]
-    penalised = any("train.total" in history.epochs and penalty_names(history) for _, history in pairs)
-    training = {"train.loss": "data loss", "train.total": "total"} if penalised else {"train.loss": ""}
-    curves = {
-        "accuracy": epoch_curves(pairs, {"validation.accuracy": ""}, "accuracy"),
-        "loss": epoch_curves(pairs, training, "loss", log=True),
-        "validation-loss": epoch_curves(pairs, {"validation.loss": ""}, "loss", log=True),
-        "layers": epoch_curves(pairs, {"layers": ""}, "layers", steps=True),
+def run_section(key: str, name: str, run: "Run") -> dict[str, Any]:
+    """Everything about one run; ``key`` is its id in the page, which the ids of its charts start with."""
+    epochs = run.history.epochs
+    count = len(epochs.get("layers", ()))
+    rows = thin(count, EPOCH_ROWS).tolist()
+    return {
+        "key": key,
+        "name": name,
+        "tiles": key_figures(run.history),
+        "charts": {f"{key}-{chart}": made for chart, made in run_charts(run.history).items()},
+        "deletions": run.history.deletions,
+        "epochs": {
+            "title": "Every epoch" if len(rows) == count else f"{len(rows)} of {count} epochs",
+            "head": ["Epoch", *epochs],
+            "rows": [[row, *(column[row].item() for column in epochs.values())] for row in rows],
+        },
+        "settings": {"Configuration": run.config, "Versions": run.versions, "Decisions": run.decisions},
     }
-    words = {
-        "accuracy": ("Accuracy", "Accuracy on the validation data after each epoch."),
-        "loss": ("Training loss", f"Mean loss over each epoch{', dashed with all penalties' if penalised else ''}."),
-        "validation-loss": ("Validation loss", "Loss on the validation data after each epoch."),
-        "layers": ("Layers", "Layers after each epoch."),
+
+
+def comparison(names: Sequence[str], runs: "Sequence[Run]") -> dict[str, Any]:
+    """Several runs side by side: key figures, the options that differ, charts."""
+    histories = [run.history for run in runs]
+    results = []
+    for name, history in zip(names, histories, strict=True):
+        values = (value for _, value, _ in key_figures(history))
+        results.append([name, *values, ", ".join(str(gone.layer) for gone in history.deletions) or "none"])
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    differing = [key for key in keys if len({repr(run.config.get(key, "")) for run in runs}) > 1]
+    options = [[name, *(run.config.get(key, "") for key in differing)] for name, run in zip(names, runs, strict=True)]
+    return {
+        "charts": comparison_charts(list(zip(names, histories, strict=True))),
+        "tables": {
+            "Results": (["Run", *(label for label, _, _ in key_figures(histories[0])), "Deleted layers"], results),
+            "Options that differ": (["Run", *differing], options if differing else []),
+        },
     }
-    shown = {key: figure for key, figure in curves.items() if figure["data"]}
-    figures.update(shown)
-    elements = (
-        figure_element(key, figure, *words[key], controls=("y",) if "loss" in key else ())
-        for key, figure in shown.items()
-    )
-    parts.append(f'<div class="pair">{"".join(elements)}</div>')
-    return '<section aria-label="Comparison">' + "\n".join(parts) + "</section>"
+
+
+def key_figures(history: "History") -> list[tuple[str, str, str]]:
+    """The headline's figures as (label, value, note): accuracy, layers and parameters before and after, seconds."""
+    accuracy = np.asarray(history.epochs.get("validation.accuracy", np.empty(0)))
+    last = last_finite(accuracy)
+    seconds = np.asarray(history.epochs.get("seconds", np.empty(0)))
+    epochs, iterations = max(0, len(seconds) - 1), count_iterations(history)
+    removed = sum(gone.parameters for gone in history.deletions)
+    changes = {
+        column: f"{int(values[0]):,} → {int(values[-1]):,}" if len(values) else "not recorded"
+        for column in ("layers", "parameters")
+        for values in [np.asarray(history.epochs.get(column, np.empty(0)))]
+    }
+    best = "" if last is None else f"best {np.nanmax(accuracy):.4f}"
+    return [
+        ("Final accuracy (validation data)", "not recorded" if last is None else f"{last:.4f}", best),
+        ("Layers", changes["layers"], f"{len(history.deletions)} deleted"),
+        ("Parameters", changes["parameters"], f"{removed:,} deleted"),
+        ("Seconds", f"{np.nansum(seconds):,.1f}", f"{epochs:,} epochs, {iterations:,} iterations"),
+    ]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values, those of nested tables as ``outer.inner``."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def description(config: Mapping[str, Any]) -> str:
@@ -113,74 +98,7 @@ def description(config: Mapping[str, Any]) -> str:
     elif "hidden_layers" in config:
         width = f" of width {config['width']}" if "width" in config else ""
         parts.append(f"{config['hidden_layers']} hidden layers{width}")
-    labels = {
-        "constraint": "τ",
-        "l1": "l1",
-        "time_horizon": "time horizon",
-        "stage_cost": "stage cost",
-        "prune": "prune",
-        "lr": "lr",
-    }
+    labels = {"constraint": "τ", "l1": "l1", "time_horizon": "time horizon", "stage_cost": "stage cost"}
     parts += [f"{label} {config[key]}" for key, label in labels.items() if config.get(key)]
-    parts += [f"seed {config['seed']}"] if "seed" in config else []
-    return ", ".join(parts)
-
-
-def _time_steps(history: HistoryRecord, figures: dict[str, Figure], key: str) -> str:
-    count, layers = count_iterations(history), history.iterations["tau"].shape[1]
-    gone = ", ".join(f"{deletion.layer} (iteration {deletion.iteration:,})" for deletion in history.deletions[:12])
-    more = f" and {len(history.deletions) - 12} more" if len(history.deletions) > 12 else ""
-    caption = (
-        f"Time steps of {layers} layers over {count:,} iterations; layers are numbered as at the start. "
-        f"{f'Deleted: {gone}{more}' if gone else 'No layer was deleted'}. A click on a name isolates its line."
-    )
-    figures[key] = tau_explorer(history)
-    return figure_element(key, figures[key], "Time steps", caption, controls=("x",), wide=True)
-
-
-def _losses(history: HistoryRecord, figures: dict[str, Figure], key: str) -> str:
-    window = smoothing_window(history)
-    smoothed = f" (mean over {window} iterations, or each batch)" if window > 1 else ""
-    total = "the total that is differentiated (without proximal penalties, which act after a step)"
-    penalties = f", each penalty, and {total}" if penalty_names(history) else ""
-    figures[key] = loss_curves(history)
-    return figure_element(key, figures[key], "Losses", f"Data loss{smoothed}{penalties}.", controls=("x", "y"))
-
-
-def _depths(history: HistoryRecord, figures: dict[str, Figure], key: str) -> str:
-    figures[key] = depth_losses(history)
-    caption = "Loss of the network cut after its first layers, on the training batches of three parts of the training."
-    return figure_element(key, figures[key], "Loss at each depth", caption, controls=("y",))
-
-
-def _accuracy(history: HistoryRecord, figures: dict[str, Figure], key: str) -> str:
-    columns = {"validation.accuracy": "validation"} | (
-        {"train.accuracy": "training"} if "train.accuracy" in history.epochs else {}
-    )
-    figures[key] = epoch_curves([("", history)], columns, "accuracy")
-    return figure_element(key, figures[key], "Accuracy", f"Accuracy after each epoch, last {final_accuracy(history)}.")
-
-
-def _sizes(history: HistoryRecord, figures: dict[str, Figure], key: str) -> str:
-    figures[key] = sizes(history)
-    caption = "Layers and parameters after each epoch, and the seconds it took."
-    return figure_element(key, figures[key], "Layers, parameters, time", caption)
-
-
-def _results(links: Sequence[str], histories: Sequence[HistoryRecord]) -> str:
-    head = ["Run", *(escape(label) for label, _, _ in key_figures(histories[0])), "Deleted layers"]
-    rows = []
-    for link, history in zip(links, histories, strict=True):
-        values = (escape(value) for _, value, _ in key_figures(history))
-        rows.append([link, *values, ", ".join(str(gone.layer) for gone in history.deletions) or "none"])
-    return table("Results", head, rows)
-
-
-def _differences(links: Sequence[str], runs: Sequence[RunRecord]) -> str:
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    differing = [key for key in keys if len({repr(run.config.get(key, "")) for run in runs}) > 1]
-    rows = [
-        [link, *(escape(number(run.config.get(key, ""))) for key in differing)]
-        for link, run in zip(links, runs, strict=True)
-    ]
-    return table("Options that differ", ["Run", *map(escape, differing)], rows) if differing else ""
+    parts += [f"{key} {config[key]}" for key in ("prune", "lr") if config.get(key)]
+    return ", ".join(parts + ([f"seed {config['seed']}"] if "seed" in config else []))
