@@ -1,1 +1,0 @@
-"""The parts of the suite herberg2023: members, judges, figures."""
