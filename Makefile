@@ -9,25 +9,26 @@ STAMP := .venv/.installed
 
 # Test processes run side by side, so each keeps to one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PAPERS := papers/src papers/tests
 
 ifneq ($(wildcard ../shared/data),)
 export TAULEARN_DATA ?= $(CURDIR)/../shared/data
 endif
 
-.PHONY: help env demo test test-all coverage lint format types docs dist bench clean
+.PHONY: help env demo test test-papers test-all coverage lint format types docs dist bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 env: $(STAMP) ## the virtual environment .venv with pinned versions
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml papers/pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "taulearn needs Python >= 3.11, but '$(PYTHON)' is not on the PATH; name another: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "taulearn needs Python >= 3.11, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test]' --editable './papers[ray]'
 	@touch $@
 
 demo: $(STAMP) ## train and prune a residual network on the digits, and leave a report
@@ -35,11 +36,14 @@ demo: $(STAMP) ## train and prune a residual network on the digits, and leave a 
 	  --batch-size 20 --epochs 30 --seed 0 --run runs/demo --overwrite
 	@test -f runs/demo/report.html
 
-test: $(STAMP) ## the tests and the examples in the docstrings, without the long ones
+test: $(STAMP) ## the tests and the examples in the docstrings, without the long ones and the papers'
 	$(PYTEST)
 
+test-papers: $(STAMP) ## the tests of the papers' suites, without the long ones
+	$(PYTEST) $(PAPERS)
+
 test-all: $(STAMP) ## every test
-	$(PYTEST) -m ""
+	$(PYTEST) -m "" src tests $(PAPERS)
 
 coverage: $(STAMP) ## the tests, and which lines of the package they reach: at least 90 %
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
@@ -75,4 +79,4 @@ bench: $(STAMP) ## seconds per epoch against hand-written loops
 
 clean: ## remove build output and caches; .venv and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov docs/_build
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests papers -name __pycache__ -type d -prune -exec rm -rf {} +

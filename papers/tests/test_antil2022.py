@@ -8,16 +8,16 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from taulearn.experiments.results import FORMAT, NotMeasured, Results
+from taulearn.experiments.suite import Verdict
+from taulearn.experiments.suites import load
+from taulearn.experiments.suites._antil import judges, judges_of_errors, measures, members as m, stability, tables
 from torch import Tensor, nn
 
 import made_up_gradients
 import taulearn
 from taulearn.data import maxwell
 from taulearn.experiments import TrainConfig, train
-from taulearn.experiments.results import FORMAT, NotMeasured, Results
-from taulearn.experiments.suite import Verdict
-from taulearn.experiments.suites import load
-from taulearn.experiments.suites._antil import judges, judges_of_errors, measures, members as m, stability, tables
 from taulearn.files import write_tensors
 from taulearn.nn import resnet
 from taulearn.saving import load_model, save_model

@@ -1,9 +1,9 @@
 """The judges of the suite beyond the papers, on records that were made up so that the answer is known."""
 
 import pytest
+from taulearn.experiments.suites import beyond, load
 
 from made_up_results import GROWN, MadeUp, changed, of
-from taulearn.experiments.suites import beyond, load
 from taulearn.training.history import Deletion
 
 GONE = [Deletion(3000, 5, layer, 0.009, 10_101) for layer in (1, 2)]

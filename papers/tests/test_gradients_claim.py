@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from taulearn.experiments.intervals import paired_interval
+from taulearn.experiments.suites._antil import gradient_examples, gradient_recursions, gradients
+from taulearn.experiments.suites._antil.judges_of_gradients import gradients_are_damped, is_damped
 from torch.func import jacrev
 
 import made_up_gradients
 from made_up_gradients import PARTS
 from taulearn import data
-from taulearn.experiments.intervals import paired_interval
-from taulearn.experiments.suites._antil import gradient_examples, gradient_recursions, gradients
-from taulearn.experiments.suites._antil.judges_of_gradients import gradients_are_damped, is_damped
 
 SCHEMES = ("feedforward", "residual", "dense", "fractional")
 

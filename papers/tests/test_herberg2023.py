@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from made_up_results import GROWN, I, MadeUp, changed, of, record
 from taulearn.experiments.results import NotMeasured, Results
 from taulearn.experiments.suites import load
 from taulearn.experiments.suites._herberg import judges, judges_of_pruning, judges_of_steps, quantities as q
 from taulearn.experiments.suites._herberg.members import DATA, NETWORKS, TREATMENTS, setting
+
+from made_up_results import GROWN, I, MadeUp, changed, of, record
 from taulearn.training import History
 from taulearn.training.history import Deletion
 from taulearn.training.thinning import numbers, thinned

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from taulearn.experiments.reproduce import judge
 from taulearn.experiments.results import Results
 from taulearn.experiments.suites import load

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from taulearn.experiments.published import PublishedFractional, PublishedSteps, make_ordinary_, pruning
+from taulearn.experiments.suites._herberg import published as suite
+from taulearn.experiments.suites._herberg.members import PUBLISHED
 
 from made_up_results import GROWN, MadeUp, record
 from taulearn import caputo
 from taulearn.adaptivity.coarsen import prune
 from taulearn.experiments import TrainConfig, parts, train
-from taulearn.experiments.published import PublishedFractional, PublishedSteps, make_ordinary_, pruning
-from taulearn.experiments.suites._herberg import published as suite
-from taulearn.experiments.suites._herberg.members import PUBLISHED
 from taulearn.nn import TimeSteps, fractional_dnn, resnet
 from taulearn.saving import load_model
 from taulearn.training import History

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from taulearn.experiments.results import FORMAT, NotMeasured, Results
+from taulearn.experiments.suites import load
+from taulearn.experiments.suites._puettschneider import figures, judges, measures, members as m, quantities, tables
 from torch.nn.functional import cross_entropy
 
 from taulearn import data, load_model
 from taulearn.depth.truncate import truncate
 from taulearn.experiments import TrainConfig, train
-from taulearn.experiments.results import FORMAT, NotMeasured, Results
-from taulearn.experiments.suites import load
-from taulearn.experiments.suites._puettschneider import figures, judges, measures, members as m, quantities, tables
 from taulearn.training import evaluate
 
 SUITE = load("puettschneider2025")

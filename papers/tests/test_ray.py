@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-
-from taulearn.experiments import TrainConfig
 from taulearn.experiments.engines import ray as engine
 from taulearn.experiments.engines.ray import check_answers
 from taulearn.experiments.runner import run_members
 from taulearn.experiments.suite import Member
+
+from taulearn.experiments import TrainConfig
 
 
 def test_address_that_does_not_answer_is_named_soon():

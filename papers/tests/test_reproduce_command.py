@@ -8,12 +8,12 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-
 from taulearn.cli import main
-from taulearn.experiments import TrainConfig, suites
 from taulearn.experiments.results import Results
 from taulearn.experiments.suite import Claim, Member, Suite, Verdict
 from taulearn.experiments.suite_report import facets
+
+from taulearn.experiments import TrainConfig, suites
 
 STORED = Path(__file__).parent / "stored" / "herberg2023-quick" / "records.npz"
 

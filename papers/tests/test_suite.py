@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
-
-from taulearn.experiments import TrainConfig
 from taulearn.experiments.intervals import interval_of, paired_interval
 from taulearn.experiments.reproduce import as_markdown, judge, write_claims
 from taulearn.experiments.results import NotMeasured, Results
 from taulearn.experiments.suite import Claim, Member, Suite, Verdict, digest
 from taulearn.experiments.suites import load
+
+from taulearn.experiments import TrainConfig
 
 
 def test_interval_is_that_of_the_paired_t_test():

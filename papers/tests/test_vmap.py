@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-
-from taulearn.experiments import TrainConfig, parts
 from taulearn.experiments.engines.grouping import grouped, why_alone
 from taulearn.experiments.engines.stacked import Stack
 from taulearn.experiments.engines.vmap import Group
 from taulearn.experiments.runner import run_members
 from taulearn.experiments.suite import Member
+
+from taulearn.experiments import TrainConfig, parts
 from taulearn.saving import load_model
 from taulearn.training import History
 

@@ -12,29 +12,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .config import TrainConfig as TrainConfig
-    from .results import Results as Results
-    from .runner import run_members as run_members
-    from .suite import Member as Member
-    from .training import Result as Result, resume as resume, train as train
+    from .app.config import TrainConfig as TrainConfig
+    from .app.members import Member as Member
+    from .app.results import Results as Results
+    from .app.run_members import run_members as run_members
+    from .app.train import Result as Result, resume as resume, train as train
 
 __all__ = ["Member", "Result", "Results", "TrainConfig", "resume", "run_members", "train"]
 
 _HOMES = {
-    "Member": ".suite",
-    "Result": ".training",
-    "Results": ".results",
-    "TrainConfig": ".config",
-    "resume": ".training",
-    "run_members": ".runner",
-    "train": ".training",
+    "Member": ".app.members",
+    "Result": ".app.train",
+    "Results": ".app.results",
+    "TrainConfig": ".app.config",
+    "resume": ".app.train",
+    "run_members": ".app.run_members",
+    "train": ".app.train",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(_HOMES[name], __name__), name)
+    value: object = getattr(import_module(_HOMES[name], __package__), name)
     globals()[name] = value
     return value
 

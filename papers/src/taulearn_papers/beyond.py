@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...report.bands import epoch_bands
-from ..config import TrainConfig
-from ..intervals import interval_of, paired_interval
-from ..measures import generalisation
-from ..results import Results
-from ..suite import Claim, Member, Suite, Verdict
-from ._herberg import quantities as q
-from ._herberg.figures import new_axes, records
-from ._herberg.judges import SIMILAR, Figures, Parts, describe, difference, final_accuracy, values
+from taulearn.app.config import TrainConfig
+from taulearn.app.members import Member
+from taulearn.app.results import Results
+from taulearn.report.bands import epoch_bands
+
+from .generalisation import generalisation
+from .herberg2023 import statistics as q
+from .herberg2023.claims import SIMILAR
+from .herberg2023.figures import new_axes, records
+from .herberg2023.statistics import Figures, Parts, describe, difference, final_accuracy, values
+from .intervals import interval_of, paired_interval
+from .suite import Claim, Suite, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

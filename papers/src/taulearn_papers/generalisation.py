@@ -19,14 +19,14 @@ def generalisation(folder: Path) -> dict[str, float]:
         >>> sorted(generalisation(result.run.path))
         ['test.accuracy', 'test.loss', 'train.accuracy', 'train.loss']
     """
-    from ..saving import load_model
-    from ..training import Run, evaluate
-    from . import parts
-    from .training import settings_of
+    from taulearn.app import build
+    from taulearn.app.train import settings_of
+    from taulearn.saving import load_model
+    from taulearn.training import Run, evaluate
 
     config = settings_of(Run.open(folder))
-    splits = parts.load_splits(config)
-    loss = parts.make_loss(config, classes=splits.classes is not None)[1]
+    splits = build.load_splits(config)
+    loss = build.make_loss(config, classes=splits.classes is not None)[1]
     model = load_model(folder)
     return {
         f"{name}.{figure}": value

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .._errors import unknown_name
-from ..files import write_bytes
-from .results import NotMeasured, Results
-from .suite import SEPARATOR, Member, Suite, Verdict
+from taulearn._errors import unknown_name
+from taulearn.app.members import Member
+from taulearn.app.results import NotMeasured, Results
+from taulearn.files import write_bytes
+
+from .suite import SEPARATOR, Suite, Verdict
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ def judge(suite: Suite, results: Results, members: Sequence[Member] = ()) -> lis
             not ended, says so.
 
     Example:
-        >>> from taulearn.experiments.suites import load
-        >>> judge(load("herberg2023"), Results("nowhere"))[0].verdict.outcome
+        >>> from taulearn_papers.herberg2023 import SUITE
+        >>> judge(SUITE, Results("nowhere"))[0].verdict.outcome
         'not measured'
     """
     judged = []
@@ -112,8 +114,8 @@ def draw(
 
     Example:
         >>> import tempfile
-        >>> from taulearn.experiments.suites import load
-        >>> draw(load("herberg2023"), Results("nowhere"), tempfile.mkdtemp(), "4.1")
+        >>> from taulearn_papers.herberg2023 import SUITE
+        >>> draw(SUITE, Results("nowhere"), tempfile.mkdtemp(), "4.1")
         ([], {'4.1': 'no finished member of mnist/resnet/free'})
     """
     if only is not None and only not in suite.figures:
@@ -153,8 +155,8 @@ def tabulate(suite: Suite, results: Results, only: str | None = None) -> dict[st
         ValueError: If the suite has no such table.
 
     Example:
-        >>> from taulearn.experiments.suites import load
-        >>> "no finished member" in tabulate(load("herberg2023"), Results("nowhere"))["as-published"]
+        >>> from taulearn_papers.herberg2023 import SUITE
+        >>> "no finished member" in tabulate(SUITE, Results("nowhere"))["as-published"]
         True
     """
     if only is not None and only not in suite.tables:

@@ -9,10 +9,11 @@ from typing import Any
 
 import tomli_w
 
-from ..files import write_bytes
-from ..training.devices import machine
-from .reproduce import Judged, draw, tabulate, write_claims
-from .results import Results
+from taulearn._devices import machine
+from taulearn.app.results import Results
+from taulearn.files import write_bytes
+
+from .judging import Judged, draw, tabulate, write_claims
 from .suite import Suite
 
 PACK = "records.npz"
@@ -62,10 +63,8 @@ def recipe(results: Results) -> dict[str, dict[str, Any]]:
         if setting not in found:
             options = {}
             if results.done(setting, seed).get("config") is not None:
-                config = results.config(setting, seed)
-                options = config.model_dump(
-                    mode="json", exclude_defaults=True, exclude_none=True, exclude={"run", "overwrite", "seed"}
-                )
+                options = results.options(setting, seed)
+                options = {name: value for name, value in options.items() if name != "seed" and value is not None}
             found[setting] = {"seeds": [], **options}
         found[setting]["seeds"].append(seed)
     return found

@@ -4,107 +4,20 @@ A member is one training (or one measurement) with its seed. A claim is a functi
 verdict, with thresholds that were written down, with their reasons, before the training. No verdict is typed in.
 """
 
-import hashlib
-import json
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from .config import TrainConfig
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..training.history import Array
-    from .results import Results
+    from taulearn.app.command_line.reproduce import Reproduce
+    from taulearn.app.members import Member
+    from taulearn.app.results import Results
+    from taulearn.training.history import Array
 
 Outcome = Literal["holds", "holds in part", "does not hold", "not measured"]
-Measure = Callable[[Path], Mapping[str, Any]]
-
-_SETTING = re.compile(r"[\w.=+-]+(/[\w.=+-]+)*", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Member:
-    """One training of a suite or a sweep, with what is measured on it.
-
-    Args:
-        setting: Name of the setting, parts separated by slashes, for instance "mnist/resnet/free"; a setting's members
-            differ in their seeds alone.
-        seed: The seed, which ``config`` has, too.
-        config: What is trained. None: the member only measures.
-        measure: Called with the member's folder after the training, returns figures as JSON takes them; a function of a
-            module, so that it can be sent to another process. None: nothing is measured.
-
-    Raises:
-        ValueError: If the setting's name does not do, the seed is not that of ``config``, or there is nothing to do.
-
-    Example:
-        >>> Member("mnist/resnet/free", 3, TrainConfig(data="mnist", seed=3)).folder("results").as_posix()
-        'results/mnist/resnet/free/seed-3'
-    """
-
-    setting: str
-    seed: int
-    config: TrainConfig | None
-    measure: Measure | None = None
-
-    def __post_init__(self) -> None:
-        if not _SETTING.fullmatch(self.setting) or any(set(part) == {"."} for part in self.setting.split("/")):
-            raise ValueError(
-                f"setting must be names of letters, digits and . _ = + - separated by slashes, got {self.setting!r}"
-            )
-        if self.config is not None and self.config.seed != self.seed:
-            raise ValueError(f"seed must be that of config, {self.config.seed}, got {self.seed}")
-        if self.config is None and self.measure is None:
-            raise ValueError(f"member {self.name} must have a config to train or something to measure, got neither")
-
-    @property
-    def name(self) -> str:
-        """Setting and seed, which no other member of the suite has."""
-        return f"{self.setting}/seed-{self.seed}"
-
-    @property
-    def epochs(self) -> int:
-        """How long it takes, in epochs; a measurement counts as one."""
-        return 1 if self.config is None else self.config.epochs
-
-    def folder(self, out: str | Path) -> Path:
-        """Where the member is kept.
-
-        Args:
-            out: Folder of the suite.
-        """
-        return Path(out) / self.setting / f"seed-{self.seed}"
-
-    @property
-    def digest(self) -> str:
-        """What tells whether a finished member is this one: the settings that are not at their defaults."""
-        return digest(self.config)
-
-
-def digest(config: TrainConfig | None) -> str:
-    """A short hash of the settings that are not at their defaults, but for those that do not change the result.
-
-    Settings that later versions add leave it as it is.
-
-    Args:
-        config: The settings, None for a member that only measures.
-
-    Example:
-        >>> digest(TrainConfig(threads=1)) == digest(TrainConfig())
-        True
-    """
-    if config is None:
-        return "none"
-    values = config.model_dump(mode="json", exclude_defaults=True, exclude=_WITHOUT_EFFECT)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-_WITHOUT_EFFECT = {"run", "overwrite", "threads", "checkpoint_every", "tensorboard"}
 
 
 SEPARATOR = " — "
@@ -175,7 +88,7 @@ class Claim:
         Args:
             results: The records.
         """
-        from .results import NotMeasured
+        from taulearn.app.results import NotMeasured
 
         try:
             return self.judge(results)
@@ -198,22 +111,31 @@ class Suite:
         shown: What makes the arrays that a figure shows besides records, by its number.
 
     Example:
-        >>> from taulearn.experiments.suites import load
-        >>> suite = load("herberg2023")
+        >>> from taulearn_papers.herberg2023 import SUITE as suite
         >>> len(suite.needed(suite.members(True, 1), ["4.1"])), len(suite.needed(suite.members(True, 1), []))
         (8, 43)
     """
 
     name: str
     title: str
-    members: Callable[[bool, int | None], list[Member]]
+    members: "Callable[[bool, int | None], list[Member]]"
     claims: tuple[Claim, ...]
     figures: "Mapping[str, Callable[[Results], Figure]]" = field(default_factory=dict)
     tables: "Mapping[str, Callable[[Results], str]]" = field(default_factory=dict)
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shown: "Mapping[str, Callable[[Results], Mapping[str, Array]]]" = field(default_factory=dict)
 
-    def needed(self, members: Sequence[Member], numbers: Collection[str]) -> list[Member]:
+    def reproduce(self, options: "Reproduce") -> None:
+        """What ``taulearn reproduce`` does: train, judge, draw.
+
+        Args:
+            options: Those of the command line.
+        """
+        from .reproduce import reproduce
+
+        reproduce(self, options)
+
+    def needed(self, members: "Sequence[Member]", numbers: Collection[str]) -> "list[Member]":
         """The members that figures and tables need.
 
         Args:

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..report.catalogue import ClaimRow, Picture, RunRow, write_catalogue
-from .config import TrainConfig
-from .reproduce import Judged, tabulate
-from .results import Results
+from taulearn.app.config import TrainConfig
+from taulearn.app.results import Results
+from taulearn.report.catalogue import ClaimRow, Picture, RunRow, write_catalogue
+
+from .judging import Judged, tabulate
 from .suite import Suite
 
 _PENALTIES = (
@@ -36,11 +37,12 @@ def write_report(suite: Suite, results: Results, judged: Sequence[Judged], out: 
     return write_catalogue(file, suite.name, subtitle, claims=verdicts, pictures=pictures, tables=tables, runs=runs)
 
 
-def facets(config: TrainConfig) -> dict[str, str]:
+def facets(config: TrainConfig, hooks: str | None = None) -> dict[str, str]:
     """What the runs of a suite differ in, for the filters of its report.
 
     Args:
         config: The settings of a run.
+        hooks: The name of its hooks.
 
     Example:
         >>> facets(TrainConfig(l1=0.01, time_horizon=1.0))["penalty"]
@@ -50,7 +52,7 @@ def facets(config: TrainConfig) -> dict[str, str]:
     penalties = [words.get(name, name.replace("_", " ")) for name in _PENALTIES if getattr(config, name)]
     return {
         "data": config.data,
-        "network": config.network + ", as published" * config.as_published,
+        "network": config.network + (f", {hooks.replace('_', ' ')}" if hooks else ""),
         "depth": str(config.hidden_layers),
         "steps": config.constraint,
         "penalty": " + ".join(penalties) or "none",
@@ -61,7 +63,7 @@ def facets(config: TrainConfig) -> dict[str, str]:
 def _run_row(results: Results, setting: str, seed: int) -> RunRow:
     note = results.done(setting, seed)
     trained = note.get("config") is not None
-    found = facets(results.config(setting, seed)) if trained else {}
+    found = facets(results.config(setting, seed), results.hooks(setting, seed)) if trained else {}
     values: dict[str, float | int | str | None] = {"seed": seed}
     values |= {f"test {name}": value for name, value in note.get("test", {}).items()}
     if trained:

@@ -22,8 +22,7 @@ from ..optim import SteepestDescent, parameter_groups
 from ..training.devices import usable_device
 from ..training.objective import Loss
 from .config import TrainConfig
-from .consistency import FAST_FROM
-from .published import imitate_, pruning as published_pruning
+from .config_checks import FAST_FROM
 
 # SparseAdam wants sparse gradients, Muon nothing but matrices; no network here has either.
 _UNFIT = {"Optimizer", "SparseAdam", "Muon"}
@@ -118,23 +117,19 @@ def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
     if config.network != "fractional" or config.lower_bound is not None:
         options["lower_bound"] = config.lower_bound
     in_features, out_features = features(splits)
-    published = config.as_published and config.network == "resnet" and config.constraint == "fixed"
-    network = BUILDERS[config.network](
+    return BUILDERS[config.network](
         in_features,
         config.width if isinstance(config.width, int) else list(config.width),
         out_features,
         config.hidden_layers,
         activation=config.activation,
         horizon=config.total_time,
-        constraint="free" if published else config.constraint,
+        constraint=config.constraint,
         init=_initial_steps(config),
         skips=config.skips,
         dtype=_DTYPES[config.precision],
         **options,
     )
-    if config.as_published:
-        imitate_(network, config)
-    return network
 
 
 def _convolutional(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
@@ -171,7 +166,7 @@ def make_pruning(config: TrainConfig) -> Pruning | None:
         return Pruning(target_blocks=config.prune_blocks, by=by)
     if config.prune is None:
         return None
-    return published_pruning(config.prune) if config.as_published else Pruning(config.prune, config.prune_every)
+    return Pruning(config.prune, config.prune_every)
 
 
 def _initial_steps(config: TrainConfig) -> float | list[float] | None:

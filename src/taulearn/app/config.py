@@ -3,16 +3,35 @@
 Nothing here imports torch. Names of activations, optimisers and data sets are checked when training starts.
 """
 
+import difflib
 import math
 import os
+import tomllib
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from .consistency import contradictions
-from .reading import check_fields as check_fields, explain as explain, read_toml as read_toml
-from .values import count_or_word, number_of_blocks, one_or_several
+from .._errors import unknown_name
+from .config_checks import contradictions, count_or_word, number_of_blocks, one_or_several, shown, unknown_key
+
+FORMAT = 1
+
+_FORMER = ("as_published",)
+"""Settings of earlier versions, which wrote them into every run.toml, mostly as false."""
+
+_WORDING = {
+    "Input should": "must",
+    "String should": "must",
+    "greater than or equal to": ">=",
+    "less than or equal to": "<=",
+    "greater than": ">",
+    "less than": "<",
+    "a valid integer": "an integer",
+    "valid ": "",
+}
 
 
 class TrainConfig(BaseModel):
@@ -84,12 +103,6 @@ class TrainConfig(BaseModel):
         "resolution.",
     )
     stem_stride: int = Field(1, ge=1, description="Stride of the first convolution of a resnet-v2.")
-    as_published: bool = Field(
-        False,
-        description="Imitate faults of the program from which Herberg et al. (2023) printed their curves: of fixed "
-        "steps the first alone is fixed, no gradient flows through a dependent step and the fractional weights, and "
-        "pruning deletes the layer with the most negative step.",
-    )
 
     loss: Literal["auto", "cross_entropy", "mse", "half_mse"] = Field(
         "auto",
@@ -304,3 +317,120 @@ class TrainConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ValueError(f"{path}: {explain(error)}") from error
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in a file, with known keys, their values not yet checked.
+
+    Args:
+        path: A TOML file of plain keys, or the run.toml of a run, whose table [config] is taken.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no TOML file, of another format version, or has an unknown key.
+    """
+    file = Path(path)
+    if not file.is_file():
+        inside = file / "run.toml"
+        reason = "there is no such file"
+        if file.is_dir():
+            reason = f"it is a folder{f'; did you mean {str(inside)!r}?' if inside.is_file() else ''}"
+        raise FileNotFoundError(f"config must be a TOML file, got {str(path)!r}: {reason}")
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+        reason = str(error).partition(";")[0]
+        raise ValueError(f"{path} must be a TOML file: {reason}") from error
+    if "format" in content and content["format"] != FORMAT:
+        found = content["format"]
+        raise ValueError(
+            f"{path} must have format = {FORMAT}, got {found!r}: it belongs to another version of taulearn"
+        )
+    values = content.get("config", content)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must have config as a table of settings, got {values!r}")
+    settings, hooks = split_hooks(values)
+    for key in settings:
+        if key not in TrainConfig.model_fields:
+            raise ValueError(f"{path}: {unknown_key(key, TrainConfig.model_fields)}")
+    if hooks is not None:
+        raise ValueError(
+            f"{path}: {unknown_key(hooks, TrainConfig.model_fields)}; where it names the hooks of a run, train with "
+            "them in Python, taulearn.experiments.train(config, hooks=...)"
+        )
+    return settings
+
+
+def split_hooks(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The settings in a record and, apart from them, the name of the hooks, which is noted as a setting that is true.
+
+    A name that is close to that of a setting is taken for a mistake, and left among the settings.
+    """
+    fields = TrainConfig.model_fields
+    settings = {name: value for name, value in values.items() if name not in _FORMER or value is not False}
+    hooks = [
+        name
+        for name, value in settings.items()
+        if value is True and name not in fields and not difflib.get_close_matches(name, fields, n=1)
+    ]
+    if len(hooks) != 1:
+        return settings, None
+    del settings[hooks[0]]
+    return settings, hooks[0]
+
+
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Refuse values that no other setting could make right, each by itself.
+
+    Args:
+        values: Settings by name; whether they go together is not looked at.
+
+    Raises:
+        ValueError: Naming the settings.
+
+    Example:
+        >>> check_fields({"hidden_layers": 1, "prune": 0.01})
+        >>> check_fields({"tensorboard": "yes"})
+        Traceback (most recent call last):
+        ...
+        ValueError: tensorboard must be a boolean, got 'yes'
+    """
+    try:
+        TrainConfig.model_validate(dict(values))
+    except ValidationError as error:
+        reasons = [_sentence(each) for each in error.errors(include_url=False) if each["loc"]]
+        if reasons:
+            raise ValueError("; ".join(reasons)) from error
+
+
+def explain(error: ValidationError) -> str:
+    """What a validation error says, in one line that names each setting, what it must be and what it is.
+
+    Args:
+        error: From :class:`TrainConfig`.
+
+    Example:
+        >>> from taulearn.experiments import TrainConfig
+        >>> try:
+        ...     TrainConfig(skips="lerned", epochs=0)
+        ... except ValidationError as error:
+        ...     print(explain(error))
+        skips must be one of 'learned', 'pad', got 'lerned': did you mean 'learned'?; epochs must be >= 1, got 0
+    """
+    return "; ".join(_sentence(each) for each in error.errors(include_url=False))
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    name = str(error["loc"][0]) if error["loc"] else "settings"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] == "extra_forbidden":
+        return unknown_key(name, TrainConfig.model_fields)
+    if error["type"] == "literal_error":
+        given = error["input"]
+        given = shown(given) if isinstance(given, int) and given.bit_length() > 64 else given
+        return str(unknown_name(name, given, typing.get_args(TrainConfig.model_fields[name].annotation)))
+    must = error["msg"]
+    for words, instead in _WORDING.items():
+        must = must.replace(words, instead)
+    return f"{name} {must}, got {shown(error['input'])}"

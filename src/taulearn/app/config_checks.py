@@ -1,19 +1,16 @@
-"""Which settings of a training contradict each other, or would change nothing, and why."""
+"""What a setting may hold, and which settings contradict each other, or would change nothing, and why."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-from .values import number_of_blocks
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import TrainConfig
 
-
 FAST_FROM = 256
 """Layers from which a fractional network takes fast memory by itself, as taulearn.nn.schemes says."""
-
-
 _BLOCKED_FROM = 8
+_LONGEST = 200
 
 
 def contradictions(config: "TrainConfig") -> Iterator[str]:
@@ -36,8 +33,6 @@ def contradictions(config: "TrainConfig") -> Iterator[str]:
     yield from _without_effect(config)
     yield from _wrong_shape(config)
     yield from _wrong_stages(config)
-    if config.as_published:
-        yield from _never_published(config)
     if config.prune_blocks is not None:
         yield from _wrong_target(config)
     if config.prune is not None:
@@ -184,30 +179,11 @@ def _wrong_stages(config: "TrainConfig") -> Iterator[str]:
         )
 
 
-def _never_published(config: "TrainConfig") -> Iterator[str]:
-    faulty = config.network == "fractional" or config.constraint in ("fixed", "dependent") or config.prune is not None
-    if config.network not in ("resnet", "fractional") or config.constraint == "simplex" or not faulty:
-        yield (
-            "as_published must be left out with these settings, which its faults do not touch: they are about fixed "
-            "and dependent steps and pruning in network 'resnet', and about network 'fractional'"
-        )
-    if config.network == "fractional" and config.memory_from != 0:
-        yield "memory_from must be 0 with as_published, as in that program"
-    if config.network == "fractional" and config.prune is not None:
-        yield "prune must be left out with as_published and network 'fractional', which that program does not prune"
-    if config.prune_every != "epoch":
-        yield "prune_every must be left out with as_published: that program looks once an epoch"
-    if config.proximal:
-        yield "proximal must be left out with as_published: that program takes subgradients"
-
-
 def _wrong_target(config: "TrainConfig") -> Iterator[str]:
     if config.prune is not None:
         yield "prune must be left out with prune_blocks, which says how many layers go"
     if config.l1:
         yield "l1 must be left out with prune_blocks, for which the weight of that penalty is found on the way"
-    if config.as_published:
-        yield "prune_blocks must be left out with as_published, in which layers go by their steps; or use prune"
     if config.prune_blocks is not None and config.prune_blocks >= config.hidden_layers:
         yield (
             f"prune_blocks must be less than the {config.hidden_layers} layers that there are (hidden_layers), got "
@@ -235,3 +211,123 @@ def _not_prunable(config: "TrainConfig", name: str) -> Iterator[str]:
             f"{name} must be left out, as no layer could be deleted: the first one must stay, and {reason}; "
             "or use more hidden layers of equal width"
         )
+
+
+def one_or_several(
+    name: str,
+    value: Any,
+    kind: type[int] | type[float],
+    what: str,
+    fits: Callable[[Any], bool],
+    *,
+    each: str = "hidden layer",
+) -> object:
+    """A number, or a tuple of numbers made from any sequence.
+
+    Args:
+        name: The setting's name.
+        value: What was given.
+        kind: int or float.
+        what: What a number must be, in words.
+        fits: Whether one is that.
+        each: What there is one of for each number.
+
+    Raises:
+        ValueError: If it is neither.
+
+    Example:
+        >>> one_or_several("width", [3, 4], int, "an integer", lambda n: True)
+        (3, 4)
+    """
+    several = isinstance(value, list | tuple)
+    numbers = value if several else [value]
+    if not numbers or not all(_is_number(n, kind) and _fits(n, fits) for n in numbers):
+        raise ValueError(f"{name} must be {what}, or one for each {each}, got {shown(value)}")
+    return tuple(kind(n) for n in numbers) if several else kind(value)
+
+
+def number_of_blocks(blocks: Any, channels: Any) -> int | None:
+    """The number of blocks that ``blocks_per_stage`` and ``channels`` mean, None where they are no numbers.
+
+    Args:
+        blocks: One number for all stages, or one for each; None: 3.
+        channels: Likewise; None: three stages.
+
+    Example:
+        >>> number_of_blocks(None, None), number_of_blocks([9, 9], None), number_of_blocks(4, 16)
+        (9, 18, 4)
+    """
+    blocks = 3 if blocks is None else blocks
+    several = list(blocks) if isinstance(blocks, list | tuple) else [blocks]
+    if not all(_is_number(n, int) for n in several):
+        return None
+    if isinstance(blocks, list | tuple):
+        return sum(several)
+    stages = 3 if channels is None else len(channels) if isinstance(channels, list | tuple) else 1
+    return stages * sum(several)
+
+
+def count_or_word(name: str, value: Any, words: tuple[str, ...], what: str) -> object:
+    """A number >= 1, or a word that stands for a choice.
+
+    Args:
+        name: The setting's name.
+        value: What was given.
+        words: The words.
+        what: What a number must be, in words.
+
+    Raises:
+        ValueError: If it is neither.
+
+    Example:
+        >>> count_or_word("batch_size", 3, ("auto",), "an integer >= 1")
+        3
+    """
+    known = isinstance(value, str) and value in words
+    if not known and not (_is_number(value, int) and value >= 1):
+        raise ValueError(f"{name} must be {', '.join(map(repr, words))} or {what}, got {shown(value)}")
+    return value
+
+
+def shown(value: object) -> str:
+    """A value as messages show it, cut where it is very long.
+
+    Args:
+        value: Anything.
+
+    Example:
+        >>> shown("a")
+        "'a'"
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of thousands of digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """What a message says of a setting that there is not.
+
+    Args:
+        key: Its name.
+        known: The names there are.
+
+    Example:
+        >>> unknown_key("hiden_layers", ["hidden_layers"])
+        "unknown setting 'hiden_layers': did you mean 'hidden_layers'?"
+    """
+    nearest = difflib.get_close_matches(key.replace("-", "_"), list(known), n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "`taulearn train --help` lists them"
+    return f"unknown setting {shown(key)}: {hint}"
+
+
+def _is_number(value: object, kind: type[int] | type[float]) -> bool:
+    return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+
+
+def _fits(number: Any, fits: Callable[[Any], bool]) -> bool:
+    try:
+        return fits(number)
+    except OverflowError:  # an integer that is no float
+        return False

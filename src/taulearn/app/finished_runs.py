@@ -1,30 +1,81 @@
-"""Pruning and cutting a trained network after the fact, with its figures before and after."""
+"""What is made of finished runs: their networks pruned, cut, or exported as files, with figures before and after."""
 
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ..adaptivity.coarsen import PruneReport, prune
 from ..adaptivity.estimate import shares
 from ..adaptivity.policies import check_one_decides
 from ..calibration import norms_in, recalibrate_
-from ..depth.choose_layers import DepthDecision, choose_layers
-from ..depth.truncate import truncate
+from ..data.catalog import CATALOGUE
+from ..diagnostics.decision import DepthDecision, choose_layers
+from ..export import Exported, export_model
 from ..nn.network import TimeVariableNetwork
-from ..saving import save_model
-from ..training import evaluate
+from ..pruning import PruneReport, prune, shares
+from ..saving import load_model, save_model
+from ..training import Run, evaluate
+from ..training.checkpoint import read_start
 from ..training.objective import as_float
-from . import parts
-from .finished import finished_run
+from ..truncation import truncate
+from . import build
+from .config import TrainConfig
+from .train import settings_of
 
 _TIMED = 50
 """Samples in a timed forward pass."""
 
 _CALIBRATION = 500
 """Training samples on which batch normalisation gets new statistics."""
+
+
+def finished_run(
+    run: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool
+) -> tuple[Run, TrainConfig, TimeVariableNetwork]:
+    """A finished run with its settings and its network, once it is clear that ``out`` can be written.
+
+    Args:
+        run: Its folder.
+        out: Where something made of it is to go.
+        overwrite: Whether that folder may hold something.
+
+    Raises:
+        FileNotFoundError: If the run is not finished.
+        FileExistsError: If ``out`` is the folder of a run, or holds something and may not.
+        ValueError: If ``taulearn train`` did not make the run.
+    """
+    opened = Run.open(run)
+    if not {"data", "network"} <= opened.config.keys():
+        raise ValueError(
+            f"run must have been made by `taulearn train`, got {str(opened.path)!r}, which names no data and no "
+            f"network: in Python, taulearn.load_model({str(opened.path)!r}) is its network (for a wrapped model with "
+            "host=, a fresh model of its kind), for taulearn.export_model(network, out, example_inputs) or "
+            "taulearn.prune"
+        )
+    config = settings_of(opened)
+    folder = Path(out)
+    if (folder / "run.toml").exists():
+        raise FileExistsError(f"out must not be the folder of a run, got {str(folder)!r}: choose another one")
+    if folder.exists() and not overwrite and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(
+            f"out must be a new folder, got {str(folder)!r}: choose another one, or pass overwrite (--overwrite)"
+        )
+    if not (opened.path / "model.json").exists():
+        raise FileNotFoundError(
+            f"run must be finished, got {str(opened.path)!r} without a network: `taulearn resume {opened.path}` goes on"
+        )
+    found = read_start(opened.checkpoints)
+    if found is not None and found[1].epoch < config.epochs and not found[1].stopped:
+        raise FileNotFoundError(
+            f"run must be finished, got {str(opened.path)!r}, which was resumed and is at epoch {found[1].epoch} of "
+            f"{config.epochs}: `taulearn resume {opened.path}` goes on"
+        )
+    return opened, config, load_model(opened.path)
 
 
 @dataclass(frozen=True)
@@ -83,8 +134,8 @@ def prune_run(
     """
     check_one_decides(threshold, keep=keep)
     _, config, model = finished_run(run, out, overwrite=overwrite)
-    splits = parts.load_splits(config)
-    loss = parts.make_loss(config, classes=splits.classes is not None)[1]
+    splits = build.load_splits(config)
+    loss = build.make_loss(config, classes=splits.classes is not None)[1]
     positions = None if keep is None else _positions(keep, model.time_steps.origin)
     before = evaluate(model, tuple(splits.test), loss=loss)
     report = prune(model, threshold, keep=positions)
@@ -154,8 +205,8 @@ def cut_run(
         2
     """
     _, config, model = finished_run(run, out, overwrite=overwrite)
-    splits = parts.load_splits(config)
-    loss = parts.make_loss(config, classes=splits.classes is not None)[1]
+    splits = build.load_splits(config)
+    loss = build.make_loss(config, classes=splits.classes is not None)[1]
     before = evaluate(model, tuple(splits.test), loss=loss)
     decision = None
     dtype = model.time_steps.values.dtype
@@ -182,6 +233,51 @@ def cut_run(
         save_model(model, out)
     chosen_on = "test" if splits.validation is splits.test else "validation"
     return Cut(report, decision, chosen_on, model, before, after)
+
+
+def export_run(
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: str = "onnx",  # noqa: A002  it is called so everywhere
+    overwrite: bool = False,
+) -> Exported:
+    """Export the network that a run left; see :func:`taulearn.export_model`. The data set need not be there.
+
+    Args:
+        run: The run's folder.
+        out: Folder for the files.
+        format: "onnx", "torch" or "safetensors".
+        overwrite: Whether an export in ``out`` is replaced.
+
+    Returns:
+        What was written, and how far it is from the network.
+
+    Raises:
+        FileNotFoundError: If it is not the folder of a finished run.
+        FileExistsError: If ``out`` holds a run, or something that is not to be replaced.
+        ImportError: If the format needs packages that are not installed.
+        ValueError: If the network cannot be expressed in this format.
+
+    Example:
+        >>> import tempfile
+        >>> from taulearn.experiments import TrainConfig, train
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = train(TrainConfig(epochs=1, width=8, run=str(folder / "run")), progress=False)
+        >>> exported = export_run(folder / "run", folder / "out", format="torch")
+        >>> print(exported.inputs[0])
+        x, float32 (batch, 1, 8, 8)
+    """
+    _, config, model = finished_run(run, out, overwrite=overwrite)
+    folder = Path(out)
+    entry = CATALOGUE[config.data]
+    images = entry.kind == "images"
+    draw = torch.rand if images else torch.randn
+    example = draw(2, *entry.shape, dtype=model.time_steps.values.dtype)
+    about: dict[str, Any] = {"data": config.data, "values": "pixels in [0, 1]" if images else "as in the data set"}
+    if entry.classes is not None:
+        about["classes"] = entry.classes
+    return export_model(model, folder, example, format=format, about=about)
 
 
 def _positions(keep: Collection[int], origin: tuple[int, ...]) -> list[int]:

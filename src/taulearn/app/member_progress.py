@@ -5,9 +5,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .members import Event, is_finished
-from .runner import Outcome
-from .suite import Member
+from .members import Event, Member, is_finished
+from .run_members import Outcome
 
 
 class Watch:

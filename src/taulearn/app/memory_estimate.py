@@ -1,10 +1,10 @@
 """Whether a network fits into memory, from its shape alone, before any of it is made."""
 
-import os
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import torch
 
 from .config import TrainConfig
@@ -65,20 +65,19 @@ def least_bytes(config: TrainConfig, in_features: int, out_features: int) -> int
     return numbers * _BYTES[config.precision] + layers * _BYTES_PER_LAYER
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that are free on a device, or None where that is not known.
+def free_bytes(device: torch.device) -> int:
+    """Bytes that are free on a device.
 
     Args:
         device: The CPU or a CUDA device.
 
     Example:
-        >>> free_bytes(torch.device("cpu")) != 0
+        >>> free_bytes(torch.device("cpu")) > 0
         True
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    limits = [*_available(), *_of_the_group()]
-    return min(limits, default=None)
+    return min(psutil.virtual_memory().available, *_of_the_group())
 
 
 def check_memory(config: TrainConfig, in_features: int, out_features: int, device: torch.device) -> None:
@@ -97,7 +96,7 @@ def check_memory(config: TrainConfig, in_features: int, out_features: int, devic
         >>> check_memory(TrainConfig(), 784, 10, torch.device("cpu"))
     """
     needed, free = least_bytes(config, in_features, out_features), free_bytes(device)
-    if free is None or needed <= free:
+    if needed <= free:
         return
     number = parameters(config, in_features, out_features)
     # of integers of any size
@@ -115,20 +114,6 @@ def _short(numbers: int | tuple[int, ...] | None) -> str:
     if isinstance(numbers, tuple):
         return ",".join(map(_short, numbers[:4])) + (",..." if len(numbers) > 4 else "")
     return f"{numbers}" if numbers is None or numbers < 10**20 else f"{Decimal(numbers):.3g}"
-
-
-def _available() -> list[int]:
-    """Memory that the machine can give, after Linux; else all that it has."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return [int(line.split()[1]) * 1024]
-    except (OSError, ValueError):
-        pass
-    try:
-        return [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    except (AttributeError, OSError, ValueError):
-        return []
 
 
 def _of_the_group() -> list[int]:

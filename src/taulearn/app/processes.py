@@ -16,9 +16,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ..members import Event, Report
-from ..suite import Member
-from . import Options
+from .engines import Options
+from .members import Event, Member, Report
 
 ATTEMPTS = 3
 """How often a member is tried whose worker dies: it may be what kills the worker (memory)."""
@@ -137,7 +136,7 @@ def _work(pipe: Connection, out: str, threads: int) -> None:
     try:
         import torch
 
-        from .serial import attempt
+        from .engines import attempt
 
         torch.set_num_threads(threads)
 

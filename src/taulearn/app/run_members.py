@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .engines import Options, engine as engine_named
-from .members import Event, is_finished
-from .suite import Member
+from .members import Event, Member, is_finished
 
 
 @dataclass
@@ -41,7 +40,7 @@ def run_members(
     Args:
         members: In the order in which they are run; each name once.
         out: Their folder, made if missing.
-        engine: "serial", "processes", "ray" or "vmap".
+        engine: "serial" or "processes"; "ray" or "vmap", which ``taulearn-papers`` brings.
         workers: Number of processes. None: one per core.
         threads: CPU threads of each.
         address: Address of a Ray cluster.

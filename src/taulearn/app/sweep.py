@@ -32,7 +32,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .config import TrainConfig, explain
-from .suite import Member
+from .members import Member
 
 _KEYS = ("seeds", "base", "grid", "list")
 _FIXED = ("run", "overwrite", "seed")

@@ -29,7 +29,7 @@ def rows(sweep: Sweep, results: Results, failed: Mapping[str, str] | None = None
         failed: What went wrong, by the members' names.
 
     Example:
-        >>> from taulearn.experiments.sweep import make_sweep
+        >>> from taulearn.app.sweep import make_sweep
         >>> rows(make_sweep("depth", {"grid": {"hidden_layers": [2]}}), Results("nowhere"))
         [{'hidden_layers': 2, 'seed': 0, 'status': 'missing', 'error': ''}]
     """

@@ -1,4 +1,4 @@
-"""A training from its settings alone: everything made, trained, evaluated, saved and drawn."""
+"""A training from its settings: everything made, trained, evaluated, saved and drawn; and resumed."""
 
 import datetime as dt
 import importlib.util
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 from pydantic import ValidationError
@@ -16,17 +16,45 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..nn.network import TimeVariableNetwork
+from ..pruning import Pruning
 from ..report import write_html
 from ..training import EpochEnd, History, Run, evaluate, fit
+from ..training.checkpoint import read_start
 from ..training.parallel import check_batch_size, joined, open_alike
 from ..training.thinning import thinned
-from . import parts
-from .config import TrainConfig, explain
-from .memory import check_memory
-from .published import make_ordinary_
-from .resuming import check_resumed
+from . import build
+from .config import TrainConfig, explain, split_hooks
+from .memory_estimate import check_memory
 
 _SLOWEST_AVERAGE = 1e-3
+
+MAY_CHANGE = {"epochs", "threads", "device", "checkpoint_every", "trace", "tensorboard"}
+"""Settings that do not decide the iterates, and the number of epochs, which may grow."""
+
+_SCHEDULES = ("cosine", "onecycle", "step")
+
+
+class Hooks(Protocol):
+    """What a caller changes in a training that no setting stands for.
+
+    The run notes them as a setting of their name that is true, and is resumed with them alone.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the run calls them, unlike the name of any setting."""
+
+    def check(self, config: TrainConfig) -> None:
+        """Raise a ValueError for settings that they do not go with."""
+
+    def adapt_(self, network: TimeVariableNetwork, config: TrainConfig) -> None:
+        """Change the network that was made from the settings, before it is trained."""
+
+    def pruning(self, config: TrainConfig) -> Pruning | None:
+        """The policy of pruning, instead of that of the settings."""
+
+    def restore_(self, network: TimeVariableNetwork) -> None:
+        """Make the trained network one that can be saved."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +96,7 @@ class Result:
 def train(
     config: TrainConfig,
     *,
+    hooks: Hooks | None = None,
     on_start: Callable[[Run], None] | None = None,
     progress: bool = True,
     callbacks: Sequence[Callable[[EpochEnd], None]] = (),
@@ -78,6 +107,8 @@ def train(
 
     Args:
         config: The settings.
+        hooks: What is to change that no setting stands for: an object with a name and the methods ``check``,
+            ``adapt_``, ``pruning`` and ``restore_``, called with the settings, the network, or both. None: nothing.
         on_start: Called with the run when everything has been checked and its folder made.
         progress: Whether to show a bar or a line per epoch.
         callbacks: Called after each epoch, as by :func:`taulearn.fit`.
@@ -98,21 +129,24 @@ def train(
         >>> train(config, progress=False).layers
         (2, 2)
     """
+    if hooks is not None:
+        hooks.check(config)
 
     def make_run() -> Run:
         folder = _new_folder(config) if config.run is None else Path(config.run)
-        run = Run.create(folder, config.record(), overwrite=config.overwrite)
+        run = Run.create(folder, record_of(config, hooks), overwrite=config.overwrite)
         if on_start is not None:
             on_start(run)
         return run
 
-    return _train(config, make_run, resume=False, progress=progress, callbacks=callbacks)
+    return _train(config, hooks, make_run, resume=False, progress=progress, callbacks=callbacks)
 
 
 def resume(
     run: str | os.PathLike[str],
     *,
     epochs: int | None = None,
+    hooks: Hooks | None = None,
     on_start: Callable[[Run], None] | None = None,
     progress: bool = True,
     callbacks: Sequence[Callable[[EpochEnd], None]] = (),
@@ -123,6 +157,7 @@ def resume(
         run: The run's folder. Of the settings in its run.toml those may have been changed that do not decide the
             iterates; others are refused.
         epochs: Number of epochs in all, which is recorded then. None: that of run.toml.
+        hooks: Those with which the run was started.
         on_start: As for :func:`train`.
         progress: As for :func:`train`.
         callbacks: As for :func:`train`.
@@ -134,18 +169,19 @@ def resume(
         FileNotFoundError: If it is not a run's folder, or a run with results whose checkpoints are gone.
         ValueError: If it belongs to another format version, was not made by :func:`train`, or is damaged; if settings
             were changed on which the result depends, or ``epochs`` is less than what is done, or a schedule depends on
-            it.
+            it; if it was started with other hooks.
     """
     opened = Run.open(run)
     config = settings_of(opened) if epochs is None else settings_of(opened, epochs=epochs)
-    check_resumed(config, opened)
+    _check_hooks(opened, hooks)
+    _check_resumed(config, opened)
 
     def make_run() -> Run:
         if on_start is not None:
             on_start(opened)
         return opened
 
-    return _train(config, make_run, resume=True, progress=progress, callbacks=callbacks)
+    return _train(config, hooks, make_run, resume=True, progress=progress, callbacks=callbacks)
 
 
 def settings_of(run: Run, **changes: int) -> TrainConfig:
@@ -164,13 +200,63 @@ def settings_of(run: Run, **changes: int) -> TrainConfig:
             "go on with it in Python, with taulearn.fit(..., run=..., resume=True)"
         )
     try:
-        return TrainConfig.model_validate({**run.config, **changes, "run": str(run.path)})
+        return TrainConfig.model_validate({**split_hooks(run.config)[0], **changes, "run": str(run.path)})
     except ValidationError as error:
         raise ValueError(f"{run.path / 'run.toml'}: {explain(error)}") from error
 
 
+def record_of(config: TrainConfig, hooks: Hooks | None) -> dict[str, Any]:
+    """What a run notes of its settings and hooks."""
+    return config.record() | ({} if hooks is None else {hooks.name: True})
+
+
+def _check_hooks(run: Run, hooks: Hooks | None) -> None:
+    """Refuse other hooks than the run was started with."""
+    noted, given = split_hooks(run.config)[1], None if hooks is None else hooks.name
+    if noted == given:
+        return
+    remedy = "leave them out"
+    if noted is not None:
+        remedy = "taulearn.experiments.resume(run, hooks=...), or the same `taulearn reproduce` as before"
+    raise ValueError(
+        f"hooks must be those with which run {str(run.path)!r} was started, {noted!r}, got {given!r}: {remedy}"
+    )
+
+
+def _check_resumed(config: TrainConfig, run: Run) -> None:
+    """Refuse settings that the run was not started with."""
+    run.check_resumable()
+    found = read_start(run.checkpoints)
+    if found is None:
+        return
+    start, position = found
+    now, fields = config.record(), TrainConfig.model_fields
+    began = {name: start.config.get(name, fields[name].default) for name in fields}
+    changed = [
+        f"{name} = {now.get(name)!r} (was {began[name]!r})"
+        for name in fields
+        if name not in MAY_CHANGE | {"run", "overwrite"} and now.get(name) != began[name]
+    ]
+    if start.config and changed:
+        raise ValueError(
+            f"{run.path / 'run.toml'} must hold the settings that the run was started with, got {', '.join(changed)}: "
+            "put them back, or start a new run with them (taulearn train --config FILE --run OTHER)"
+        )
+    if config.scheduler in _SCHEDULES and config.epochs != began["epochs"]:
+        raise ValueError(
+            f"epochs must stay {began['epochs']} with scheduler {config.scheduler!r}, whose learning rates are laid "
+            f"out over all epochs, got {config.epochs}: start a new run"
+        )
+    if config.epochs < position.epoch:
+        raise ValueError(
+            f"epochs must be at least {position.epoch}, the number that are done, got {config.epochs}: "
+            "start a new run for fewer"
+        )
+
+
 def _train(
     config: TrainConfig,
+    hooks: Hooks | None,
     make_run: Callable[[], Run],
     *,
     resume: bool,
@@ -178,17 +264,17 @@ def _train(
     callbacks: Sequence[Callable[[EpochEnd], None]],
 ) -> Result:
     with _threads(config.threads), joined() as ranks, ranks:
-        device = parts.make_device(config)
-        splits = ranks.in_turn(lambda: parts.load_splits(config))
+        device = build.make_device(config)
+        splits = ranks.in_turn(lambda: build.load_splits(config))
         torch.manual_seed(config.seed)
-        check_memory(config, *parts.features(splits), device)
-        model = parts.make_network(config, splits).to(device)
-        loss_name, loss = parts.make_loss(config, classes=splits.classes is not None)
-        optimizer = parts.make_optimizer(config, model)
-        batch_size = parts.batch_size(config, len(splits.train.inputs))
+        check_memory(config, *build.features(splits), device)
+        model = make_network(config, splits, hooks).to(device)
+        loss_name, loss = build.make_loss(config, classes=splits.classes is not None)
+        optimizer = build.make_optimizer(config, model)
+        batch_size = build.batch_size(config, len(splits.train.inputs))
         check_batch_size(ranks, batch_size, len(splits.train.inputs), resumed=resume)
         iterations = config.epochs * -(-len(splits.train.inputs) // batch_size)
-        scheduler = parts.make_scheduler(config, optimizer, iterations)
+        scheduler = build.make_scheduler(config, optimizer, iterations)
         if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ImportError("tensorboard must be installed for this: pip install 'taulearn[tensorboard]'")
         averaged = None
@@ -212,8 +298,8 @@ def _train(
 
         def make_result() -> nn.Module:
             made: nn.Module = model if averaged is None else averaged.module
-            if config.as_published:
-                make_ordinary_(cast(TimeVariableNetwork, made))
+            if hooks is not None:
+                hooks.restore_(cast(TimeVariableNetwork, made))
             return made
 
         run.result = make_result
@@ -224,13 +310,13 @@ def _train(
             optimizer=optimizer,
             epochs=config.epochs,
             batch_size=batch_size,
-            penalties=parts.make_penalties(config, loss),
-            pruning=parts.make_pruning(config),
+            penalties=build.make_penalties(config, loss),
+            pruning=build.make_pruning(config) if hooks is None else hooks.pruning(config),
             validation=tuple(splits.validation),
             run=run,
             resume=resume,
             callbacks=callbacks,
-            compile=parts.compile_mode(config),
+            compile=build.compile_mode(config),
             scheduler=scheduler,
             seed=config.seed,
             clip_norm=config.clip_norm,
@@ -255,6 +341,14 @@ def _train(
 
         test = ranks.told(finish)
     return Result(run, config, result, history, test)
+
+
+def make_network(config: TrainConfig, splits: build.Splits, hooks: Hooks | None) -> TimeVariableNetwork:
+    """The network that the settings and the hooks mean."""
+    network = build.make_network(config, splits)
+    if hooks is not None:
+        hooks.adapt_(network, config)
+    return network
 
 
 def _new_folder(config: TrainConfig) -> Path:

@@ -1,4 +1,8 @@
-"""Figures 1 to 5 in the article's form; lines are geometric means over the seeds, bands reach from least to largest."""
+"""Figures 1 to 5 in the article's form, and its tables.
+
+Lines are geometric means over the seeds, bands reach from least to largest. Table 1 stands beside the printed one; toy
+problems and other optimisers are what the article mentions without figures.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -7,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ....data import maxwell
-from ....files import read_tensors
-from ....report import drawing
-from ....report.figures import PALETTE
-from ...results import NotMeasured, Results
-from .measures import GRID, REDUCED, SQUARE, square_points
-from .members import COARSER, ORDERS, SCHEMES, STEPS, mesh, reduction, setting
-from .quantities import measured, meshes_of
-from .tables import NAMES
+from taulearn.app.results import NotMeasured, Results
+from taulearn.data import maxwell
+from taulearn.files import read_tensors
+from taulearn.report import drawing
+from taulearn.report.figures import PALETTE
+
+from .measurements import GRID, REDUCED, SQUARE, square_points
+from .statistics import NAMES, PRINTED, measured, meshes_of
+from .trainings import COARSER, OPTIMIZERS, ORDERS, SCHEMES, STEPS, TOYS, mesh, other, reduction, setting, toy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 _FIXED = {"learned": r"variable $\tau$", "fixed": r"fixed $\tau$"}
 _ORDERED = {"plain": "", "ordered": ", B.O."}
@@ -214,7 +219,7 @@ def _difference(results: Results) -> dict[str, NDArray[Any]]:
 
 def _networks(results: Results) -> dict[str, NDArray[Any]]:
     """Weights, biases and steps of the network of figure 2, whole and reduced."""
-    from ....saving import load_model
+    from taulearn.saving import load_model
 
     folder = results.folder(*_most_telling(results))
     arrays: dict[str, NDArray[Any]] = {}
@@ -259,3 +264,88 @@ def _grid(rows: int, columns: int, size: float, width: float = 1.25) -> "tuple[F
         ax.grid(True, color="0.93", linewidth=0.6)
         ax.set_axisbelow(True)
     return figure, axes
+
+
+def table_1(results: Results) -> str:
+    """The learned steps, mean and standard deviation over the seeds, beside the printed ones.
+
+    Args:
+        results: The records.
+
+    Raises:
+        NotMeasured: If no network with learned steps is finished.
+    """
+    lines = ["| network | step | printed | here | seeds |", "|---|---|---|---|---|"]
+    for (size, scheme, order), printed in PRINTED.items():
+        name = setting(size, scheme, "learned", order)
+        if name not in results.settings:
+            continue
+        taus = np.array([results.measurements(name, seed)["tau"] for seed in results.seeds(name)])
+        for l, value in enumerate(printed):
+            spread = f" ± {taus[:, l].std(ddof=1):.2f}" if len(taus) > 1 else ""
+            first = f"{size} {NAMES[scheme]}{_ORDERED[order]}" if l == 0 else ""
+            lines.append(f"| {first} | tau_{l} | {value:.2f} | {taus[:, l].mean():.2f}{spread} | {len(taus)} |")
+    if len(lines) == 2:
+        raise NotMeasured("no network with learned steps is finished")
+    return "\n".join(lines) + "\n"
+
+
+def toys(results: Results) -> str:
+    """Test loss on the toy problems, learned and fixed steps: geometric means over the seeds.
+
+    Args:
+        results: The records.
+
+    Raises:
+        NotMeasured: If no toy problem is finished.
+    """
+    lines = ["| problem | network | learned steps | fixed steps | seeds |", "|---|---|---|---|---|"]
+    for data, scheme in product(TOYS, SCHEMES):
+        names = [toy(data, scheme, kind) for kind in STEPS]
+        if not set(names) <= set(results.settings):
+            continue
+        seeds = results.seeds(*names)
+        cells = [_geometric([results.measurements(name, seed)["test.loss"] for seed in seeds]) for name in names]
+        lines.append(f"| {data} | {NAMES[scheme]} | {' | '.join(cells)} | {len(seeds)} |")
+    if len(lines) == 2:
+        raise NotMeasured("no toy problem is finished")
+    return "\n".join(lines) + "\n"
+
+
+def optimizers(results: Results) -> str:
+    """Final errors of the residual network 6-50 with three optimisers; on the cube at the points of the finest mesh.
+
+    Args:
+        results: The records.
+
+    Raises:
+        NotMeasured: If none of them is finished.
+    """
+    lines = [
+        "| optimiser | steps | MSE | relative test error | L2 error on the cube | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for words, kind in product(("steepest descent", *OPTIMIZERS), STEPS):
+        name = other(words, kind) if words in OPTIMIZERS else setting("6-50", "resnet", kind, "plain")
+        if name not in results.settings:
+            continue
+        rows = [results.measurements(name, seed) for seed in results.seeds(name)]
+        columns = (
+            [row["mse"]["end"] for row in rows],
+            [row["test_error"] for row in rows],
+            [_finest(row) for row in rows],
+        )
+        cells = [_geometric(column) for column in columns]
+        lines.append(f"| {words} | {kind} | {' | '.join(cells)} | {len(rows)} |")
+    if len(lines) == 2:
+        raise NotMeasured("no optimiser is finished")
+    return "\n".join(lines) + "\n"
+
+
+def _finest(row: dict[str, Any]) -> float:
+    cube: dict[str, float] = row["cube"]
+    return cube[max(cube, key=int)]
+
+
+def _geometric(values: list[float]) -> str:
+    return f"{np.exp(np.mean(np.log(values))):.3g}" if min(values) > 0.0 else f"{np.mean(values):.3g}"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....caputo import solve
+from taulearn.caputo import solve
 
 ORDERS = (0.3, 0.5, 0.8)
 CONSTANTS = (0.5, 1.0, 2.0)

@@ -11,10 +11,11 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from ...config import TrainConfig
-from ...measures import generalisation
-from ...suite import Member
-from . import gradients, measures, stability
+from taulearn.app.config import TrainConfig
+from taulearn.app.members import Member
+
+from ..generalisation import generalisation
+from . import gradients, measurements, stability
 
 SIZES = ("6-50", "2-50")
 SCHEMES = ("resnet", "fractional")
@@ -108,14 +109,16 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
     own = QUICK_SEEDS if quick else FULL_SEEDS
     few = seeds or (1 if quick else SIDE_SEEDS)
     found = [Member("stability", 0, None, stability.measure)]
-    found += [Member(mesh(n), 0, None, partial(measures.finite_elements, n=n)) for n in reversed((*COARSER, *meshes))]
+    found += [
+        Member(mesh(n), 0, None, partial(measurements.finite_elements, n=n)) for n in reversed((*COARSER, *meshes))
+    ]
     for seed in range(seeds or own):
         found += _maxwell(seed, meshes, QUICK_STEPS if quick else FULL_STEPS)
         found += _reductions(seed)
         if seed < few:
             found += _optimizers(seed, meshes, quick)
             found += _toys(seed, QUICK_TOY_EPOCHS if quick else TOY_EPOCHS)
-    return [*found, *gradients.members(quick, few)]
+    return [*found, *gradients.gradient_trainings(quick, few)]
 
 
 def network(size: str, scheme: str) -> dict[str, Any]:
@@ -150,7 +153,7 @@ def _descent(seed: int, steps: int) -> dict[str, Any]:
 
 
 def _maxwell(seed: int, meshes: tuple[int, ...], steps: int) -> Iterator[Member]:
-    measure = partial(measures.surrogate, meshes=meshes)
+    measure = partial(measurements.surrogate, meshes=meshes)
     for size, scheme, kind, order in product(SIZES, SCHEMES, STEPS, ORDERS):
         options: dict[str, Any] = _descent(seed, steps) | network(size, scheme)
         if kind == "fixed":
@@ -161,14 +164,14 @@ def _maxwell(seed: int, meshes: tuple[int, ...], steps: int) -> Iterator[Member]
 
 
 def _reductions(seed: int) -> Iterator[Member]:
-    measure = partial(measures.reduction, further=FURTHER_STEPS)
+    measure = partial(measurements.reduction, further=FURTHER_STEPS)
     for name, init in STARTS.items():
         options = _descent(seed, REDUCTION_STEPS) | network("5-10", "resnet") | {"init": init, "bias_ordering": BETA}
         yield Member(reduction(name), seed, TrainConfig(**options), measure)
 
 
 def _optimizers(seed: int, meshes: tuple[int, ...], quick: bool) -> Iterator[Member]:
-    measure = partial(measures.surrogate, meshes=meshes)
+    measure = partial(measurements.surrogate, meshes=meshes)
     steps = QUICK_STEPS if quick else FULL_STEPS
     of = {
         "lbfgs": {"optimizer": "lbfgs", "lr": 1.0},

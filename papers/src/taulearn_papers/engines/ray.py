@@ -15,10 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..members import Event, Report
-from ..suite import Member
-from . import Options
-from .processes import ATTEMPTS
+from taulearn.app.engines import Options
+from taulearn.app.members import Event, Member, Report
+from taulearn.app.processes import ATTEMPTS
 
 ANSWER_SECONDS = 10.0
 """How long the machine of a cluster may take to answer."""
@@ -82,7 +81,7 @@ def _work(member: Member, out: str, threads: int) -> Event:
     """What a worker does with a member."""
     import torch
 
-    from .serial import attempt
+    from taulearn.app.engines import attempt
 
     torch.set_num_threads(threads)
     return attempt(member, Path(out), lambda _: None)
@@ -92,7 +91,7 @@ def _work(member: Member, out: str, threads: int) -> Event:
 def _cluster(options: Options) -> Iterator[Any]:
     """The cluster, left as it was found: one that was made here is stopped."""
     if importlib.util.find_spec("ray") is None:
-        raise ImportError("ray must be installed for this engine: pip install 'taulearn[ray]'")
+        raise ImportError("ray must be installed for this engine: pip install 'taulearn-papers[ray]'")
     if options.address is not None:
         check_answers(options.address)
     import ray

@@ -14,14 +14,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from ...adaptivity.estimate import shares_of
-from ...nn.network import TimeVariableNetwork
-from ...training.batches import TensorBatches
-from ...training.fast.compiler import compile_once
-from ...training.history import Recorder
-from ...training.metrics import choose_metrics
-from ...training.objective import Objective, as_float
-from ..suite import Member
+from taulearn._choice import shares_of
+from taulearn.app.members import Member
+from taulearn.nn.network import TimeVariableNetwork
+from taulearn.training.batches import TensorBatches
+from taulearn.training.compiler import compile_once
+from taulearn.training.history import Recorder
+from taulearn.training.metrics import choose_metrics
+from taulearn.training.objective import Objective, as_float
 
 GRAPH_STEPS = 60
 """Steps in one CUDA graph: what the launch of a graph costs is then divided by so many."""

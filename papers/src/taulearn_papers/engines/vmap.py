@@ -9,7 +9,7 @@ anew.
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -17,25 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...adaptivity.coarsen import prune
-from ...adaptivity.policies import Pruning
-from ...report import write_html
-from ...saving import save_model
-from ...training import Run, evaluate
-from ...training.batches import TensorBatches
-from ...training.fast.compiler import worth_compiling
-from ...training.fast.fused import why_not_pure
-from ...training.history import Deletion, Recorder
-from ...training.objective import Objective, StepOptions
-from ...training.thinning import thinned
-from .. import parts
-from ..members import Busy, Event, Report, conclude, is_finished, locked
-from ..published import make_ordinary_
-from ..suite import Member
-from . import Options
-from .grouping import grouped, why_alone
-from .serial import attempt
-from .stacked import GRAPH_STEPS, Stack, Trainee
+from taulearn.app import build
+from taulearn.app.engines import Options, attempt
+from taulearn.app.members import Busy, Event, Member, Report, conclude, is_finished, locked
+from taulearn.app.train import make_network, record_of
+from taulearn.pruning import Pruning, prune
+from taulearn.report import write_html
+from taulearn.saving import save_model
+from taulearn.training import Run, evaluate
+from taulearn.training.batches import TensorBatches
+from taulearn.training.compiler import worth_compiling
+from taulearn.training.fused import why_not_pure
+from taulearn.training.history import Deletion, Recorder
+from taulearn.training.objective import Objective, StepOptions
+from taulearn.training.thinning import thinned
+
+from .stacked_networks import GRAPH_STEPS, Stack, Trainee
 
 DIVERGED = "the loss or a parameter is not finite: lower the learning rate, clip gradients, or bound the steps"
 
@@ -109,12 +106,12 @@ class Group:
         self.report, self.began = report, time.perf_counter()
         first = members[0].config
         assert first is not None
-        self.config, self.device = first, parts.make_device(first)
-        self.splits = parts.load_splits(first)
-        _, loss = parts.make_loss(first, classes=self.splits.classes is not None)
+        self.config, self.device = first, build.make_device(first)
+        self.splits = build.load_splits(first)
+        _, loss = build.make_loss(first, classes=self.splits.classes is not None)
         train = [tensor.to(self.device) for tensor in self.splits.train]
         self.held_out = [tensor.to(self.device) for tensor in self.splits.validation]
-        self.policy: Pruning | None = parts.make_pruning(first)
+        self.policy = _policy(members[0])
         self.trainees: list[Trainee] = []
         for member in members:
             try:
@@ -130,9 +127,9 @@ class Group:
         config = member.config
         assert config is not None
         torch.manual_seed(config.seed)
-        model = parts.make_network(config, self.splits).to(self.device)
-        objective = Objective(model, loss, parts.make_penalties(config, loss))
-        batches = TensorBatches(train[0], train[1], parts.batch_size(config, len(train[0])), config.seed)
+        model = make_network(config, self.splits, member.hooks).to(self.device)
+        objective = Objective(model, loss, build.make_penalties(config, loss))
+        batches = TensorBatches(train[0], train[1], build.batch_size(config, len(train[0])), config.seed)
         steps = model.time_steps
         recorder = Recorder(objective.columns, steps.num_steps, raw=steps.bounded, depths=objective.at_each_depth)
         return Trainee(member, objective, batches, recorder, (config.lr, config.tau_lr or config.lr))
@@ -262,15 +259,15 @@ class Group:
 
     def _finish(self, each: Trainee, out: Path) -> Event:
         """The files of one member, as if it had been trained alone; returns what to report."""
-        config, folder = each.member.config, each.member.folder(out)
+        config, hooks, folder = each.member.config, each.member.hooks, each.member.folder(out)
         assert config is not None
-        run = Run.create(folder, config.record(), overwrite=True)
+        run = Run.create(folder, record_of(config, hooks), overwrite=True)
         run.decide("device", str(self.device))
         run.decide("step", f"one of {len(self.trainees)} networks trained at once")
         history = each.recorder.history()
         (thinned(history) if config.trace == "thinned" else history).save(run.history_path)
-        if config.as_published:
-            make_ordinary_(each.model)
+        if hooks is not None:
+            hooks.restore_(each.model)
         save_model(each.model, folder)
         loss = each.objective.loss
         test = evaluate(each.model, tuple(tensor.to(self.device) for tensor in self.splits.test), loss=loss)
@@ -291,3 +288,70 @@ def _flush(trainee: Trainee) -> None:
     total = trainee.recorder.flush(trainee.model.time_steps.origin)
     if not np.isfinite(total).all() and trainee.error is None:
         trainee.error = DIVERGED
+
+
+MOST = 128
+"""Members in one group, which bounds memory."""
+
+
+def grouped(members: Iterable[Member]) -> list[list[Member]]:
+    """Members that differ in seed and learning rates alone, at most MOST together, in the order of their first ones.
+
+    Args:
+        members: Any members.
+
+    Example:
+        >>> from taulearn.experiments import TrainConfig
+        >>> members = [Member("a", seed, TrainConfig(seed=seed)) for seed in (0, 1)]
+        >>> [len(group) for group in grouped([*members, Member("b", 0, TrainConfig(width=8))])]
+        [2, 1]
+    """
+    groups: dict[str, list[Member]] = {}
+    for member in members:
+        groups.setdefault(_structure(member), []).append(member)
+    return [group[start : start + MOST] for group in groups.values() for start in range(0, len(group), MOST)]
+
+
+def _structure(member: Member) -> str:
+    if member.config is None:
+        return member.name
+    settings = member.config.model_dump_json(exclude={"seed", "lr", "tau_lr", "run", "overwrite", "checkpoint_every"})
+    return settings if member.hooks is None else f"{settings} {member.hooks.name}"
+
+
+def _policy(member: Member) -> Pruning | None:
+    """The policy of pruning that settings and hooks mean."""
+    assert member.config is not None
+    return build.make_pruning(member.config) if member.hooks is None else member.hooks.pruning(member.config)
+
+
+def why_alone(member: Member) -> str | None:
+    """Why a member is not trained together with others, or None.
+
+    Args:
+        member: The member.
+
+    Example:
+        >>> from taulearn.experiments import TrainConfig
+        >>> why_alone(Member("a", 0, TrainConfig(optimizer="adam")))
+        'its optimiser is not plain SGD'
+    """
+    config = member.config
+    if config is None:
+        return "it only measures"
+    reasons = {
+        "its optimiser is not plain SGD": config.optimizer.lower() != "sgd" or config.momentum > 0,
+        "its learning rate is scheduled": config.scheduler != "none",
+        "its gradients are clipped": config.clip_norm is not None,
+        "its batches are split": config.accumulate != 1,
+        "it has mixed precision": config.precision == "bf16",
+        "its weights are averaged": config.average_weights,
+        "it writes events for TensorBoard": config.tensorboard,
+        "it has a stage cost": bool(config.stage_cost) or config.depth_losses,
+        "its network keeps statistics of batches": config.network == "resnet-v2",
+        "its stage cost changes over training": config.stage_cost_schedule != "constant",
+    }
+    policy = _policy(member)
+    if policy is not None:
+        reasons["its pruning looks at more than its steps"] = policy.targeted or policy.criterion is not None
+    return next((reason for reason, holds in reasons.items() if holds), None)

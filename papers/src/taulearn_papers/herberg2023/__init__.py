@@ -1,8 +1,8 @@
 """Herberg, Herzog, Koehne (2023), Time regularization in optimal time variable learning: claims H1 to H8."""
 
 from ..suite import Claim, Suite
-from ._herberg import figures, judges, judges_of_pruning, judges_of_steps, published
-from ._herberg.members import LEARNED, NETWORKS, PUBLISHED, members
+from . import claims, figures
+from .trainings import LEARNED, NETWORKS, PUBLISHED, members
 
 SUITE = Suite(
     name="herberg2023",
@@ -12,26 +12,26 @@ SUITE = Suite(
         Claim(
             "H1",
             "Networks reach higher accuracy sooner with learned time steps than with fixed ones (figure 4.1).",
-            judges.learned_beats_fixed,
+            claims.learned_beats_fixed,
         ),
         Claim(
             "H2",
             "Residual network: free, l1, horizon and dependent reach similar accuracy; l1 and horizon show larger "
             "losses (figure 4.2).",
-            judges.similar_accuracy_larger_loss,
+            claims.similar_accuracy_larger_loss,
         ),
         Claim(
             "H3",
             "Fractional network: the horizon penalty has lower accuracy in the first 100 of 200 epochs and larger loss "
             "throughout, and keeps the steps smallest (figure 4.3).",
-            judges.horizon_restricts_fractional,
+            claims.horizon_restricts_fractional,
         ),
         Claim(
             "H4",
             "Residual network on Fashion-MNIST: tau_0 is far larger than the others; with the horizon penalty the sum "
             "is 1 in most iterations and some step is negative after a bit more than 100; l1 drives some steps to "
             "zero, where they remain (figure 4.4).",
-            judges_of_steps.residual_steps,
+            claims.residual_steps,
         ),
         Claim(
             "H5",
@@ -39,23 +39,23 @@ SUITE = Suite(
             "and horizon damp that; l1 brings none to zero; with horizon the sum exceeds 1 near iteration 1000 and "
             "comes back oscillating; the dependent step passes through zero without harm; with both penalties tau_1 "
             "to tau_4 get close to zero; it is better without regularisation (figure 4.5).",
-            judges_of_steps.fractional_steps,
+            claims.fractional_steps,
         ),
         Claim(
             "H6",
             "Pruning while training succeeds with l1, each deletion removes 10,101 variables, at no noticeable cost; "
             "the training gets faster and keeps its accuracy (figure 4.6).",
-            judges_of_pruning.pruning_succeeds,
+            claims.pruning_succeeds,
         ),
         Claim(
             "H7",
             "Regularised or dependent time steps still beat fixed ones (figure 4.1 against 4.2 and 4.3).",
-            judges.regularised_beats_fixed,
+            claims.regularised_beats_fixed,
         ),
         Claim(
             "H8",
             "Pruning eliminates the search for the depth, from a sufficiently deep start.",
-            judges_of_pruning.depth_is_found,
+            claims.depth_is_found,
         ),
     ),
     figures={
@@ -65,9 +65,9 @@ SUITE = Suite(
         "4.4": figures.figure_4_4,
         "4.5": figures.figure_4_5,
         "4.6": figures.figure_4_6,
-        "as-published": published.figure,
+        "as-published": figures.published_figure,
     },
-    tables={"as-published": published.table},
+    tables={"as-published": figures.published_table},
     needs={
         "4.1": tuple(f"*/{network}/{name}" for network in NETWORKS for name in ("free", "fixed")),
         "4.2": tuple(f"*/resnet/{name}" for name in LEARNED),

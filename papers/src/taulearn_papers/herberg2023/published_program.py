@@ -1,8 +1,8 @@
 """Faults of the published code of Herberg et al., imitated, so that a reader sees what they changed.
 
 Herberg, Herzog, Koehne (2023) printed their curves from a program that differs from their formulas. Imitated is what
-changes how a network trains. A training with ``as_published`` differs from one without in these points, and in no
-other:
+changes how a network trains. A training with the hooks :data:`AS_PUBLISHED` differs from one without in these points,
+and in no other:
 
     fixed        in the residual network the first step alone is fixed, the others train
     dependent    the last step is copied after each update: no gradient flows through T - sum of the others
@@ -25,19 +25,20 @@ Not imitated is what changes a figure or a file but no training, or what no trai
 The outputs of a network do not depend on any of this: what is saved is an ordinary network.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .. import caputo, functional
-from ..adaptivity.policies import Pruning
-from ..nn.network import TimeVariableNetwork
-from ..nn.schemes import Fractional
-from ..nn.skips import Skips
-from ..nn.time_steps import TimeSteps
-from .config import TrainConfig
+from taulearn import caputo, functional
+from taulearn.app.config import TrainConfig
+from taulearn.nn.network import TimeVariableNetwork
+from taulearn.nn.schemes import Fractional
+from taulearn.nn.skips import Skips
+from taulearn.nn.time_steps import TimeSteps
+from taulearn.pruning import Pruning
 
 
 class PublishedSteps(TimeSteps):
@@ -101,38 +102,85 @@ class PublishedFractional(Fractional):
         return states[1:]
 
 
-def imitate_(network: TimeVariableNetwork, config: TrainConfig) -> None:
-    """Put the published steps and weights into a freshly made network.
+@dataclass(frozen=True)
+class AsPublished:
+    """Hooks of :func:`taulearn.experiments.train` that imitate the published program.
 
-    Args:
-        network: Freshly made; a residual one with constraint "free" where ``config`` says "fixed".
-        config: The settings, with ``as_published``.
+    Example:
+        >>> AS_PUBLISHED.check(TrainConfig(constraint="dependent", proximal=True, l1=0.01))
+        Traceback (most recent call last):
+        ValueError: proximal must be left out with as_published: that program takes subgradients
     """
-    network.time_steps = PublishedSteps(
-        network.time_steps, first_fixed=config.constraint == "fixed" and config.network == "resnet"
-    )
-    scheme = network.scheme
-    if isinstance(scheme, Fractional):
-        network.scheme = PublishedFractional(scheme.gamma, scheme.memory_from)
+
+    name: str = "as_published"
+
+    def check(self, config: TrainConfig) -> None:
+        """Refuse settings that the faults do not touch, or that the program does not have."""
+        for reason in _never_published(config):
+            raise ValueError(reason)
+
+    def adapt_(self, network: TimeVariableNetwork, config: TrainConfig) -> None:
+        """Put the published steps and weights into a freshly made network."""
+        steps = network.time_steps
+        first_fixed = config.constraint == "fixed" and config.network == "resnet"
+        if first_fixed:
+            steps = TimeSteps(
+                steps.num_steps,
+                horizon=steps.horizon,
+                lower_bound=steps.lower_bound,
+                init=steps.tau.detach(),
+                dtype=steps.values.dtype,
+                device=steps.values.device,
+            )
+        network.time_steps = PublishedSteps(steps, first_fixed=first_fixed)
+        scheme = network.scheme
+        if isinstance(scheme, Fractional):
+            network.scheme = PublishedFractional(scheme.gamma, scheme.memory_from)
+
+    def pruning(self, config: TrainConfig) -> Pruning | None:
+        """The published rule, once an epoch, where there is to be pruning."""
+        return None if config.prune is None else pruning(config.prune)
+
+    def restore_(self, network: TimeVariableNetwork) -> None:
+        """Put ordinary steps and weights into a trained network; its outputs stay what they are."""
+        published, scheme = network.time_steps, network.scheme
+        ordinary = TimeSteps(
+            published.num_steps,
+            horizon=published.horizon,
+            constraint=published.constraint,
+            lower_bound=published.lower_bound,
+            dtype=published.values.dtype,
+            device=published.values.device,
+        )
+        ordinary.origin = published.origin
+        with torch.no_grad():
+            ordinary.values.copy_(published.values)
+        network.time_steps = ordinary
+        if isinstance(scheme, Fractional):
+            network.scheme = Fractional(scheme.gamma, scheme.memory_from)
 
 
-def make_ordinary_(network: TimeVariableNetwork) -> None:
-    """Put ordinary steps and weights into a trained network; its outputs stay what they are."""
-    published, scheme = network.time_steps, network.scheme
-    ordinary = TimeSteps(
-        published.num_steps,
-        horizon=published.horizon,
-        constraint=published.constraint,
-        lower_bound=published.lower_bound,
-        dtype=published.values.dtype,
-        device=published.values.device,
-    )
-    ordinary.origin = published.origin
-    with torch.no_grad():
-        ordinary.values.copy_(published.values)
-    network.time_steps = ordinary
-    if isinstance(scheme, Fractional):
-        network.scheme = Fractional(scheme.gamma, scheme.memory_from)
+AS_PUBLISHED = AsPublished()
+
+
+def _never_published(config: TrainConfig) -> Iterator[str]:
+    """Why settings do not go with the published program, one reason at a time."""
+    faulty = config.network == "fractional" or config.constraint in ("fixed", "dependent") or config.prune is not None
+    if config.network not in ("resnet", "fractional") or config.constraint == "simplex" or not faulty:
+        yield (
+            "as_published must be left out with these settings, which its faults do not touch: they are about fixed "
+            "and dependent steps and pruning in network 'resnet', and about network 'fractional'"
+        )
+    if config.network == "fractional" and config.memory_from != 0:
+        yield "memory_from must be 0 with as_published, as in that program"
+    if config.network == "fractional" and config.prune is not None:
+        yield "prune must be left out with as_published and network 'fractional', which that program does not prune"
+    if config.prune_every != "epoch":
+        yield "prune_every must be left out with as_published: that program looks once an epoch"
+    if config.proximal:
+        yield "proximal must be left out with as_published: that program takes subgradients"
+    if config.prune_blocks is not None:
+        yield "prune_blocks must be left out with as_published, in which layers go by their steps; or use prune"
 
 
 def pruning(threshold: float) -> Pruning:

@@ -1,13 +1,19 @@
-"""What the judges look at in one record, each a plain number or array of a :class:`~taulearn.training.History`.
+"""What the judges look at: numbers and arrays of one record, a :class:`~taulearn.training.History`, and of all seeds.
 
 Records are thinned, so each row stands for the iterations up to the next one: shares of iterations are weighted so.
 """
 
+import math
+from collections.abc import Callable, Iterable
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ....training import History
-from ....training.thinning import numbers
+from taulearn.app.results import Results
+from taulearn.training import History
+from taulearn.training.thinning import numbers
+
+from ..intervals import Interval, paired_interval
 
 LAST_EPOCHS = 10
 """Epochs that a final figure is the mean of: a single epoch's test accuracy jumps by some tenths of a point."""
@@ -124,3 +130,49 @@ def reversals(values: Float[np.ndarray, " rows"], amplitude: float) -> int:
 def milestones(history: History) -> Int[np.ndarray, " epochs"]:
     """The number of iterations after each epoch."""
     return np.asarray(history.epochs["iteration"], dtype=np.int64)
+
+
+Parts = dict[str, bool]
+Figures = dict[str, float | str]
+
+
+def values(results: Results, name: str, seeds: Iterable[int], figure: Callable[[History], float]) -> list[float]:
+    """A figure of the records of a setting, one for each seed."""
+    return [figure(results.history(name, seed)) for seed in seeds]
+
+
+def difference(results: Results, a: str, b: str, figure: Callable[[History], float]) -> Interval:
+    """The paired difference a - b of a figure over the seeds that two settings share."""
+    seeds = results.seeds(a, b)
+    return paired_interval(*(values(results, name, seeds, figure) for name in (a, b)))
+
+
+def mean(results: Results, name: str, figure: Callable[[History], float]) -> float:
+    """The mean of a figure over all seeds of a setting."""
+    return float(np.mean(values(results, name, results.seeds(name), figure)))
+
+
+def final_accuracy(history: History) -> float:
+    """Accuracy over the last epochs."""
+    return final(accuracy(history))
+
+
+def accuracy_after(epoch: int) -> Callable[[History], float]:
+    """Accuracy after an epoch, as a figure of a record."""
+    return lambda history: float(accuracy(history)[epoch])
+
+
+def mean_of(column: str) -> Callable[[History], float]:
+    """The mean of a column over all epochs, as a figure of a record."""
+    return lambda history: mean_after_start(history.epochs[column])
+
+
+def describe(all_: Iterable[float]) -> str:
+    """Values over seeds as mean and range.
+
+    Example:
+        >>> describe([1.0, 2.0]), describe([])
+        ('1.5 (1 .. 2)', 'never')
+    """
+    known = [value for value in all_ if not math.isnan(value)]
+    return f"{np.mean(known):.4g} ({min(known):.4g} .. {max(known):.4g})" if known else "never"

@@ -3,15 +3,23 @@
 Setting of the paper (section 4 and its published code): 6 hidden layers of width 100, ReLU, T = 1, tau_l = 1/6 at the
 start, plain SGD with batches of 100 and learning rate 0.01, 200 epochs; alpha = 0.01, weight of the horizon penalty 1,
 pruning threshold 0.01; for the fractional network gamma = 1/2 and tau >= 1e-4.
+
+Seconds of an epoch are measured besides, with and without pruning and of smaller networks, in turn in one process.
+Times taken while a suite trains would tell how busy the machine was. Here the variants take turns, and the fastest
+epoch of each turn counts. Where other members train beside it, intervals over the turns are wide: the command with
+``--workers 1`` measures alone.
 """
 
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...config import TrainConfig
-from ...measures import generalisation
-from ...suite import Member
-from . import timing
+from taulearn.app.config import TrainConfig
+from taulearn.app.members import Member
+
+from ..generalisation import generalisation
+from .published_program import AS_PUBLISHED
 
 DATA = ("fashion-mnist", "mnist")
 NETWORKS = ("resnet", "fractional")
@@ -105,7 +113,7 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
         for row in table
         if seed < (own or row.seeds)
     ]
-    return [*trained, *timing.members(quick), *_published(common, own or PUBLISHED_SEEDS)]
+    return [*trained, *timings(quick), *_published(common, own or PUBLISHED_SEEDS)]
 
 
 def _published(common: Mapping[str, Any], seeds: int) -> list[Member]:
@@ -114,13 +122,13 @@ def _published(common: Mapping[str, Any], seeds: int) -> list[Member]:
     for seed in range(seeds):
         for data, network, treatment in PUBLISHED:
             options = _options(data, network, treatment.removesuffix("-pruned"))
-            options |= {"as_published": True, "seed": seed, **common}
+            options |= {"seed": seed, **common}
             if network == "fractional":
                 options["memory_from"] = 0
             if treatment.endswith("-pruned"):
                 options["prune"] = THRESHOLD
             name = setting(data, f"{network}-as-published", treatment)
-            found.append(Member(name, seed, TrainConfig(**options), generalisation))
+            found.append(Member(name, seed, TrainConfig(**options), generalisation, AS_PUBLISHED))
     return found
 
 
@@ -140,3 +148,77 @@ def _treatments(data: str, network: str) -> list[_Row]:
     return [
         _Row(setting(data, network, name), FULL_SEEDS[network], _options(data, network, name)) for name in TREATMENTS
     ]
+
+
+TIMED_DEPTHS = (6, 12, 24)
+ROUNDS = 5
+TIMED_EPOCHS = 4
+SAMPLES = 20_000
+NOTHING = 1e-12
+"""A threshold below which no share ever lies: all of the rule but the deletion."""
+
+
+def timings(quick: bool) -> list[Member]:
+    """One member for each depth.
+
+    Args:
+        quick: Fewer rounds.
+    """
+    return [
+        Member(f"time/resnet-{depth}", 0, None, partial(epoch_times, layers=depth, rounds=1 if quick else ROUNDS))
+        for depth in TIMED_DEPTHS
+    ]
+
+
+def epoch_times(_: Path, *, layers: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of an epoch of the residual network, by what differs.
+
+    Args:
+        _: The member's folder; nothing is left there.
+        layers: Depth of the network.
+        rounds: How often each variant has its turn.
+
+    Returns:
+        "never", "each epoch", "each iteration": when layers to delete are looked for, none of which is found;
+        "2 layers" and so on: networks of that size, without looking. A figure for each turn.
+    """
+    from taulearn.pruning import Pruning
+
+    rules: dict[str, Any] = {
+        "never": None,
+        "each epoch": Pruning(NOTHING),
+        "each iteration": Pruning(NOTHING, 1),
+    }
+    variants = {name: (layers, rule) for name, rule in rules.items()}
+    variants |= {f"{n} layers": (n, None) for n in (2, 4, 6) if n < layers}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _round in range(rounds):
+        for name, (depth, rule) in variants.items():
+            times[name].append(_fastest_epoch(depth, rule))
+    return times
+
+
+def _fastest_epoch(layers: int, rule: Any) -> float:
+    import torch
+
+    from taulearn import data
+    from taulearn.nn import resnet
+    from taulearn.optim import parameter_groups
+    from taulearn.penalties import L1
+    from taulearn.training import fit
+
+    inputs, targets = data.load(DATA[0], "train", as_uint8=True)
+    torch.manual_seed(0)
+    model = resnet(784, 100, 10, layers)
+    history = fit(
+        model,
+        (inputs[:SAMPLES], targets[:SAMPLES]),
+        loss=torch.nn.functional.cross_entropy,
+        optimizer=torch.optim.SGD(parameter_groups(model, 0.01), lr=0.01),
+        penalties=[L1(0.01)],
+        pruning=rule,
+        epochs=TIMED_EPOCHS,
+        compile="always",
+        progress=False,
+    )
+    return float(history.epochs["seconds"][2:].min())

@@ -1,8 +1,8 @@
 """Püttschneider, Heilig, Fischer, Faulwasser (2025), optimal control perspective of ResNet training: P1 and P2."""
 
 from ..suite import Claim, Suite
-from ._puettschneider import figures, judges, tables
-from ._puettschneider.members import members
+from . import claims, figures
+from .trainings import members
 
 SUITE = Suite(
     name="puettschneider2025",
@@ -14,15 +14,15 @@ SUITE = Suite(
             "P1",
             "With the stage cost the deeper residual blocks vanish: the first M blocks alone reach nearly the full "
             "accuracy.",
-            judges.first_blocks_suffice,
+            claims.first_blocks_suffice,
         ),
         Claim(
             "P2",
             "The weighted mean of the training losses is bounded by what the optimal network of M blocks reaches, for "
             "every M (for global minimisers; a violation shows that training did not reach the minimum).",
-            judges.bound_is_kept,
+            claims.bound_is_kept,
         ),
     ),
     figures={"depths": figures.depths, "bound": figures.bound},
-    tables={"blocks": tables.first_blocks, "exits": tables.early_exits, "bound": tables.both_sides},
+    tables={"blocks": figures.first_blocks, "exits": figures.early_exits, "bound": figures.both_sides},
 )

@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from ...intervals import paired_interval
-from ...results import Results
-from ...suite import Verdict
-from .members import kept
-from .quantities import Pair, at_depth, bounds, pairs, per_layer
+from taulearn.app.results import Results
+
+from ..intervals import paired_interval
+from ..suite import Verdict
+from .statistics import Pair, at_depth, bounds, pairs, per_layer
+from .trainings import kept
 
 NEARLY = 0.01
 """The first blocks reach "nearly" the accuracy of the whole within one point, as "similar" is read in all suites."""

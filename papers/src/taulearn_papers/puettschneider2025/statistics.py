@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from ...results import NotMeasured, Results
-from .members import TREATMENTS, setting
+from taulearn.app.results import NotMeasured, Results
+
+from .trainings import TREATMENTS, setting
 
 _NAME = re.compile(r"(?P<data>[^/]+)/(?P<kind>.+)-(?P<depth>\d+)/(?P<treatment>[^/]+)")
 
@@ -122,7 +123,7 @@ def bounds(results: Results) -> Iterator[tuple[str, int, bool, list[Sides]]]:
             shallow = setting(pair.data, pair.kind, M, "stage")
             yield pair.title, M, True, [sides(results, deep, shallow, M, s) for s in results.seeds(deep, shallow)]
         if not trained:
-            from .members import kept
+            from .trainings import kept
 
             for M in kept(pair.depth):
                 yield pair.title, M, False, [sides(results, deep, deep, M, s) for s in results.seeds(deep)]

@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from .. import __version__
-from .._streams import plain_output
+from ... import __version__
+from ..._streams import plain_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
-from .exporting import Export
-from .lines import check_names, in_one_line
+from .one_line_errors import check_names, in_one_line
 from .options import UsageError, numbers_option, option_groups, settings_from, settings_in, spelled
 from .output import figure, say, table, watched
-from .suites import Reproduce, Sweep
+from .reproduce import Reproduce
+from .sweep import Sweep
 
 RunFolder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
 
@@ -43,15 +43,15 @@ class Resume:
     def __call__(self) -> None:
         if self.epochs is not None and not (isinstance(self.epochs, int) and self.epochs >= 1):
             raise UsageError(f"--epochs must be an integer >= 1, got {self.epochs!r}")
-        from .. import experiments
-        from ..training import Run
+        from ...training import Run
+        from ..train import resume
 
         run = Run.open(self.run)
         # A record that is missing or damaged is no obstacle: the checkpoints hold it, too.
         with contextlib.suppress(FileNotFoundError, ValueError):
             epochs = self.epochs or run.config.get("epochs")
             say(f"{len(run.history.epochs['iteration']) - 1} of {epochs} epochs are done")
-        watched(lambda on_start: experiments.resume(self.run, epochs=self.epochs, on_start=on_start))
+        watched(lambda on_start: resume(self.run, epochs=self.epochs, on_start=on_start))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Prune:
         keep = self.keep if self.keep is None or isinstance(self.keep, tuple) else (self.keep,)
         if keep is not None and not all(isinstance(layer, int) for layer in keep):
             raise UsageError(f"--keep must name layers by number, got {', '.join(map(str, keep))}: for instance 0,2,5")
-        from ..experiments.pruning import prune_run
+        from ..finished_runs import prune_run
 
         out = Path(self.run) / "pruned" if self.out is None else Path(self.out)
         result = prune_run(self.run, out, threshold=self.threshold, keep=keep, overwrite=self.overwrite)
@@ -129,7 +129,7 @@ class Prune:
     def _cut(self, depth: str) -> None:
         if depth != "auto" and not depth.isdecimal():
             raise UsageError(f"--depth must be a number of layers or auto, got {depth!r}")
-        from ..experiments.pruning import cut_run
+        from ..finished_runs import cut_run
 
         out = Path(self.run) / "pruned" if self.out is None else Path(self.out)
         result = cut_run(
@@ -168,8 +168,8 @@ class Report:
     def __call__(self) -> None:
         if not self.runs:
             raise UsageError("report needs the folder of a run: taulearn report RUN ...")
-        from ..report import write_html
-        from ..training import Run
+        from ...report import write_html
+        from ...training import Run
 
         if self.out is not None and Path(self.out).is_dir():
             file = Path(self.out) / "report.html"
@@ -177,6 +177,34 @@ class Report:
         runs = [Run.open(folder) for folder in self.runs]
         default = runs[0].report_path if len(runs) == 1 else Path("comparison.html")
         say(f"report: {write_html(runs, default if self.out is None else self.out)}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the network of a run as a file (onnx and torch run without this package) and check it on random inputs."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
+    format: Annotated[
+        Literal["onnx", "torch", "safetensors"],
+        tyro.conf.arg(
+            help="onnx: for onnxruntime and others; torch: for torch.export.load; safetensors: weights and "
+            "architecture, for taulearn.load_model."
+        ),
+    ] = "onnx"
+    out: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="DIR", help="Folder for the files; RUN/export/FORMAT unless given.", help_behavior_hint=""
+        ),
+    ] = None
+    overwrite: Annotated[bool, tyro.conf.arg(help="Replace an export that is in that folder.")] = False
+
+    def __call__(self) -> None:
+        from ..finished_runs import export_run
+
+        out = Path(self.run) / "export" / self.format if self.out is None else Path(self.out)
+        exported = export_run(self.run, out, format=self.format, overwrite=self.overwrite)
+        table([*exported.rows(), ("manifest", str(exported.manifest))])
 
 
 @dataclass(frozen=True)
@@ -205,7 +233,7 @@ class Data:
             raise UsageError(f"data list takes no names, got {' '.join(self.names)}: did you mean fetch or verify?")
         if self.action != "list" and not self.names:
             raise UsageError(f"data {self.action} needs the name of a data set: `taulearn data list` has them")
-        from .. import data
+        from ... import data
 
         if self.action == "list":
             rows = [("name", "kind", "samples", "input", "classes", "location")]
@@ -278,10 +306,10 @@ def parse(argv: list[str]) -> Command:
 
 def _train(options: Any) -> None:
     config = settings_from(options)
-    from .. import experiments
+    from ..train import train
 
     try:
-        watched(lambda on_start: experiments.train(config, on_start=on_start))
+        watched(lambda on_start: train(config, on_start=on_start))
     except ValueError as error:
         raise ValueError(spelled(str(error))) from error
     except OSError as error:

@@ -14,7 +14,7 @@ import tyro
 from pydantic import ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ..experiments.config import TrainConfig, check_fields, explain, read_toml
+from ..config import TrainConfig, check_fields, explain, read_toml
 
 GROUPS = {
     "network": "data",

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..experiments import Result
-    from ..training import Run
+    from ...training import Run
+    from ..train import Result
 
 
 def follower() -> int:
@@ -64,8 +64,8 @@ def watched(training: "Callable[[Callable[[Run], None]], Result]") -> None:
     Raises:
         taulearn.training.Interrupted: On Ctrl-C at any moment since then.
     """
-    from ..report.sections import description
-    from ..training import Interrupted
+    from ...report.sections import description
+    from ...training import Interrupted
 
     started: list[Run] = []
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ....data import maxwell
-from ....files import write_tensors
-from ....training import History
+from taulearn.data import maxwell
+from taulearn.files import write_tensors
+from taulearn.training import History
 
 AT_STEPS = (10, 100, 1000)
 """After how many steps the mean squared error is noted, besides the end (claim A1)."""
@@ -45,8 +45,8 @@ def surrogate(folder: Path, *, meshes: Iterable[int]) -> dict[str, Any]:
         rises; "test_error": relative, Euclidean, on the test samples; "tau"; "cube": L2 error for each mesh;
         "square" and "inside": see :func:`square_errors` and :func:`inside_errors`.
     """
-    from ....fem import l2_error
-    from ....saving import load_model
+    from taulearn.fem import l2_error
+    from taulearn.saving import load_model
 
     model, history = load_model(folder), History.load(folder / "history.safetensors")
     field = field_of(model)
@@ -101,7 +101,7 @@ def field_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def relative_test_error(model: nn.Module) -> float:
     """The relative error in the Euclidean norm on the test samples."""
-    from ....data import load
+    from taulearn.data import load
 
     inputs, targets = load("maxwell", "test")
     with torch.no_grad():
@@ -169,7 +169,7 @@ def finite_elements(_: Path, *, n: int) -> dict[str, Any]:
         _: The member's folder, which is not looked at.
         n: Subdivisions per edge of the cube.
     """
-    from ....fem import best_approximation_error
+    from taulearn.fem import best_approximation_error
 
     return dict(vars(best_approximation_error(n)))
 
@@ -190,8 +190,8 @@ def reduction(folder: Path, *, further: int) -> dict[str, Any]:
         "near_zero", "paper" (layers 1, 3, 4) and "smallest" (as many as the paper deletes, the smallest steps first);
         "further": the errors after further steps of "whole", "near_zero" and "paper".
     """
-    from ....adaptivity.coarsen import prune
-    from ....saving import load_model, save_model
+    from taulearn.pruning import prune
+    from taulearn.saving import load_model, save_model
 
     whole = load_model(folder)
     tau = whole.time_steps.tau.detach().double()
@@ -225,20 +225,20 @@ def reduction(folder: Path, *, further: int) -> dict[str, Any]:
 
 def _further(model: nn.Module, folder: Path, steps: int) -> float:
     """The test error after further steps of the run's own kind."""
-    from ....training import Run, fit
-    from ... import parts
-    from ...training import settings_of
+    from taulearn.app import build
+    from taulearn.app.train import settings_of
+    from taulearn.training import Run, fit
 
     config = settings_of(Run.open(folder))
-    splits = parts.load_splits(config)
+    splits = build.load_splits(config)
     fit(
         model,
         tuple(splits.train),
-        loss=parts.make_loss(config, classes=False)[1],
-        optimizer=parts.make_optimizer(config, model),
+        loss=build.make_loss(config, classes=False)[1],
+        optimizer=build.make_optimizer(config, model),
         epochs=steps,
-        batch_size=parts.batch_size(config, len(splits.train.inputs)),
-        penalties=parts.make_penalties(config),
+        batch_size=build.batch_size(config, len(splits.train.inputs)),
+        penalties=build.make_penalties(config),
         compile="never",
         progress=False,
     )

@@ -32,7 +32,7 @@ def check_names(argv: Sequence[str], commands: Mapping[str, type]) -> None:
         >>> check_names(["trian"], {"train": object})
         Traceback (most recent call last):
         ...
-        taulearn.cli.options.UsageError: unknown command 'trian': did you mean 'train'?
+        taulearn.app.command_line.options.UsageError: unknown command 'trian': did you mean 'train'?
     """
     if not argv:
         return

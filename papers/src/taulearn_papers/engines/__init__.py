@@ -1,0 +1,1 @@
+"""Engines that only suites need: many networks at once (vmap), many machines (ray)."""

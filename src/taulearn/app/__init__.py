@@ -1,0 +1,1 @@
+"""Trainings described by their settings: read, checked, built, run, resumed, many at once; and the command line."""
