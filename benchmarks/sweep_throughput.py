@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from taulearn.experiments import TrainConfig, suites
-from taulearn.experiments.runner import run_members
-from taulearn.experiments.suite import Member
+from taulearn.app.members import Member
+from taulearn.app.run_members import run_members
+from taulearn.experiments import TrainConfig
 from taulearn.training import History
+from taulearn_papers import herberg2023
 
 WARM = 2
 """Epochs that do not count: the first one has the compilation in it."""
@@ -84,7 +85,7 @@ def on_gpu(epochs: int) -> None:
     seconds(members_of(1, 2))  # compiles
     print(f"{'one training of ' + str(epochs) + ' epochs':<42}{seconds(members_of(1, epochs)):8.1f} s", flush=True)
     print(f"{'64 of them at once':<42}{seconds(members_of(64, epochs)):8.1f} s", flush=True)
-    suite = [m for m in suites.load("herberg2023").members(False, 10) if m.config is not None]
+    suite = [m for m in herberg2023.SUITE.members(False, 10) if m.config is not None]
     print(f"{'herberg2023, 10 seeds, ' + str(len(suite)) + ' trainings':<42}{seconds(suite):8.1f} s", flush=True)
 
 

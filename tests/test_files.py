@@ -161,7 +161,7 @@ def test_tensors_that_were_read_do_not_hold_on_to_the_file(tmp_path: Path) -> No
 def test_suites_go_without_locks_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from taulearn.experiments.members import Member, locked
+    from taulearn.app.members import Member, locked
 
     member = Member("a", 0, None, lambda folder: {})
     (member.folder(tmp_path)).parent.mkdir(parents=True)

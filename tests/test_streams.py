@@ -15,7 +15,7 @@ from torch import nn
 import taulearn
 from taulearn import data, diagnostics, summary
 from taulearn._streams import plain_output, printable
-from taulearn.cli import main
+from taulearn.app.command_line import main
 from taulearn.training import History, Run
 
 ENCODINGS = ["cp1252", "ascii", "latin-1", "koi8-r", "utf-8"]
@@ -162,7 +162,7 @@ def test_what_prints_is_plain() -> None:
 def test_files_are_the_same_in_any_locale(tmp_path: Path) -> None:
     program = """
 import sys
-from taulearn.cli import main
+from taulearn.app.command_line import main
 sys.exit(main(["train", "--hidden-layers", "2", "--width", "4", "--epochs", "1", "--run", "run"]))
 """
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}

@@ -3,8 +3,8 @@
 import copy
 
 import numpy as np
-from taulearn.experiments.results import NotMeasured
 
+from taulearn.app.results import NotMeasured
 from taulearn.training import History
 from taulearn.training.thinning import thinned
 

@@ -8,22 +8,21 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from taulearn.experiments.results import FORMAT, NotMeasured, Results
-from taulearn.experiments.suite import Verdict
-from taulearn.experiments.suites import load
-from taulearn.experiments.suites._antil import judges, judges_of_errors, measures, members as m, stability, tables
 from torch import Tensor, nn
 
 import made_up_gradients
 import taulearn
+from taulearn.app.results import FORMAT, NotMeasured, Results
 from taulearn.data import maxwell
 from taulearn.experiments import TrainConfig, train
 from taulearn.files import write_tensors
 from taulearn.nn import resnet
 from taulearn.saving import load_model, save_model
 from taulearn.training import History
+from taulearn_papers.antil2022 import SUITE, claims, figures, measurements, stability, trainings as m
+from taulearn_papers.suite import Verdict
 
-SUITE = load("antil2022")
+SUITE = SUITE
 
 
 class TestMembers:
@@ -78,49 +77,49 @@ class Shifted(nn.Module):
 
 class TestMeasures:
     def test_errors_of_a_shifted_solution_are_the_shift(self) -> None:
-        field = measures.field_of(Shifted((0.3, 0.4, -0.1)))
-        square = measures.square_errors(field(measures.square_points()))
+        field = measurements.field_of(Shifted((0.3, 0.4, -0.1)))
+        square = measurements.square_errors(field(measurements.square_points()))
         size = math.sqrt(0.26)
         assert square == pytest.approx({"rms_outside": size, "max_outside": size, "rms_inside": size}, rel=1e-5)
-        inside = measures.inside_errors(field)
+        inside = measurements.inside_errors(field)
         assert inside["mean_error"] == pytest.approx(0.5, rel=1e-5)
         assert (inside["u3_min"], inside["u3_max"]) == pytest.approx((-0.1, -0.1), abs=1e-6)
 
     def test_relative_error_on_the_test_samples(self) -> None:
         _, targets = taulearn.data.load("maxwell", "test")
         expected = 0.3 * math.sqrt(len(targets)) / targets.double().norm().item()
-        assert measures.relative_test_error(Shifted((0.3, 0.0, 0.0))) == pytest.approx(expected, rel=1e-5)
+        assert measurements.relative_test_error(Shifted((0.3, 0.0, 0.0))) == pytest.approx(expected, rel=1e-5)
 
     def test_course_reads_the_record(self) -> None:
         loss, total = np.linspace(2, 1, 150), np.linspace(3, 1, 150)
         loss[7] = 5.0
-        found = measures.course(History({"loss": loss, "total": total}))
+        found = measurements.course(History({"loss": loss, "total": total}))
         assert found["mse"] == {"10": loss[9], "100": loss[99], "end": 1.0}
         assert found["mse_rises"] == 1
         assert found["largest_rise"] < 0
         total[50] *= 2
-        assert measures.course(History({"loss": loss, "total": total}))["largest_rise"] > 0.9
+        assert measurements.course(History({"loss": loss, "total": total}))["largest_rise"] > 0.9
 
     def test_surrogate_and_reduction_of_a_short_training(self, tmp_path: Path) -> None:
         member = next(each for each in SUITE.members(True, 1) if each.setting == m.reduction("ones"))
         assert member.config is not None
         settings = {"epochs": 5, "compile": "never", "run": str(tmp_path / "run")}
         run = train(member.config.model_copy(update=settings), progress=False).run.path
-        found = json.loads(json.dumps(measures.surrogate(run, meshes=(2, 3))))
+        found = json.loads(json.dumps(measurements.surrogate(run, meshes=(2, 3))))
         assert set(found["cube"]) == {"2", "3"}
         assert found["cube"]["2"] == pytest.approx(found["cube"]["3"], rel=0.1)
-        assert (run / measures.SQUARE).exists()
+        assert (run / measurements.SQUARE).exists()
         model = load_model(run)
         with torch.no_grad():
             model.time_steps.values[2:4] = torch.tensor([0.0, 1e-3])
         save_model(model, run)
-        row = json.loads(json.dumps(measures.reduction(run, further=2)))
+        row = json.loads(json.dumps(measurements.reduction(run, further=2)))
         assert row["near_zero"] == [2, 3]
         assert row["after"]["near_zero"] == pytest.approx(row["before"], rel=1e-2)
         assert row["after"]["paper"] != pytest.approx(row["before"], rel=1e-3)
         assert row["further"]["whole"] < row["before"]
         assert row["shown"] == "near_zero"
-        assert load_model(run / measures.REDUCED).time_steps.origin == (0, 1, 4)
+        assert load_model(run / measurements.REDUCED).time_steps.origin == (0, 1, 4)
 
 
 class TestStability:
@@ -181,7 +180,7 @@ def surrogate_row(mse: float, cube: float, outside: float, tau: list[float], **o
 
 def article(out: Path, seeds: int = 3) -> Results:
     """Records in which everything is as the article says."""
-    exact = maxwell.solution(measures.square_points())
+    exact = maxwell.solution(measurements.square_points())
     for seed in range(seeds):
         noise = 1 + 0.01 * seed
         for size in m.SIZES:
@@ -192,7 +191,7 @@ def article(out: Path, seeds: int = 3) -> Results:
                         mse *= 1.5 if scheme == "fractional" else 1.0
                         cube = (2e-3 if size == "2-50" else 4e-3) * (0.5 if scheme == "fractional" else 1.0) * noise
                         outside = cube * (1 if kind == "learned" else 1.5)
-                        tau = list(tables.PRINTED[size, scheme, order])
+                        tau = list(figures.PRINTED[size, scheme, order])
                         inside = {"u3_min": -0.005, "u3_max": 0.0077, "relative_error": 0.01, "max_error": 1.0}
                         inside["mean_error"] = 1.0 if scheme == "fractional" else 0.5 + 0.01 * seed
                         row = surrogate_row(mse, cube, outside, tau, inside=inside)
@@ -203,7 +202,7 @@ def article(out: Path, seeds: int = 3) -> Results:
                         finish(out, name, seed, row, history)
                         if (size, order) == ("2-50", "plain"):  # what figures 4 and 5 show
                             values = {"values": (exact + outside * (seed + 1)).float()}
-                            write_tensors(out / name / f"seed-{seed}" / measures.SQUARE, values, {})
+                            write_tensors(out / name / f"seed-{seed}" / measurements.SQUARE, values, {})
         for start in m.STARTS:
             row = {
                 "tau": [0.9, 0.01, 0.5, 0.02, 0.0],
@@ -218,7 +217,7 @@ def article(out: Path, seeds: int = 3) -> Results:
             network = resnet(7, 10, 3, 5, init=row["tau"])
             save_model(network, folder)
             taulearn.prune(network, keep=[0, 2])
-            save_model(network, folder / measures.REDUCED)
+            save_model(network, folder / measurements.REDUCED)
     for n, error in ((1, 2.3e-2), (2, 1.2e-2), (4, 5.8e-3), (31, 8e-4)):
         finish(out, m.mesh(n), 0, {"n": n, "h": math.sqrt(3) / n, "l2": error, "hcurl": 5 * error, "dofs": 1})
     rows = [{"problem": "linear", "gamma": 0.5, "lipschitz": 1.0, "ratio": 1.0, "bound": 1.1, "printed": 1.2}]
@@ -256,7 +255,7 @@ class TestJudges:
         article(tmp_path)
         name = m.setting("6-50", "fractional", "learned", "plain")
         results = self.change(tmp_path, name, mse={"10": 1e-4, "100": 1e-4, "end": 1.0}, largest_rise=1e-3)
-        verdict = judges.learned_trains_faster(results)
+        verdict = claims.learned_trains_faster(results)
         assert verdict.outcome == "holds in part"
         assert not self.part(verdict, "faster with learned steps (fractional 6-50 plain)")
         assert self.part(verdict, "faster with learned steps (resnet 6-50 plain)")
@@ -266,7 +265,7 @@ class TestJudges:
         article(tmp_path)
         after = {"near_zero": 0.07, "paper": 0.7, "smallest": 0.08}
         results = self.change(tmp_path, m.reduction("ones"), near_zero=[1], after=after)
-        verdict = judges.network_reduces(results)
+        verdict = claims.network_reduces(results)
         assert not self.part(verdict, "deleting the article's three layers keeps the error (tau = 1 at the start)")
         assert not self.part(verdict, "tau_1 and tau_3 and tau_4 near 0 (tau = 1 at the start)")
         assert self.part(verdict, "deleting the layers near 0 keeps the error (tau = 1 at the start)")
@@ -275,7 +274,7 @@ class TestJudges:
     def test_a3_sees_other_steps(self, tmp_path: Path) -> None:
         article(tmp_path)
         results = self.change(tmp_path, m.setting("6-50", "resnet", "learned", "plain"), tau=[1, 2, 3, 4, 5, -1])
-        verdict = judges.steps_are_those_of_the_table(results)
+        verdict = claims.steps_are_those_of_the_table(results)
         assert not self.part(verdict, "values (resnet 6-50 plain)")
         assert not self.part(verdict, "all steps of 6-50 are positive")
         assert self.part(verdict, "values (resnet 2-50 plain)")
@@ -284,7 +283,7 @@ class TestJudges:
         article(tmp_path)
         self.change(tmp_path, m.setting("2-50", "resnet", "fixed", "plain"), cube={"4": 0.01, "31": 0.01})
         results = self.change(tmp_path, m.setting("6-50", "resnet", "fixed", "plain"), cube={"4": 0.01, "31": 0.02})
-        verdict = judges_of_errors.networks_against_elements(results)
+        verdict = claims.networks_against_elements(results)
         assert not self.part(verdict, "every network 2-50 beats the finite elements for n = 4")
         assert self.part(verdict, "every network 2-50 beats the finite elements for n = 2")
         assert self.part(verdict, "some network 2-50 beats the finite elements for n = 4")
@@ -300,13 +299,11 @@ class TestJudges:
             square={"rms_outside": 1e-6},
             inside={"u3_min": 0, "u3_max": 0, "mean_error": 9.0, "relative_error": 1.0},
         )
-        assert not self.part(judges_of_errors.fractional_extrapolates(results), "than ResNet with learned steps")
-        assert not self.part(
-            judges_of_errors.third_component_is_small(results), "ResNet with learned steps does better"
-        )
+        assert not self.part(claims.fractional_extrapolates(results), "than ResNet with learned steps")
+        assert not self.part(claims.third_component_is_small(results), "ResNet with learned steps does better")
 
     def test_one_seed_is_judged_by_its_sign(self, tmp_path: Path) -> None:
-        verdict = judges.learned_trains_faster(article(tmp_path, seeds=1))
+        verdict = claims.learned_trains_faster(article(tmp_path, seeds=1))
         assert verdict.outcome == "holds"
         assert any("no interval" in str(value) for value in verdict.figures.values())
 
@@ -326,12 +323,12 @@ class TestFiguresAndTables:
         assert len(SUITE.figures["3"](results).axes[3].lines) == 9  # eight networks and the finite elements
 
     def test_table_1_stands_beside_the_printed_one(self, tmp_path: Path) -> None:
-        text = tables.table_1(article(tmp_path))
+        text = figures.table_1(article(tmp_path))
         assert "| 6-50 ResNet | tau_0 | 0.92 | 0.92 ± 0.00 | 3 |" in text
         assert "| tau_5 | 0.04 | 0.04" in text
         assert len(text.splitlines()) == 2 + 4 * 6 + 4 * 2
 
     def test_missing_records_are_named(self, tmp_path: Path) -> None:
-        for make in (*SUITE.figures.values(), *SUITE.tables.values()):
+        for make in (*SUITE.figures.values(), *SUITE.figures.values()):
             with pytest.raises(NotMeasured):
                 make(Results(tmp_path))

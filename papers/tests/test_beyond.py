@@ -1,10 +1,10 @@
 """The judges of the suite beyond the papers, on records that were made up so that the answer is known."""
 
 import pytest
-from taulearn.experiments.suites import beyond, load
 
 from made_up_results import GROWN, MadeUp, changed, of
 from taulearn.training.history import Deletion
+from taulearn_papers import beyond
 
 GONE = [Deletion(3000, 5, layer, 0.009, 10_101) for layer in (1, 2)]
 
@@ -27,7 +27,7 @@ def as_expected():
     return MadeUp(records, measured)
 
 
-@pytest.mark.parametrize("claim", load("beyond").claims, ids=lambda claim: claim.id)
+@pytest.mark.parametrize("claim", beyond.SUITE.claims, ids=lambda claim: claim.id)
 def test_every_claim_can_hold_and_is_not_judged_without_records(as_expected, claim):
     verdict = claim.verdict(as_expected)
     assert verdict.outcome == "holds", verdict.sentence
@@ -44,7 +44,7 @@ def test_every_claim_can_hold_and_is_not_judged_without_records(as_expected, cla
     ],
 )
 def test_a_part_that_is_not_so_is_found(as_expected, number, name, instead, fails):
-    verdict = load("beyond").claims[number].verdict(changed(as_expected, name, of(GROWN, **instead)))
+    verdict = beyond.SUITE.claims[number].verdict(changed(as_expected, name, of(GROWN, **instead)))
     assert fails in verdict.sentence.partition("does not hold: ")[2]
 
 
@@ -56,5 +56,5 @@ def test_gap_that_does_not_shrink_is_found(as_expected):
 
 
 def test_figures_are_drawn(as_expected):
-    for draw in load("beyond").figures.values():
+    for draw in beyond.SUITE.figures.values():
         assert draw(as_expected).axes

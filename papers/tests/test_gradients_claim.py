@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from taulearn.experiments.intervals import paired_interval
-from taulearn.experiments.suites._antil import gradient_examples, gradient_recursions, gradients
-from taulearn.experiments.suites._antil.judges_of_gradients import gradients_are_damped, is_damped
 from torch.func import jacrev
 
 import made_up_gradients
 from made_up_gradients import PARTS
 from taulearn import data
+from taulearn_papers.antil2022 import gradients
+from taulearn_papers.antil2022.claims import gradients_are_damped, is_damped
+from taulearn_papers.intervals import paired_interval
 
 SCHEMES = ("feedforward", "residual", "dense", "fractional")
 
@@ -42,13 +42,13 @@ class TestMeasure:
         network = gradients.build(scheme, "1", "learned", 5, seed=0)
         with torch.no_grad():
             network.time_steps.values.copy_(torch.linspace(0.3, 1.4, 5))
-        errors = gradient_recursions.errors(network, probe())
+        errors = gradients.errors(network, probe())
         assert max(errors[part] for part in gradients.PARTS) < 1e-13
 
     def test_another_recursion_is_seen(self, monkeypatch):
-        recursions = gradient_recursions._RECURSIONS | {"residual": gradient_recursions._RECURSIONS["feedforward"]}
-        monkeypatch.setattr(gradient_recursions, "_RECURSIONS", recursions)
-        errors = gradient_recursions.errors(gradients.build("residual", "1", "fixed", 4, seed=0), probe())
+        recursions = gradients._RECURSIONS | {"residual": gradients._RECURSIONS["feedforward"]}
+        monkeypatch.setattr(gradients, "_RECURSIONS", recursions)
+        errors = gradients.errors(gradients.build("residual", "1", "fixed", 4, seed=0), probe())
         assert min(errors.values()) > 0.1
 
     def test_growth_against_hand_written_layers(self):
@@ -73,16 +73,16 @@ class TestMeasure:
         with torch.no_grad():
             network.layers[1].linear.weight.fill_(torch.nan)
         assert set(gradients.growth(network, probe()).values()) == {None}
-        assert set(gradient_recursions.errors(network, probe()).values()) == {None}
+        assert set(gradients.errors(network, probe()).values()) == {None}
 
     def test_saturated_layers_whose_derivatives_are_zero_both_ways(self):
         network = gradients.build("dense", "1", "fixed", 4, seed=0)
         with torch.no_grad():
             network.layers[2].linear.bias.fill_(100.0)
-        errors = gradient_recursions.errors(network, probe())
+        errors = gradients.errors(network, probe())
         assert errors["W"] == pytest.approx(0.0, abs=1e-14)
         assert errors["b"] == pytest.approx(0.0, abs=1e-14)
-        assert gradient_recursions.by_autograd(network, probe())["W"][2].norm() == 0.0
+        assert gradients.by_autograd(network, probe())["W"][2].norm() == 0.0
 
     def test_fixed_and_learned_start_from_the_same_weights(self):
         fixed, learned = (gradients.build("dense", "1", kind, 3, seed=4) for kind in gradients.KINDS)
@@ -91,7 +91,7 @@ class TestMeasure:
         assert trained == [False, True]
 
     def test_example_63_by_hand(self):
-        assert gradient_examples.example_63(0.5) == {"far": [50.5, 50.5, 101.0], "near": [0.5, 0.5, 2.0]}
+        assert gradients.example_63(0.5) == {"far": [50.5, 50.5, 101.0], "near": [0.5, 0.5, 2.0]}
 
 
 class MadeUp:
@@ -100,7 +100,7 @@ class MadeUp:
     def __init__(self, seeds=3):
         self.measured = {("gradients/examples", 0): made_up_gradients.examples()}
         for seed in range(seeds):
-            for name, row in made_up_gradients.members(seed).items():
+            for name, row in made_up_gradients.gradient_trainings(seed).items():
                 self.measured[name, seed] = row
 
     def seeds(self, name):

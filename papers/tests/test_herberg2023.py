@@ -4,15 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from taulearn.experiments.results import NotMeasured, Results
-from taulearn.experiments.suites import load
-from taulearn.experiments.suites._herberg import judges, judges_of_pruning, judges_of_steps, quantities as q
-from taulearn.experiments.suites._herberg.members import DATA, NETWORKS, TREATMENTS, setting
 
 from made_up_results import GROWN, I, MadeUp, changed, of, record
+from taulearn.app.results import NotMeasured, Results
 from taulearn.training import History
 from taulearn.training.history import Deletion
 from taulearn.training.thinning import numbers, thinned
+from taulearn_papers.herberg2023 import SUITE, claims, statistics as q
+from taulearn_papers.herberg2023.trainings import DATA, NETWORKS, TREATMENTS, setting
 
 HUMP = 1.0 + 0.25 * np.exp(-(((np.log(I) - np.log(2500)) / 0.6) ** 2))
 RIPPLE = 0.04 * np.sin(I / 400) * (I > 900) * (I < 9000)
@@ -70,14 +69,14 @@ def as_claimed():
 
 
 JUDGES = {
-    "H1": judges.learned_beats_fixed,
-    "H2": judges.similar_accuracy_larger_loss,
-    "H3": judges.horizon_restricts_fractional,
-    "H4": judges_of_steps.residual_steps,
-    "H5": judges_of_steps.fractional_steps,
-    "H6": judges_of_pruning.pruning_succeeds,
-    "H7": judges.regularised_beats_fixed,
-    "H8": judges_of_pruning.depth_is_found,
+    "H1": claims.learned_beats_fixed,
+    "H2": claims.similar_accuracy_larger_loss,
+    "H3": claims.horizon_restricts_fractional,
+    "H4": claims.residual_steps,
+    "H5": claims.fractional_steps,
+    "H6": claims.pruning_succeeds,
+    "H7": claims.regularised_beats_fixed,
+    "H8": claims.depth_is_found,
 }
 
 
@@ -224,13 +223,13 @@ def test_cost_that_turns_do_not_tell_from_a_noticeable_one_counts(as_claimed):
 def test_deletions_are_looked_at(as_claimed, deletions, fails):
     gone = [Deletion(3000, 5, layer, 0.009, parameters) for layer, parameters in deletions]
     name = "fashion-mnist/resnet/l1-pruned"
-    verdict = judges_of_pruning.pruning_succeeds(changed(as_claimed, name, of(GROWN, accuracy=0.897, deletions=gone)))
+    verdict = claims.pruning_succeeds(changed(as_claimed, name, of(GROWN, accuracy=0.897, deletions=gone)))
     assert fails in parts_of(verdict)[1]
 
 
 def test_difference_within_the_noise_of_three_seeds_does_not_count(as_claimed):
     noisy = [record(GROWN, accuracy=0.8 + shift, seed=seed) for seed, shift in enumerate((0.002, -0.003, 0.02))]
-    verdict = judges.learned_beats_fixed(changed(as_claimed, "mnist/resnet/free", noisy))
+    verdict = claims.learned_beats_fixed(changed(as_claimed, "mnist/resnet/free", noisy))
     assert "resnet on mnist" in parts_of(verdict)[1]
 
 
@@ -315,6 +314,6 @@ STORED = Path(__file__).parent / "stored" / "herberg2023-quick" / "records.npz"
 
 def test_stored_members_are_those_of_the_suite():
     results = Results(STORED)
-    wanted = {member.setting: member.digest for member in load("herberg2023").members(True, 1)}
+    wanted = {member.setting: member.digest for member in SUITE.members(True, 1)}
     for name in results.settings:
         assert results.done(name, 0)["digest"] == wanted[name], name

@@ -1,20 +1,21 @@
 """Kept records: verdicts and figures can be made again from them alone, and are those that are kept beside them."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from taulearn.experiments.reproduce import judge
-from taulearn.experiments.results import Results
-from taulearn.experiments.suites import load
+
+from taulearn.app.results import Results
+from taulearn_papers.judging import judge
 
 FOLDERS = [Path(__file__).parent / "stored" / "herberg2023-quick"]
-FOLDERS += sorted(each.parent for each in Path(__file__).parents[2].glob("docs/results/*/records.npz"))
+FOLDERS += sorted(each.parent for each in Path(__file__).parents[1].glob("results/*/records.npz"))
 every_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}/{folder.name}")
 
 
 def suite_of(folder):
-    return load(folder.name.removesuffix("-quick"))
+    return import_module(f"taulearn_papers.{folder.name.removesuffix('-quick')}").SUITE
 
 
 @every_folder

@@ -1,28 +1,30 @@
 """The imitated faults are the published ones, and nothing else changes."""
 
+import numpy as np
 import pytest
 import torch
-from taulearn.experiments.published import PublishedFractional, PublishedSteps, make_ordinary_, pruning
-from taulearn.experiments.suites._herberg import published as suite
-from taulearn.experiments.suites._herberg.members import PUBLISHED
 
 from made_up_results import GROWN, MadeUp, record
 from taulearn import caputo
-from taulearn.adaptivity.coarsen import prune
-from taulearn.experiments import TrainConfig, parts, train
+from taulearn.app import build
+from taulearn.app.train import make_network
+from taulearn.experiments import Member, TrainConfig, resume, train
 from taulearn.nn import TimeSteps, fractional_dnn, resnet
 from taulearn.saving import load_model
 from taulearn.training import History
+from taulearn_papers.herberg2023 import figures as suite
+from taulearn_papers.herberg2023.published_program import AS_PUBLISHED, PublishedFractional, PublishedSteps, pruning
+from taulearn_papers.herberg2023.trainings import PUBLISHED
 
 
 def networks(**settings):
     """The same network by the formulas and with the published faults."""
     config = TrainConfig(width=6, hidden_layers=3, **settings)
-    splits = parts.load_splits(config)
+    splits = build.load_splits(config)
     made = []
     for published in (False, True):
         torch.manual_seed(0)
-        made.append(parts.make_network(config.model_copy(update={"as_published": published}), splits))
+        made.append(make_network(config, splits, AS_PUBLISHED if published else None))
     return made, splits.train.inputs[:5].float()
 
 
@@ -41,7 +43,7 @@ def test_outputs_are_those_of_the_formulas(settings):
     (formulas, published), x = networks(**settings)
     torch.testing.assert_close(published(x), formulas(x), rtol=1e-6, atol=1e-7)
     assert type(published.time_steps) is PublishedSteps
-    make_ordinary_(published)
+    AS_PUBLISHED.restore_(published)
     assert type(published.time_steps) is TimeSteps
     torch.testing.assert_close(published(x), formulas(x), rtol=1e-6, atol=1e-7)
 
@@ -104,8 +106,8 @@ def test_published_training_differs_and_leaves_an_ordinary_network(tmp_path):
     losses = {}
     for published in (False, True):
         folder = tmp_path / str(published)
-        settings = {"constraint": "dependent", "width": 8, "epochs": 2, "lr": 0.05, "as_published": published}
-        train(TrainConfig(run=str(folder), **settings), progress=False)
+        config = TrainConfig(run=str(folder), constraint="dependent", width=8, epochs=2, lr=0.05)
+        train(config, hooks=AS_PUBLISHED if published else None, progress=False)
         losses[published] = History.load(folder / "history.safetensors").epochs["train.loss"][-1]
         assert type(load_model(folder).time_steps) is TimeSteps
     assert losses[True] != losses[False]
@@ -119,11 +121,32 @@ def test_published_training_differs_and_leaves_an_ordinary_network(tmp_path):
         ({"network": "fractional"}, "memory_from must be 0 with as_published"),
         ({"prune": 0.01, "prune_every": 5}, "prune_every must be left out with as_published"),
         ({"constraint": "dependent", "l1": 0.01, "proximal": True}, "proximal must be left out with as_published"),
+        ({"constraint": "dependent", "prune_blocks": 3}, "prune_blocks must be left out with as_published"),
     ],
 )
 def test_settings_that_the_faults_do_not_touch_are_refused(settings, message):
+    config = TrainConfig(**settings)
     with pytest.raises(ValueError, match=message):
-        TrainConfig(as_published=True, **settings)
+        train(config, hooks=AS_PUBLISHED, progress=False)
+    with pytest.raises(ValueError, match=message):
+        Member("a", 0, config, hooks=AS_PUBLISHED)
+
+
+def test_settings_alone_do_not_tell_the_faults():
+    with pytest.raises(ValueError, match="as_published"):
+        TrainConfig(as_published=True)
+
+
+def test_run_is_resumed_with_the_faults_alone(tmp_path):
+    config = TrainConfig(run=str(tmp_path / "run"), constraint="dependent", width=8, epochs=1, lr=0.05)
+    train(config, hooks=AS_PUBLISHED, progress=False)
+    with pytest.raises(ValueError, match=r"hooks must be those .*'as_published', got None.*hooks=\.\.\."):
+        resume(tmp_path / "run", epochs=2, progress=False)
+    gone_on = resume(tmp_path / "run", epochs=2, hooks=AS_PUBLISHED, progress=False)
+    at_once = train(
+        config.model_copy(update={"run": str(tmp_path / "other"), "epochs": 2}), hooks=AS_PUBLISHED, progress=False
+    )
+    np.testing.assert_array_equal(gone_on.history.iterations["tau"], at_once.history.iterations["tau"])
 
 
 class Uneven(MadeUp):
@@ -153,7 +176,7 @@ def columns_of(table):
 
 
 def test_table_averages_over_the_seeds_that_both_have():
-    head, lines = columns_of(suite.table(made_up_results()))
+    head, lines = columns_of(suite.published_table(made_up_results()))
     assert len(lines) == len(PUBLISHED)
     at, difference = head.index("at the end, formulas"), head.index("difference")
     for line in lines:
@@ -163,7 +186,7 @@ def test_table_averages_over_the_seeds_that_both_have():
 
 
 def test_table_shows_the_test_loss_without_and_with_penalties():
-    head, lines = columns_of(suite.table(made_up_results()))
+    head, lines = columns_of(suite.published_table(made_up_results()))
     at = head.index("test loss at the end, formulas")
     assert head[at + 1 : at + 3] == ["as published", "as published, penalties included"]
     for line in lines:
@@ -176,14 +199,14 @@ def test_table_names_what_is_not_measured():
     results = made_up_results()
     _, _, published = suite.pairs()[0]
     del results.records[published]
-    _, lines = columns_of(suite.table(results))
+    _, lines = columns_of(suite.published_table(results))
     assert lines[0][1] == f"no finished member of {[published]}"
     assert "no finished" not in lines[1][1]
 
 
 def test_figure_draws_the_seeds_that_both_have():
     """The line by the formulas ends at the mean of three seeds."""
-    ax = suite.figure(made_up_results()).axes[0]
+    ax = suite.published_figure(made_up_results()).axes[0]
     ends = {line.get_label(): float(line.get_ydata()[-1]) for line in ax.lines}
     assert ends["formulas"] == pytest.approx(0.81, abs=1e-3)
     assert ends["as published"] == pytest.approx(0.71, abs=1e-3)

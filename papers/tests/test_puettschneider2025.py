@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from taulearn.experiments.results import FORMAT, NotMeasured, Results
-from taulearn.experiments.suites import load
-from taulearn.experiments.suites._puettschneider import figures, judges, measures, members as m, quantities, tables
 from torch.nn.functional import cross_entropy
 
 from taulearn import data, load_model
-from taulearn.depth.truncate import truncate
+from taulearn.app.results import FORMAT, NotMeasured, Results
 from taulearn.experiments import TrainConfig, train
 from taulearn.training import evaluate
+from taulearn.truncation import truncate
+from taulearn_papers.puettschneider2025 import SUITE, claims, figures, statistics, trainings as m
 
-SUITE = load("puettschneider2025")
+SUITE = SUITE
 N = 16
 
 
@@ -95,29 +94,29 @@ def made_up(out: Path, *, good: bool) -> Results:
 class TestJudges:
     def test_what_the_claim_says(self, tmp_path: Path) -> None:
         results = made_up(tmp_path, good=True)
-        verdict = judges.first_blocks_suffice(results)
+        verdict = claims.first_blocks_suffice(results)
         assert verdict.outcome == "holds", verdict.sentence
         assert verdict.figures["mnist, dense-16: accuracy lost by keeping 4 blocks, with stage cost"] == pytest.approx(
             0.003
         )
-        assert judges.bound_is_kept(results).outcome == "holds"
+        assert claims.bound_is_kept(results).outcome == "holds"
 
     def test_the_opposite(self, tmp_path: Path) -> None:
         results = made_up(tmp_path, good=False)
-        assert judges.first_blocks_suffice(results).outcome == "does not hold"
-        assert judges.bound_is_kept(results).outcome == "does not hold"
+        assert claims.first_blocks_suffice(results).outcome == "does not hold"
+        assert claims.bound_is_kept(results).outcome == "does not hold"
 
     def test_without_records(self, tmp_path: Path) -> None:
         for claim in SUITE.claims:
             assert claim.verdict(Results(tmp_path)).outcome == "not measured"
         with pytest.raises(NotMeasured, match="no network is finished with and without stage cost"):
-            quantities.pairs(Results(tmp_path))
+            statistics.pairs(Results(tmp_path))
 
     def test_sides_by_hand(self, tmp_path: Path) -> None:
         w, deep, shallow = 0.5, [1.0, 0.6, 0.4, 0.3], [0.9, 0.5]
         write(tmp_path, "a", 0, row([0.0] * 4, [0.0] * 4, [0.0] * 4, deep))
         write(tmp_path, "b", 0, row([0.0] * 2, [0.0] * 2, [0.0] * 2, shallow, decay=[0.0, 0.05]))
-        found = quantities.sides(Results(tmp_path), "a", "b", 2, 0)
+        found = statistics.sides(Results(tmp_path), "a", "b", 2, 0)
         assert found.left == pytest.approx((w * (1.0 + 0.6 + 0.4) + 0.3) / (1 + 3 * w))
         assert found.right == pytest.approx(0.5 + (w * (0.9 - 0.5) + 0.05) / (1 + 3 * w))
 
@@ -126,7 +125,7 @@ class TestJudges:
         losses = [1.1, 0.7, 0.6]
         write(tmp_path, "deep", 0, row([0.0] * 7, [0.0] * 7, [0.0] * 7, losses + [0.6] * 4))
         write(tmp_path, "shallow", 0, row([0.0] * 3, [0.0] * 3, [0.0] * 3, losses))
-        left, right = quantities.sides(Results(tmp_path), "deep", "shallow", 3, 0)
+        left, right = statistics.sides(Results(tmp_path), "deep", "shallow", 3, 0)
         assert left == pytest.approx(right, rel=1e-12)
 
 
@@ -144,7 +143,7 @@ class TestFiguresAndTables:
 
     def test_tables(self, tmp_path: Path) -> None:
         results = made_up(tmp_path, good=True)
-        lines = tables.first_blocks(results).splitlines()
+        lines = figures.first_blocks(results).splitlines()
         assert lines[2].split("|")[1:-1][:7] == [
             " mnist, dense ",
             " 16 ",
@@ -155,8 +154,8 @@ class TestFiguresAndTables:
             " 89.70 ± 0.10 (4) ",
         ]
         assert "| published: MNIST, ResNet-54 | 54 | with |  | 99.62 |  | 99.54 (12) |  |  |" in lines
-        assert "80.00 at 3.0" in tables.early_exits(results)
-        assert "| mnist, dense-16 | 2 | trained by itself | 0.3206 | 0.5294 | 3 of 3 |" in tables.both_sides(results)
+        assert "80.00 at 3.0" in figures.early_exits(results)
+        assert "| mnist, dense-16 | 2 | trained by itself | 0.3206 | 0.5294 | 3 of 3 |" in figures.both_sides(results)
         assert all(len(line.split("|")) == len(lines[0].split("|")) for line in lines)
 
 
@@ -175,7 +174,7 @@ class TestMeasures:
             **shape,
         )
         result = train(config, progress=False)
-        found = measures.at_each_depth(result.run.path)
+        found = m.at_each_depth(result.run.path)
         assert found["depths"] == ([1, 2, 3] if network == "resnet" else [0, 1, 2, 3])
         digits = {split: tuple(data.load("digits", split)) for split in ("train", "test")}
         accuracies = found["test.accuracy" if network == "resnet" else "test.accuracy.running"]
@@ -205,4 +204,4 @@ class TestMeasures:
         torch.manual_seed(config.seed)
         assert found["weights.start"][1] != found["weights"][1]
         assert len(found["milliseconds"]) == len(found["depths"])
-        assert measures.at_each_depth(result.run.path, timed=False)["milliseconds"] is None
+        assert m.at_each_depth(result.run.path, timed=False)["milliseconds"] is None

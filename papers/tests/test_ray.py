@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from taulearn.experiments.engines import ray as engine
-from taulearn.experiments.engines.ray import check_answers
-from taulearn.experiments.runner import run_members
-from taulearn.experiments.suite import Member
 
+from taulearn.app.members import Member
+from taulearn.app.run_members import run_members
 from taulearn.experiments import TrainConfig
+from taulearn_papers.engines import ray as engine
+from taulearn_papers.engines.ray import check_answers
 
 
 def test_address_that_does_not_answer_is_named_soon():

@@ -8,12 +8,13 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from taulearn.cli import main
-from taulearn.experiments.results import Results
-from taulearn.experiments.suite import Claim, Member, Suite, Verdict
-from taulearn.experiments.suite_report import facets
 
-from taulearn.experiments import TrainConfig, suites
+from taulearn.app.command_line import main, reproduce as command
+from taulearn.app.members import Member
+from taulearn.app.results import Results
+from taulearn.experiments import TrainConfig
+from taulearn_papers.suite import Claim, Suite, Verdict
+from taulearn_papers.suite_report import facets
 
 STORED = Path(__file__).parent / "stored" / "herberg2023-quick" / "records.npz"
 
@@ -32,7 +33,8 @@ def call(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("herberg2024", "SUITE must be one of herberg2023, antil2022"),
+        ("herberg2024", "SUITE must be one of 'antil2022', 'beyond', 'herberg2023'"),
+        ("herberg2024", "did you mean 'herberg2023'?"),
         ("herberg2023 --figure 4.7", "--figure must be one of 4.1, 4.2"),
         ("herberg2023 --table 1", "--table must be one of as-published"),
         ("herberg2023 --seeds 0", "--seeds must be >= 1"),
@@ -105,7 +107,8 @@ def small(monkeypatch):
             Claim("X1", "it learns", lambda results: Verdict.of({"two seeds": len(results.seeds("a")) == 2}, {})),
             Claim("X2", "all learn", lambda results: Verdict.of({"both": results.seeds("a") + results.seeds("b")}, {})),
         )
-        monkeypatch.setattr(suites, "load", lambda name: Suite(name, "Small", members, claims[: 1 + failing]))
+        suite = Suite("beyond", "Small", members, claims[: 1 + failing])
+        monkeypatch.setattr(command, "installed_suites", lambda: {"beyond": suite})
 
     return put
 
@@ -176,10 +179,13 @@ def test_recipe_and_filters_come_from_what_was_trained(call, tmp_path, small):
         ({}, {"penalty": "none", "steps": "free"}),
         ({"l1": 0.1, "proximal": True, "prune": 0.1}, {"penalty": "l1, proximal", "pruned": "yes"}),
         ({"l1": 0.1, "time_horizon": 1.0}, {"penalty": "l1 + time horizon"}),
-        ({"constraint": "fixed", "as_published": True}, {"network": "resnet, as published", "steps": "fixed"}),
         ({"hidden_layers": 12, "group_lasso": 0.1}, {"penalty": "group lasso", "depth": "12"}),
     ],
 )
 def test_filters(options, expected):
     found = facets(TrainConfig(**options))
     assert {name: found[name] for name in expected} == expected
+
+
+def test_filters_tell_hooks():
+    assert facets(TrainConfig(constraint="fixed"), "as_published")["network"] == "resnet, as published"

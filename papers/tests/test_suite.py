@@ -1,4 +1,4 @@
-"""Members, verdicts, intervals, and the suites' registry."""
+"""Verdicts, intervals, and what a suite trains."""
 
 import json
 import math
@@ -6,13 +6,12 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
-from taulearn.experiments.intervals import interval_of, paired_interval
-from taulearn.experiments.reproduce import as_markdown, judge, write_claims
-from taulearn.experiments.results import NotMeasured, Results
-from taulearn.experiments.suite import Claim, Member, Suite, Verdict, digest
-from taulearn.experiments.suites import load
 
-from taulearn.experiments import TrainConfig
+from taulearn.app.results import NotMeasured, Results
+from taulearn_papers.herberg2023 import SUITE
+from taulearn_papers.intervals import interval_of, paired_interval
+from taulearn_papers.judging import as_markdown, judge, write_claims
+from taulearn_papers.suite import Claim, Suite, Verdict
 
 
 def test_interval_is_that_of_the_paired_t_test():
@@ -61,26 +60,6 @@ def test_interval_refuses_what_is_not_paired(a, b):
         paired_interval(a, b)
 
 
-@pytest.mark.parametrize("name", ["", "/a", "a//b", "../a", "a/..", "a b", "a/", "ä"])
-def test_member_refuses_names_that_make_no_folder(name):
-    with pytest.raises(ValueError, match="setting must be names"):
-        Member(name, 0, TrainConfig())
-
-
-def test_member_refuses_another_seed_than_its_settings_have():
-    with pytest.raises(ValueError, match="seed must be that of config, 1, got 0"):
-        Member("a", 0, TrainConfig(seed=1))
-
-
-def test_digest_tells_settings_apart_but_not_places_and_machines():
-    plain = digest(TrainConfig())
-    assert digest(TrainConfig(run="x", overwrite=True, threads=1, checkpoint_every=7)) == plain
-    assert (
-        len({plain, digest(TrainConfig(l1=0.01)), digest(TrainConfig(seed=1)), digest(TrainConfig(trace="thinned"))})
-        == 4
-    )
-
-
 @pytest.mark.parametrize(
     ("parts", "outcome"),
     [
@@ -117,13 +96,8 @@ def test_table_of_verdicts_is_written_three_times_alike(tmp_path):
     assert head.replace("\\|", "").count("|") == 4, "a bar in a statement must not split the row"
 
 
-def test_unknown_suite_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'herberg2023'"):
-        load("herberg2022")
-
-
 def test_quick_suite_is_the_full_one_with_fewer_epochs_and_seeds():
-    suite = load("herberg2023")
+    suite = SUITE
     full, quick = suite.members(False, None), suite.members(True, None)
     assert {member.setting for member in full} == {member.setting for member in quick}
     assert {member.config.epochs for member in full if member.config} == {200}
@@ -135,14 +109,14 @@ def test_quick_suite_is_the_full_one_with_fewer_epochs_and_seeds():
 
 
 def test_figure_needs_only_its_own_trainings():
-    suite = load("herberg2023")
+    suite = SUITE
     members = suite.needed(suite.members(True, 1), ["4.6"])
     assert {member.setting.rpartition("-")[2] for member in members} == {"pruned"}
     assert len(suite.needed(suite.members(True, 1), [])) == len(suite.members(True, 1))
 
 
 def test_settings_are_the_papers():
-    by_name = {member.name: member.config for member in load("herberg2023").members(False, 1)}
+    by_name = {member.name: member.config for member in SUITE.members(False, 1)}
     common = {"hidden_layers": 6, "width": 100, "lr": 0.01, "optimizer": "sgd", "epochs": 200, "init": None}
     for name, config in by_name.items():
         if config is not None and "resnet-" not in name:

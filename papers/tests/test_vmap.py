@@ -3,20 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from taulearn.experiments.engines.grouping import grouped, why_alone
-from taulearn.experiments.engines.stacked import Stack
-from taulearn.experiments.engines.vmap import Group
-from taulearn.experiments.runner import run_members
-from taulearn.experiments.suite import Member
 
-from taulearn.experiments import TrainConfig, parts
+from taulearn.app import build
+from taulearn.app.members import Member
+from taulearn.app.run_members import run_members
+from taulearn.experiments import TrainConfig
 from taulearn.saving import load_model
 from taulearn.training import History
+from taulearn_papers.engines.stacked_networks import Stack
+from taulearn_papers.engines.vmap import Group, grouped, why_alone
+from taulearn_papers.herberg2023.published_program import AS_PUBLISHED
 
 
-def members(seeds=(0, 1, 2), **settings):
+def members(seeds=(0, 1, 2), hooks=None, **settings):
     common = {"width": 12, "hidden_layers": 4, "epochs": 1, "lr": 0.05}
-    return [Member("a", seed, TrainConfig(**common | settings, seed=seed)) for seed in seeds]
+    return [Member("a", seed, TrainConfig(**common | settings, seed=seed), hooks=hooks) for seed in seeds]
 
 
 def histories(folder, seeds=(0, 1, 2)):
@@ -37,8 +38,8 @@ def train_both_ways(path, some):
         {"network": "fractional", "constraint": "dependent"},
         {"constraint": "simplex"},
         {"constraint": "fixed"},
-        {"constraint": "fixed", "as_published": True},
-        {"network": "fractional", "constraint": "dependent", "as_published": True, "memory_from": 0},
+        {"constraint": "fixed", "hooks": AS_PUBLISHED},
+        {"network": "fractional", "constraint": "dependent", "hooks": AS_PUBLISHED, "memory_from": 0},
         pytest.param({"l1": 0.1, "proximal": True, "compile": "always"}, marks=pytest.mark.long),
     ],
     ids=["penalties", "fractional", "simplex", "fixed", "published", "published-fractional", "compiled"],
@@ -97,6 +98,11 @@ def test_member_that_diverges_leaves_the_others_alone(tmp_path):
     assert "not finite" in outcome.failed["b/seed-0"]
 
 
+def test_members_with_other_hooks_are_not_trained_together():
+    plain, published = (members(seeds=(0,), constraint="fixed", hooks=hooks) for hooks in (None, AS_PUBLISHED))
+    assert [len(group) for group in grouped([*plain, *published])] == [1, 1]
+
+
 def test_last_step_of_a_run_is_looked_at_too(tmp_path):
     settings = {"width": 12, "hidden_layers": 4, "epochs": 1, "batch_size": "full", "l1": 1e30}
     some = [Member(name, 0, TrainConfig(**settings, lr=lr)) for name, lr in (("a", 1e-30), ("b", 1e30))]
@@ -119,14 +125,14 @@ def test_member_that_cannot_be_measured_leaves_the_others_alone(tmp_path):
 
 @pytest.mark.parametrize("bad", [{0}, {1}, {0, 1, 2}], ids=["first", "second", "all"])
 def test_member_that_cannot_be_made_leaves_the_others_alone(tmp_path, monkeypatch, bad):
-    make_network = parts.make_network
+    make_network = build.make_network
 
     def make(config, splits):
         if config.seed in bad:
             raise RuntimeError("no network of this seed")
         return make_network(config, splits)
 
-    monkeypatch.setattr(parts, "make_network", make)
+    monkeypatch.setattr(build, "make_network", make)
     outcome = run_members(members(), tmp_path, engine="vmap")
     assert outcome.finished == [f"a/seed-{seed}" for seed in (0, 1, 2) if seed not in bad]
     assert outcome.failed == {f"a/seed-{seed}": "RuntimeError: no network of this seed" for seed in bad}

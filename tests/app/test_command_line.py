@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import taulearn
-from taulearn.cli import main
-from taulearn.experiments.config import TrainConfig
+from taulearn.app.command_line import main
+from taulearn.app.config import TrainConfig
 from taulearn.saving import load_model
 
 SMALL = ["--hidden-layers", "4", "--width", "8", "--epochs", "1", "--batch-size", "100"]
@@ -55,7 +55,7 @@ def names_in(folder):
 def test_help_and_refusals_come_without_torch():
     program = """
 import contextlib, io, sys
-from taulearn.cli import main
+from taulearn.app.command_line import main
 lines = ["--help", "--version", "train --help", "resume --help", "prune --help", "report --help", "data --help",
          "train --prune 2", "train --network resnt", "train --config nowhere.toml", "train --nonsense", "data fetch"]
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -155,7 +155,7 @@ def test_interrupted_run_says_how_to_go_on_and_goes_on(call, tmp_path):
 
 
 def test_interruption_after_training_can_be_resumed(call, monkeypatch):
-    import taulearn.experiments.training as training
+    import taulearn.app.train as training
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -172,7 +172,7 @@ def test_interruption_before_training_leaves_nothing(call, monkeypatch, tmp_path
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(taulearn.experiments.parts, "load_splits", interrupt)
+    monkeypatch.setattr(taulearn.app.build, "load_splits", interrupt)
     assert call("train") == (130, "", "taulearn: interrupted\n")
     assert not names_in(tmp_path)
 
@@ -202,7 +202,7 @@ def test_fault_of_ours_shows_where_on_request(call, monkeypatch, debug):
     def fail(*_, **__):
         raise KeyError("gone")
 
-    monkeypatch.setattr(taulearn.experiments, "train", fail)
+    monkeypatch.setattr("taulearn.app.train.train", fail)
     if debug:
         monkeypatch.setenv("TAULEARN_DEBUG", "1")
         with pytest.raises(KeyError, match="gone"):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from taulearn.cli import main
-from taulearn.cli.lines import check_names
-from taulearn.cli.options import UsageError
+from taulearn.app.command_line import main
+from taulearn.app.command_line.one_line_errors import check_names
+from taulearn.app.command_line.options import UsageError
 
 SMALL = ["--hidden-layers", "2", "--width", "8", "--epochs", "1", "--batch-size", "100"]
 
@@ -136,7 +136,7 @@ def test_line_that_is_not_understood_is_answered_in_one(call, tmp_path, line, me
 
 @pytest.mark.parametrize("option", ["--tau_lr", "--tau-lr", "--tau-lr=0.1", "--no-proximal", "--help"])
 def test_options_in_every_spelling_pass(option):
-    from taulearn.cli.commands import commands
+    from taulearn.app.command_line.commands import commands
 
     check_names(["train", option], commands({}))
     with pytest.raises(UsageError, match="unknown option"):

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, strategies as st
 from pydantic import ValidationError
 
-from taulearn.experiments.config import TrainConfig, explain
-from taulearn.experiments.consistency import contradictions
+from taulearn.app.config import TrainConfig, explain
+from taulearn.app.config_checks import contradictions
 
 
 def refusal(**settings):
@@ -180,10 +180,10 @@ def test_round_trip_through_a_file(tmp_path_factory, values):
 
 
 def test_fast_memory_begins_where_the_scheme_says():
-    from taulearn.experiments import consistency
+    from taulearn.app import config_checks
     from taulearn.nn import schemes
 
-    assert (schemes._FAST_FROM, schemes._BLOCKED_FROM) == (consistency.FAST_FROM, consistency._BLOCKED_FROM)
+    assert (schemes._FAST_FROM, schemes._BLOCKED_FROM) == (config_checks.FAST_FROM, config_checks._BLOCKED_FROM)
 
 
 def test_where_a_run_lies_is_not_part_of_its_record():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from taulearn.experiments import TrainConfig, parts, resume, train
+from taulearn.app import build
+from taulearn.experiments import TrainConfig, resume, train
 from taulearn.optim import SteepestDescent
 from taulearn.training import Interrupted, Run
 
@@ -50,30 +51,30 @@ def test_other_optimisers_learn_it_too(tmp_path, settings) -> None:
 
 
 def test_lbfgs_on_full_batches_takes_an_iteration_per_step() -> None:
-    splits = parts.load_splits(config := TrainConfig(**SMALL | {"optimizer": "lbfgs", "lr": 1.0}))
-    group = parts.make_optimizer(config, parts.make_network(config, splits)).param_groups[0]
+    splits = build.load_splits(config := TrainConfig(**SMALL | {"optimizer": "lbfgs", "lr": 1.0}))
+    group = build.make_optimizer(config, build.make_network(config, splits)).param_groups[0]
     assert (group["max_iter"], group["line_search_fn"]) == (1, "strong_wolfe")
     config = TrainConfig(optimizer="lbfgs", batch_size=100)
-    group = parts.make_optimizer(config, parts.make_network(config, splits)).param_groups[0]
+    group = build.make_optimizer(config, build.make_network(config, splits)).param_groups[0]
     assert (group["max_iter"], group["line_search_fn"]) == (20, None)
 
 
 def test_steepest_descent_by_name() -> None:
     config = TrainConfig(**SMALL | {"tau_lr": 0.5})
-    optimizer = parts.make_optimizer(config, parts.make_network(config, parts.load_splits(config)))
+    optimizer = build.make_optimizer(config, build.make_network(config, build.load_splits(config)))
     assert type(optimizer) is SteepestDescent
     assert [(group["name"], group["lr"]) for group in optimizer.param_groups] == [("weights", 1.0), ("tau", 0.5)]
-    assert parts.batch_size(config, 12_000) == 12_000
+    assert build.batch_size(config, 12_000) == 12_000
 
 
 @pytest.mark.parametrize("network", ["resnet", "fractional"])
 def test_uniform_steps_follow_the_seed_and_leave_the_weights(network: str) -> None:
-    def build(**settings):
+    def made(**settings):
         config = TrainConfig(**SMALL | {"network": network} | settings)
         torch.manual_seed(config.seed)
-        return parts.make_network(config, parts.load_splits(config))
+        return build.make_network(config, build.load_splits(config))
 
-    drawn, again, other, ones = build(init="uniform"), build(init="uniform"), build(init="uniform", seed=1), build()
+    drawn, again, other, ones = made(init="uniform"), made(init="uniform"), made(init="uniform", seed=1), made()
     tau = drawn.time_steps.tau
     assert ((tau > 0) & (tau < 1)).all()
     assert torch.equal(tau, again.time_steps.tau)

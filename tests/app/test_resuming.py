@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from taulearn.cli import main
+from taulearn.app.command_line import main
 from taulearn.experiments import TrainConfig, resume, train
 from taulearn.training import Run
 
@@ -117,7 +117,7 @@ def test_a_run_whose_checkpoints_were_removed_is_refused(run, capsys):
 
 def test_resuming_draws_no_setting_that_older_checkpoints_lack(run, monkeypatch):
     """A setting that a later version adds has its default in the run."""
-    import taulearn.experiments.resuming as resuming
+    import taulearn.app.train as resuming
 
     found = resuming.read_start(run / "checkpoint")
     older = {name: value for name, value in found[0].config.items() if name != "memory"}

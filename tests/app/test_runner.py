@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 from suite_members import die, die_once, fail, threads
+from taulearn.app.member_progress import Watch, duration
+from taulearn.app.members import Event, Member, locked, run_member
+from taulearn.app.results import NotMeasured, Results
+from taulearn.app.run_members import run_members
 from taulearn.experiments import TrainConfig
-from taulearn.experiments.members import Event, locked, run_member
-from taulearn.experiments.results import NotMeasured, Results
-from taulearn.experiments.runner import run_members
-from taulearn.experiments.suite import Member
-from taulearn.experiments.watch import Watch, duration
 from taulearn.saving import load_model
 from taulearn.training import History
 from taulearn.training.thinning import numbers

@@ -10,9 +10,10 @@ import torch
 from pydantic import ValidationError
 
 from taulearn import load_model
-from taulearn.experiments import TrainConfig, parts, resume, train
-from taulearn.experiments.config import explain
-from taulearn.experiments.pruning import cut_run
+from taulearn.app import build
+from taulearn.app.config import explain
+from taulearn.app.finished_runs import cut_run
+from taulearn.experiments import TrainConfig, resume, train
 from taulearn.nn import PreActivationBlock
 from taulearn.penalties import StageCost
 from taulearn.training import Run
@@ -94,21 +95,21 @@ class TestSettings:
 
     def test_the_network_is_that_of_the_settings(self) -> None:
         config = TrainConfig(**CONVOLUTIONAL, init=0.5, stem_stride=2, constraint="simplex", horizon=1.5)
-        network = parts.make_network(config, parts.load_splits(config))
+        network = build.make_network(config, build.load_splits(config))
         assert [type(layer) for layer in network.layers] == [PreActivationBlock] * 3
         assert network.time_steps.tau.tolist() == [0.5] * 3
         assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
         with pytest.raises(
             ValueError, match=r"network must not be 'resnet-v2' with data 'digits', whose inputs have shape"
         ):
-            parts.make_network(config, parts.load_splits(TrainConfig(data="sine")))
+            build.make_network(config, build.load_splits(TrainConfig(data="sine")))
 
     def test_the_penalty_is_that_of_the_settings(self) -> None:
         config = TrainConfig(stage_cost=0.3, stage_cost_schedule="falling", stage_factors=(1.0, 2.0, 3.0, 4.0, 5.0))
-        (cost,) = parts.make_penalties(config, torch.nn.functional.cross_entropy)
+        (cost,) = build.make_penalties(config, torch.nn.functional.cross_entropy)
         assert isinstance(cost, StageCost)
         assert (cost.weight, cost.factors, cost.differentiated) == (0.3, {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0}, True)
-        (cost,) = parts.make_penalties(
+        (cost,) = build.make_penalties(
             TrainConfig(**CONVOLUTIONAL, depth_losses=True), torch.nn.functional.cross_entropy
         )
         assert isinstance(cost, StageCost)

@@ -8,11 +8,11 @@ from html import escape
 
 import pytest
 
-from taulearn.cli import main
-from taulearn.experiments.results import Results
-from taulearn.experiments.runner import run_members
-from taulearn.experiments.sweep import load_sweep, make_sweep
-from taulearn.experiments.sweep_results import rows, write_report, write_table
+from taulearn.app.command_line import main
+from taulearn.app.results import Results
+from taulearn.app.run_members import run_members
+from taulearn.app.sweep import load_sweep, make_sweep
+from taulearn.app.sweep_report import rows, write_report, write_table
 
 
 def sweep_of(text):
@@ -113,7 +113,7 @@ def test_too_many_trainings_are_counted_before_they_are_made(spec, number, monke
     def refuse(*_):
         raise AssertionError("made before it was counted")
 
-    monkeypatch.setattr("taulearn.experiments.sweep.range", refuse, raising=False)
+    monkeypatch.setattr("taulearn.app.sweep.range", refuse, raising=False)
     monkeypatch.setattr("itertools.product", refuse)
     with pytest.raises(ValueError, match=re.escape(f"must have at most 10,000 trainings, got {number}")):
         make_sweep("test", spec)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from taulearn.experiments import TrainConfig, memory, parts, resume, train
-from taulearn.experiments.pruning import prune_run
+from taulearn.app import build, memory_estimate
+from taulearn.app.finished_runs import prune_run
+from taulearn.experiments import TrainConfig, resume, train
 from taulearn.nn import resnet
 from taulearn.saving import load_model
 from taulearn.training import Run
@@ -86,7 +87,7 @@ def test_every_penalty_with_a_weight_is_recorded(tmp_path):
     names = ["l1", "elastic_net", "time_horizon", "weight_elastic_net", "bias_ordering"]
     result = train(small(tmp_path / "a", **dict.fromkeys(names, 0.1)), progress=False)
     assert [name for name in result.history.iterations if "penalty" in name] == [f"penalty.{name}" for name in names]
-    weights = [getattr(penalty, "weight", None) for penalty in parts.make_penalties(TrainConfig(time_horizon=0.5))]
+    weights = [getattr(penalty, "weight", None) for penalty in build.make_penalties(TrainConfig(time_horizon=0.5))]
     assert weights == [0.5]
 
 
@@ -104,7 +105,7 @@ def test_scheduler_changes_the_course(tmp_path):
 def test_values_are_learned_with_squares(tmp_path, settings, loss):
     result = train(small(tmp_path / "a", **settings), progress=False)
     assert list(result.test) == ["loss"]
-    assert parts.make_loss(result.config, classes=False)[0] == loss
+    assert build.make_loss(result.config, classes=False)[0] == loss
     assert Run.open(tmp_path / "a").decisions["validation"] == "the validation data"
     assert next(result.model.parameters()).dtype == getattr(torch, result.config.precision)
 
@@ -167,14 +168,14 @@ def test_earlier_run_survives_a_refused_setting(tmp_path):
 )
 def test_every_optimizer_can_be_made(name):
     model = resnet(2, 3, 1, 4)
-    optimizer = parts.make_optimizer(TrainConfig(optimizer=name, lr=0.5), model)
+    optimizer = build.make_optimizer(TrainConfig(optimizer=name, lr=0.5), model)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in model.parameters()}
     assert all(group["lr"] == 0.5 for group in optimizer.param_groups)
 
 
 def test_steps_have_their_own_rate_and_no_decay():
-    optimizer = parts.make_optimizer(TrainConfig(tau_lr=0.3, weight_decay=0.1, momentum=0.9), resnet(2, 3, 1, 4))
+    optimizer = build.make_optimizer(TrainConfig(tau_lr=0.3, weight_decay=0.1, momentum=0.9), resnet(2, 3, 1, 4))
     rows = [(group["lr"], group["weight_decay"], group["momentum"]) for group in optimizer.param_groups]
     assert rows == [(0.01, 0.1, 0.9), (0.3, 0.0, 0.9)]
 
@@ -185,8 +186,8 @@ def test_steps_have_their_own_rate_and_no_decay():
 )
 def test_schedule_over_six_epochs(name, rates):
     config = TrainConfig(scheduler=name, epochs=6, lr=1.0)
-    optimizer = parts.make_optimizer(config, resnet(2, 3, 1, 4))
-    scheduler = parts.make_scheduler(config, optimizer, 60)
+    optimizer = build.make_optimizer(config, resnet(2, 3, 1, 4))
+    scheduler = build.make_scheduler(config, optimizer, 60)
     seen = []
     for _ in rates:
         seen.append(optimizer.param_groups[1]["lr"])
@@ -209,7 +210,7 @@ def test_estimated_parameters_are_those_of_the_network():
         config = TrainConfig(**{"hidden_layers": 3, "width": 7} | settings)
         widths = list(config.width) if isinstance(config.width, tuple) else config.width
         made = sum(p.numel() for p in resnet(11, widths, 2, 3).parameters())
-        assert memory.parameters(config, 11, 2) == made
+        assert memory_estimate.parameters(config, 11, 2) == made
 
 
 @pytest.mark.parametrize("place", ["/proc/foo", "file/a", "a" * 300])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from taulearn import data
-from taulearn.cli import main
+from taulearn.app.command_line import main
 from taulearn.data import catalog
 from taulearn.data.cifar import CIFAR10
 from taulearn.data.files import DataError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from taulearn import export_model, fit
-from taulearn.cli import main
+from taulearn.app.command_line import main
 from taulearn.experiments import TrainConfig, resume, train
 from taulearn.nn import resnet
 from taulearn.saving import load_model

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from taulearn import Pruning, parameter_groups, prune
-from taulearn.cli import main
+from taulearn.app.command_line import main
 from taulearn.training import Diverged, EpochEnd, Interrupted, Run, StopTraining
 from training.support import Crash, crash_after, digits, network, run_fit
 

@@ -77,7 +77,7 @@ def free_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(psutil.virtual_memory().available, *_of_the_group())
+    return min([psutil.virtual_memory().available, *_of_the_group()])
 
 
 def check_memory(config: TrainConfig, in_features: int, out_features: int, device: torch.device) -> None:
