@@ -100,7 +100,7 @@ class MadeUp:
     def __init__(self, seeds=3):
         self.measured = {("gradients/examples", 0): made_up_gradients.examples()}
         for seed in range(seeds):
-            for name, row in made_up_gradients.gradient_trainings(seed).items():
+            for name, row in made_up_gradients.members(seed).items():
                 self.measured[name, seed] = row
 
     def seeds(self, name):

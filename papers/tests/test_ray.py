@@ -60,7 +60,7 @@ def test_address_that_is_none_is_refused(address):
 
 def test_engine_without_ray_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'taulearn\[ray\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'taulearn-papers\[ray\]'"):
         run_members([Member("a", 0, TrainConfig(width=8, epochs=1))], tmp_path, engine="ray")
 
 

@@ -68,11 +68,11 @@ class Claim:
     Attributes:
         id: Short name, for instance "H1".
         statement: What is claimed, and where.
-        judge: From records to the verdict; raises :class:`~taulearn.experiments.results.NotMeasured` where they are
+        judge: From records to the verdict; raises :class:`~taulearn.app.results.NotMeasured` where they are
             missing.
 
     Example:
-        >>> from taulearn.experiments.results import Results
+        >>> from taulearn.app.results import Results
         >>> claim = Claim("X1", "two seeds were trained", lambda r: Verdict.of({"two": len(r.seeds("a")) == 2}, {}))
         >>> claim.verdict(Results("nowhere")).outcome
         'not measured'

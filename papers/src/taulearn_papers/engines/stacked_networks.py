@@ -66,7 +66,7 @@ class Stack:
 
     Example:
         >>> from taulearn.experiments import TrainConfig
-        >>> from taulearn.experiments.engines.vmap import Group
+        >>> from taulearn_papers.engines.vmap import Group
         >>> config = TrainConfig(width=8, epochs=1)
         >>> members = [Member("a", seed, config.model_copy(update={"seed": seed})) for seed in (0, 1)]
         >>> stack = Stack(Group(members, lambda event: None).trainees, weight_decay=0.0, compiled=False)
