@@ -8,8 +8,6 @@ import pytest
 
 import taulearn
 
-SOURCE = Path(taulearn.__file__).parent
-ROOMS = ("functional", "caputo", "nn", "penalties", "diagnostics", "app")
 HEAVY = {
     "jaxtyping",
     "matplotlib",

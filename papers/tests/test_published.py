@@ -6,6 +6,7 @@ import torch
 
 from made_up_results import GROWN, MadeUp, record
 from taulearn import caputo
+from taulearn.adaptivity.coarsen import prune
 from taulearn.app import build
 from taulearn.app.train import make_network
 from taulearn.experiments import Member, TrainConfig, resume, train

@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from taulearn import data, load_model
 from taulearn.app.results import FORMAT, NotMeasured, Results
+from taulearn.depth.truncate import truncate
 from taulearn.experiments import TrainConfig, train
 from taulearn.training import evaluate
-from taulearn.truncation import truncate
 from taulearn_papers.puettschneider2025 import SUITE, claims, figures, statistics, trainings as m
 
 SUITE = SUITE

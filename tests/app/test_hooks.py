@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from taulearn.adaptivity.policies import Pruning
 from taulearn.app.config import split_hooks
 from taulearn.app.finished_runs import prune_run
 from taulearn.app.members import Member, digest, is_finished, run_member
 from taulearn.app.results import Results
 from taulearn.experiments import TrainConfig, resume, train
-from taulearn.pruning import Pruning
 from taulearn.training import Run
 
 

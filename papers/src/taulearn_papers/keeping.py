@@ -9,9 +9,9 @@ from typing import Any
 
 import tomli_w
 
-from taulearn._devices import machine
 from taulearn.app.results import Results
 from taulearn.files import write_bytes
+from taulearn.training.devices import machine
 
 from .judging import Judged, draw, tabulate, write_claims
 from .suite import Suite

@@ -14,15 +14,14 @@ from ..adaptivity.estimate import shares
 from ..adaptivity.policies import check_one_decides
 from ..calibration import norms_in, recalibrate_
 from ..data.catalog import CATALOGUE
-from ..diagnostics.decision import DepthDecision, choose_layers
+from ..depth.choose_layers import DepthDecision, choose_layers
+from ..depth.truncate import truncate
 from ..export import Exported, export_model
 from ..nn.network import TimeVariableNetwork
-from ..pruning import PruneReport, prune, shares
 from ..saving import load_model, save_model
 from ..training import Run, evaluate
 from ..training.checkpoint import read_start
 from ..training.objective import as_float
-from ..truncation import truncate
 from . import build
 from .config import TrainConfig
 from .train import settings_of

@@ -246,7 +246,7 @@ def _note(member: Member, test: dict[str, float], seconds: float) -> dict[str, A
     import torch
 
     from .. import __version__
-    from .._devices import machine
+    from ..training.devices import machine
     from .train import record_of
 
     return {

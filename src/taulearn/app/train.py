@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..adaptivity.policies import Pruning
 from ..nn.network import TimeVariableNetwork
-from ..pruning import Pruning
 from ..report import write_html
 from ..training import EpochEnd, History, Run, evaluate, fit
 from ..training.checkpoint import read_start

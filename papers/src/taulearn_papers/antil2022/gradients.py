@@ -30,6 +30,7 @@ from taulearn import data
 from taulearn._undisturbed import evaluation
 from taulearn.app.members import Member
 from taulearn.caputo import l1_weights
+from taulearn.depth.layers import differentiable
 from taulearn.diagnostics import (
     dense_gradients,
     feedforward_gradients,
@@ -38,8 +39,7 @@ from taulearn.diagnostics import (
     memory_terms,
     residual_gradients,
 )
-from taulearn.diagnostics._models import differentiable
-from taulearn.diagnostics._products import Graph
+from taulearn.diagnostics.jacobian_products import Graph
 from taulearn.nn import TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
 from taulearn.nn.builders import FullyConnected
 from taulearn.nn.schemes import Fractional

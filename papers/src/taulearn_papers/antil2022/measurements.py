@@ -190,7 +190,7 @@ def reduction(folder: Path, *, further: int) -> dict[str, Any]:
         "near_zero", "paper" (layers 1, 3, 4) and "smallest" (as many as the paper deletes, the smallest steps first);
         "further": the errors after further steps of "whole", "near_zero" and "paper".
     """
-    from taulearn.pruning import prune
+    from taulearn.adaptivity.coarsen import prune
     from taulearn.saving import load_model, save_model
 
     whole = load_model(folder)

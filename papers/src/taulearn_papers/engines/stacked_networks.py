@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from taulearn._choice import shares_of
+from taulearn.adaptivity.estimate import shares_of
 from taulearn.app.members import Member
 from taulearn.nn.network import TimeVariableNetwork
 from taulearn.training.batches import TensorBatches
-from taulearn.training.compiler import compile_once
+from taulearn.training.fast.compiler import compile_once
 from taulearn.training.history import Recorder
 from taulearn.training.metrics import choose_metrics
 from taulearn.training.objective import Objective, as_float

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from taulearn.adaptivity.coarsen import prune
+from taulearn.adaptivity.policies import Pruning
 from taulearn.app import build
 from taulearn.app.engines import Options, attempt
 from taulearn.app.members import Busy, Event, Member, Report, conclude, is_finished, locked
 from taulearn.app.train import make_network, record_of
-from taulearn.pruning import Pruning, prune
 from taulearn.report import write_html
 from taulearn.saving import save_model
 from taulearn.training import Run, evaluate
 from taulearn.training.batches import TensorBatches
-from taulearn.training.compiler import worth_compiling
-from taulearn.training.fused import why_not_pure
+from taulearn.training.fast.compiler import worth_compiling
+from taulearn.training.fast.fused import why_not_pure
 from taulearn.training.history import Deletion, Recorder
 from taulearn.training.objective import Objective, StepOptions
 from taulearn.training.thinning import thinned

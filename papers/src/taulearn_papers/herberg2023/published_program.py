@@ -33,12 +33,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from taulearn import caputo, functional
+from taulearn.adaptivity.policies import Pruning
 from taulearn.app.config import TrainConfig
 from taulearn.nn.network import TimeVariableNetwork
 from taulearn.nn.schemes import Fractional
 from taulearn.nn.skips import Skips
 from taulearn.nn.time_steps import TimeSteps
-from taulearn.pruning import Pruning
 
 
 class PublishedSteps(TimeSteps):

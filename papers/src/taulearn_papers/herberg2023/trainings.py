@@ -182,7 +182,7 @@ def epoch_times(_: Path, *, layers: int, rounds: int) -> dict[str, list[float]]:
         "never", "each epoch", "each iteration": when layers to delete are looked for, none of which is found;
         "2 layers" and so on: networks of that size, without looking. A figure for each turn.
     """
-    from taulearn.pruning import Pruning
+    from taulearn.adaptivity.policies import Pruning
 
     rules: dict[str, Any] = {
         "never": None,
