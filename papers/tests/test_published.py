@@ -8,6 +8,7 @@ from made_up_results import GROWN, MadeUp, record
 from taulearn import caputo
 from taulearn.adaptivity.coarsen import prune
 from taulearn.app import build
+from taulearn.app.command_line import main
 from taulearn.app.train import make_network
 from taulearn.experiments import Member, TrainConfig, resume, train
 from taulearn.nn import TimeSteps, fractional_dnn, resnet
@@ -138,11 +139,13 @@ def test_settings_alone_do_not_tell_the_faults():
         TrainConfig(as_published=True)
 
 
-def test_run_is_resumed_with_the_faults_alone(tmp_path):
+def test_run_is_resumed_with_the_faults_alone(tmp_path, capsys):
     config = TrainConfig(run=str(tmp_path / "run"), constraint="dependent", width=8, epochs=1, lr=0.05)
     train(config, hooks=AS_PUBLISHED, progress=False)
     with pytest.raises(ValueError, match=r"hooks must be those .*'as_published', got None.*hooks=\.\.\."):
         resume(tmp_path / "run", epochs=2, progress=False)
+    assert main(["resume", str(tmp_path / "run"), "--epochs", "2"]) == 1
+    assert "taulearn.experiments.resume(run, hooks=...)" in capsys.readouterr().err
     gone_on = resume(tmp_path / "run", epochs=2, hooks=AS_PUBLISHED, progress=False)
     at_once = train(
         config.model_copy(update={"run": str(tmp_path / "other"), "epochs": 2}), hooks=AS_PUBLISHED, progress=False

@@ -5,10 +5,9 @@ import warnings
 
 import pytest
 
-from taulearn.app import engines
 from taulearn.app.command_line import main
 from taulearn.app.command_line.reproduce import installed_suites
-from taulearn.app.engines import run_one_by_one
+from taulearn.app.run_members import engine_named, run_one_by_one
 
 
 class Suite:
@@ -84,7 +83,7 @@ def test_entry_point_that_cannot_be_loaded_is_named_and_the_others_go_on(install
 def test_engines_of_the_papers_say_what_to_install(installed, capsys, tmp_path, name):
     installed("taulearn.engines")
     with pytest.raises(ImportError, match="pip install taulearn-papers"):
-        engines.engine(name)
+        engine_named(name)
     spec = tmp_path / "depth.toml"
     spec.write_text("[grid]\nhidden_layers = [2, 4]\n")
     assert main(["sweep", str(spec), "--engine", name, "--out", str(tmp_path / "out")]) == 2
@@ -95,10 +94,10 @@ def test_engines_of_the_papers_say_what_to_install(installed, capsys, tmp_path, 
 
 
 def test_engine_of_another_distribution_is_found(installed, capsys, tmp_path):
-    installed("taulearn.engines", mine="taulearn.app.engines:run_one_by_one", sick="no_such_module:run")
-    assert engines.engine("mine") is run_one_by_one
+    installed("taulearn.engines", mine="taulearn.app.run_members:run_one_by_one", sick="no_such_module:run")
+    assert engine_named("mine") is run_one_by_one
     with pytest.raises(ImportError, match="engine 'sick' cannot be loaded"):
-        engines.engine("sick")
+        engine_named("sick")
     spec = tmp_path / "one.toml"
     spec.write_text("[base]\nwidth = 8\nepochs = 1\n")
     assert main(["sweep", str(spec), "--engine", "mine", "--out", str(tmp_path / "out")]) == 0

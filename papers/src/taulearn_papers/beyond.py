@@ -13,13 +13,12 @@ from taulearn.app.members import Member
 from taulearn.app.results import Results
 from taulearn.report.bands import epoch_bands
 
-from .generalisation import generalisation
 from .herberg2023 import statistics as q
 from .herberg2023.claims import SIMILAR
 from .herberg2023.figures import new_axes, records
 from .herberg2023.statistics import Figures, Parts, describe, difference, final_accuracy, values
 from .intervals import interval_of, paired_interval
-from .suite import Claim, Suite, Verdict
+from .suite import Claim, Suite, Verdict, generalisation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,10 +46,6 @@ FULL_EPOCHS, QUICK_EPOCHS, FULL_SEEDS, QUICK_SEEDS = 200, 5, 3, 1
 
 def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
     """All trainings, seed by seed.
-
-    Args:
-        quick: A few epochs and one seed.
-        seeds: Number of seeds; None: 3, where quick 1.
 
     Example:
         >>> len(members())

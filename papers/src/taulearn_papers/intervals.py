@@ -58,16 +58,6 @@ class Interval(NamedTuple):
 def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
     """The mean of a - b over pairs with its 95 % interval, after Student.
 
-    Args:
-        a: One value per seed.
-        b: The values of the same seeds, in the same order.
-
-    Returns:
-        Mean and interval; with one pair the interval is NaN.
-
-    Raises:
-        ValueError: If the numbers differ, or there is none.
-
     Example:
         >>> print(paired_interval([0.90, 0.92, 0.91], [0.80, 0.83, 0.80]))
         +0.1 (+0.07516 .. +0.1248, n = 3)
@@ -80,12 +70,6 @@ def paired_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
 
 def interval_of(differences: Sequence[float] | Float[np.ndarray, " pairs"]) -> Interval:
     """The mean of differences with its 95 % interval, after Student.
-
-    Args:
-        differences: One for each pair.
-
-    Returns:
-        Mean and interval; with one pair the interval is NaN.
 
     Example:
         >>> print(interval_of([0.10, 0.09, 0.11]))

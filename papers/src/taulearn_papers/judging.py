@@ -33,12 +33,6 @@ class Judged:
 def judge(suite: Suite, results: Results, members: Sequence[Member] = ()) -> list[Judged]:
     """The verdicts on all claims of a suite.
 
-    Args:
-        suite: The suite.
-        results: The records.
-        members: Those that there should be: a verdict that lacks some of them, because their training failed or has
-            not ended, says so.
-
     Example:
         >>> from taulearn_papers.herberg2023 import SUITE
         >>> judge(SUITE, Results("nowhere"))[0].verdict.outcome
@@ -67,13 +61,6 @@ def _lacking(results: Results, members: Sequence[Member]) -> str:
 def write_claims(judged: Sequence[Judged], out: str | Path) -> list[Path]:
     """Write the table of verdicts as claims.md, claims.csv and claims.json.
 
-    Args:
-        judged: The claims with their verdicts.
-        out: Folder.
-
-    Returns:
-        The files.
-
     Example:
         >>> import tempfile
         >>> verdict = Verdict.of({"it": True}, {"difference": 0.01})
@@ -97,20 +84,6 @@ def draw(
     dpi: int = 130,
 ) -> tuple[list[Path], dict[str, str]]:
     """Draw the figures of a suite, each as PNG and as SVG.
-
-    Args:
-        suite: The suite.
-        results: The records.
-        out: Folder, made if missing.
-        only: The number of one figure; None: all of them.
-        kinds: Formats; the last one is that of the files that are returned.
-        dpi: Points per inch of the PNG.
-
-    Returns:
-        The files, and by number why a figure could not be drawn.
-
-    Raises:
-        ValueError: If the suite has no such figure.
 
     Example:
         >>> import tempfile
@@ -146,14 +119,6 @@ def draw(
 def tabulate(suite: Suite, results: Results, only: str | None = None) -> dict[str, str]:
     """The tables of a suite as Markdown, by number; those whose records are missing say so.
 
-    Args:
-        suite: The suite.
-        results: The records.
-        only: The number of one table; None: all of them.
-
-    Raises:
-        ValueError: If the suite has no such table.
-
     Example:
         >>> from taulearn_papers.herberg2023 import SUITE
         >>> "no finished member" in tabulate(SUITE, Results("nowhere"))["as-published"]
@@ -173,9 +138,6 @@ def tabulate(suite: Suite, results: Results, only: str | None = None) -> dict[st
 
 def as_markdown(judged: Sequence[Judged]) -> str:
     """The table of verdicts, and below it the figures behind each.
-
-    Args:
-        judged: The claims with their verdicts.
 
     Example:
         >>> print(as_markdown([Judged("X1", "it is so", Verdict.of({"it": True}, {}))]))

@@ -21,17 +21,7 @@ _SMALL_DPI = 80
 
 
 def keep(suite: Suite, results: Results, judged: Sequence[Judged], folder: str | Path) -> list[Path]:
-    """Write what stays of a suite's results: verdicts, small figures, tables, and the records they are made from.
-
-    Args:
-        suite: The suite.
-        results: The records.
-        judged: The claims with their verdicts.
-        folder: Where; made if missing. ``Results(folder / "records.npz")`` reads the records again.
-
-    Returns:
-        The files.
-    """
+    """Write what stays of a suite's results: verdicts, small figures, tables, and the records they are made from."""
     kept = Path(folder)
     kept.mkdir(parents=True, exist_ok=True)
     files = write_claims(judged, kept)
@@ -51,9 +41,6 @@ def keep(suite: Suite, results: Results, judged: Sequence[Judged], folder: str |
 def recipe(results: Results) -> dict[str, dict[str, Any]]:
     """What was trained: for each setting its seeds and the options that are not at their defaults.
 
-    Args:
-        results: The records.
-
     Example:
         >>> recipe(Results("nowhere"))
         {}
@@ -71,12 +58,7 @@ def recipe(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def provenance(suite: Suite, results: Results) -> dict[str, Any]:
-    """Under what a suite's members were trained: versions, machines, time.
-
-    Args:
-        suite: The suite.
-        results: The records.
-    """
+    """Under what a suite's members were trained: versions, machines, time."""
     notes = [results.done(setting, seed) for setting, seed in results.readable]
     versions = sorted({json.dumps(note.get("versions", {}), sort_keys=True) for note in notes})
     return {

@@ -1,4 +1,4 @@
-"""What a suite is made of: members that are trained, claims that are judged, figures that are drawn.
+"""What a suite is made of: members that are trained and measured, claims that are judged, figures that are drawn.
 
 A member is one training (or one measurement) with its seed. A claim is a function from the records of the members to a
 verdict, with thresholds that were written down, with their reasons, before the training. No verdict is typed in.
@@ -146,3 +146,29 @@ class Suite:
             return list(members)
         patterns = [pattern for number in numbers for pattern in self.needs[number]]
         return [member for member in members if any(fnmatchcase(member.setting, pattern) for pattern in patterns)]
+
+
+def generalisation(folder: Path) -> dict[str, float]:
+    """Loss and accuracy of the trained network on the training data and on the test data.
+
+    Example:
+        >>> import tempfile
+        >>> from taulearn.experiments import TrainConfig, train
+        >>> result = train(TrainConfig(width=8, epochs=1, run=tempfile.mkdtemp()), progress=False)
+        >>> sorted(generalisation(result.run.path))
+        ['test.accuracy', 'test.loss', 'train.accuracy', 'train.loss']
+    """
+    from taulearn.app import build
+    from taulearn.app.train import settings_of
+    from taulearn.saving import load_model
+    from taulearn.training import Run, evaluate
+
+    config = settings_of(Run.open(folder))
+    splits = build.load_splits(config)
+    loss = build.make_loss(config, classes=splits.classes is not None)[1]
+    model = load_model(folder)
+    return {
+        f"{name}.{figure}": value
+        for name, split in (("train", splits.train), ("test", splits.test))
+        for figure, value in evaluate(model, tuple(split), loss=loss).items()
+    }

@@ -16,14 +16,7 @@ _PENALTIES = (
 
 
 def write_report(suite: Suite, results: Results, judged: Sequence[Judged], out: str | Path) -> Path:
-    """Write the suite's report.html: claims, figures, tables, and every run with a link.
-
-    Args:
-        suite: The suite.
-        results: The records.
-        judged: The claims with their verdicts.
-        out: Folder that holds the figures, drawn before.
-    """
+    """Write the suite's report.html: claims, figures, tables, and every run with a link."""
     verdicts = [ClaimRow(j.id, j.statement, j.verdict.outcome, j.verdict.sentence, j.verdict.figures) for j in judged]
     pictures = [
         Picture(f"Figure {name}", (function.__doc__ or "").strip().partition("\n")[0], file.read_bytes())
@@ -39,10 +32,6 @@ def write_report(suite: Suite, results: Results, judged: Sequence[Judged], out: 
 
 def facets(config: TrainConfig, hooks: str | None = None) -> dict[str, str]:
     """What the runs of a suite differ in, for the filters of its report.
-
-    Args:
-        config: The settings of a run.
-        hooks: The name of its hooks.
 
     Example:
         >>> facets(TrainConfig(l1=0.01, time_horizon=1.0))["penalty"]

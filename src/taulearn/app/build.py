@@ -55,23 +55,14 @@ _LOSSES: dict[str, Loss] = {
 
 
 def make_device(config: TrainConfig) -> torch.device:
-    """The device that ``config.device`` means.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
+    """The device that ``config.device`` means."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return usable_device("device", config.device)
 
 
 def load_splits(config: TrainConfig) -> Splits:
-    """The data set ``config.data``, images as they are stored, all else of the floating point type of the training.
-
-    Raises:
-        ValueError: If it is unknown, or its files are damaged.
-        ConnectionError: If it has to be downloaded and cannot be.
-    """
+    """The data set ``config.data``, images as they are stored, all else of the floating point type of the training."""
     if config.data not in CATALOGUE:
         raise unknown_name("data", config.data, data.names())
     entry, dtype = CATALOGUE[config.data], _DTYPES[config.precision]
@@ -103,11 +94,7 @@ def compile_mode(config: TrainConfig) -> str:
 
 
 def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
-    """The network, with as many inputs and outputs as the data ask for; its weights follow torch's global generator.
-
-    Raises:
-        ValueError: If a setting does not do; the message names it.
-    """
+    """The network, with as many inputs and outputs as the data ask for; its weights follow torch's global generator."""
     make_activation(config.activation)
     if config.network == "resnet-v2":
         return _convolutional(config, splits)
@@ -181,13 +168,6 @@ def _initial_steps(config: TrainConfig) -> float | list[float] | None:
 def batch_size(config: TrainConfig, samples: int) -> int:
     """The samples per iteration that the settings mean; a small set gets small batches, for more of them.
 
-    Args:
-        config: The settings.
-        samples: Number of samples in the training data.
-
-    Raises:
-        ValueError: If ``config.accumulate`` asks for more parts than that.
-
     Example:
         >>> [batch_size(TrainConfig(batch_size=size), 60000) for size in ("auto", "full", 500)]
         [100, 60000, 500]
@@ -205,13 +185,6 @@ def batch_size(config: TrainConfig, samples: int) -> int:
 def make_loss(config: TrainConfig, *, classes: bool) -> tuple[str, Loss]:
     """The loss and its name.
 
-    Args:
-        config: The settings.
-        classes: Whether targets are class numbers.
-
-    Raises:
-        ValueError: If the loss does not fit the targets.
-
     Example:
         >>> make_loss(TrainConfig(), classes=False)[0]
         'mse'
@@ -228,10 +201,6 @@ def make_loss(config: TrainConfig, *, classes: bool) -> tuple[str, Loss]:
 
 def make_penalties(config: TrainConfig, loss: Loss | None = None) -> list[penalties.Penalty]:
     """The penalties with a weight.
-
-    Args:
-        config: The settings.
-        loss: The data loss, which a stage cost takes at each depth. None: the one that the settings name.
 
     Example:
         >>> [penalty.name for penalty in make_penalties(TrainConfig(l1=0.01, bias_ordering=10.0))]
@@ -269,9 +238,6 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 
     L-BFGS has one group. On full batches it takes one iteration per step, its size by the strong Wolfe conditions.
 
-    Raises:
-        ValueError: If the name is unknown, or a setting means nothing to this optimiser.
-
     Example:
         >>> from taulearn.nn import resnet
         >>> type(make_optimizer(TrainConfig(optimizer="adam"), resnet(2, 3, 1, 4))).__name__
@@ -303,13 +269,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 
 
 def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, iterations: int) -> LRScheduler | None:
-    """The scheduler of the learning rates, or None for constant ones.
-
-    Args:
-        config: The settings.
-        optimizer: Its learning rates are the largest ones.
-        iterations: Number of iterations of the whole training.
-    """
+    """The scheduler of the learning rates, or None for constant ones."""
     if config.scheduler == "cosine":
         return CosineAnnealingLR(optimizer, T_max=config.epochs)
     if config.scheduler == "step":

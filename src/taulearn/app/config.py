@@ -320,15 +320,7 @@ class TrainConfig(BaseModel):
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings in a file, with known keys, their values not yet checked.
-
-    Args:
-        path: A TOML file of plain keys, or the run.toml of a run, whose table [config] is taken.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is no TOML file, of another format version, or has an unknown key.
-    """
+    """The settings in a file, with known keys, their values not yet checked."""
     file = Path(path)
     if not file.is_file():
         inside = file / "run.toml"
@@ -382,12 +374,6 @@ def split_hooks(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
 def check_fields(values: Mapping[str, Any]) -> None:
     """Refuse values that no other setting could make right, each by itself.
 
-    Args:
-        values: Settings by name; whether they go together is not looked at.
-
-    Raises:
-        ValueError: Naming the settings.
-
     Example:
         >>> check_fields({"hidden_layers": 1, "prune": 0.01})
         >>> check_fields({"tensorboard": "yes"})
@@ -405,9 +391,6 @@ def check_fields(values: Mapping[str, Any]) -> None:
 
 def explain(error: ValidationError) -> str:
     """What a validation error says, in one line that names each setting, what it must be and what it is.
-
-    Args:
-        error: From :class:`TrainConfig`.
 
     Example:
         >>> from taulearn.experiments import TrainConfig

@@ -16,12 +16,6 @@ _LONGEST = 200
 def contradictions(config: "TrainConfig") -> Iterator[str]:
     """The reasons why settings do not go together, one at a time.
 
-    Args:
-        config: Settings that are each in range.
-
-    Yields:
-        Sentences that name a setting, what it must be, why, and the remedy.
-
     Example:
         >>> from .config import TrainConfig
         >>> next(contradictions(TrainConfig()), "none")
@@ -224,17 +218,6 @@ def one_or_several(
 ) -> object:
     """A number, or a tuple of numbers made from any sequence.
 
-    Args:
-        name: The setting's name.
-        value: What was given.
-        kind: int or float.
-        what: What a number must be, in words.
-        fits: Whether one is that.
-        each: What there is one of for each number.
-
-    Raises:
-        ValueError: If it is neither.
-
     Example:
         >>> one_or_several("width", [3, 4], int, "an integer", lambda n: True)
         (3, 4)
@@ -248,10 +231,6 @@ def one_or_several(
 
 def number_of_blocks(blocks: Any, channels: Any) -> int | None:
     """The number of blocks that ``blocks_per_stage`` and ``channels`` mean, None where they are no numbers.
-
-    Args:
-        blocks: One number for all stages, or one for each; None: 3.
-        channels: Likewise; None: three stages.
 
     Example:
         >>> number_of_blocks(None, None), number_of_blocks([9, 9], None), number_of_blocks(4, 16)
@@ -270,15 +249,6 @@ def number_of_blocks(blocks: Any, channels: Any) -> int | None:
 def count_or_word(name: str, value: Any, words: tuple[str, ...], what: str) -> object:
     """A number >= 1, or a word that stands for a choice.
 
-    Args:
-        name: The setting's name.
-        value: What was given.
-        words: The words.
-        what: What a number must be, in words.
-
-    Raises:
-        ValueError: If it is neither.
-
     Example:
         >>> count_or_word("batch_size", 3, ("auto",), "an integer >= 1")
         3
@@ -291,9 +261,6 @@ def count_or_word(name: str, value: Any, words: tuple[str, ...], what: str) -> o
 
 def shown(value: object) -> str:
     """A value as messages show it, cut where it is very long.
-
-    Args:
-        value: Anything.
 
     Example:
         >>> shown("a")
@@ -308,10 +275,6 @@ def shown(value: object) -> str:
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """What a message says of a setting that there is not.
-
-    Args:
-        key: Its name.
-        known: The names there are.
 
     Example:
         >>> unknown_key("hiden_layers", ["hidden_layers"])

@@ -36,18 +36,7 @@ _CALIBRATION = 500
 def finished_run(
     run: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool
 ) -> tuple[Run, TrainConfig, TimeVariableNetwork]:
-    """A finished run with its settings and its network, once it is clear that ``out`` can be written.
-
-    Args:
-        run: Its folder.
-        out: Where something made of it is to go.
-        overwrite: Whether that folder may hold something.
-
-    Raises:
-        FileNotFoundError: If the run is not finished.
-        FileExistsError: If ``out`` is the folder of a run, or holds something and may not.
-        ValueError: If ``taulearn train`` did not make the run.
-    """
+    """A finished run with its settings and its network, once it is clear that ``out`` can be written."""
     opened = Run.open(run)
     if not {"data", "network"} <= opened.config.keys():
         raise ValueError(
@@ -106,21 +95,6 @@ def prune_run(
 ) -> Pruned:
     """Prune the network that a run left, and save it elsewhere if anything was deleted; the run stays as it is.
 
-    Args:
-        run: The run's folder.
-        out: Folder for the pruned network.
-        threshold: Share of the sum of abs(tau) below which layers are deleted, in (0, 1); None: 0.01, unless ``keep``.
-        keep: Numbers at the start of the layers to keep, instead of the threshold.
-        overwrite: Whether a network in ``out`` is replaced.
-
-    Returns:
-        What was done, and the figures on the test data.
-
-    Raises:
-        FileNotFoundError: If it is not the folder of a finished run.
-        FileExistsError: If ``out`` holds a run, or something that is not to be replaced.
-        ValueError: If ``keep`` names a layer that is not there, or the network cannot be pruned.
-
     Example:
         >>> import tempfile, taulearn
         >>> from pathlib import Path
@@ -178,22 +152,6 @@ def cut_run(
 
     Batch normalisation gets new statistics on training data, those behind the cut for a cut of the whole.
 
-    Args:
-        run: The run's folder.
-        out: Folder for the cut network.
-        depth: Number of layers to keep, or "auto" for the smallest within the tolerance.
-        tolerance: Loss of accuracy that is allowed, on the validation data; without classes the share by which the loss
-            may grow.
-        by_stage: Cut each stage after its first layers, instead of the whole.
-        overwrite: Whether a network in ``out`` is replaced.
-
-    Returns:
-        What was done and why, and the figures on the test data.
-
-    Raises:
-        FileNotFoundError, FileExistsError: As :func:`prune_run`.
-        ValueError: If there are not so many layers, or the network cannot be cut.
-
     Example:
         >>> import tempfile
         >>> from pathlib import Path
@@ -242,21 +200,6 @@ def export_run(
     overwrite: bool = False,
 ) -> Exported:
     """Export the network that a run left; see :func:`taulearn.export_model`. The data set need not be there.
-
-    Args:
-        run: The run's folder.
-        out: Folder for the files.
-        format: "onnx", "torch" or "safetensors".
-        overwrite: Whether an export in ``out`` is replaced.
-
-    Returns:
-        What was written, and how far it is from the network.
-
-    Raises:
-        FileNotFoundError: If it is not the folder of a finished run.
-        FileExistsError: If ``out`` holds a run, or something that is not to be replaced.
-        ImportError: If the format needs packages that are not installed.
-        ValueError: If the network cannot be expressed in this format.
 
     Example:
         >>> import tempfile

@@ -15,10 +15,6 @@ class Watch:
     The time left counts epochs, each at the pace of the epochs of its own kind (data, network, depth) where some were
     seen, divided by the number of members that run side by side.
 
-    Args:
-        members: All of them.
-        out: Their folder.
-
     Example:
         >>> from taulearn.experiments import TrainConfig
         >>> watch = Watch([Member("a", 0, TrainConfig())], "nowhere")

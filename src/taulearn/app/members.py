@@ -95,10 +95,6 @@ def digest(config: TrainConfig | None, hooks: str | None = None) -> str:
 
     Settings that later versions add leave it as it is.
 
-    Args:
-        config: The settings, None for a member that only measures.
-        hooks: Name of the hooks, which counts as a setting.
-
     Example:
         >>> digest(TrainConfig(threads=1)) == digest(TrainConfig())
         True
@@ -141,15 +137,7 @@ class Busy(Exception):
 
 
 def is_finished(member: Member, out: str | Path) -> bool:
-    """Whether a member needs nothing more.
-
-    Args:
-        member: The member.
-        out: Folder of the suite.
-
-    Raises:
-        ValueError: If what is finished there had other settings.
-    """
+    """Whether a member needs nothing more."""
     file = member.folder(out) / DONE
     if not file.exists():
         return False
@@ -167,16 +155,6 @@ def is_finished(member: Member, out: str | Path) -> bool:
 
 def run_member(member: Member, out: str | Path, report: Report = lambda _: None) -> None:
     """Train and measure one member, unless it is finished; what an earlier sitting began is gone on with.
-
-    Args:
-        member: The member.
-        out: Folder of the suite.
-        report: Called with what happens.
-
-    Raises:
-        Busy: If another process is at it.
-        ValueError: If what lies in its folder is something else.
-        Exception: What the training or the measurement raises.
 
     Example:
         >>> import tempfile
@@ -199,17 +177,7 @@ def run_member(member: Member, out: str | Path, report: Report = lambda _: None)
 
 
 def conclude(member: Member, folder: Path, test: Mapping[str, float], seconds: float) -> Event:
-    """Measure a trained member, note that it is finished, and delete what only an unfinished one needs.
-
-    Args:
-        member: The member.
-        folder: Its folder.
-        test: Its figures on the test data.
-        seconds: How long the training took, in this sitting.
-
-    Returns:
-        What to report.
-    """
+    """Measure a trained member, note that it is finished, and delete what only an unfinished one needs."""
     began = time.perf_counter()
     folder.mkdir(exist_ok=True)
     if member.measure is not None:
@@ -264,15 +232,7 @@ def _note(member: Member, test: dict[str, float], seconds: float) -> dict[str, A
 
 @contextlib.contextmanager
 def locked(member: Member, out: str | Path) -> Iterator[None]:
-    """Hold a member's lock, which ends with the process; file systems and systems (Windows) without locks go without.
-
-    Args:
-        member: The member.
-        out: Folder of the suite, in which the member's parent folder exists.
-
-    Raises:
-        Busy: If another process holds it.
-    """
+    """Hold a member's lock, which ends with the process; where there are no locks (Windows), go on without."""
     folder = member.folder(out)
     file = folder.parent / f".{folder.name}.lock"
     with file.open("w") as handle:

@@ -21,11 +21,6 @@ def parameters(config: TrainConfig, in_features: int, out_features: int) -> int:
 
     Of a resnet-v2, only the convolutions of its blocks are counted.
 
-    Args:
-        config: The settings.
-        in_features: Values per sample.
-        out_features: Outputs.
-
     Example:
         >>> parameters(TrainConfig(), 784, 10)
         130006
@@ -48,11 +43,6 @@ def parameters(config: TrainConfig, in_features: int, out_features: int) -> int:
 def least_bytes(config: TrainConfig, in_features: int, out_features: int) -> int:
     """Bytes that training takes at least: weights, their gradients, the states of one sample, the modules.
 
-    Args:
-        config: The settings.
-        in_features: Values per sample.
-        out_features: Outputs.
-
     Example:
         >>> least_bytes(TrainConfig(), 784, 10) < 2_000_000
         True
@@ -68,9 +58,6 @@ def least_bytes(config: TrainConfig, in_features: int, out_features: int) -> int
 def free_bytes(device: torch.device) -> int:
     """Bytes that are free on a device.
 
-    Args:
-        device: The CPU or a CUDA device.
-
     Example:
         >>> free_bytes(torch.device("cpu")) > 0
         True
@@ -82,15 +69,6 @@ def free_bytes(device: torch.device) -> int:
 
 def check_memory(config: TrainConfig, in_features: int, out_features: int, device: torch.device) -> None:
     """Refuse a network that cannot fit.
-
-    Args:
-        config: The settings.
-        in_features: Values per sample.
-        out_features: Outputs.
-        device: Where it would be.
-
-    Raises:
-        ValueError: With the number of its parameters, and the memory that it needs and that there is.
 
     Example:
         >>> check_memory(TrainConfig(), 784, 10, torch.device("cpu"))

@@ -16,8 +16,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from .engines import Options
 from .members import Event, Member, Report
+from .run_members import Options
 
 ATTEMPTS = 3
 """How often a member is tried whose worker dies: it may be what kills the worker (memory)."""
@@ -68,17 +68,7 @@ class _Pool:
 
 
 def run(members: Sequence[Member], out: Path, report: Report, options: Options) -> None:
-    """Run all members in worker processes.
-
-    Args:
-        members: In the order in which they are started.
-        out: Folder of the suite.
-        report: Called with what happens, in this process.
-        options: Number of workers, and of threads of each.
-
-    Raises:
-        KeyboardInterrupt: On Ctrl-C, when the members under way have their checkpoints.
-    """
+    """Run all members in worker processes."""
     queue = deque((member, 1) for member in members)
     attempts: dict[str, int] = {}
     pool = _Pool(out, options.threads)
@@ -136,7 +126,7 @@ def _work(pipe: Connection, out: str, threads: int) -> None:
     try:
         import torch
 
-        from .engines import attempt
+        from .run_members import attempt
 
         torch.set_num_threads(threads)
 

@@ -271,21 +271,12 @@ class Source(ABC):
         """What a member's file DONE or MEASUREMENTS holds."""
 
     def arrays(self, figure: str, compute: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]:
-        """What a figure shows besides records, by name.
-
-        Args:
-            figure: Its number.
-            compute: Makes them from the members' folders.
-        """
+        """What a figure shows besides records, by name."""
         return compute()
 
 
 class FolderSource(Source):
-    """The members' folders.
-
-    Args:
-        out: Folder of the suite.
-    """
+    """The members' folders."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -316,14 +307,7 @@ class FolderSource(Source):
 
 
 class PackSource(Source):
-    """One file that :func:`write_pack` wrote.
-
-    Args:
-        file: The file.
-
-    Raises:
-        ValueError: If it is damaged, something else, or of another version.
-    """
+    """One file that :func:`write_pack` wrote."""
 
     def __init__(self, file: Path) -> None:
         try:
@@ -376,11 +360,6 @@ def write_pack(
     shown: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> None:
     """Write the results of many members into one compressed file of arrays, each column of all members as one array.
-
-    Args:
-        file: The file; its name ends in .npz.
-        records: By name: the record, what was noted at the end, what was measured.
-        shown: What figures show besides, by their numbers.
 
     Example:
         >>> import tempfile

@@ -60,17 +60,6 @@ class Sweep:
 def load_sweep(path: str | os.PathLike[str]) -> Sweep:
     """Read and check a sweep's file.
 
-    Args:
-        path: A TOML file as described above.
-
-    Returns:
-        The sweep; every training has been checked.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no TOML file, has an unknown key or setting, or a training's settings contradict each
-            other.
-
     Example:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "depth.toml"
@@ -93,13 +82,6 @@ def load_sweep(path: str | os.PathLike[str]) -> Sweep:
 
 def make_sweep(name: str, spec: Mapping[str, Any]) -> Sweep:
     """A sweep from the content of its file.
-
-    Args:
-        name: What it is called.
-        spec: Tables and keys as described above.
-
-    Raises:
-        ValueError: As :func:`load_sweep`.
 
     Example:
         >>> sweep = make_sweep("depth", {"seeds": [7], "grid": {"hidden_layers": [2, 4]}, "base": {"width": 8}})

@@ -23,11 +23,6 @@ CURVES = 12
 def rows(sweep: Sweep, results: Results, failed: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """One row for each member: what varies, the seed, and what came of it or what went wrong.
 
-    Args:
-        sweep: The sweep.
-        results: Its finished members.
-        failed: What went wrong, by the members' names.
-
     Example:
         >>> from taulearn.app.sweep import make_sweep
         >>> rows(make_sweep("depth", {"grid": {"hidden_layers": [2]}}), Results("nowhere"))
@@ -56,13 +51,6 @@ def rows(sweep: Sweep, results: Results, failed: Mapping[str, str] | None = None
 def write_table(table: Sequence[Mapping[str, Any]], out: str | Path) -> Path:
     """Write the rows as results.csv, and as results.parquet beside it where pyarrow is there (extra ``parquet``).
 
-    Args:
-        table: The rows.
-        out: Folder.
-
-    Returns:
-        The CSV file.
-
     Example:
         >>> import tempfile
         >>> write_table([{"seed": 0, "status": "missing"}], tempfile.mkdtemp()).name
@@ -86,15 +74,7 @@ def write_table(table: Sequence[Mapping[str, Any]], out: str | Path) -> Path:
 
 
 def curves(sweep: Sweep, results: Results) -> "Figure":
-    """Accuracy (or the loss on the validation data) over the epochs, mean and range over the seeds of each setting.
-
-    Args:
-        sweep: The sweep.
-        results: Its finished members.
-
-    Raises:
-        NotMeasured: If none is finished.
-    """
+    """Accuracy (or the loss on the validation data) over the epochs, mean and range over the seeds of each setting."""
     from matplotlib.figure import Figure
 
     from ..report.bands import epoch_bands
@@ -112,15 +92,7 @@ def curves(sweep: Sweep, results: Results) -> "Figure":
 
 
 def dependences(sweep: Sweep, results: Results) -> "Figure":
-    """The final figure over each number that varies: a point for each seed, a line through the means.
-
-    Args:
-        sweep: The sweep.
-        results: Its finished members.
-
-    Raises:
-        NotMeasured: If none is finished, or nothing that varies is a number.
-    """
+    """The final figure over each number that varies: a point for each seed, a line through the means."""
     from matplotlib.figure import Figure
 
     finished = [setting for setting in sweep.points if setting in results.settings]
@@ -148,17 +120,7 @@ def dependences(sweep: Sweep, results: Results) -> "Figure":
 
 
 def write_report(sweep: Sweep, results: Results, table: Sequence[Mapping[str, Any]], out: str | Path) -> Path:
-    """Write figures and report.html.
-
-    Args:
-        sweep: The sweep.
-        results: Its finished members.
-        table: Its rows.
-        out: Folder.
-
-    Returns:
-        The report.
-    """
+    """Write figures and report.html."""
     from ..report.catalogue import Picture, RunRow, write_catalogue
 
     pictures = []

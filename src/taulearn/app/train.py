@@ -185,15 +185,7 @@ def resume(
 
 
 def settings_of(run: Run, **changes: int) -> TrainConfig:
-    """The settings of a run that :func:`train` made.
-
-    Args:
-        run: The run.
-        **changes: Settings that replace those of its run.toml.
-
-    Raises:
-        ValueError: If it was made otherwise, or its settings do not do.
-    """
+    """The settings of a run that :func:`train` made."""
     if not {"data", "network"} <= run.config.keys():
         raise ValueError(
             f"run must have been made by `taulearn train`, got {str(run.path)!r}, which names no data and no network: "

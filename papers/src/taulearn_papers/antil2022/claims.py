@@ -121,10 +121,6 @@ def steps_are_those_of_the_table(results: Results) -> Verdict:
 def rank_agreement(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation.
 
-    Args:
-        a: (n,).
-        b: (n,).
-
     Example:
         >>> rank_agreement(np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.2, 0.9]))
         1.0
@@ -356,10 +352,6 @@ def _damping(scheme: str, part: str, pairs: Pairs, parts: Parts, figures: Figure
 
 def is_damped(change: Interval, orders: float) -> bool:
     """Whether gradients of learned steps change by fewer orders of magnitude.
-
-    Args:
-        change: Of the absolute orders of magnitude, learned - fixed, paired over the seeds.
-        orders: Those of the fixed steps, their mean.
 
     Example:
         >>> is_damped(paired_interval([1.0, 1.1, 1.2], [2.0, 2.2, 2.3]), 2.2)

@@ -267,14 +267,7 @@ def _grid(rows: int, columns: int, size: float, width: float = 1.25) -> "tuple[F
 
 
 def table_1(results: Results) -> str:
-    """The learned steps, mean and standard deviation over the seeds, beside the printed ones.
-
-    Args:
-        results: The records.
-
-    Raises:
-        NotMeasured: If no network with learned steps is finished.
-    """
+    """The learned steps, mean and standard deviation over the seeds, beside the printed ones."""
     lines = ["| network | step | printed | here | seeds |", "|---|---|---|---|---|"]
     for (size, scheme, order), printed in PRINTED.items():
         name = setting(size, scheme, "learned", order)
@@ -291,14 +284,7 @@ def table_1(results: Results) -> str:
 
 
 def toys(results: Results) -> str:
-    """Test loss on the toy problems, learned and fixed steps: geometric means over the seeds.
-
-    Args:
-        results: The records.
-
-    Raises:
-        NotMeasured: If no toy problem is finished.
-    """
+    """Test loss on the toy problems, learned and fixed steps: geometric means over the seeds."""
     lines = ["| problem | network | learned steps | fixed steps | seeds |", "|---|---|---|---|---|"]
     for data, scheme in product(TOYS, SCHEMES):
         names = [toy(data, scheme, kind) for kind in STEPS]
@@ -313,14 +299,7 @@ def toys(results: Results) -> str:
 
 
 def optimizers(results: Results) -> str:
-    """Final errors of the residual network 6-50 with three optimisers; on the cube at the points of the finest mesh.
-
-    Args:
-        results: The records.
-
-    Raises:
-        NotMeasured: If none of them is finished.
-    """
+    """Final errors of the residual network 6-50 with three optimisers; on the cube at the points of the finest mesh."""
     lines = [
         "| optimiser | steps | MSE | relative test error | L2 error on the cube | seeds |",
         "|---|---|---|---|---|---|",

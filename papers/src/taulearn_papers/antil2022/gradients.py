@@ -72,10 +72,6 @@ _BUILDERS: dict[str, Callable[..., TimeVariableNetwork]] = {
 def gradient_trainings(quick: bool = False, seeds: int = 1) -> Iterator[Member]:
     """One member for each scheme and seed, and one for the article's examples.
 
-    Args:
-        quick: Without the deepest networks, and with fewer epochs.
-        seeds: Number of seeds.
-
     Example:
         >>> [member.name for member in gradient_trainings(quick=True)][:2]
         ['gradients/examples/seed-0', 'gradients/feedforward/seed-0']
@@ -152,10 +148,6 @@ def _train(network: TimeVariableNetwork, samples: data.Samples, epochs: int, see
 
 def growth(network: TimeVariableNetwork, inputs: Tensor) -> dict[str, float | None]:
     """Orders of magnitude by which gradients grow from the last layer to the first, by part.
-
-    Args:
-        network: At least two layers.
-        inputs: Samples, whose median counts.
 
     Example:
         With the dense scheme's structural growth taken out, steps that hardly act leave the propagator as it is:
@@ -301,9 +293,6 @@ def example_63(tau: float) -> dict[str, list[float]]:
 
 def example_68() -> dict[str, float]:
     """d y_3 / d theta_0 by the recursions against the closed forms, with a_{l-1,k} where the article prints a_{l,k}.
-
-    Returns:
-        Relative differences by scheme.
 
     Example:
         >>> max(example_68().values()) < 1e-14

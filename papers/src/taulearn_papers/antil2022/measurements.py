@@ -65,9 +65,6 @@ def surrogate(folder: Path, *, meshes: Iterable[int]) -> dict[str, Any]:
 def course(history: History) -> dict[str, Any]:
     """How the training went, from its record.
 
-    Args:
-        history: The whole record.
-
     Example:
         >>> rows = {"loss": np.array([4.0, 1.0, 2.0]), "total": np.array([4.0, 3.0, 2.0])}
         >>> course(History(rows))
@@ -83,11 +80,7 @@ def course(history: History) -> dict[str, Any]:
 
 
 def field_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The field u^NN that a network describes, as a function of points (k, 3).
-
-    Args:
-        model: Maps (x, f(x), phi(x)) to u(x).
-    """
+    """The field u^NN that a network describes, as a function of points (k, 3)."""
     dtype = next(model.parameters()).dtype
 
     @torch.no_grad()
@@ -119,9 +112,6 @@ def square_points() -> Tensor:
 def square_errors(values: Tensor) -> dict[str, float]:
     """Errors of the values on the square: root mean square and maximum of abs(u - u^NN), outside and inside the disc.
 
-    Args:
-        values: u^NN at :func:`square_points`, (GRID^2, 3).
-
     Example:
         >>> square_errors(maxwell.solution(square_points()))["rms_outside"]
         0.0
@@ -137,15 +127,7 @@ def square_errors(values: Tensor) -> dict[str, float]:
 
 
 def inside_errors(field: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Errors within the cylinder, at five heights of a grid: the range of u3 and the error of (u1, u2).
-
-    Args:
-        field: u^NN.
-
-    Returns:
-        "u3_min", "u3_max"; mean and maximum of the Euclidean error of the first two components, and that error
-        relative to the norm of u.
-    """
+    """Errors within the cylinder, at five heights of a grid: the range of u3 and the error of (u1, u2)."""
     plane = square_points()
     plane = plane[maxwell.inside(plane)]
     points = torch.cat(
@@ -163,12 +145,7 @@ def inside_errors(field: Callable[[Tensor], Tensor]) -> dict[str, float]:
 
 
 def finite_elements(_: Path, *, n: int) -> dict[str, Any]:
-    """The best approximation on one mesh.
-
-    Args:
-        _: The member's folder, which is not looked at.
-        n: Subdivisions per edge of the cube.
-    """
+    """The best approximation on one mesh."""
     from taulearn.fem import best_approximation_error
 
     return dict(vars(best_approximation_error(n)))

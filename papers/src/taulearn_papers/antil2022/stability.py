@@ -32,14 +32,6 @@ GRID = 800
 def mittag_leffler(a: float, b: float, z: float) -> float:
     """E_{a,b}(z) = sum_k z^k / Gamma(a k + b) for z >= 0, by its series of positive terms.
 
-    Args:
-        a: > 0.
-        b: > 0.
-        z: >= 0, with a value that a float can hold.
-
-    Raises:
-        ValueError: If z is negative.
-
     Example:
         >>> mittag_leffler(1.0, 1.0, 2.0)  # the exponential
         7.38905609893065
@@ -78,10 +70,6 @@ def measure(_: Path) -> dict[str, Any]:
 def printed_constant(gamma: float, lipschitz: float) -> float:
     """The integral of the growth that the article prints, exp(L t^(1-gamma) / Gamma(2-gamma)), over (0, T).
 
-    Args:
-        gamma: Order.
-        lipschitz: L.
-
     Example:
         >>> printed_constant(0.5, 0.0)
         1.0
@@ -94,12 +82,6 @@ def printed_constant(gamma: float, lipschitz: float) -> float:
 
 def distance_ratio(problem: str, gamma: float, lipschitz: float, steps: int = GRID) -> float:
     """int_0^T abs(y_a - y_b) dt over abs(y_a(0) - y_b(0)) for two trajectories, by the explicit L1 scheme.
-
-    Args:
-        problem: "linear", f = L y, or "network", f = L Q tanh(y) with an orthogonal Q, a layer of width 4.
-        gamma: Order.
-        lipschitz: L, the smallest Lipschitz constant of f.
-        steps: Number of time steps.
 
     Example:
         >>> distance_ratio("linear", 0.5, 0.0)

@@ -71,14 +71,7 @@ def measured(*path: str) -> Figure:
 
 
 def meshes_of(results: Results) -> list[int]:
-    """The meshes on which networks and finite elements are measured, coarse ones first.
-
-    Args:
-        results: The records.
-
-    Raises:
-        NotMeasured: If there are less than two.
-    """
+    """The meshes on which networks and finite elements are measured, coarse ones first."""
     found = [n for n in sorted({*MESHES, *QUICK_MESHES}) if mesh(n) in results.settings]
     if len(found) < 2:
         raise NotMeasured("the finite elements are measured on less than two meshes")

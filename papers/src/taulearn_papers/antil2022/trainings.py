@@ -14,7 +14,7 @@ from typing import Any
 from taulearn.app.config import TrainConfig
 from taulearn.app.members import Member
 
-from ..generalisation import generalisation
+from ..suite import generalisation
 from . import gradients, measurements, stability
 
 SIZES = ("6-50", "2-50")
@@ -96,11 +96,6 @@ def mesh(n: int) -> str:
 def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
     """All members, seed by seed, so that every claim has its first seed early.
 
-    Args:
-        quick: 100 steps instead of 1000, few epochs on the toys, coarse meshes only; nothing is compiled.
-        seeds: Number of seeds for every setting. None: 5, where quick 2; toys, other optimisers and the growth of
-            gradients 3, where quick 1.
-
     Example:
         >>> len(members()), len(members(quick=True))
         (164, 64)
@@ -123,10 +118,6 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
 
 def network(size: str, scheme: str) -> dict[str, Any]:
     """The settings of a network of the article.
-
-    Args:
-        size: Hidden layers and width, for instance "6-50".
-        scheme: "resnet" or "fractional".
 
     Example:
         >>> network("2-50", "resnet")["hidden_layers"]

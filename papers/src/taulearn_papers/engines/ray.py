@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from taulearn.app.engines import Options
 from taulearn.app.members import Event, Member, Report
 from taulearn.app.processes import ATTEMPTS
+from taulearn.app.run_members import Options
 
 ANSWER_SECONDS = 10.0
 """How long the machine of a cluster may take to answer."""
@@ -36,19 +36,7 @@ except Exception as error:
 
 
 def run(members: Sequence[Member], out: Path, report: Report, options: Options) -> None:
-    """Run all members as tasks of one core each.
-
-    Args:
-        members: In the order in which they are handed out.
-        out: Folder of the suite, which every machine of the cluster sees.
-        report: Called with what happens, in this process.
-        options: Address of the cluster; without one, number of workers of the embedded one.
-
-    Raises:
-        ImportError: If Ray is not installed.
-        ConnectionError: If the address does not answer.
-        KeyboardInterrupt: On Ctrl-C, when the members under way have been told.
-    """
+    """Run all members as tasks of one core each."""
     with _cluster(options) as ray:
         task = ray.remote(num_cpus=options.threads, max_retries=ATTEMPTS - 1)(_work)
         names: dict[Any, Member] = {}
@@ -81,7 +69,7 @@ def _work(member: Member, out: str, threads: int) -> Event:
     """What a worker does with a member."""
     import torch
 
-    from taulearn.app.engines import attempt
+    from taulearn.app.run_members import attempt
 
     torch.set_num_threads(threads)
     return attempt(member, Path(out), lambda _: None)
@@ -118,13 +106,6 @@ def _cluster(options: Options) -> Iterator[Any]:
 
 def check_answers(address: str) -> None:
     """Refuse the address of a cluster that does not answer, or cannot be joined, in seconds rather than minutes.
-
-    Args:
-        address: HOST:PORT, ray://HOST:PORT or "auto".
-
-    Raises:
-        ValueError: If it is no address.
-        ConnectionError: If no cluster answers there.
 
     Example:
         >>> check_answers("nowhere")

@@ -59,11 +59,6 @@ class Trainee:
 class Stack:
     """Networks of equal structure with one tensor for each parameter of all of them.
 
-    Args:
-        trainees: The networks, on the device of the data.
-        weight_decay: As torch.optim.SGD's; the time steps have none.
-        compiled: Whether steps are compiled, and on a GPU replayed as CUDA graphs.
-
     Example:
         >>> from taulearn.experiments import TrainConfig
         >>> from taulearn_papers.engines.vmap import Group
@@ -98,14 +93,7 @@ class Stack:
         return torch.stack([tensor.detach() for tensor in tensors])
 
     def advance(self, index: Int[Tensor, "steps members batch"]) -> Float[Tensor, "steps members columns"]:
-        """Take steps with the samples of these numbers, each network with its own.
-
-        Args:
-            index: Numbers of samples.
-
-        Returns:
-            The records before each step.
-        """
+        """Take steps with the samples of these numbers, each network with its own."""
         with torch.no_grad():
             if self.captures and len(index) == GRAPH_STEPS:
                 if self._graph is None:
@@ -161,12 +149,7 @@ class Stack:
         return torch.cat([tau, last if self.steps.lower_bound is None else last.clamp(min=self.steps.lower_bound)], 1)
 
     def small(self, tau: Float[Tensor, "*times members layers"], threshold: float) -> Bool[Tensor, "*times members"]:
-        """Whether a layer that can be deleted has a smaller share of the steps than a threshold.
-
-        Args:
-            tau: Steps of each network, once or several times.
-            threshold: Of the share.
-        """
+        """Whether a layer that can be deleted has a smaller share of the steps than a threshold."""
         model = self.trainees[0].model
         fixed = model.fixed_layers()
         shares = shares_of(tau, model.scheme.step_power)
@@ -195,13 +178,7 @@ class Stack:
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, batch_size: int = 1000) -> list[dict[str, float]]:
-        """Loss and metrics of each network, as :func:`taulearn.training.evaluate` gives them for one.
-
-        Args:
-            inputs: Held-out samples, on the device.
-            targets: Likewise.
-            batch_size: Samples at a time.
-        """
+        """Loss and metrics of each network, as :func:`taulearn.training.evaluate` gives them for one."""
         functions = {"loss": self.objective.loss, **choose_metrics("auto", targets)}
         model = self.objective.model
         weights = {name.removeprefix("model."): value for name, value in (self.values | self.constants).items()}
@@ -218,12 +195,7 @@ class Stack:
 
 
 class _Graph:
-    """Steps recorded once as a CUDA graph and replayed with other samples.
-
-    Args:
-        function: From the numbers of samples to the records; changes parameters in place.
-        index: The first samples, with which the function is run before it is recorded; the parameters are put back.
-    """
+    """Steps recorded once as a CUDA graph and replayed with other samples."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], index: Tensor) -> None:
         self.index = index.clone()

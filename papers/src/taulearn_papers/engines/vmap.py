@@ -20,8 +20,8 @@ from torch import Tensor
 from taulearn.adaptivity.coarsen import prune
 from taulearn.adaptivity.policies import Pruning
 from taulearn.app import build
-from taulearn.app.engines import Options, attempt
 from taulearn.app.members import Busy, Event, Member, Report, conclude, is_finished, locked
+from taulearn.app.run_members import Options, attempt
 from taulearn.app.train import make_network, record_of
 from taulearn.report import write_html
 from taulearn.saving import save_model
@@ -39,14 +39,7 @@ DIVERGED = "the loss or a parameter is not finite: lower the learning rate, clip
 
 
 def run(members: Sequence[Member], out: Path, report: Report, options: Options) -> None:
-    """Run all members, group by group.
-
-    Args:
-        members: Those of equal structure need not stand side by side.
-        out: Folder of the suite.
-        report: Called with what happens.
-        options: The number of threads counts.
-    """
+    """Run all members, group by group."""
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
@@ -96,12 +89,7 @@ def _run_group(group: Sequence[Member], out: Path, report: Report) -> list[Membe
 
 
 class Group:
-    """The training of one group.
-
-    Args:
-        members: Members of equal structure.
-        report: Called with what happens.
-    """
+    """The training of one group."""
 
     def __init__(self, members: Sequence[Member], report: Report) -> None:
         self.report, self.began = report, time.perf_counter()
@@ -298,9 +286,6 @@ MOST = 128
 def grouped(members: Iterable[Member]) -> list[list[Member]]:
     """Members that differ in seed and learning rates alone, at most MOST together, in the order of their first ones.
 
-    Args:
-        members: Any members.
-
     Example:
         >>> from taulearn.experiments import TrainConfig
         >>> members = [Member("a", seed, TrainConfig(seed=seed)) for seed in (0, 1)]
@@ -328,9 +313,6 @@ def _policy(member: Member) -> Pruning | None:
 
 def why_alone(member: Member) -> str | None:
     """Why a member is not trained together with others, or None.
-
-    Args:
-        member: The member.
 
     Example:
         >>> from taulearn.experiments import TrainConfig

@@ -431,13 +431,7 @@ def depth_is_found(results: Results) -> Verdict:
 
 
 def time_saved(results: Results, depth: int, left: float) -> float:
-    """The share of an epoch's time that a network saves in which so many layers are left.
-
-    Args:
-        results: The records.
-        depth: Layers at the start.
-        left: Layers left, a mean over seeds; times are interpolated between the sizes that were measured.
-    """
+    """The share of an epoch's time that a network saves in which so many layers are left."""
     times = _times(results, depth)
     whole = float(np.median(times["never"]))
     measured = sorted((int(name.split()[0]), float(np.median(t))) for name, t in times.items() if "layers" in name)

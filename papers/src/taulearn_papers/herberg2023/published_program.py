@@ -44,10 +44,6 @@ from taulearn.nn.time_steps import TimeSteps
 class PublishedSteps(TimeSteps):
     """Time steps whose first or whose dependent last one lets no gradient through.
 
-    Args:
-        steps: What they take the place of, "free" or "dependent".
-        first_fixed: Whether the first one does not train.
-
     Example:
         >>> steps = PublishedSteps(TimeSteps(3, constraint="dependent"))
         >>> torch.autograd.grad(steps.tau[2], steps.values, allow_unused=True, materialize_grads=True)
@@ -185,9 +181,6 @@ def _never_published(config: TrainConfig) -> Iterator[str]:
 
 def pruning(threshold: float) -> Pruning:
     """The published rule, once an epoch.
-
-    Args:
-        threshold: Share of the sum of the magnitudes.
 
     Example:
         >>> from taulearn.nn import resnet

@@ -87,13 +87,6 @@ def shares(history: History) -> Float[np.ndarray, "rows layers"]:
 def small_for(history: History, bound: float) -> Float[np.ndarray, " layers"]:
     """For how large a share of all iterations, counted from the end, each layer's share has stayed below a bound.
 
-    Args:
-        history: The record.
-        bound: Of the share of the sum of the magnitudes.
-
-    Returns:
-        0 for a layer that is not below it at the end; NaN for one that was deleted.
-
     Example:
         >>> tau = np.array([[1.0, 1.0], [1.0, 0.001], [1.0, 0.0]])
         >>> small_for(History({"tau": tau, "loss": np.zeros(3)}), 0.01).round(2).tolist()

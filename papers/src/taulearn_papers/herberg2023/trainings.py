@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from taulearn.app.config import TrainConfig
 from taulearn.app.members import Member
 
-from ..generalisation import generalisation
+from ..suite import generalisation
 from .published_program import AS_PUBLISHED
 
 DATA = ("fashion-mnist", "mnist")
@@ -72,11 +72,6 @@ def setting(data: str, network: str, treatment: str) -> str:
 
 def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
     """All trainings, seed by seed, so that every claim has its first seed early.
-
-    Args:
-        quick: A few epochs instead of 200.
-        seeds: Number of seeds for every setting; None: 5 for the residual network, 3 for the fractional and the deeper
-            ones, 2 where quick.
 
     Example:
         >>> len(members())
@@ -159,11 +154,7 @@ NOTHING = 1e-12
 
 
 def timings(quick: bool) -> list[Member]:
-    """One member for each depth.
-
-    Args:
-        quick: Fewer rounds.
-    """
+    """One member for each depth."""
     return [
         Member(f"time/resnet-{depth}", 0, None, partial(epoch_times, layers=depth, rounds=1 if quick else ROUNDS))
         for depth in TIMED_DEPTHS

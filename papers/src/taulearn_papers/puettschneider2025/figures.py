@@ -122,14 +122,7 @@ _SHARES = ("N/9", "2N/9", "N/3", "N/2")
 
 
 def first_blocks(results: Results) -> str:
-    """Test accuracy in percent of the whole network and of its first M blocks, mean ± standard deviation over seeds.
-
-    Args:
-        results: The records.
-
-    Raises:
-        NotMeasured: If no network is finished with and without stage cost.
-    """
+    """Test accuracy in percent of the whole network and of its first M blocks, mean ± standard deviation over seeds."""
     head = ["network", "N", "stage cost", "seeds", "whole", *(f"M = {share}" for share in _SHARES)]
     rows = []
     for pair in pairs(results):
@@ -149,14 +142,7 @@ def first_blocks(results: Results) -> str:
 
 
 def early_exits(results: Results) -> str:
-    """Test accuracy in percent and mean depth when samples stop at the first confident output; means over the seeds.
-
-    Args:
-        results: The records.
-
-    Raises:
-        NotMeasured: If no network is finished with and without stage cost.
-    """
+    """Test accuracy in percent and mean depth when samples stop at the first confident output; means over the seeds."""
     found = pairs(results)
     first = found[0].name("stage")
     thresholds = results.measurements(first, results.seeds(first)[0])["exits"]["thresholds"]
@@ -172,14 +158,7 @@ def early_exits(results: Results) -> str:
 
 
 def both_sides(results: Results) -> str:
-    """Both sides of the bound, means over the seeds.
-
-    Args:
-        results: The records.
-
-    Raises:
-        NotMeasured: If no network is finished with and without stage cost.
-    """
+    """Both sides of the bound, means over the seeds."""
     rows = []
     for title, M, trained, found in bounds(results):
         left, right = np.mean(np.asarray(found), axis=0)

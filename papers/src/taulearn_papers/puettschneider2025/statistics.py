@@ -40,11 +40,7 @@ class Pair(NamedTuple):
 
 
 def pairs(results: Results) -> list[Pair]:
-    """The deep networks that are finished in both ways.
-
-    Raises:
-        NotMeasured: If there is none.
-    """
+    """The deep networks that are finished in both ways."""
     found = [
         Pair(match["data"], match["kind"], int(match["depth"]))
         for match in map(_NAME.fullmatch, results.settings)
@@ -106,11 +102,7 @@ def sides(results: Results, deep: str, shallow: str, M: int, seed: int) -> Sides
 
 
 def bounds(results: Results) -> Iterator[tuple[str, int, bool, list[Sides]]]:
-    """Both sides for all that is finished.
-
-    Yields:
-        The deep network in words, M, whether a network of M blocks was trained for it, and the sides of each seed.
-    """
+    """Both sides for all that is finished."""
     for pair in pairs(results):
         deep = pair.name("stage")
         trained = sorted(

@@ -107,10 +107,6 @@ def kept(depth: int) -> tuple[int, ...]:
 def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
     """All trainings, seed by seed, deep networks before shallow ones.
 
-    Args:
-        quick: The networks that two cores manage, instead of those of the paper.
-        seeds: Number of seeds of each setting; None: 3.
-
     Example:
         >>> len(members(quick=True)), len(members())
         (36, 12)

@@ -250,11 +250,7 @@ class Data:
 
 
 def commands(defaults: Mapping[str, Any]) -> dict[str, type]:
-    """All commands, by name.
-
-    Args:
-        defaults: Settings that replace the defaults of ``train``.
-    """
+    """All commands, by name."""
     about = tyro.conf.arg(
         metavar="FILE",
         help="Settings to start from: a run's run.toml, or TOML with one key for each option.",
@@ -279,12 +275,7 @@ def commands(defaults: Mapping[str, Any]) -> dict[str, type]:
 
 
 def parse(argv: list[str]) -> Command:
-    """The command that a line stands for; options come before the settings of a file that it names.
-
-    Raises:
-        SystemExit: After help.
-        UsageError: If the line is not understood, or the file does not do.
-    """
+    """The command that a line stands for; options come before the settings of a file that it names."""
 
     def parsed(defaults: Mapping[str, Any]) -> Any:
         kinds = commands(defaults)

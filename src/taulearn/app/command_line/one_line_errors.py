@@ -21,13 +21,6 @@ _SIDES, _RULES = "│┃| ", "─━╰╯-+"
 def check_names(argv: Sequence[str], commands: Mapping[str, type]) -> None:
     """Refuse commands and options that there are not, with the nearest that there is.
 
-    Args:
-        argv: The arguments.
-        commands: The dataclass of each command, by name.
-
-    Raises:
-        UsageError: Naming the first stranger.
-
     Example:
         >>> check_names(["trian"], {"train": object})
         Traceback (most recent call last):
@@ -57,11 +50,7 @@ def check_names(argv: Sequence[str], commands: Mapping[str, type]) -> None:
 
 @contextlib.contextmanager
 def in_one_line() -> typing.Iterator[None]:
-    """Turn what tyro says of a line that it does not understand into an error of one line.
-
-    Raises:
-        UsageError: Instead of SystemExit(2).
-    """
+    """Turn what tyro says of a line that it does not understand into an error of one line."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

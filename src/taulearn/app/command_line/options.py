@@ -34,13 +34,7 @@ class UsageError(ValueError):
 
 
 def numbers_option(metavar: str, *kinds: type, spaces: bool = True) -> object:
-    """The annotation of an option that takes one or several numbers, separated by commas or spaces.
-
-    Args:
-        metavar: What the help calls the values.
-        *kinds: What the texts may mean: int, float, NoneType.
-        spaces: Whether spaces separate, too; then the option swallows arguments that follow it.
-    """
+    """The annotation of an option that takes one or several numbers, separated by commas or spaces."""
     convert = _converter(kinds)
 
     def parse(texts: list[str]) -> object:
@@ -57,11 +51,7 @@ def numbers_option(metavar: str, *kinds: type, spaces: bool = True) -> object:
 
 
 def option_groups(defaults: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Fields of a dataclass that tyro shows as one box of options for each of GROUPS.
-
-    Args:
-        defaults: Values that replace the defaults of TrainConfig; they need not be valid.
-    """
+    """Fields of a dataclass that tyro shows as one box of options for each of GROUPS."""
     names = list(TrainConfig.model_fields)
     starts = [names.index(first) for first in GROUPS.values()]
     groups: list[tuple[str, Any, Any]] = []
@@ -73,14 +63,7 @@ def option_groups(defaults: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
 
 
 def settings_from(options: Any) -> TrainConfig:
-    """The settings that the parsed options stand for.
-
-    Args:
-        options: A dataclass with the fields of :func:`option_groups`.
-
-    Raises:
-        UsageError: If they do not do.
-    """
+    """The settings that the parsed options stand for."""
     groups = [getattr(options, heading) for heading in GROUPS]
     values = {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
     try:
@@ -90,11 +73,7 @@ def settings_from(options: Any) -> TrainConfig:
 
 
 def settings_in(path: str) -> dict[str, Any]:
-    """The settings in a file that the command line names.
-
-    Raises:
-        UsageError: If it is not there, or no file of settings.
-    """
+    """The settings in a file that the command line names."""
     try:
         values = read_toml(path)
     except (OSError, ValueError) as error:

@@ -56,14 +56,7 @@ def figure(name: str, *values: float) -> tuple[str, str]:
 
 
 def watched(training: "Callable[[Callable[[Run], None]], Result]") -> None:
-    """Run a training that tells when it starts, and print what came of it.
-
-    Args:
-        training: Called with what it is to call with its run once that is under way.
-
-    Raises:
-        taulearn.training.Interrupted: On Ctrl-C at any moment since then.
-    """
+    """Run a training that tells when it starts, and print what came of it."""
     from ...report.sections import description
     from ...training import Interrupted
 

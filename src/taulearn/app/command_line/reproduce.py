@@ -68,7 +68,7 @@ class Reproduce:
     )
 
     def __call__(self) -> None:
-        from ..engines import INSTALL_PAPERS
+        from ..run_members import INSTALL_PAPERS
 
         if self.seeds is not None and self.seeds < 1:
             raise UsageError(f"--seeds must be >= 1, got {self.seeds}")

@@ -37,15 +37,7 @@ EngineChoice = Annotated[
 def train_members(
     members: "Sequence[Member]", out: Path, *, engine: str, workers: int | None, address: str | None
 ) -> dict[str, str]:
-    """Train members with a line for each, and say what failed.
-
-    Returns:
-        What went wrong, by the members' names.
-
-    Raises:
-        ValueError: If their folder holds something else.
-        KeyboardInterrupt: On Ctrl-C, when those under way have their checkpoints.
-    """
+    """Train members with a line for each, and say what failed."""
     from ..member_progress import Watch
     from ..run_members import run_members
 
@@ -61,11 +53,7 @@ def train_members(
 
 
 def fail_with(failed: "Collection[str]") -> None:
-    """End with exit code 1 if members failed.
-
-    Raises:
-        SystemExit: If they did.
-    """
+    """End with exit code 1 if members failed."""
     if failed:
         complain(
             "error",
@@ -75,12 +63,8 @@ def fail_with(failed: "Collection[str]") -> None:
 
 
 def check_engine(engine: str, workers: int | None, address: str | None) -> None:
-    """Refuse an engine that is not there, and options that do not fit it.
-
-    Raises:
-        UsageError: If they do not.
-    """
-    from ..engines import check_installed
+    """Refuse an engine that is not there, and options that do not fit it."""
+    from ..run_members import check_installed
 
     try:
         check_installed(engine)
