@@ -176,7 +176,7 @@ def test_a_crash_at_any_moment_leaves_the_old_pair_or_the_new(tmp_path: Path, mo
 
 
 def test_a_crash_in_the_very_first_save_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taulearn.saving.write_bytes", write_once())
+    monkeypatch.setattr("taulearn.saving.save.write_bytes", write_once())
     with pytest.raises(OSError, match="No space left"):
         save_model(resnet(2, 3, 1, 2), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"model.safetensors does not exist"):
@@ -199,7 +199,7 @@ def write_once() -> Callable[[Path, bytes], None]:
 def test_a_full_disk_leaves_the_old_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = resnet(2, 3, 1, 5)
     save_model(old, tmp_path)
-    monkeypatch.setattr("taulearn.saving.write_bytes", write_once())
+    monkeypatch.setattr("taulearn.saving.save.write_bytes", write_once())
     with pytest.raises(OSError, match="No space left"):
         save_model(resnet(2, 4, 1, 5), tmp_path)
     assert torch.equal(load_model(tmp_path)(torch.ones(1, 2)), old(torch.ones(1, 2)))

@@ -1,158 +1,183 @@
-"""A network as a description in a manifest, and back.
+"""A network as a recipe, and back: {"builder": name, "keywords": its arguments}, whose values may be recipes again.
 
-A description names parts of this package and torch's activations, each by a name that is looked up in a table; nothing
-that a file names is ever imported. Networks are rebuilt on torch's meta device, which allocates nothing, so that a
-description can be compared with the tensors that came along before any memory is spent on it.
+A network from a builder is its call (``resnet``, ``resnet_v2``, ..); one put together by hand of this package's parts
+is the call of TimeVariableNetwork. Its scheme and steps stand beside the recipe, in the manifest. Whether a recipe
+gives the network is not taken on trust: it is followed and compared, before it is written. So a network that was
+changed after it was built is never saved as if it had not been.
+
+Builders are looked up by name in the tables here; nothing that a file names is ever imported. They build on torch's
+meta device, which allocates nothing, so that a manifest can be compared with the tensors that came along before any
+memory is spent on it.
 """
 
-from collections.abc import Mapping
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cache, partial
 from itertools import pairwise
-from typing import Any, cast
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import __version__
-from ._architecture_parts import (
-    NoDescription,
-    class_name,
-    describe_head,
-    describe_layer,
-    describe_named,
-    describe_skips,
-    describe_stem,
-    exactly,
-    make_head,
-    make_layer,
-    make_named,
-    make_skips,
-    make_stem,
-    schemes,
-    widths_of,
-)
-from ._manifest import Host, Manifest, Named, Network, Steps, Wrapped, short
-from .adaptivity.transaction import prunable_of
-from .nn.network import TimeVariableNetwork
-from .nn.time_steps import TimeSteps
-from .wrapping.wrapped_model import wrapping_of
+from .._errors import unknown_name
+from ..depth.truncate import cut
+from ..nn.activations import activation_names, make_activation
+from ..nn.builders import FlattenInput, FullyConnected, densenet, feedforward, fractional_dnn, resnet
+from ..nn.convolutional import ConvolutionalStem, PointwiseSkip, PooledHead, PreActivationBlock, resnet_v2
+from ..nn.network import TimeVariableNetwork
+from ..nn.schemes import SCHEMES, Residual
+from ..nn.skips import ComposedSkips, IdentitySkips, Pad, PadSkips
+from ..nn.time_steps import TimeSteps
+from .manifest import COUNT, LAYERS, OPTIONS, check, short
+
+_PARTS: dict[type[nn.Module], dict[str, str]] = {
+    nn.Identity: {},
+    nn.Linear: {"in_features": "in_features", "out_features": "out_features", "bias": "bias"},
+    FlattenInput: {"in_features": "in_features"},
+    FullyConnected: {
+        "in_features": "linear.in_features",
+        "out_features": "linear.out_features",
+        "activation": "activation",
+    },
+    ConvolutionalStem: {
+        "in_channels": "convolution.in_channels",
+        "channels": "convolution.out_channels",
+        "stride": "convolution.stride",
+    },
+    PreActivationBlock: {
+        "in_channels": "convolution_1.in_channels",
+        "out_channels": "convolution_1.out_channels",
+        "stride": "convolution_1.stride",
+        "activation": "activation_1",
+    },
+    PooledHead: {"channels": "norm.num_features", "num_classes": "linear.out_features", "activation": "activation"},
+    PointwiseSkip: {
+        "in_channels": "convolution.in_channels",
+        "out_channels": "convolution.out_channels",
+        "stride": "stride",
+    },
+    Pad: {"width": "width"},
+    IdentitySkips: {"num_steps": "num_steps", "from_input": "from_input"},
+    PadSkips: {"widths": "widths", "from_input": "from_input"},
+    ComposedSkips: {"maps": "maps", "from_input": "from_input"},
+    nn.Sequential: {"parts": ""},
+    TimeVariableNetwork: {"layers": "layers", "head": "head", "skips": "skips", "stem": "stem"},
+}
+"""The arguments of each part, and where it keeps them."""
 
 
-def describe(model: nn.Module, weights_sha256: str) -> Manifest:
-    """The manifest of a model.
+def _assembled(layers: Sequence[nn.Module], head: nn.Module, skips: Any, stem: nn.Module) -> TimeVariableNetwork:
+    steps = TimeSteps(len(layers), device="meta")
+    return TimeVariableNetwork(layers, head, Residual(), steps, skips, stem=stem)
 
-    Args:
-        model: A model with time steps.
-        weights_sha256: Digest of its weights file, 64 hexadecimal digits.
 
-    Returns:
-        A manifest whose ``model`` is a ``Wrapped`` for a wrapped model, a ``Network`` where :func:`build` gives the
-        same network, else a ``Host``.
+_FULLY_CONNECTED = ("in_features", "width", "out_features", "hidden_layers", "activation", "skips")
+_CONVOLUTIONAL = ("blocks_per_stage", "num_classes", "in_channels", "widths", "activation", "stem_stride")
+_BUILDERS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    **{part.__name__: (part, tuple(paths)) for part, paths in _PARTS.items()},
+    **{each.__name__: (each, _FULLY_CONNECTED) for each in (feedforward, resnet, densenet, fractional_dnn)},
+    "resnet_v2": (resnet_v2, _CONVOLUTIONAL),
+    "Sequential": (lambda parts: nn.Sequential(*parts), ("parts",)),
+    "TimeVariableNetwork": (_assembled, tuple(_PARTS[TimeVariableNetwork])),
+}
+_RECIPE = {"builder": str, "keywords": dict}
+_SHAPES: dict[str, Any] = {
+    "activation": (str, OPTIONS),
+    "bias": bool,
+    "from_input": bool,
+    "hidden_layers": LAYERS,
+    "blocks_per_stage": [LAYERS, ...],
+    "width": (COUNT, [COUNT, ...]),
+    "widths": (COUNT, [COUNT, ...]),
+    "layers": [_RECIPE, ...],
+    "parts": [_RECIPE, ...],
+    "maps": [_RECIPE, ...],
+    "head": _RECIPE,
+    "stem": _RECIPE,
+    "skips": (frozenset(("pad", "learned")), _RECIPE),
+}
+"""The JSON values of arguments that are not counts."""
 
-    Example:
-        >>> from taulearn.nn import resnet
-        >>> network = resnet(2, 3, 1, 4)
-        >>> describe(network, "0" * 64).model.kind
-        'network'
+
+class NoRecipe(Exception):
+    """A part that there are no words for."""
+
+
+def recipes(network: nn.Module) -> Iterator[dict[str, Any]]:
+    """Recipes that might give this network: that of its builder, and that of its parts.
+
+    Raises:
+        NoRecipe: Where a part has none.
     """
-    prunable, wrapping = prunable_of(model), wrapping_of(model)
-    steps = prunable.time_steps
-    host = Host(saved_from=class_name(model), because="")
-    manifest = Manifest(
-        taulearn=__version__,
-        weights_sha256=weights_sha256,
-        time_steps=Steps(
-            origin=steps.origin, constraint=steps.constraint, horizon=steps.horizon, lower_bound=steps.lower_bound
-        ),
-        scheme=_scheme(prunable.scheme),
-        model=host,
-    )
-    if wrapping is not None:
-        wrapped = Wrapped(
-            saved_from=host.saved_from,
-            blocks=wrapping.names,
-            shortened=tuple(sorted(wrapping.shorten)),
-            states=wrapping.states(),
-        )
-        return manifest.model_copy(update={"model": wrapped})
-    try:
-        manifest = manifest.model_copy(update={"model": _network(model)})
-        other = differences(build(manifest).state_dict(), model.state_dict())
-    except (NoDescription, ValueError) as error:
-        other = [str(error)]
-    return manifest.model_copy(update={"model": host.model_copy(update={"because": other[0]})}) if other else manifest
+    noted = getattr(network, "recipe", None)
+    if noted is not None:
+        keywords = {key: _word(key, key, value) for key, value in noted["keywords"].items()}
+        yield {"builder": noted["builder"], "keywords": keywords}
+    yield _recipe("", network)
 
 
-def _scheme(scheme: nn.Module) -> Named:
-    """A scheme of the package with its arguments; any other by the name of its class, which :func:`build` refuses."""
-    try:
-        return describe_named("scheme", scheme, schemes())
-    except NoDescription:
-        return Named(name=class_name(scheme))
-
-
-def build(manifest: Manifest) -> TimeVariableNetwork:
-    """The network that a manifest describes, on the meta device.
-
-    Args:
-        manifest: Its ``model`` must be a ``Network``.
-
-    Returns:
-        The network, pruned as described, with tensors that have shape and type but no content.
+def build(manifest: Mapping[str, Any]) -> TimeVariableNetwork:
+    """The network of a manifest, whose tensors have shape and type but no content.
 
     Raises:
         ValueError: If a name is unknown, or arguments do not fit each other.
-
-    Example:
-        >>> from taulearn.nn import resnet
-        >>> network = resnet(2, 3, 1, 4)
-        >>> build(describe(network, "0" * 64)).layers[0].linear.weight
-        Parameter containing:
-        tensor(..., device='meta', size=(3, 2), requires_grad=True)
     """
-    network, saved = manifest.model, manifest.time_steps
-    if not isinstance(network, Network):
-        because = network.because if isinstance(network, Host) else "it is wrapped"
-        raise ValueError(f"{network.saved_from} can be rebuilt by its own code only: {because}")
-    dtype = getattr(torch, network.dtype)
-    scheme = make_named("scheme", manifest.scheme, schemes())
-    if _scheme(scheme) != manifest.scheme:
-        raise ValueError(f"scheme must have options {sorted(_scheme(scheme).options)}, got {manifest.scheme.options}")
-    if any(a >= b for a, b in pairwise(saved.origin)):
-        raise ValueError(f"time_steps.origin must increase, got {short(saved.origin)}")
-    number = len(saved.origin)
-    steps = TimeSteps(
-        number,
-        horizon=saved.horizon,
-        constraint=saved.constraint,
-        lower_bound=saved.lower_bound,
-        init=max(saved.horizon / number, saved.lower_bound or 0.0),
-        dtype=dtype,
-        device="meta",
-    )
-    steps.origin = saved.origin
-    widths = widths_of(network.layers)
-    return TimeVariableNetwork(
-        [make_layer(layer, dtype) for layer in network.layers],
-        make_head(network.tail, network.head, dtype),
-        scheme,
-        steps,
-        make_skips(network.skips, widths, dtype),
-        stem=make_stem(network.stem, widths[0], dtype),
-    )
+    saved, steps, dtype = manifest["model"], manifest["time_steps"], getattr(torch, manifest["model"]["dtype"])
+    origin, number = steps["origin"], len(steps["origin"])
+    if any(a >= b for a, b in pairwise(origin)):
+        raise ValueError(f"time_steps.origin must increase, got {short(origin)}")
+    scheme = _named("scheme", manifest["scheme"], {name: cls() for name, cls in SCHEMES.items()})
+    if (found := describe_scheme(scheme)) != manifest["scheme"]:
+        raise ValueError(f"scheme must have options {sorted(found['options'])}, got {manifest['scheme']['options']}")
+    start = max(steps["horizon"] / number, steps["lower_bound"] or 0.0)
+    options = {key: steps[key] for key in ("constraint", "horizon", "lower_bound")}
+    time_steps = TimeSteps(number, **options, init=start, dtype=dtype, device="meta")
+    time_steps.origin = tuple(origin)
+    try:
+        network = _make("model", {key: saved[key] for key in _RECIPE})
+        if type(network) is not TimeVariableNetwork:
+            raise ValueError(f"model must be a network, got a {saved['builder']}")
+        if network.recipe is not None:
+            _delete(network, origin)
+        if len(network.layers) != number:
+            raise ValueError(f"time_steps must have one step per layer, got {number} for {len(network.layers)} layers")
+        network.scheme, network.time_steps = scheme, time_steps
+        return network.to(dtype)
+    except (ArithmeticError, AssertionError, AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(f"model cannot be built: {error}") from error
 
 
-def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """How two state dicts differ in names, shapes and types.
+def describe_scheme(scheme: nn.Module) -> dict[str, Any]:
+    """The name of a scheme and its arguments; any other than this package's by the name of its class."""
+    name = next((name for name, cls in SCHEMES.items() if type(scheme) is cls), None)
+    return {"name": name or class_name(scheme), "options": _arguments(scheme) if name else {}}
 
-    Args:
-        expected: Tensors of the model, also on the meta device.
-        found: Tensors that are to go there.
 
-    Returns:
-        One line per difference.
+def other_modules(expected: nn.Module, found: nn.Module) -> list[str]:
+    """How the modules of two models differ: in names, classes and arguments."""
+    there, here = (dict(each.named_modules(remove_duplicate=False)) for each in (expected, found))
+    lines = [f"{name} is missing" for name in there if name not in here]
+    for name, module in here.items():
+        if name not in there:
+            lines.append(f"{name} is unexpected")
+        elif type(module) is not type(there[name]):
+            lines.append(f"{name or 'the model'} must be a {class_name(there[name])}, got a {class_name(module)}")
+        else:
+            wanted, given = _arguments(there[name]), _arguments(module)
+            for key in dict.fromkeys([*wanted, *given]):
+                if (a := wanted.get(key)) != (b := given.get(key)):
+                    lines.append(f"{name}.{key} must be {short(a)}, got {short(b)}")
+    return lines
+
+
+def other_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """How two state dicts, perhaps on the meta device, differ in names, shapes and types.
 
     Example:
-        >>> differences({"a": torch.zeros(2)}, {"a": torch.zeros(3), "b": torch.zeros(1)})
+        >>> other_tensors({"a": torch.zeros(2)}, {"a": torch.zeros(3), "b": torch.zeros(1)})
         ['a must be float32 (2,), got float32 (3,)', 'b is unexpected']
     """
     lines = [f"{name} is missing" for name in expected if name not in found]
@@ -164,25 +189,113 @@ def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
     return lines
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class, for messages."""
+    return type(module).__qualname__
+
+
+def _recipe(where: str, part: nn.Module) -> dict[str, Any]:
+    """The call that makes a part."""
+    paths = _PARTS.get(type(part))
+    if paths is None:
+        raise NoRecipe(f"{where or 'the model'} is a {class_name(part)}")
+    try:
+        values = {key: attrgetter(path)(part) if path else list(part) for key, path in paths.items()}  # type: ignore[call-overload]
+    except AttributeError as error:
+        raise NoRecipe(f"{where} was changed: {error}") from error
+    keywords = {key: _word(f"{where}.{key}" if where else key, key, value) for key, value in values.items()}
+    return {"builder": type(part).__name__, "keywords": keywords}
+
+
+def _word(where: str, key: str, value: Any) -> Any:
+    """The JSON value of an argument."""
+    if key == "activation" and isinstance(value, nn.Module):
+        name = next((name for name, usual in _activations().items() if type(value) is type(usual)), None)
+        if name is None:
+            raise NoRecipe(f"{where} is a {class_name(value)}")
+        options = _arguments(value)
+        for option, given in options.items():
+            if isinstance(given, float) and not math.isfinite(given):
+                raise NoRecipe(f"{where} has {option}={given}")
+        return {"name": name, "options": options}
+    if key == "bias":
+        return value is not None
+    if key == "stride":
+        return value[0] if isinstance(value, tuple) else value
+    if isinstance(value, nn.ModuleList) or key == "parts":
+        return [_recipe(f"{where}.{number}", each) for number, each in enumerate(value)]
+    if isinstance(value, nn.Module):
+        return _recipe(where, value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _make(where: str, recipe: dict[str, Any]) -> nn.Module:
+    """What a recipe gives."""
+    if recipe["builder"] not in _BUILDERS:
+        raise unknown_name(f"{where}.builder", recipe["builder"], _BUILDERS)
+    builder, keys = _BUILDERS[recipe["builder"]]
+    keywords = recipe["keywords"]
+    check(f"{where}.keywords", keywords, {key: _SHAPES.get(key, COUNT) for key in keys})
+    if sum(keywords.get("blocks_per_stage", ())) not in range(LAYERS.stop):
+        raise ValueError(f"{where}.blocks_per_stage must sum to at most {LAYERS[-1]}")
+    made = {key: _made(f"{where}.{key}", value) for key, value in keywords.items()}
+    if inspect.isclass(builder):
+        with torch.device("meta"):
+            return builder(**made)
+    return builder(**made, device="meta") if "in_features" in keys or "in_channels" in keys else builder(**made)
+
+
+def _made(where: str, value: Any) -> Any:
+    """An argument from its JSON value."""
+    if isinstance(value, list):
+        return [_made(f"{where}.{number}", each) for number, each in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    return _named(where, value, _activations()) if value.keys() == OPTIONS.keys() else _make(where, value)
+
+
+def _named(where: str, named: dict[str, Any], known: Mapping[str, nn.Module]) -> nn.Module:
+    """A module by its name in a table. Its options must be arguments of the usual one, and of their types."""
+    usual = known.get(named["name"])
+    if usual is None:
+        raise unknown_name(where, named["name"], known)
+    defaults = _arguments(usual)
+    for key, value in named["options"].items():
+        if key not in defaults:
+            raise unknown_name(f"option of {where} {named['name']!r}", key, defaults)
+        check(f"option {key} of {where} {named['name']!r}", value, type(defaults[key]))
+    try:
+        with torch.device("meta"):
+            return type(usual)(**named["options"])
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} {named['name']!r} cannot have options {short(named['options'])}: {error}") from error
+
+
+def _delete(network: TimeVariableNetwork, origin: Sequence[int]) -> None:
+    """Delete the layers of a freshly built network that are not in ``origin``, as pruning and truncating did."""
+    if origin[-1] >= len(network.layers):
+        raise ValueError(f"time_steps.origin must number {len(network.layers)} layers, got {short(origin)}")
+    if origin[-1] + 1 < len(network.layers):
+        cut(network, origin[-1] + 1)
+    network.keep_layers_(origin)
+
+
+def _arguments(module: nn.Module) -> dict[str, bool | int | float | str | None | tuple[Any, ...]]:
+    """The arguments that a module was made with, as far as it keeps them as plain values of the same name."""
+    values = {name: getattr(module, name, ...) for name in _parameters(type(module))}
+    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | tuple | None)}
+
+
+@cache
+def _parameters(module: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(module).parameters)
+
+
+@cache
+def _activations() -> dict[str, nn.Module]:
+    """The activations as they are by default."""
+    return {name: make_activation(name) for name in activation_names()}
+
+
 def _look(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _network(model: nn.Module) -> Network:
-    exactly("the model", model, TimeVariableNetwork)
-    assert isinstance(model, TimeVariableNetwork)
-    exactly("time_steps", model.time_steps, TimeSteps)
-    stem, in_features = describe_stem(model.stem)
-    layers = tuple(describe_layer(f"layers.{l}", layer) for l, layer in enumerate(model.layers))
-    widths = widths_of(layers)
-    if in_features not in (None, widths[0]):
-        raise NoDescription("stem has another width than the first layer")
-    tail, head = describe_head(model.head)
-    return Network(
-        dtype=cast(Any, str(model.time_steps.values.dtype).removeprefix("torch.")),
-        stem=cast(Any, stem),
-        layers=layers,
-        tail=tail,
-        head=head,
-        skips=describe_skips(model.skips, widths),
-    )
