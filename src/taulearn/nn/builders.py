@@ -164,14 +164,14 @@ def _build(
     layers = [FullyConnected(n, m, activation, dtype=dtype, device=device) for n, m in pairwise(widths)]
     head = nn.Linear(widths[-1], out_features, bias=False, dtype=dtype, device=device)
     network = TimeVariableNetwork(layers, head, scheme, steps, maps, stem=FlattenInput(in_features))
-    keywords = dict(
-        in_features=in_features,
-        width=widths[1] if len(set(hidden)) == 1 else widths[1:],
-        out_features=out_features,
-        hidden_layers=hidden_layers,
-        activation=activation,
-        skips=skips,
-    )
+    keywords = {
+        "in_features": in_features,
+        "width": widths[1] if len(set(hidden)) == 1 else widths[1:],
+        "out_features": out_features,
+        "hidden_layers": hidden_layers,
+        "activation": activation,
+        "skips": skips,
+    }
     network.recipe = {"builder": builder, "keywords": keywords}
     return network
 

@@ -286,13 +286,13 @@ def resnet_v2(
             n = m
     head = PooledHead(n, num_classes, activation, dtype=dtype, device=device)
     network = TimeVariableNetwork(layers, head, Residual(), steps, ComposedSkips(maps, from_input=True), stem=stem)
-    keywords = dict(
-        blocks_per_stage=counts,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        widths=n if constant else stages,
-        activation=activation,
-        stem_stride=stem_stride,
-    )
+    keywords = {
+        "blocks_per_stage": counts,
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+        "widths": n if constant else stages,
+        "activation": activation,
+        "stem_stride": stem_stride,
+    }
     network.recipe = {"builder": "resnet_v2", "keywords": keywords}
     return network

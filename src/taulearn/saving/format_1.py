@@ -21,14 +21,15 @@ def as_format_2(manifest: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If the description of a network is incomplete.
     """
-    model = manifest.get("model")
-    if type(model) is dict and model.get("kind") == "wrapped":
-        model = {"states": [], **model}
-    if type(model) is dict and model.get("kind") == "network":
-        try:
-            model = _network(**model)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"model must describe a network's parts as format 1 does, got {error!r}") from error
+    model: Any = manifest.get("model")
+    match model:
+        case {"kind": "wrapped"}:
+            model = {"states": [], **model}
+        case {"kind": "network"}:
+            try:
+                model = _network(**model)
+            except (AttributeError, IndexError, KeyError, TypeError) as error:
+                raise ValueError(f"model must describe a network's parts as format 1 does, got {error!r}") from error
     return {**manifest, "format": 2, "model": model}
 
 
@@ -48,12 +49,12 @@ def _network(kind: str, dtype: str, stem: Any, layers: Any, head: Any, skips: An
 
 def _skips(kind: str, from_input: Any, widths: list[Any], maps: Any = ()) -> dict[str, Any]:
     """Skips."""
-    own: dict[str, Any] = {
+    own: dict[str, dict[str, Any]] = {
         "identity": {"num_steps": len(widths) - 1},
         "pad": {"widths": widths},
         "composed": {"maps": [_part(each) for each in maps]},
-    }[kind]
-    return _recipe(f"{kind.title()}Skips", **own, from_input=from_input)
+    }
+    return _recipe(f"{kind.title()}Skips", **own[kind], from_input=from_input)
 
 
 def _part(keywords: dict[str, Any] | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..nn.network import TimeVariableNetwork
 from ..wrapping.wrap_model import rewrap
 from ..wrapping.wrapped_model import drop_units, take_states, wrapping_of
 from .manifest import MANIFEST, WEIGHTS, read_manifest, short
-from .recipe import build, other_modules, other_tensors
+from .recipe import build, differences, modules_of, tensors_of
 from .save import describe, with_steps
 
 M = TypeVar("M", bound=nn.Module)
@@ -67,7 +67,7 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
                 f"rebuild ({because}): build the same model and call load_model(path, host=model)"
             )
         network = _built(manifest, folder)
-        _refuse(f"{folder / MANIFEST}", other_tensors(network.state_dict(), tensors), folder)
+        _refuse(f"{folder / MANIFEST}", differences(tensors_of(network.state_dict()), tensors_of(tensors)), folder)
         network.load_state_dict(tensors, assign=True)
         return network
     if saved["kind"] == "wrapped":
@@ -132,16 +132,15 @@ def _delete_layers(host: nn.Module, manifest: dict[str, Any], folder: Path) -> N
 
 def _differences(host: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> list[str]:
     """How the pruned host differs from the saved model."""
-    found: list[str] = []
     if manifest["model"]["kind"] == "network":
-        found = other_modules(_built(manifest, folder), host)
+        there, here = (modules_of(model) for model in (_built(manifest, folder), host))
     else:
-        here = describe(host)
-        for part in ("time_steps", "scheme", "model") if manifest["model"]["kind"] == "wrapped" else ("time_steps", "scheme"):
-            for key, value in manifest[part].items():
-                if key != "states" and value != (given := here[part].get(key)):
-                    found.append(f"{part}.{key} must be {short(value)}, got {short(given)}")
-    return found + other_tensors(host.state_dict(), tensors)
+        parts = ["time_steps", "scheme"] + ["model"] * (manifest["model"]["kind"] == "wrapped")
+        there, here = (
+            {f"{part}.{key}": value for part in parts for key, value in each[part].items() if key != "states"}
+            for each in (manifest, describe(host))
+        )
+    return differences(there, here) + differences(tensors_of(host.state_dict()), tensors_of(tensors))
 
 
 def _refuse(what: str, found: list[str], folder: Path) -> None:

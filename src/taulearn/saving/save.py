@@ -17,11 +17,11 @@ from .. import __version__
 from .._distributed import refuse_distributed
 from ..adaptivity.transaction import prunable_of
 from ..files import check_tensors, move, tensor_bytes, write_bytes
-from ..nn.time_steps import TimeSteps
+from ..nn.time_steps import TimeSteps, time_steps_of
 from ..wrapping.folding import folded_state
 from ..wrapping.wrapped_model import wrapping_of
 from .manifest import ASIDE, FORMAT, MANIFEST, WEIGHTS
-from .recipe import NoRecipe, build, class_name, describe_scheme, other_modules, other_tensors, recipes
+from .recipe import NoRecipe, build, differences, modules_of, name_of_scheme, noted_recipe, recipe_of_parts, tensors_of
 
 
 def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -86,27 +86,27 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "format": FORMAT,
         "taulearn": __version__,
         "time_steps": {"origin": list(steps.origin), **options},
-        "scheme": describe_scheme(prunable.scheme),
+        "scheme": name_of_scheme(prunable.scheme),
     }
     if wrapping is None:
         return manifest | {"model": _network_or_host(model, manifest)}
     names, lists, states = list(wrapping.names), sorted(wrapping.shorten), [list(pair) for pair in wrapping.states()]
-    wrapped = {"kind": "wrapped", "saved_from": class_name(model), "blocks": names, "shortened": lists}
+    wrapped = {"kind": "wrapped", "saved_from": type(model).__qualname__, "blocks": names, "shortened": lists}
     return manifest | {"model": wrapped | {"states": states}}
 
 
 def _network_or_host(model: nn.Module, manifest: dict[str, Any]) -> dict[str, Any]:
     """A network by the first recipe that gives it again; a model without one needs a host."""
-    dtype = str(model.time_steps.values.dtype).removeprefix("torch.")
-    because = ""
-    try:
-        for recipe in recipes(model):
-            network = {"kind": "network", "dtype": dtype, **recipe}
+    dtype, because = str(time_steps_of(model).values.dtype).removeprefix("torch."), ""
+    for recipe_of in (noted_recipe, recipe_of_parts):
+        try:
+            network = {"kind": "network", "dtype": dtype, **recipe_of(model)}
             rebuilt = build(manifest | {"model": network})
-            differences = other_modules(rebuilt, model) + other_tensors(rebuilt.state_dict(), model.state_dict())
-            if not differences:
-                return network
-            because = differences[0]
-    except (NoRecipe, ValueError) as error:
-        because = str(error)
-    return {"kind": "host", "saved_from": class_name(model), "because": because}
+        except (NoRecipe, ValueError) as error:
+            because = str(error)
+            continue
+        there, here = (modules_of(each) | tensors_of(each.state_dict()) for each in (rebuilt, model))
+        if there == here:
+            return network
+        because = differences(there, here)[0]
+    return {"kind": "host", "saved_from": type(model).__qualname__, "because": because}
