@@ -61,7 +61,7 @@ def edited(folder: Path, *keys: str | int, value: object) -> Path:
         ([*KEYWORDS, "in_features"], "3", "keywords.in_features must be an integer in .*, got '3'"),
         ([*KEYWORDS, "in_features"], 10**12, "keywords.in_features must be an integer in"),
         ([*KEYWORDS, "in_features"], 2**28, r"layers.0.linear.weight must be .float32 \(3, 268435456\)., got"),
-        ([*KEYWORDS, "hidden_layers"], 2**28, r"keywords.hidden_layers must be an integer in 1 .. 65536"),
+        ([*KEYWORDS, "hidden_layers"], 2**28, r"keywords.hidden_layers must be an integer in 1 .. 4096"),
         ([*KEYWORDS, "hidden_layers"], 2, "origin must be numbers of 2 layers, got 2"),
         ([*KEYWORDS, "width"], [3, 3], "width must be one integer or 3 integers"),
         ([*KEYWORDS, "width"], [], "keywords.width must be"),

@@ -29,6 +29,7 @@ from taulearn.nn import (
     resnet_v2,
 )
 from taulearn.nn.builders import FullyConnected
+from taulearn.saving.recipe import _SHAPES
 
 STORED = Path(__file__).parent / "stored"
 
@@ -277,6 +278,30 @@ def test_other_models_saved_in_format_1_still_load(tmp_path: Path) -> None:
 
 
 def test_saving_asks_for_torch_and_safetensors_alone() -> None:
-    program = "import sys, torch, safetensors.torch; before = set(sys.modules); import taulearn.saving; print(*set(sys.modules) - before)"
+    program = (
+        "import sys, torch, safetensors.torch; before = set(sys.modules); import taulearn.saving;"
+        "print(*set(sys.modules) - before)"
+    )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not {name.partition(".")[0] for name in run.stdout.split()} & {"pydantic", "pydantic_core", "tyro", "rich"}
+
+
+def test_a_network_deeper_than_a_few_bytes_may_ask_for_is_saved_by_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_SHAPES, "hidden_layers", range(1, 5))
+    network = resnet(3, 4, 2, 5)
+    save_model(network, tmp_path)
+    assert model_in(tmp_path)["builder"] == "TimeVariableNetwork"
+    assert_equal(load_model(tmp_path), network, torch.ones(2, 3))
+
+
+def test_a_model_of_ones_own_may_have_another_recipe(tmp_path: Path) -> None:
+    class Cake(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recipe, self.scheme, self.time_steps = "flour, eggs", Residual(), TimeSteps(2)
+
+    cake = Cake()
+    save_model(cake, tmp_path)
+    assert model_in(tmp_path) == {"kind": "host", "saved_from": Cake.__qualname__, "because": "the model is a Cake"}

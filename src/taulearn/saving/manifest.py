@@ -17,7 +17,7 @@ FORMAT: Final = 2
 _LARGEST = 2**24
 
 COUNT = range(1, 2**28 + 1)  # widths, whose product in bytes stays far below 2^63, where torch's arithmetic ends
-LAYERS = range(1, 2**16 + 1)  # few bytes of a file shall not keep a machine busy
+LAYERS = range(1, 2**12 + 1)  # few bytes shall not keep a machine busy; deeper networks are saved by their parts
 NAMED = {"name": str, "options": dict}
 RECIPE = {"builder": str, "keywords": dict}
 _DTYPES = frozenset(("float16", "bfloat16", "float32", "float64"))

@@ -91,7 +91,7 @@ class NoRecipe(Exception):
 
 def noted_recipe(network: nn.Module) -> dict[str, Any]:
     """The call of the builder that the network is from, which may have been changed since."""
-    noted = getattr(network, "recipe", None)
+    noted = network.recipe if isinstance(network, TimeVariableNetwork) else None
     if noted is None:
         raise NoRecipe(f"the {type(network).__name__} is from no builder")
     return {**noted, "keywords": {key: _json_value(key, key, value) for key, value in noted["keywords"].items()}}
