@@ -68,7 +68,7 @@ def truncate(model: nn.Module, depth: int) -> PruneReport:
         simplex = depth < number and model.time_steps.constraint == "simplex"
         note = "the steps that are left were projected, so that they add up to the horizon" if simplex else ""
         if depth < number:
-            _cut(model, depth)
+            cut(model, depth)
         return PruneReport(deleted, tuple(range(depth)), number, depth, parameters, _count(model), "none", note)
     except BaseException:
         before.restore()
@@ -85,7 +85,8 @@ def _deleted(network: TimeVariableNetwork, depth: int) -> tuple[DeletedLayer, ..
     )
 
 
-def _cut(network: TimeVariableNetwork, depth: int) -> None:
+def cut(network: TimeVariableNetwork, depth: int) -> None:
+    """Let a network end after its first ``depth`` layers; the skips past the others come before the head."""
     number, skips = len(network.layers), copy.deepcopy(network.skips)
     maps = [skips.past(l) for l in range(depth, number) if not skips.unchanged(l)]
     if maps:

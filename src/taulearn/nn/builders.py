@@ -121,6 +121,7 @@ class Options(FractionalOptions, total=False):
 
 
 def _build(
+    builder: str,
     scheme: Scheme,
     in_features: int,
     width: int | Sequence[int],
@@ -162,7 +163,17 @@ def _build(
         maps = PadSkips(widths) if skips == "pad" or unused else learned_skips(widths, dtype=dtype, device=device)
     layers = [FullyConnected(n, m, activation, dtype=dtype, device=device) for n, m in pairwise(widths)]
     head = nn.Linear(widths[-1], out_features, bias=False, dtype=dtype, device=device)
-    return TimeVariableNetwork(layers, head, scheme, steps, maps, stem=FlattenInput(in_features))
+    network = TimeVariableNetwork(layers, head, scheme, steps, maps, stem=FlattenInput(in_features))
+    keywords = {
+        "in_features": in_features,
+        "width": widths[1] if len(set(hidden)) == 1 else widths[1:],
+        "out_features": out_features,
+        "hidden_layers": hidden_layers,
+        "activation": activation,
+        "skips": skips,
+    }
+    network.recipe = {"builder": builder, "keywords": keywords}
+    return network
 
 
 def resnet(
@@ -193,7 +204,7 @@ def resnet(
         >>> sum(p.numel() for p in network.parameters())
         130006
     """
-    return _build(Residual(), in_features, width, out_features, hidden_layers, **options)
+    return _build("resnet", Residual(), in_features, width, out_features, hidden_layers, **options)
 
 
 def feedforward(
@@ -207,7 +218,7 @@ def feedforward(
         >>> feedforward(8, [16, 4], 2, 2, activation="tanh").time_steps.num_steps
         2
     """
-    return _build(Feedforward(), in_features, width, out_features, hidden_layers, **options)
+    return _build("feedforward", Feedforward(), in_features, width, out_features, hidden_layers, **options)
 
 
 def densenet(
@@ -221,7 +232,7 @@ def densenet(
         >>> densenet(8, 4, 2, 3).scheme.name
         'dense'
     """
-    return _build(Dense(), in_features, width, out_features, hidden_layers, **options)
+    return _build("densenet", Dense(), in_features, width, out_features, hidden_layers, **options)
 
 
 def fractional_dnn(
@@ -270,7 +281,9 @@ def fractional_dnn(
             "1/tau; take the default 1e-4"
         )
     scheme = Fractional(gamma=gamma, memory_from=memory_from, memory=memory, tolerance=tolerance)
-    return _build(scheme, in_features, width, out_features, hidden_layers, lower_bound=lower_bound, **options)
+    return _build(
+        "fractional_dnn", scheme, in_features, width, out_features, hidden_layers, lower_bound=lower_bound, **options
+    )
 
 
 BUILDERS: dict[str, Callable[..., TimeVariableNetwork]] = {

@@ -285,4 +285,14 @@ def resnet_v2(
             maps.append(PointwiseSkip(n, m, stride, dtype=dtype, device=device) if changed else None)
             n = m
     head = PooledHead(n, num_classes, activation, dtype=dtype, device=device)
-    return TimeVariableNetwork(layers, head, Residual(), steps, ComposedSkips(maps, from_input=True), stem=stem)
+    network = TimeVariableNetwork(layers, head, Residual(), steps, ComposedSkips(maps, from_input=True), stem=stem)
+    keywords = {
+        "blocks_per_stage": counts,
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+        "widths": n if constant else stages,
+        "activation": activation,
+        "stem_stride": stem_stride,
+    }
+    network.recipe = {"builder": "resnet_v2", "keywords": keywords}
+    return network

@@ -1,6 +1,7 @@
 """A network with learned time steps: layers, a scheme, one vector of steps, and an output layer."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,10 @@ class TimeVariableNetwork(nn.Module):
         skips: The maps P. None: identities, and zero past the first layer when there is no stem (it changes the space).
         stem: Maps the network's input to the state y_0. None: the input is y_0.
 
+    Attributes:
+        recipe: Which function of this package built the layers, head and skips, and from which arguments, as
+            ``save_model`` writes it; None for a network put together by hand.
+
     Raises:
         ValueError: If the numbers of layers, steps and skips differ.
 
@@ -39,6 +44,8 @@ class TimeVariableNetwork(nn.Module):
         >>> network(torch.zeros(5, 2)).shape
         torch.Size([5, 1])
     """
+
+    recipe: Mapping[str, Any] | None = None
 
     def __init__(
         self,

@@ -1,0 +1,152 @@
+"""``load_model``."""
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from torch import Tensor, nn
+
+from ..adaptivity.coarsen import prune
+from ..adaptivity.transaction import all_or_nothing, prunable_of
+from ..files import read_tensors
+from ..nn.network import TimeVariableNetwork
+from ..wrapping.wrap_model import rewrap
+from ..wrapping.wrapped_model import drop_units, take_states, wrapping_of
+from .manifest import MANIFEST, WEIGHTS, read_manifest, short
+from .recipe import build, differences, modules_of, tensors_of
+from .save import describe, with_steps
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@overload
+def load_model(path: str | os.PathLike[str]) -> TimeVariableNetwork: ...
+@overload
+def load_model(path: str | os.PathLike[str], host: None) -> TimeVariableNetwork: ...
+@overload
+def load_model(path: str | os.PathLike[str], host: M) -> M: ...
+def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> nn.Module:
+    """Load what :func:`save_model` saved.
+
+    Networks of the package's own parts are rebuilt from the manifest. A wrapped model, and one with parts of your own,
+    needs ``host``, a model built by the same code: files never name code to run.
+
+    Args:
+        path: The folder; a run directory is one.
+        host: A fresh model: not pruned, or pruned no further than the saved one. Layers that the saved model no longer
+            has are deleted from it, and the weights are copied into it. For a wrapped model it need not be wrapped:
+            then it gets its time steps here; steps in units of displacement become plain ones. None: rebuild the
+            network.
+
+    Returns:
+        The host, or the rebuilt network (on the CPU, in training mode like every fresh module).
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, of another format or not of the same save as the other, if the model needs a
+            host, or if the host is another model than the saved one; the host is then as before.
+        TypeError: If the host has no time steps.
+
+    Example:
+        >>> import tempfile, torch, taulearn
+        >>> network, folder = taulearn.nn.resnet(2, 8, 1, 5), tempfile.mkdtemp()
+        >>> report = taulearn.prune(network, keep=[0, 2, 4])
+        >>> taulearn.save_model(network, folder)
+        >>> fresh = load_model(folder, host=taulearn.nn.resnet(2, 8, 1, 5))
+        >>> fresh.time_steps.origin, bool((fresh(torch.ones(1, 2)) == network(torch.ones(1, 2))).all())
+        ((0, 2, 4), True)
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    saved, (tensors, _) = manifest["model"], read_tensors(folder / WEIGHTS)
+    if host is None:
+        if saved["kind"] != "network":
+            because = "it is a wrapped model" if saved["kind"] == "wrapped" else short(saved["because"])
+            raise ValueError(
+                f"host must be given for the {short(saved['saved_from'])} in {folder}, which its files alone do not "
+                f"rebuild ({because}): build the same model and call load_model(path, host=model)"
+            )
+        network = _built(manifest, folder)
+        _refuse(f"{folder / MANIFEST}", differences(tensors_of(network.state_dict()), tensors_of(tensors)), folder)
+        network.load_state_dict(tensors, assign=True)
+        return network
+    if saved["kind"] == "wrapped":
+        tensors = {name: value.squeeze(0) if value.ndim else value for name, value in tensors.items()}
+    inner: nn.Module = getattr(host, "_orig_mod", host)
+    with all_or_nothing([inner], None):
+        _wrap_as_saved(inner, manifest, folder)
+        with_steps("host", inner)
+        _delete_layers(inner, manifest, folder)
+        if saved["kind"] == "wrapped" and (wrapping := wrapping_of(inner)) is not None:
+            take_states(wrapping, saved["states"])
+        _refuse("host", _differences(inner, manifest, tensors, folder), folder)
+    inner.load_state_dict(tensors)
+    return host
+
+
+def _built(manifest: dict[str, Any], folder: Path) -> TimeVariableNetwork:
+    """The network of a manifest, without content."""
+    try:
+        return build(manifest)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / MANIFEST} must describe a network that can be built, got a contradiction ({error}): "
+            "restore it, or save again"
+        ) from error
+
+
+def _wrap_as_saved(host: nn.Module, manifest: dict[str, Any], folder: Path) -> None:
+    """Give a host without time steps those of a saved wrapped model; names in the file are only looked up."""
+    saved, wrapping = manifest["model"], wrapping_of(host)
+    if wrapping is not None and wrapping.units is not None:
+        drop_units(wrapping)
+    if saved["kind"] != "wrapped" or hasattr(host, "time_steps"):
+        return
+    options = {key: value for key, value in manifest["time_steps"].items() if key != "origin"}
+    try:
+        rewrap(host, saved["blocks"], saved["shortened"], **options)
+    except ValueError as error:
+        raise ValueError(
+            f"host must be a model like the {short(saved['saved_from'])} in {folder}, got one that cannot be wrapped "
+            f"as it was ({error}): build the same model, not pruned"
+        ) from error
+
+
+def _delete_layers(host: nn.Module, manifest: dict[str, Any], folder: Path) -> None:
+    """Delete the host's layers that the saved model does not have."""
+    kept, present = tuple(manifest["time_steps"]["origin"]), prunable_of(host).time_steps.origin
+    if not set(kept) <= set(present):
+        raise ValueError(
+            f"host must have the layers {short(kept)} that {folder} holds, got {short(present)}: "
+            "build it with as many layers as the saved model had at the start"
+        )
+    if len(kept) < len(present):
+        try:
+            prune(host, keep=[present.index(layer) for layer in kept])
+        except ValueError as error:
+            raise ValueError(
+                f"host must be a model whose layers can be deleted down to the {short(kept)} that {folder} holds, "
+                f"got one where they cannot ({error}): build it as the saved model was"
+            ) from error
+
+
+def _differences(host: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> list[str]:
+    """How the pruned host differs from the saved model."""
+    if manifest["model"]["kind"] == "network":
+        there, here = (modules_of(model) for model in (_built(manifest, folder), host))
+    else:
+        parts = ["time_steps", "scheme"] + ["model"] * (manifest["model"]["kind"] == "wrapped")
+        there, here = (
+            {f"{part}.{key}": value for part in parts for key, value in each[part].items() if key != "states"}
+            for each in (manifest, describe(host))
+        )
+    return differences(there, here) + differences(tensors_of(host.state_dict()), tensors_of(tensors))
+
+
+def _refuse(what: str, found: list[str], folder: Path) -> None:
+    if found:
+        listed = "; ".join(found[:10]) + (f"; and {len(found) - 10} more" if len(found) > 10 else "")
+        raise ValueError(
+            f"{what} must be of the model whose tensors are in {folder / WEIGHTS}, "
+            f"got {len(found)} differences: {listed}"
+        )

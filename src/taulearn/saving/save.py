@@ -1,0 +1,112 @@
+"""``save_model``.
+
+The tensors of a wrapped model are written with a dimension of size 1 in front. transformers passes over tensors that it
+does not know, ``time_steps.values`` among them, and would load the file as another model without an error; sizes that
+differ it refuses, as torch does.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import __version__
+from .._distributed import refuse_distributed
+from ..adaptivity.transaction import prunable_of
+from ..files import check_tensors, move, tensor_bytes, write_bytes
+from ..nn.time_steps import TimeSteps, time_steps_of
+from ..wrapping.folding import folded_state
+from ..wrapping.wrapped_model import wrapping_of
+from .manifest import ASIDE, FORMAT, MANIFEST, WEIGHTS
+from .recipe import NoRecipe, build, differences, modules_of, name_of_scheme, noted_recipe, recipe_of_parts, tensors_of
+
+
+def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Save a model, also a pruned one, as a folder with model.safetensors and model.json.
+
+    A model that was saved there before is replaced: whatever happens meanwhile, one of the two can be loaded.
+
+    Args:
+        model: A model with time steps.
+        path: The folder, made if missing. Other files in it are left alone.
+
+    Raises:
+        TypeError: If the model has no time steps, or its state dict holds something other than dense tensors of numbers
+            (sparse, quantized, nested, on the meta device); nothing is written then.
+        ValueError: If its parameters are sharded.
+        OSError: If the files cannot be written.
+
+    Example:
+        >>> import tempfile, taulearn
+        >>> from taulearn.nn import resnet
+        >>> folder = tempfile.mkdtemp()
+        >>> save_model(resnet(784, 100, 10, 6), folder)
+        >>> taulearn.load_model(folder).time_steps.num_steps
+        6
+    """
+    refuse_distributed("model", model, "save")
+    inner = with_steps("model", model)
+    state = folded_state(inner)
+    check_tensors(state, "model")
+    if wrapping_of(inner) is not None:
+        state = {name: value.unsqueeze(0) for name, value in state.items()}
+    content = tensor_bytes(state, {"kind": "taulearn weights"}, "model")
+    manifest = describe(inner) | {"weights_sha256": hashlib.sha256(content).hexdigest()}
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(
+            f"path must be a folder, got the file {folder}: the model becomes two files in a folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / ASIDE, json.dumps(manifest, indent=2, allow_nan=False).encode() + b"\n")
+    write_bytes(folder / WEIGHTS, content)
+    move(folder / ASIDE, folder / MANIFEST)
+
+
+def with_steps(argument: str, model: nn.Module) -> nn.Module:
+    """The model itself, out of torch.compile's wrapper; refused without time steps."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    if not isinstance(getattr(inner, "time_steps", None), TimeSteps) or not hasattr(prunable_of(inner), "scheme"):
+        raise TypeError(
+            f"{argument} must be a model with time steps, got {type(inner).__name__}: build it with taulearn.nn or "
+            "wrap it with taulearn.wrap, and hand over the model itself, not a wrapper around it"
+        )
+    return inner
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The manifest of a model, but for the digest of its weights."""
+    prunable, wrapping = prunable_of(model), wrapping_of(model)
+    steps = prunable.time_steps
+    options = {name: getattr(steps, name) for name in ("constraint", "horizon", "lower_bound")}
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "taulearn": __version__,
+        "time_steps": {"origin": list(steps.origin), **options},
+        "scheme": name_of_scheme(prunable.scheme),
+    }
+    if wrapping is None:
+        return manifest | {"model": _network_or_host(model, manifest)}
+    names, lists, states = list(wrapping.names), sorted(wrapping.shorten), [list(pair) for pair in wrapping.states()]
+    wrapped = {"kind": "wrapped", "saved_from": type(model).__qualname__, "blocks": names, "shortened": lists}
+    return manifest | {"model": wrapped | {"states": states}}
+
+
+def _network_or_host(model: nn.Module, manifest: dict[str, Any]) -> dict[str, Any]:
+    """A network by the first recipe that gives it again; a model without one needs a host."""
+    dtype, because = str(time_steps_of(model).values.dtype).removeprefix("torch."), ""
+    for recipe_of in (noted_recipe, recipe_of_parts):
+        try:
+            network = {"kind": "network", "dtype": dtype, **recipe_of(model)}
+            rebuilt = build(manifest | {"model": network})
+        except (NoRecipe, ValueError) as error:
+            because = str(error)
+            continue
+        there, here = (modules_of(each) | tensors_of(each.state_dict()) for each in (rebuilt, model))
+        if there == here:
+            return network
+        because = differences(there, here)[0]
+    return {"kind": "host", "saved_from": type(model).__qualname__, "because": because}
