@@ -62,7 +62,7 @@ def eager_loop(network: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) 
 def compiled_loop(network: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], float]:
     """The steps that fit takes, without record and progress."""
     from taulearn.functional import half_mse_loss
-    from taulearn.optim import SteepestDescent, register_projection
+    from taulearn.optim import SteepestDescent
     from taulearn.training.batches import TensorBatches
     from taulearn.training.objective import Objective, StepOptions
     from taulearn.training.step import Engine
@@ -71,7 +71,6 @@ def compiled_loop(network: nn.Module, inputs: torch.Tensor, targets: torch.Tenso
     objective = Objective(network, half_mse_loss, ())
     batches = TensorBatches(inputs, targets, len(inputs), 0)
     engine = Engine(objective, optimizer, batches, StepOptions(), compiled=True)
-    register_projection(optimizer, network)
 
     def step() -> float:
         began = time.perf_counter()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .nn.time_steps import TimeSteps as TimeSteps
     from .optim import parameter_groups as parameter_groups
     from .saving import load_model as load_model, save_model as save_model
-    from .training import History as History, fit as fit
+    from .training import History as History, attach as attach, fit as fit
     from .wrapping import unwrap as unwrap, wrap as wrap
 
 __version__ = "0.1.0"
@@ -52,6 +52,7 @@ __all__ = [
     "TimeSteps",
     "__version__",
     "adjoint",
+    "attach",
     "calibration",
     "caputo",
     "contribution",
@@ -85,6 +86,7 @@ _HOMES = {
     "PruneReport": ".adaptivity.coarsen",
     "Pruning": ".adaptivity.policies",
     "TimeSteps": ".nn.time_steps",
+    "attach": ".training",
     "contribution": ".adaptivity.estimate",
     "export_model": ".export",
     "fit": ".training",

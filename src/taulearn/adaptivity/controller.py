@@ -13,7 +13,7 @@ from .._calls import layer_milliseconds
 from ..optim import group_of
 from .coarsen import PruneReport, check_prunable, prune
 from .estimate import Criterion, RunningContribution, scores_of, shares, shares_of
-from .optimizer_state import check_follows, with_inner
+from .optimizer_state import check_follows, optimizers_in, with_inner
 from .policies import Pruning
 from .target import SteeredL1, Target, window
 from .transaction import Prunable, prunable_of
@@ -30,7 +30,7 @@ class Pruner:
     Args:
         policy: The policy.
         model: A model that can be pruned.
-        optimizer: Its optimiser.
+        optimizer: Its optimiser, or several.
         epochs: Number of epochs.
         per_epoch: Iterations per epoch.
 
@@ -44,7 +44,12 @@ class Pruner:
     """
 
     def __init__(
-        self, policy: Pruning, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, per_epoch: int
+        self,
+        policy: Pruning,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        epochs: float,
+        per_epoch: int,
     ) -> None:
         self.policy, self.model, self.optimizer = policy, model, optimizer
         check_prunable(model)
@@ -69,7 +74,7 @@ class Pruner:
         gone = {id(p) for l, layer in enumerate(layers) if l not in fixed for p in layer.parameters()}
         gone.add(id(self.prunable.time_steps.values))
         named = {p: name for name, p in self.model.named_parameters()}
-        for each in with_inner([self.optimizer]):
+        for each in with_inner(optimizers_in(self.optimizer)):
             check_follows(each, named, gone)
 
     def begin(self, sample: Any) -> None:
@@ -109,6 +114,11 @@ class Pruner:
 
     def _measure(self, sample: Any) -> tuple[tuple[float, ...], float]:
         inputs = sample if self.policy.example_inputs is None else self.policy.example_inputs
+        if inputs is None:
+            raise ValueError(
+                "example_inputs must be given with target_latency_ms outside fit, which knows the data: write "
+                "Pruning(target_latency_ms=.., example_inputs=inputs)"
+            )
         return layer_milliseconds(self.model, cast(Any, self.prunable).layers, inputs)
 
     def _excess(self, costs: tuple[float, ...], whole: float, fixed: Mapping[int, str]) -> float:
@@ -167,12 +177,17 @@ class Pruner:
         self.least = float(found[-1].min()) if found.numel() else None
         return bool((found >= float(self.policy.threshold)).all())
 
-    def measuring(self, iteration: int) -> AbstractContextManager[None] | None:
-        """The context of the iteration of this number (from 0), where contributions are measured in it."""
+    def measuring(self, iteration: int, *, recording: bool = False) -> AbstractContextManager[None] | None:
+        """The context of the iteration of this number (from 0), where contributions are measured in it.
+
+        Args:
+            iteration: Number of iterations taken.
+            recording: Whether only forward passes count that record gradients.
+        """
         every = self.measure_every
         if self.running is None or every is None or iteration % every or self.over:
             return None
-        return self.running.measuring()
+        return self.running.measuring(recording=recording)
 
     def prune(self, iteration: int, averaged: AveragedModel | None) -> PruneReport | None:
         """Look at the layers: delete what has to go, and let the target steer the penalty.
@@ -368,7 +383,9 @@ class Pruner:
             self._set_penalty()
 
 
-def check_penalised(policy: Pruning, prunable: Prunable, optimizer: torch.optim.Optimizer) -> None:
+def check_penalised(
+    policy: Pruning, prunable: Prunable, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+) -> None:
     """Refuse a policy whose penalty on the steps could not lead to its target.
 
     Args:

@@ -186,10 +186,13 @@ class RunningContribution:
         return [l for l, count in enumerate(self.counts) if count == 0]
 
     @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Measure the forward passes of the body."""
+    def measuring(self, *, recording: bool = False) -> Iterator[None]:
+        """Measure the forward passes of the body; or, recording, those alone that record gradients."""
         layers, found = prunable_of(self.model).layers, dict[int, Tensor]()
-        hooks = [layer.register_forward_hook(self._hook(l, found), with_kwargs=True) for l, layer in enumerate(layers)]
+        hooks = [
+            layer.register_forward_hook(self._hook(l, found, recording), with_kwargs=True)
+            for l, layer in enumerate(layers)
+        ]
         try:
             yield
         finally:
@@ -197,14 +200,18 @@ class RunningContribution:
                 hook.remove()
             self._take(found)
 
-    def _hook(self, l: int, found: dict[int, Tensor]) -> Callable[..., None]:
+    def _hook(self, l: int, found: dict[int, Tensor], recording: bool) -> Callable[..., None]:
         prunable, wrapping = prunable_of(self.model), wrapping_of(self.model)
         form = Form() if wrapping is None else wrapping.forms[l]
         power = prunable.scheme.step_power
         gain = math.gamma(2.0 - power)
 
-        @torch.no_grad()
         def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if torch.is_grad_enabled() or not recording:
+                with torch.no_grad():
+                    take(args, kwargs, output)
+
+        def take(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             value = form.leaving(output)
             if value is None or value.numel() == 0:
                 return

@@ -230,7 +230,7 @@ class Target:
         return [i for i, layer in enumerate(origin) if self.chosen and (everywhere or layer in self.chosen)]
 
 
-def window(by: float | int, every: str | int | None, epochs: int, per_epoch: int) -> tuple[int, int, int]:
+def window(by: float | int, every: str | int | None, epochs: float, per_epoch: int) -> tuple[int, int, int]:
     """From when to when layers go, and how often the controller looks, in iterations.
 
     Args:
@@ -250,7 +250,7 @@ def window(by: float | int, every: str | int | None, epochs: int, per_epoch: int
         (120, 1200, 12)
     """
     if isinstance(by, int) and by > epochs:
-        raise ValueError(f"by must be at most {epochs}, the number of epochs, got {by}: layers go during training")
+        raise ValueError(f"by must be at most {epochs:g}, the number of epochs, got {by}: layers go during training")
     end = by * per_epoch if isinstance(by, int) else round(by * epochs * per_epoch)
     look = per_epoch if every == "epoch" else max(1, end // _LOOKS) if every is None else int(every)
     deadline = end // look * look

@@ -130,7 +130,7 @@ class TimeStepsCallback(TrainerCallback):
             if isinstance(guard, SavePretrained) and is_pretrained(module):  # others Trainer does not save so
                 self._replace_saving(module, _SaveCheckpoint(guard, model, state, self._record))
         if not isinstance(vars(whole).get("save_pretrained"), _SaveCheckpoint):  # the state dict itself is saved
-            for each in (model, *companion.averaged()):
+            for each in (model, *companion.session.averages()):
                 marking = each.register_state_dict_post_hook(lambda *args: self._mark(*args))
                 self._training.callback(marking.remove)
         companion.warn_of_decay(
@@ -148,16 +148,17 @@ class TimeStepsCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the penalties the epoch."""
-        self._companion.start_epoch(int(state.epoch or 0))
+        self._companion.session.start_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, where the policy asks for it."""
-        self._companion.start_iteration()
+        self._companion.session.measure()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the step add the penalties' gradients before it, and end with the projection."""
-        hook = self._companion.optimizer.register_step_pre_hook(lambda *_: self._companion.before_step())
-        self._step.callback(hook.remove)
+        session = self._companion.session
+        (optimizer,) = session.optimizers
+        self._step.callback(optimizer.register_step_pre_hook(lambda *_: session.before_step()).remove)
         self._companion.constrained(self._step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -177,16 +178,16 @@ class TimeStepsCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Note the loss."""
         if logs is not None and "loss" in logs:
-            self._companion.losses[self._companion.iteration] = float(logs["loss"])
+            self._companion.session.note(float(logs["loss"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model; say what of a target is left."""
         self._training.close()
-        self._companion.warn_of_target()
+        self._companion.session.warn_of_target()
 
     def _mark(self, model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         if self._control.should_save:  # whoever asked for it; else somebody else reads the weights
-            record = self._record() if model is self._companion.model else None
+            record = self._record() if model is self._companion.session.model else None
             mark_(model, state, prefix, record=record, lifted=self._lifted)
 
     def _record(self) -> dict[str, Tensor]:

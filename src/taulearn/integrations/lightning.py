@@ -10,9 +10,9 @@ from torch.optim.swa_utils import AveragedModel
 from ..adaptivity.policies import Pruning
 from ..nn.time_steps import time_steps_of
 from ..optim import group_of
+from ..optim.steepest_descent import SEARCHING
 from ..penalties import Penalty
 from ..training.history import History
-from ..training.step import SEARCHING
 from .checkpoints import mark_states
 from .companion import Companion, averages_in, model_with_time_steps
 
@@ -84,7 +84,7 @@ class TimeStepsCallback(Callback):
         if not pl_module.automatic_optimization:
             raise ValueError(
                 "automatic_optimization must be True for this callback, got a module that steps its optimisers by "
-                "hand: use taulearn.optim.register_projection and taulearn.prune in it"
+                "hand: use taulearn.attach in it, without the callback"
             )
         model = model_with_time_steps(pl_module)
         values = time_steps_of(model).values
@@ -121,7 +121,7 @@ class TimeStepsCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Tell the penalties the epoch."""
-        self._companion.start_epoch(trainer.current_epoch)
+        self._companion.session.start_epoch(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measure, where the policy asks for it; nothing in an epoch for the statistics of an average."""
@@ -129,12 +129,12 @@ class TimeStepsCallback(Callback):
             self._trained = True
             self._training.close()
         if not self._trained:
-            self._companion.start_iteration()
+            self._companion.session.measure()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Add the penalties' gradients."""
         if optimizer is self._optimizer and not self._trained:
-            self._companion.before_step()
+            self._companion.session.before_step()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note the loss; prune where the policy counts iterations."""
@@ -149,7 +149,7 @@ class TimeStepsCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the optimiser; say what of a target is left."""
         self._training.close()
-        self._companion.warn_of_target()
+        self._companion.session.warn_of_target()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the optimiser when training failed, too."""

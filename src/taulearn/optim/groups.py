@@ -13,12 +13,13 @@ from ..adaptivity.optimizer_state import (
     check_current,
     check_holds,
     check_holds_steps,
+    optimizers_in,
     parameters_held,
     with_inner,
 )
 from ..nn.time_steps import time_steps_of
 from ..penalties import Penalty
-from .projections import Projection
+from .projections import Projection, check_unattached
 from .steepest_descent import SteepestDescent
 
 
@@ -53,15 +54,17 @@ def parameter_groups(
     return groups
 
 
-def group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any] | None:
-    """The parameter group that holds a parameter, of an optimiser or of one inside it; or None.
+def group_of(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], parameter: Tensor
+) -> dict[str, Any] | None:
+    """The parameter group that holds a parameter, of optimisers or of one inside them; or None.
 
     Example:
         >>> w = nn.Parameter(torch.zeros(1))
         >>> group_of(torch.optim.SGD([w], lr=0.5), w)["lr"]
         0.5
     """
-    groups = (group for each in with_inner([optimizer]) for group in each.param_groups)
+    groups = (group for each in with_inner(optimizers_in(optimizer)) for group in each.param_groups)
     return next((group for group in groups if any(p is parameter for p in group["params"])), None)
 
 
@@ -154,14 +157,20 @@ def register_projection(
     optimizer = bare(optimizer)
     check_holds(optimizer, model)
     check_holds_steps(optimizer, model, f"register on the one that holds them; else {LACKING}")
+    check_unattached(optimizer)
     penalties = [penalties] if isinstance(penalties, Penalty) else penalties
     hook = Projection(model, penalties, lambda scaler: constrain_(model, optimizer, penalties, scaler=scaler))
     if isinstance(optimizer, SteepestDescent):
         return optimizer.register_constraint(hook)
+    check_calls_hooks(optimizer, "call taulearn.optim.constrain_(model, optimizer, penalties) after each step")
+    return optimizer.register_step_post_hook(hook)
+
+
+def check_calls_hooks(optimizer: Any, remedy: str) -> None:
+    """Refuse what calls no hooks after its step."""
     unmade = isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "_optimizer_step_post_hooks")
     if unmade or not hasattr(optimizer, "register_step_post_hook"):
         raise TypeError(
             f"optimizer must be an optimiser of torch whose __init__ has run, got a {type(optimizer).__name__} that "
-            "calls no hooks after its step: call taulearn.optim.constrain_(model, optimizer, penalties) after each step"
+            f"calls no hooks after its step: {remedy}"
         )
-    return optimizer.register_step_post_hook(hook)

@@ -1,4 +1,4 @@
-"""The hooks that ``register_projection`` leaves on an optimiser, so that ``fit`` does not do their work twice."""
+"""The hooks on an optimiser that act on time steps: nobody does their work twice."""
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +31,20 @@ class Projection:
         self._act((options or {}).get("grad_scaler"))
 
 
+class Attached:
+    """A hook of ``taulearn.attach``."""
+
+
+def check_unattached(optimizer: Any) -> None:
+    """Refuse an optimiser whose steps end with what ``taulearn.attach`` does."""
+    hooks = getattr(bare(optimizer), "_optimizer_step_post_hooks", {})
+    if any(isinstance(hook, Attached) for hook in hooks.values()):
+        raise ValueError(
+            "optimizer must have no session of taulearn.attach, got one that has: its steps would end twice with the "
+            "proximal step and the projection; call session.detach() before"
+        )
+
+
 def check_projections(optimizer: torch.optim.Optimizer, model: nn.Module, penalties: Sequence[Penalty]) -> None:
     """Refuse a registered projection that does more than ``fit`` would with these penalties.
 
@@ -40,14 +54,15 @@ def check_projections(optimizer: torch.optim.Optimizer, model: nn.Module, penalt
         penalties: Those of fit.
 
     Raises:
-        ValueError: If a proximal penalty of the hook is not among them.
+        ValueError: If a proximal penalty of the hook is not among them, or ``taulearn.attach`` acts on the optimiser.
 
     Example:
         >>> from taulearn.nn import resnet
         >>> network = resnet(2, 3, 1, 4)
         >>> check_projections(torch.optim.SGD(network.parameters(), lr=0.1), network, [])
     """
-    for _, _, hook in _projections(optimizer, model):
+    check_unattached(optimizer)
+    for _, _, hook in projections_of(optimizer, model):
         for penalty in hook.penalties:
             if not penalty.differentiated and all(penalty is not each for each in penalties):
                 raise ValueError(
@@ -64,7 +79,7 @@ def suspended_projections(optimizer: torch.optim.Optimizer, model: nn.Module) ->
         optimizer: The optimiser.
         model: The model.
     """
-    resting = _projections(optimizer, model)
+    resting = projections_of(optimizer, model)
     for hooks, key, _ in resting:
         del hooks[key]
     try:
@@ -74,7 +89,7 @@ def suspended_projections(optimizer: torch.optim.Optimizer, model: nn.Module) ->
             hooks[key] = hook
 
 
-def _projections(
+def projections_of(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> list[tuple[MutableMapping[int, Any], int, Projection]]:
     """Where they hang, under which key, and they."""

@@ -9,9 +9,9 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
 from .._errors import positive_integer, unknown_name
-from ..adaptivity.coarsen import check_prunable
 from ..adaptivity.optimizer_state import bare, check_holds, check_holds_steps, with_inner
 from ..adaptivity.policies import Pruning
+from ..adaptivity.target import SteeredL1
 from ..adaptivity.transaction import check_averaged, prunable_of
 from ..nn.time_steps import time_steps_of
 from ..optim import SteepestDescent
@@ -68,22 +68,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, clip_nor
         raise ValueError(f"clip_norm must be None with {name}, whose line search needs the true gradient")
 
 
-def check_pruning(pruning: Pruning | None, model: nn.Module) -> None:
-    """Refuse what is no policy, and a model of which no layer could be deleted.
-
-    Args:
-        pruning: What the caller gave.
-        model: The model.
-
-    Raises:
-        TypeError: If it is no policy.
-        ValueError: If the model cannot be pruned.
-    """
+def check_pruning(pruning: Pruning | None, penalties: Iterable[Penalty]) -> None:
+    """Refuse what is no policy, and an l1 penalty beside that of a target."""
     if pruning is None:
         return
     if not isinstance(pruning, Pruning):
         raise TypeError(f"pruning must be a Pruning policy, got {pruning!r}: write pruning=taulearn.Pruning(0.01)")
-    check_prunable(model)
+    if pruning.targeted and pruning.penalised != "none" and any(each.name == SteeredL1.name for each in penalties):
+        raise ValueError("penalties must not contain L1 where pruning has a target: the controller finds its weight")
 
 
 def check_callbacks(callbacks: Sequence[Callable[..., Any]], metrics: object) -> None:

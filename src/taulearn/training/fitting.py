@@ -38,6 +38,7 @@ from .metrics import Metric, choose_metrics
 from .objective import Loss, Objective, StepOptions, as_float, as_penalties, input_dtype, losses_of
 from .parallel import begin_pruning, check_shares, has_whole_batches, joined, open_alike
 from .run_folder import Run, tidy
+from .session import active_penalties
 from .tensorboard import TensorBoard
 
 
@@ -84,7 +85,7 @@ def fit(
             labels that are not ignored, class weights, elements; sums are added up. Any other is taken for a mean over
             samples. The output may be anything the loss takes.
         optimizer: Any torch optimiser of the model's parameters (see ``taulearn.parameter_groups``). Several are not
-            possible here: write the loop yourself, with ``taulearn.optim.register_projection`` and ``taulearn.prune``.
+            possible here: write the loop yourself, with ``taulearn.attach``.
         epochs: Number of epochs in all.
         batch_size: Samples per iteration, of all processes together, reshuffled each epoch; a DataLoader has its own.
             The last batch of an epoch may be smaller; where it is too small for batch normalisation (a single sample),
@@ -154,7 +155,7 @@ def fit(
         )
         check_callbacks(callbacks, metrics)
         check_optimizer(optimizer, model, clip_norm)
-        check_pruning(pruning, model)
+        check_pruning(pruning, penalties)
         batches = make_batches(train, batch_size, seed, where)
         check_shares(ranks, batches, batch_size, resumed=resume)
         sample = batches.sample()
@@ -164,8 +165,7 @@ def fit(
             batches.join_last(seen.least * (ranks.size if has_whole_batches(batches) else 1))
         check_parts(model, optimizer, scheduler, averaged, epochs * len(batches))
         pruner = None if pruning is None else Pruner(pruning, model, optimizer, epochs, len(batches))
-        if pruner is not None and pruner.penalty is not None:
-            penalties = _with_steered(penalties, pruner.penalty)
+        penalties = active_penalties(penalties, pruner)
         check_projections(optimizer, model, penalties)
         if validation is not None:
             held_out = make_batches(validation, batch_size, seed, where, argument="validation")
@@ -219,12 +219,6 @@ def _put_on(device: torch.device | str | None, model: nn.Module) -> None:
             raise ValueError(
                 "model must hold numbers, got parameters on the meta device: build it on another one"
             ) from error
-
-
-def _with_steered(penalties: tuple[Penalty, ...], steered: Penalty) -> tuple[Penalty, ...]:
-    if any(penalty.name == steered.name for penalty in penalties):
-        raise ValueError("penalties must not contain L1 where pruning has a target: the controller finds its weight")
-    return (*penalties, steered)
 
 
 def _has_checkpoints(run: Run | str | os.PathLike[str] | None) -> bool:

@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..adaptivity.controller import Pruner
 from ..nn.time_steps import time_steps_of
-from ..optim import register_projection
 from ..optim.projections import suspended_projections
 from .batches import LoaderBatches, TensorBatches
 from .check_arguments import steps_each_iteration
@@ -22,7 +21,7 @@ from .checkpoint import Parts, Position, Start, drop_old, load_checkpoint, save_
 from .divergence import cause_in, diverged
 from .events import Diverged, EpochEnd, Interrupted, StopTraining
 from .fast.compiler import worth_compiling
-from .history import Deletion, History, Recorder
+from .history import History
 from .interruption import deferred
 from .metrics import Metric, evaluate
 from .objective import Objective, StepOptions
@@ -30,6 +29,7 @@ from .parallel import prune_alike
 from .progress import Progress, epoch_line, layers_left
 from .ranks import CHANGED, Ranks
 from .run_folder import Run
+from .session import Session
 from .step import Engine
 
 _FLUSH_EVERY = 1000
@@ -98,7 +98,6 @@ class Loop:
     def _run(self, resume: bool) -> None:
         with self.ranks, deferred() as asked, suspended_projections(self.parts.optimizer, self.model):
             interrupted, epochs = self.ranks.agreed(asked), self._begin(resume)
-            hook = register_projection(self.parts.optimizer, self.model, self.objective.penalties)
             try:
                 if self.fresh:
                     self._record_epoch(seconds=0.0, first=0)
@@ -110,15 +109,13 @@ class Loop:
                     if self._end_of_epoch(epoch, interrupted):
                         break
             finally:
-                hook.remove()
                 self.progress.close(self.position.iteration)
             self.ranks.told(self._save)
 
     def _warn_of_target(self) -> None:
         """Warn where training ended, in whatever way, before the policy's target was reached."""
-        pruner = self.parts.pruner
-        if self.ranks.first and pruner is not None and (shortfall := pruner.shortfall(self.position.iteration)):
-            warnings.warn(shortfall, stacklevel=4)
+        if self.ranks.first:
+            self.session.warn_of_target(stacklevel=5)
 
     def _save(self) -> None:
         """Write what a finished run leaves; also what one killed behind its last checkpoint did not come to."""
@@ -134,7 +131,7 @@ class Loop:
 
     def _begin(self, resume: bool) -> range:
         """Restore what is to be gone on with and make the engine; returns the epochs to come."""
-        layers, past = max(self.steps.origin) + 1, None
+        past = None
         self.position, epochs = Position(), self.settings.epochs
         if resume and self.source is not None and any(self.source.checkpoints.glob("*.safetensors")):
             self.position, past, began, complaints = load_checkpoint(
@@ -146,15 +143,17 @@ class Loop:
             if self.folder is not None:
                 self.folder.change(epochs=epochs)
             self.position.stopped = self.position.stopped and epochs <= began.get("epochs", epochs)
-        if past is not None and "tau" in past.iterations:
-            layers = past.iterations["tau"].shape[1]
-        self.recorder = Recorder(
-            self.objective.columns,
-            layers,
-            raw=self.steps.bounded,
+        self.session = Session(
+            self.model,
+            self.parts.optimizer,
+            self.objective.penalties,
+            self.parts.pruner,
+            epochs=epochs,
+            columns=self.objective.columns,
             depths=self.objective.at_each_depth,
-            history=past,
+            past=past,
         )
+        self.recorder = self.session.recorder
         self.fresh = past is None
         if self.fresh:
             self.position.compiled = self._decide_compile()
@@ -183,19 +182,18 @@ class Loop:
         """All iterations of one epoch, from the position on."""
         self.model.train()
         self.ranks.reseed(self.settings.terms["seed"], epoch)
-        for penalty in self.objective.penalties:
-            penalty.start_epoch(epoch, self.settings.epochs)
+        self.session.start_epoch(epoch)
         position, pruner = self.position, self.parts.pruner
         began, before, pending, looked = time.perf_counter(), position.seconds, 0, False
         for rows in self.engine.epoch(epoch, position.batch, position.iteration):
             position.iteration += len(rows)
             position.batch += len(rows)
-            self.recorder.add(rows)
+            self.session.take(rows)
             pending += len(rows)
             if self.per_iteration and self.parts.scheduler is not None:
                 _step(self.parts.scheduler)
             ends = position.batch >= len(self.batches)
-            if pruner is not None and pruner.due(position.iteration, epoch_ends=ends):
+            if pruner is not None and self.session.due(epoch_ends=ends):
                 self._prune(pruner, epoch, trusting=looked)
                 looked = True
             if pending >= _FLUSH_EVERY:
@@ -226,12 +224,11 @@ class Loop:
             return
         self._flush()
         self._check([self.steps.values])
-        report = prune_alike(self.ranks, pruner, self.position.iteration, self.parts.averaged)
+        iteration, averaged = self.position.iteration, self.parts.averaged
+        report = self.session.change_grid(epoch + 1, lambda: prune_alike(self.ranks, pruner, iteration, averaged))
         if report is None:
             return
-        for d in report.deleted:
-            self.recorder.deletions.append(Deletion(self.position.iteration, epoch + 1, d.layer, d.share, d.parameters))
-        self.progress.say(f"epoch {epoch + 1}, iteration {self.position.iteration}: {report}")
+        self.progress.say(f"epoch {epoch + 1}, iteration {iteration}: {report}")
         self.position.compiled = self.position.compiled and self._decide_compile()
         self.engine.rebuild(self.position.compiled)
 
@@ -291,7 +288,7 @@ class Loop:
 
     def _flush(self) -> None:
         """Bring the record to the host and end the run if the objective is no longer finite."""
-        total = self.recorder.flush(self.steps.origin)
+        total = self.session.flush()
         bad = np.flatnonzero(~np.isfinite(total))
         if len(bad):
             at = self.recorder.history().num_iterations - len(total) + int(bad[0])

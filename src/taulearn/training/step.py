@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..adaptivity.controller import Pruner
 from ..nn.time_steps import time_steps_of
-from ..optim import SteepestDescent
+from ..optim import SteepestDescent, constrain_
+from ..optim.steepest_descent import SEARCHING
 from ..wrapping.folding import fold_average
 from .batches import LoaderBatches, TensorBatches
 from .fast.compiler import compile_once
@@ -27,12 +28,11 @@ from .objective import Objective, StepOptions, autocast_of
 from .parallel import has_whole_batches, start_epoch
 from .ranks import Ranks
 
-SEARCHING = (torch.optim.LBFGS, SteepestDescent)
-"""Optimisers that evaluate the objective several times per step, and get a closure for it."""
-
 
 class PlainStep:
-    """Forward, backward and ``optimizer.step()`` on one batch.
+    """Forward, backward, ``optimizer.step()``, proximal step and projection on one batch.
+
+    In a :class:`SteepestDescent` the last two follow every trial of the line search.
 
     Args:
         objective: What is minimised.
@@ -85,18 +85,24 @@ class PlainStep:
             return self.ranks.add(self._value(evaluate or self.objective, parts))
 
         if isinstance(self.optimizer, SteepestDescent):
-            self.optimizer.step(closure, value)
+            with self.optimizer.register_constraint(self._constrain):
+                self.optimizer.step(closure, value)
         elif isinstance(self.optimizer, SEARCHING):
             self.optimizer.step(closure)
+            self._constrain()
         else:
             closure()
             if self.options.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.objective.model.parameters(), self.options.clip_norm)
             self.optimizer.step()
+            self._constrain()
         if self.options.averaged is not None:
             fold_average(self.objective.model, self.options.averaged)
             self.options.averaged.update_parameters(self.objective.model)
         return records[0].unsqueeze(0)
+
+    def _constrain(self) -> None:
+        constrain_(self.objective.model, self.optimizer, self.objective.penalties)
 
     def _parts(self, inputs: Tensor, targets: Tensor, samples: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """The parts in which a batch is taken, with what they weigh in it; None for a whole batch."""

@@ -1,0 +1,307 @@
+"""All that time steps ask of a training loop, whoever writes the loop.
+
+With the penalties R_i of the time steps and the weights, and the constraint's set C, one iteration is
+
+    before_step    g <- g + sum_i grad R_i(x)            a row of the record is taken
+    the step       x <- x - lr g                         that of any optimiser
+    after_step     tau <- P_C(prox(tau))                 the iteration counts
+    change_grid    now and then layers go from model, optimisers, averages and record together
+
+``fit`` differentiates the penalties together with the loss, and compiles the first three; the callbacks for other
+trainers call them one by one; :func:`taulearn.attach` hangs them on the optimiser.
+"""
+
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..adaptivity.coarsen import PruneReport, prune
+from ..adaptivity.controller import Pruner
+from ..adaptivity.transaction import all_or_nothing
+from ..nn.time_steps import time_steps_of
+from ..optim import constrain_
+from ..optim.groups import overflows
+from ..penalties import Penalty
+from .history import Array, Deletion, History, Recorder
+
+_FLUSH_EVERY = 1000
+
+
+def active_penalties(penalties: tuple[Penalty, ...], pruner: Pruner | None) -> tuple[Penalty, ...]:
+    """The caller's penalties, and that which the target of pruning steers."""
+    return penalties if pruner is None or pruner.penalty is None else (*penalties, pruner.penalty)
+
+
+def needs_batch(penalty: Penalty) -> bool:
+    """Whether a penalty is a function of more than the model."""
+    return penalty.needs_states or getattr(penalty, "needs_outputs", False)
+
+
+class Session:
+    """The training of a model's time steps beside a loop; :func:`taulearn.attach` makes one for a loop of yours.
+
+    Args:
+        model: The model with time steps.
+        optimizer: Its optimiser, or several, each of which steps once an iteration.
+        penalties: All of them, with that of the target of pruning.
+        pruner: The policy of pruning at work, or None.
+        epochs: Number of epochs that penalties are told.
+        columns: Names of the scalars of a row. None: loss, total, and the penalties.
+        depths: Whether rows end with the losses at each depth.
+        past: The record that is gone on with, or None.
+        averages: Finds averaged copies of the model, which lose the same layers.
+
+    Attributes:
+        iteration: Number of iterations taken.
+
+    Example:
+        >>> from taulearn import attach
+        >>> from taulearn.nn import resnet
+        >>> from taulearn.penalties import L1
+        >>> network = resnet(2, 3, 1, 4)
+        >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        >>> session = attach(network, optimizer, penalties=L1(0.1, proximal=True))
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     session.loss(network(torch.ones(5, 2)).square().mean()).backward()
+        ...     optimizer.step()
+        >>> session.history.iterations["tau"].shape
+        (3, 4)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        penalties: tuple[Penalty, ...] = (),
+        pruner: Pruner | None = None,
+        *,
+        epochs: float = 1,
+        columns: Sequence[str] | None = None,
+        depths: bool = False,
+        past: History | None = None,
+        averages: Callable[[], Sequence[nn.Module]] = list,
+    ) -> None:
+        self.model, self.steps, self.penalties, self.pruner = model, time_steps_of(model), penalties, pruner
+        self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self.averages, self._epochs = averages, max(1, int(epochs))
+        names = ["loss", "total", *(f"penalty.{p.name}" for p in penalties)] if columns is None else list(columns)
+        known = {} if past is None else past.iterations
+        layers = known["tau"].shape[1] if "tau" in known else max(self.steps.origin) + 1
+        self.recorder = Recorder(names, layers, raw=self.steps.bounded, depths=depths, history=past)
+        self.iteration = 0 if past is None else past.num_iterations
+        told = known["loss"].tolist() if columns is None and "loss" in known else ()
+        self._losses, self._pending = dict(enumerate(told, start=1)), dict[int, float | Tensor]()
+        self._measuring: ExitStack | None = None
+        self._row: Tensor | None = None
+        self._stepped: list[Any] = []
+        self._told: dict[str, list[Tensor]] = {}
+        self._hooks = ExitStack()
+
+    @property
+    def history(self) -> History:
+        """The record so far; losses that nobody told are NaN."""
+        self.flush()
+        history = self.recorder.history()
+        if history.num_iterations:
+            loss = np.array([self._losses.get(i + 1, np.nan) for i in range(history.num_iterations)])
+            columns = [history.iterations[f"penalty.{p.name}"] for p in self.penalties if p.differentiated]
+            history.iterations |= {"loss": loss, "total": sum(columns, loss)}
+        return history
+
+    def loss(self, loss: Tensor, *, outputs: Any = None, inputs: Any = None, targets: Any = None) -> Tensor:
+        """Record the loss of a batch, and add the penalties to it that need the batch; to be called before backward.
+
+        Penalties that look at the states of the forward pass cost another one here. Where gradients accumulate over
+        several batches, divide what this returns by their number.
+
+        Args:
+            loss: The loss, a scalar.
+            outputs: What the model returned, for penalties that compare outputs.
+            inputs: What the model was given, for penalties that need the batch.
+            targets: The batch's targets, for penalties that contain a loss.
+
+        Returns:
+            What is to be differentiated: the loss, and those penalties. All others enter the gradient in the step.
+
+        Raises:
+            ValueError: If a penalty needs what is not given.
+        """
+        self._told.setdefault("loss", []).append(loss.detach())
+        for penalty in filter(needs_batch, self.penalties):
+            if inputs is None:
+                raise ValueError(
+                    f"inputs must be given to session.loss with {penalty.name!r} among the penalties, got None: write "
+                    "session.loss(loss, outputs=outputs, inputs=inputs, targets=targets)"
+                )
+            options = {"outputs": outputs} if getattr(penalty, "needs_outputs", False) else {}
+            value = penalty(self.model, inputs, targets, **options)
+            self._told.setdefault(penalty.name, []).append(value.detach())
+            loss = loss + value if penalty.differentiated else loss
+        return loss
+
+    def detach(self) -> None:
+        """Leave the optimisers as they were before :func:`taulearn.attach`; the record stays.
+
+        A target of pruning that is not reached is warned of.
+
+        Raises:
+            RuntimeError: If a step is under way, as in a hook of the optimiser.
+        """
+        frames = traceback.walk_stack(None)
+        if any(frame.f_locals.get("self") is each for frame, _ in frames for each in self.optimizers):
+            raise RuntimeError(
+                "detach must be called between two steps, got it in a hook of the optimiser, whose step is under way: "
+                "call it after optimizer.step()"
+            )
+        self.stop_measuring()
+        self._hooks.close()
+        self.warn_of_target()
+
+    def warn_of_target(self, stacklevel: int = 3) -> None:
+        """Warn where training ended before the target of pruning was reached."""
+        if self.pruner is not None and (shortfall := self.pruner.shortfall(self.iteration)):
+            warnings.warn(shortfall, stacklevel=stacklevel)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Tell the penalties the epoch, from 0."""
+        for penalty in self.penalties:
+            penalty.start_epoch(epoch, self._epochs)
+
+    def measure(self) -> None:
+        """Measure the forward passes until the next step, where the policy asks for it."""
+        if self._measuring is not None or self.pruner is None:
+            return  # a loop that accumulates gradients comes here for each part of a batch
+        if (measuring := self.pruner.measuring(self.iteration, recording=True)) is not None:
+            self._measuring = ExitStack()
+            self._measuring.enter_context(measuring)
+
+    def stop_measuring(self) -> None:
+        """Take what was measured."""
+        if self._measuring is not None:
+            self._measuring.close()
+            self._measuring = None
+
+    def before_step(self, scale: Tensor | float | None = None) -> None:
+        """Add the penalties' gradients to those of the loss, which are complete, and take the row of the record.
+
+        Args:
+            scale: What the gradients of the loss are multiplied by, as GradScaler does; None: 1.
+
+        Raises:
+            RuntimeError: If a penalty needs the batch, and :meth:`loss` was not called since the last step.
+        """
+        self.stop_measuring()
+        self._stepped.clear()
+        with torch.enable_grad():
+            values = [self._value(penalty) for penalty in self.penalties]
+            enter = [v for p, v in zip(self.penalties, values, strict=True) if p.differentiated and v.requires_grad]
+            if enter:
+                parameters = [p for p in self.model.parameters() if p.requires_grad]
+                gradients = torch.autograd.grad(torch.stack(enter).sum(), parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        gradient = gradient if scale is None else gradient * scale
+                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        steps = self.steps
+        unknown = [steps.values.new_full((), float("nan"))] * 2
+        row = [torch.stack([*unknown, *(v.detach().to(steps.values.dtype) for v in values)]), steps.tau.detach()]
+        if steps.bounded:
+            row.append(steps.raw_tau.detach())
+        self._row = torch.cat([part.clone() for part in row]).unsqueeze(0)
+
+    def _value(self, penalty: Penalty) -> Tensor:
+        """A penalty's value; of one that needs the batch, what :meth:`loss` added already."""
+        if not needs_batch(penalty):
+            return penalty(self.model)
+        if penalty.name not in self._told:
+            raise RuntimeError(
+                f"session.loss must be called before each step with {penalty.name!r} among the penalties, which needs "
+                "the batch: write session.loss(loss, outputs=outputs, inputs=inputs, targets=targets).backward()"
+            )
+        return torch.stack(self._told[penalty.name]).mean()
+
+    def after_step(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> bool:
+        """The proximal step and the projection after a step of an optimiser; a step that GradScaler skips is none.
+
+        Args:
+            optimizer: The one whose step it was.
+            scaler: The GradScaler that was handed to the step, if it was.
+
+        Returns:
+            Whether this ended an iteration: all optimisers have taken their step since :meth:`before_step`.
+        """
+        if any(bool(found.any()) for found in overflows(optimizer, scaler)):
+            return False
+        constrain_(self.model, optimizer, self.penalties)
+        self._stepped.append(optimizer)
+        if self._row is None or len(self._stepped) < len(self.optimizers):
+            return False
+        self.take(self._row)
+        if "loss" in self._told:
+            self.note(torch.stack(self._told["loss"]).mean())
+        self._row, self._told = None, {}
+        if self.iteration % _FLUSH_EVERY == 0:
+            self.flush()
+        return True
+
+    def note(self, loss: Tensor | float) -> None:
+        """Record the loss of the iteration that was taken last."""
+        self._pending[self.iteration] = loss.detach() if isinstance(loss, Tensor) else loss
+
+    def take(self, rows: Tensor) -> None:
+        """Record iterations, (k, columns), without looking at them."""
+        self.recorder.add(rows)
+        self.iteration += len(rows)
+
+    def flush(self) -> Array:
+        """Bring the record to the host; returns the objective's values that are new, as the rows have them."""
+        self._losses |= {iteration: float(loss) for iteration, loss in self._pending.items()}
+        self._pending.clear()
+        return self.recorder.flush(self.steps.origin)
+
+    def due(self, *, epoch_ends: bool) -> bool:
+        """Whether the policy looks at the layers now."""
+        return self.pruner is not None and self.pruner.due(self.iteration, epoch_ends=epoch_ends)
+
+    def change_grid(self, epoch: int, delete: Callable[[], PruneReport | None] | None = None) -> PruneReport | None:
+        """Let the policy delete layers: model, optimisers, averages and record follow together.
+
+        Args:
+            epoch: Number of the epoch, from 1, for the record.
+            delete: Carries it out, where processes have to agree. None: this one alone.
+
+        Returns:
+            What was deleted, or None if nothing was.
+        """
+        self.stop_measuring()
+        self.flush()
+        report = self._delete() if delete is None else delete()
+        self.recorder.deletions += [
+            Deletion(self.iteration, epoch, d.layer, d.share, d.parameters)
+            for d in (() if report is None else report.deleted)
+        ]
+        return report
+
+    def _delete(self) -> PruneReport | None:
+        """Let the policy delete layers, in the model and its averages or in none of them."""
+        assert self.pruner is not None
+        averages = self.averages()
+        with all_or_nothing([self.model, *averages], self.optimizers):
+            report = self.pruner.prune(self.iteration, None)
+            if report is not None:
+                for each in averages:
+                    prune(each, keep=report.kept)
+        return report
+
+    def record_epoch(self) -> None:
+        """Record the layers at the end of an epoch, or before training."""
+        self.flush()
+        number = sum(p.numel() for p in self.model.parameters())
+        self.recorder.add_epoch({"iteration": self.iteration, "layers": self.steps.num_steps, "parameters": number})
