@@ -45,8 +45,7 @@ def attach(
 
     A step that GradScaler skips is none. An iteration is a step of the optimiser, however many batches went into it;
     of several optimisers, one step of each. Contributions of layers are measured in the forward passes that record
-    gradients. The loop reads the model again after each step: a graph from before a deletion is not to be
-    differentiated after it.
+    gradients.
 
     Args:
         model: The model with time steps; torch.compile's wrapper around it will do.
@@ -85,7 +84,7 @@ def attach(
     """
     model = getattr(model, "_orig_mod", model)
     refuse_distributed("model", model)
-    optimizers = optimizers_in(optimizer)
+    optimizers = list({id(each): each for each in optimizers_in(optimizer)}.values())
     for each in optimizers:
         _check_optimizer(each, model)
     check_holds_steps(optimizers, model, LACKING if len(optimizers) == 1 else f"hand over all of them; else {LACKING}")
@@ -106,9 +105,12 @@ def attach(
         optimizers,
         active_penalties(found, pruner),
         pruner,
-        epochs=-(-epochs // 1),
+        epochs=epochs,
         averages=list if averaged is None else lambda: [averaged.module],
     )
+    session.record_epoch()
+    session.start_epoch(0)
+    session.measure()
     hooks = _Hooks(session, iterations_per_epoch)
     for each in optimizers:
         session._hooks.callback(each.register_step_pre_hook(hooks.before).remove)
@@ -121,9 +123,6 @@ class _Hooks(Attached):
 
     def __init__(self, session: Session, per_epoch: int | None) -> None:
         self.session, self.per_epoch, self._looked = session, per_epoch, False
-        session.record_epoch()
-        session.start_epoch(0)
-        session.measure()
 
     def before(self, optimizer: Any, args: Sequence[Any], options: dict[str, Any]) -> Any:
         """Add the penalties' gradients before the first step of a round, or behind those that the closure makes.
@@ -189,7 +188,8 @@ class _Hooks(Attached):
             session.change_grid(epoch)
         if ends:
             session.record_epoch()
-            session.start_epoch(epoch)
+            if epoch < session.epochs:
+                session.start_epoch(epoch)
         session.measure()
 
 

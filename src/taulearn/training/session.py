@@ -11,6 +11,7 @@ With the penalties R_i of the time steps and the weights, and the constraint's s
 trainers call them one by one; :func:`taulearn.attach` hangs them on the optimiser.
 """
 
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -59,6 +60,7 @@ class Session:
 
     Attributes:
         iteration: Number of iterations taken.
+        epochs: Number of epochs that penalties are told.
 
     Example:
         >>> from taulearn import attach
@@ -90,7 +92,7 @@ class Session:
     ) -> None:
         self.model, self.steps, self.penalties, self.pruner = model, time_steps_of(model), penalties, pruner
         self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-        self.averages, self._epochs = averages, max(1, int(epochs))
+        self.averages, self.epochs = averages, max(1, math.ceil(epochs))
         names = ["loss", "total", *(f"penalty.{p.name}" for p in penalties)] if columns is None else list(columns)
         known = {} if past is None else past.iterations
         layers = known["tau"].shape[1] if "tau" in known else max(self.steps.origin) + 1
@@ -172,7 +174,7 @@ class Session:
     def start_epoch(self, epoch: int) -> None:
         """Tell the penalties the epoch, from 0."""
         for penalty in self.penalties:
-            penalty.start_epoch(epoch, self._epochs)
+            penalty.start_epoch(epoch, self.epochs)
 
     def measure(self) -> None:
         """Measure the forward passes until the next step, where the policy asks for it."""
