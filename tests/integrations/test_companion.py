@@ -26,15 +26,16 @@ def test_steps_that_a_scaler_skips_are_none(options: dict[str, Any], order: str)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     companion = Companion([L2(0.1)], Pruning(target_blocks=3, every=2), progress=False)
     companion.begin(model, optimizer, epochs=1, per_epoch=12, processes=1, averages=list)
+    session = companion.session
     inputs, expected, looks = torch.randn(8, 4), [], []
     look = companion._prune
-    companion._prune = lambda *a, **k: (looks.append(companion.iteration), look(*a, **k))  # type: ignore[method-assign]
+    companion._prune = lambda *a, **k: (looks.append(session.iteration), look(*a, **k))  # type: ignore[method-assign]
     with ExitStack() as training:
         if order == "as Trainer":
-            training.callback(optimizer.register_step_pre_hook(lambda *_: companion.before_step()).remove)
+            training.callback(optimizer.register_step_pre_hook(lambda *_: session.before_step()).remove)
         companion.constrained(training)
         for iteration in range(12):
-            companion.start_iteration()
+            session.measure()
             optimizer.zero_grad()
             tau = np.full(5, np.nan)
             tau[list(model.time_steps.origin)] = model.time_steps.tau.tolist()
@@ -45,7 +46,7 @@ def test_steps_that_a_scaler_skips_are_none(options: dict[str, Any], order: str)
                 expected.append(tau)
             scaler.unscale_(optimizer)
             if order == "as Lightning":
-                companion.before_step()
+                session.before_step()
             scaler.step(optimizer)
             scaler.update()
             companion.after_step(None, epoch=1)
@@ -62,3 +63,11 @@ def test_the_penalty_of_a_target_is_not_the_users(options: dict[str, Any]) -> No
         Companion([L1(0.1)], Pruning(**options), progress=False)
     Companion([L1(0.1)], Pruning(target_blocks=3, penalised="none"), progress=False)
     Companion([L2(0.1)], Pruning(**options), progress=False)
+
+
+def test_an_optimiser_with_a_session_is_refused() -> None:
+    model = taulearn.nn.resnet(4, 6, 2, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    taulearn.attach(model, optimizer)
+    with pytest.raises(ValueError, match=r"optimizer must have no session of taulearn.attach"):
+        Companion([], None, progress=False).begin(model, optimizer, epochs=1, per_epoch=12, processes=1, averages=list)

@@ -149,7 +149,7 @@ class TestClosure:
                     loss.backward()
                     return loss
 
-                assert optimizer.step(**{"closure": closure}) if by_name else optimizer.step(closure)
+                assert optimizer.step(closure=closure) if by_name else optimizer.step(closure)
             assert session.history.num_iterations == 3
         assert_same_weights(*models)
 
@@ -197,7 +197,7 @@ class TestGradScaler:
     @pytest.mark.parametrize("options", FUSED)
     @pytest.mark.parametrize("unscales", [False, True])
     def test_steps_are_those_without_it(self, options: dict[str, Any], unscales: bool) -> None:
-        """Penalties are multiplied by the scale; skipped steps neither act nor count, nor are layers deleted in them."""
+        """Penalties are multiplied by the scale; skipped steps neither act nor count, nor do layers go in them."""
         models, sessions = [network(), network()], []
         for scaled, model in zip((True, False), models, strict=True):
             optimizer = adam(model, **options)
@@ -394,7 +394,9 @@ class TestWrappers:
         session = attach(compiled, optimizer, pruning=Pruning(target_blocks=3), iterations=15)
         loop(compiled, digits(200), optimizer, session)
         plain = network()
-        loop(plain, digits(200), its := adam(plain), attach(plain, its, pruning=Pruning(target_blocks=3), iterations=15))
+        loop(
+            plain, digits(200), its := adam(plain), attach(plain, its, pruning=Pruning(target_blocks=3), iterations=15)
+        )
         assert model.time_steps.num_steps == 3
         assert_same_weights(model, plain)
 
@@ -422,7 +424,9 @@ class TestWrappers:
         optimizer, pruning = adam(model), Pruning(target_blocks=3)
         with pytest.raises(TypeError, match="model must be the model itself, got it in a DistributedDataParallel"):
             attach(wrapper, optimizer, pruning=pruning, iterations=12)
-        with pytest.raises(ValueError, match="pruning must be None while a DistributedDataParallel is around the model"):
+        with pytest.raises(
+            ValueError, match="pruning must be None while a DistributedDataParallel is around"
+        ):
             attach(model, optimizer, pruning=pruning, iterations=12)
         session = attach(model, optimizer, penalties=L1(0.1))
         step(wrapper, optimizer)
@@ -433,7 +437,9 @@ class TestWrappers:
         model = network()
         attach(model, optimizer := adam(model), pruning=Pruning(target_blocks=3), iterations=12)
         wrapper = nn.parallel.DistributedDataParallel(model)
-        with pytest.raises(ValueError, match="pruning must be None while a DistributedDataParallel is around the model"):
+        with pytest.raises(
+            ValueError, match="pruning must be None while a DistributedDataParallel is around"
+        ):
             step(wrapper, optimizer)
 
 

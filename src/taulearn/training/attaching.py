@@ -1,8 +1,10 @@
 """``attach``: the time steps of a model train in any loop, by hooks on torch's optimisers.
 
-before the first optimiser of a round    the penalties' gradients
-after each                               proximal step and projection, where it holds the time steps
-after the last                           the record, and what the policy of pruning deletes
+Of the optimisers, one or several, each steps once a round, which is an iteration:
+
+    before the first step    the penalties' gradients join those of the loss
+    after each               proximal step and projection, where the optimiser holds the time steps
+    after the last           the record, and what the policy of pruning deletes
 """
 
 from collections.abc import Callable, Mapping, Sequence
