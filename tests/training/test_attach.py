@@ -424,9 +424,7 @@ class TestWrappers:
         optimizer, pruning = adam(model), Pruning(target_blocks=3)
         with pytest.raises(TypeError, match="model must be the model itself, got it in a DistributedDataParallel"):
             attach(wrapper, optimizer, pruning=pruning, iterations=12)
-        with pytest.raises(
-            ValueError, match="pruning must be None while a DistributedDataParallel is around"
-        ):
+        with pytest.raises(ValueError, match="pruning must be None while a DistributedDataParallel is around"):
             attach(model, optimizer, pruning=pruning, iterations=12)
         session = attach(model, optimizer, penalties=L1(0.1))
         step(wrapper, optimizer)
@@ -437,9 +435,7 @@ class TestWrappers:
         model = network()
         attach(model, optimizer := adam(model), pruning=Pruning(target_blocks=3), iterations=12)
         wrapper = nn.parallel.DistributedDataParallel(model)
-        with pytest.raises(
-            ValueError, match="pruning must be None while a DistributedDataParallel is around"
-        ):
+        with pytest.raises(ValueError, match="pruning must be None while a DistributedDataParallel is around"):
             step(wrapper, optimizer)
 
 

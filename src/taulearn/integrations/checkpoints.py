@@ -22,17 +22,6 @@ def models_with_time_steps(module: nn.Module) -> dict[str, nn.Module]:
     """The parts of a module, or itself, that own time steps, by name.
 
     Where several hold the same steps, as a wrapper of your own may, it is the one that can be pruned.
-
-    Args:
-        module: A model, or something that contains it, as PEFT's, a compiled one or a trainer's module does.
-
-    Returns:
-        The models.
-
-    Example:
-        >>> from taulearn.nn import resnet
-        >>> list(models_with_time_steps(nn.ModuleDict({"network": resnet(2, 3, 1, 4)})))
-        ['network']
     """
     found: dict[nn.Module, tuple[str, nn.Module]] = {}
     for name, part in module.named_modules():
@@ -50,16 +39,7 @@ def mark_(
     record: Mapping[str, Tensor] | None = None,
     lifted: bool = False,
 ) -> None:
-    """Put the numbers of the model's layers into a state dict.
-
-    Args:
-        model: The model with time steps.
-        state: The state dict of the model, or of something that contains it.
-        prefix: What the names of the model's tensors begin with in it.
-        record: What :attr:`Follower.record` is to be once the state is loaded.
-        lifted: Whether the model's tensors get a dimension of size 1 in front, so that who does not know the mark
-            cannot load them: transformers passes over names that it does not know.
-    """
+    """Put the numbers of the model's layers into a state dict."""
     state[prefix + ORIGIN] = torch.tensor(time_steps_of(model).origin)
     if record is not None:
         state[prefix + RECORD] = torch.frombuffer(bytearray(tensor_bytes(record, {})), dtype=torch.uint8)
@@ -78,19 +58,7 @@ class Marker:
 
 
 def mark_states(module: nn.Module) -> None:
-    """Let the state dicts of a module say which layers its models with time steps have, from now on.
-
-    Args:
-        module: What is saved, as a Lightning module.
-
-    Example:
-        >>> from taulearn.nn import resnet
-        >>> module = nn.ModuleDict({"network": resnet(2, 3, 1, 4)})
-        >>> mark_states(module)
-        >>> report = prune(module["network"], keep=[0, 2])
-        >>> module.state_dict()["network.taulearn.origin"]
-        tensor([0, 2])
-    """
+    """Let the state dicts of a module say which layers its models with time steps have, from now on."""
     if not any(isinstance(hook, Marker) for hook in module._state_dict_hooks.values()):
         module.register_state_dict_post_hook(Marker())
 

@@ -26,22 +26,7 @@ from .checkpoints import models_with_time_steps
 
 
 def model_with_time_steps(module: nn.Module) -> nn.Module:
-    """The one part of a module, or itself, that has time steps.
-
-    Args:
-        module: A model, or something that contains it.
-
-    Returns:
-        The model.
-
-    Raises:
-        TypeError: If there is none, or more than one.
-
-    Example:
-        >>> from taulearn.nn import resnet
-        >>> type(model_with_time_steps(nn.ModuleDict({"network": resnet(2, 3, 1, 4)}))).__name__
-        'TimeVariableNetwork'
-    """
+    """The one part of a module, or itself, that has time steps."""
     averaged = {part for average in averages_in(module) for part in average.modules()}
     found = {name: part for name, part in models_with_time_steps(module).items() if part not in averaged}
     if len(found) != 1:
@@ -109,20 +94,7 @@ class Companion:
         processes: int,
         averages: Callable[[], Sequence[nn.Module]],
     ) -> None:
-        """Start beside a loop, from the record and the state of a checkpoint where these were set.
-
-        Args:
-            model: The model with time steps.
-            optimizer: The optimiser of torch whose step it is.
-            epochs: Number of epochs.
-            per_epoch: Optimiser steps per epoch.
-            processes: Number of processes that train the model.
-            averages: Finds averaged copies of the model, or of what contains it, which lose the same layers.
-
-        Raises:
-            ValueError: If the model cannot be pruned, or not by this trainer, the optimiser lacks the time steps, or an
-                average is that of another model.
-        """
+        """Start beside a loop, from the record and the state of a checkpoint where these were set."""
         refuse_distributed("model", model)
         if self.policy is not None and processes > 1:
             raise ValueError(
@@ -172,12 +144,7 @@ class Companion:
             warnings.warn(f"the optimizer shrinks the time steps by weight decay, {decay:g}: {remedy}", stacklevel=3)
 
     def after_step(self, loss: Tensor | None, *, epoch: int) -> None:
-        """Note the loss, and prune where the policy counts iterations; nothing where no step was taken since.
-
-        Args:
-            loss: Of the iteration, where known.
-            epoch: Number of the epoch, from 1.
-        """
+        """Note the loss, and prune where the policy counts iterations; nothing where no step was taken since."""
         if self.session.iteration == self._seen:
             return  # gradients accumulate, or a GradScaler skipped the step
         self._seen = self.session.iteration

@@ -167,15 +167,7 @@ class TimeStepsCallback(Callback):
 
 
 def averages_of(trainer: Any) -> list[nn.Module]:
-    """The averaged models that the callbacks of a trainer hold.
-
-    Args:
-        trainer: Lightning's Trainer.
-
-    Returns:
-        Those of torch's class, such as :class:`WeightAveraging` has, without their wrapper, and that of
-        :class:`StochasticWeightAveraging`.
-    """
+    """The averaged models that the callbacks of a trainer hold."""
     found = []
     for callback in trainer.callbacks:
         for value in vars(callback).values():

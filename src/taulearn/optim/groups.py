@@ -109,15 +109,7 @@ def constrain_(
 
 
 def overflows(optimizer: Any, scaler: Any = None) -> list[Tensor]:
-    """Flags of a GradScaler for the step under way, which a fused optimiser skips by itself where one is not 0.
-
-    Args:
-        optimizer: The optimiser.
-        scaler: The GradScaler that was handed to its step, if it was.
-
-    Returns:
-        The flags, on their devices: reading them is a synchronisation.
-    """
+    """Flags of a GradScaler for the step under way, which a fused optimiser skips by itself where one is not 0."""
     if scaler is not None:
         return list(scaler._found_inf_per_device(optimizer).values())
     found = getattr(optimizer, "found_inf", None)  # what GradScaler leaves there during a fused step

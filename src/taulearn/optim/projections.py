@@ -18,10 +18,6 @@ class Projection:
         model: The model whose steps it projects.
         penalties: Those whose proximal maps it applies.
         act: What it does, given the GradScaler that was handed to the step, or None.
-
-    Example:
-        >>> Projection(nn.Linear(1, 1), (), lambda scaler: print("projected"))()
-        projected
     """
 
     def __init__(self, model: nn.Module, penalties: Sequence[Penalty], act: Callable[[Any], None]) -> None:
@@ -46,21 +42,7 @@ def check_unattached(optimizer: Any) -> None:
 
 
 def check_projections(optimizer: torch.optim.Optimizer, model: nn.Module, penalties: Sequence[Penalty]) -> None:
-    """Refuse a registered projection that does more than ``fit`` would with these penalties.
-
-    Args:
-        optimizer: The optimiser.
-        model: The model.
-        penalties: Those of fit.
-
-    Raises:
-        ValueError: If a proximal penalty of the hook is not among them, or ``taulearn.attach`` acts on the optimiser.
-
-    Example:
-        >>> from taulearn.nn import resnet
-        >>> network = resnet(2, 3, 1, 4)
-        >>> check_projections(torch.optim.SGD(network.parameters(), lr=0.1), network, [])
-    """
+    """Refuse a registered projection that does more than ``fit`` would with these penalties."""
     check_unattached(optimizer)
     for _, _, hook in projections_of(optimizer, model):
         for penalty in hook.penalties:
@@ -73,12 +55,7 @@ def check_projections(optimizer: torch.optim.Optimizer, model: nn.Module, penalt
 
 @contextmanager
 def suspended_projections(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[None]:
-    """Let registered projections rest meanwhile: who trains inside takes the proximal step and projects himself.
-
-    Args:
-        optimizer: The optimiser.
-        model: The model.
-    """
+    """Let registered projections rest meanwhile: who trains inside takes the proximal step and projects himself."""
     resting = projections_of(optimizer, model)
     for hooks, key, _ in resting:
         del hooks[key]

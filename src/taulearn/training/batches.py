@@ -46,14 +46,7 @@ class TensorBatches:
         return -(-len(self.inputs) // self.batch_size) - self.joined
 
     def join_last(self, least: int) -> None:
-        """Let a last batch of fewer samples than a network can take go with the one before.
-
-        Args:
-            least: Samples that it needs.
-
-        Raises:
-            ValueError: If other batches are too small as well.
-        """
+        """Let a last batch of fewer samples than a network can take go with the one before."""
         last = _check_sizes(len(self.inputs), self.batch_size, least)
         if last and self.full == 1:
             self.batch_size = len(self.inputs)
@@ -109,14 +102,7 @@ class LoaderBatches:
         return len(self.loader)
 
     def join_last(self, least: int) -> None:
-        """Let a last batch of fewer samples than a network can take go with the one before.
-
-        Args:
-            least: Samples that it needs.
-
-        Raises:
-            ValueError: If other batches are too small as well, or the loader is the caller's.
-        """
+        """Let a last batch of fewer samples than a network can take go with the one before."""
         sampler, loader = self.loader.batch_sampler, self.loader
         if not isinstance(sampler, BatchSampler) or not isinstance(sampler.sampler, Sized):
             return  # sizes are not known
@@ -204,28 +190,7 @@ def _conversion(values: Sequence[Any]) -> str:
 def make_batches(
     data: Any, batch_size: int, seed: int, device: torch.device, *, shuffle: bool = True, argument: str = "train"
 ) -> TensorBatches | LoaderBatches:
-    """The batches of what a user calls training data.
-
-    Args:
-        data: A pair (inputs, targets) of tensors, a torch Dataset of such pairs, or a DataLoader (whose own batch size
-            and order count).
-        batch_size: Samples per batch, >= 1.
-        seed: Of the order.
-        device: Where tensors are kept.
-        shuffle: Whether a Dataset is reshuffled each epoch.
-        argument: The caller's name for the data, for messages.
-
-    Returns:
-        Something with ``len`` (batches per epoch), ``epoch(number)`` and ``sample()``.
-
-    Raises:
-        TypeError: If ``data`` is none of these, or its length is not known.
-        ValueError: If it is empty, inputs and targets differ in number, or batch_size < 1.
-
-    Example:
-        >>> len(make_batches((torch.zeros(10, 2), torch.zeros(10)), 4, 0, torch.device("cpu")))
-        3
-    """
+    """The batches of what a user calls training data."""
     batch_size = positive_integer("batch_size", batch_size)
     if isinstance(data, TensorDataset):
         data = data.tensors

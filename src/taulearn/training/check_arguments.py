@@ -24,20 +24,7 @@ _OVER_EPOCHS = "laid out over all epochs"
 def check_options(
     counts: Mapping[str, int], names: Mapping[str, tuple[str, Sequence[str]]], clip_norm: float | None, seed: int
 ) -> None:
-    """Refuse counts below one, unknown names, and a norm or seed out of range.
-
-    Args:
-        counts: Values that must be integers >= 1, by the argument's name.
-        names: Values with those that would do, by the argument's name.
-        clip_norm: Largest norm of the gradient, or None.
-        seed: Of the order.
-
-    Raises:
-        ValueError: Naming the argument.
-
-    Example:
-        >>> check_options({"epochs": 3}, {"compile": ("auto", ("auto", "never"))}, None, 0)
-    """
+    """Refuse counts below one, unknown names, and a norm or seed out of range."""
     for name, value in counts.items():
         positive_integer(name, value)
     for name, (given, known) in names.items():
@@ -50,17 +37,7 @@ def check_options(
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, clip_norm: float | None) -> None:
-    """Refuse what is no optimiser of this model.
-
-    Args:
-        optimizer: What the caller gave.
-        model: The model.
-        clip_norm: Largest norm of the gradient, or None.
-
-    Raises:
-        TypeError: If it is a name or a class.
-        ValueError: If it does not hold the model's parameters, or does not go with clipping.
-    """
+    """Refuse what is no optimiser of this model."""
     check_holds(optimizer, model)
     check_holds_steps(optimizer, model)
     if clip_norm is not None and isinstance(optimizer, torch.optim.LBFGS | SteepestDescent):
@@ -79,21 +56,7 @@ def check_pruning(pruning: Pruning | None, penalties: Iterable[Penalty]) -> None
 
 
 def check_callbacks(callbacks: Sequence[Callable[..., Any]], metrics: object) -> None:
-    """Refuse callbacks and metrics that cannot be called.
-
-    Args:
-        callbacks: What the caller gave.
-        metrics: Likewise.
-
-    Raises:
-        TypeError: If something cannot be called, or is not in a list.
-
-    Example:
-        >>> check_callbacks(print, "auto")
-        Traceback (most recent call last):
-        ...
-        TypeError: callbacks must be a sequence of functions, got one function: write callbacks=[...]
-    """
+    """Refuse callbacks and metrics that cannot be called."""
     if not isinstance(callbacks, Iterable) or isinstance(callbacks, str):
         given = "one function" if callable(callbacks) else repr(callbacks)
         raise TypeError(f"callbacks must be a sequence of functions, got {given}: write callbacks=[...]")
@@ -113,19 +76,7 @@ def check_parts(
     averaged: AveragedModel | None,
     iterations: int,
 ) -> None:
-    """Refuse a scheduler that belongs to another optimiser or ends too early, and averaged weights of another model.
-
-    Args:
-        model: The model.
-        optimizer: Its optimiser.
-        scheduler: What the caller gave.
-        averaged: What the caller gave.
-        iterations: Number of iterations of the whole training.
-
-    Raises:
-        TypeError: If one of the two is something else.
-        ValueError: If it does not fit.
-    """
+    """Refuse a scheduler that belongs to another optimiser or ends too early, and averaged weights of another model."""
     if averaged is not None:
         check_averaged(averaged, model)
     if scheduler is None:
@@ -147,30 +98,14 @@ def check_parts(
 
 
 def bare_scheduler(scheduler: Any) -> Any:
-    """The scheduler of torch in one that accelerate prepared; anything else as it is.
-
-    Args:
-        scheduler: What the caller gave.
-
-    Example:
-        >>> bare_scheduler(None) is None
-        True
-    """
+    """The scheduler of torch in one that accelerate prepared; anything else as it is."""
     while not isinstance(scheduler, LRScheduler) and isinstance(getattr(scheduler, "scheduler", None), LRScheduler):
         scheduler = scheduler.scheduler
     return scheduler
 
 
 def steps_each_iteration(scheduler: LRScheduler | None) -> bool:
-    """Whether a scheduler counts iterations: OneCycleLR, CyclicLR, and any combination that contains one of them.
-
-    Args:
-        scheduler: The scheduler, or None.
-
-    Example:
-        >>> steps_each_iteration(None)
-        False
-    """
+    """Whether a scheduler counts iterations: OneCycleLR, CyclicLR, and any combination that contains one of them."""
     return any(isinstance(part, OneCycleLR | CyclicLR) for part in _parts(scheduler))
 
 
@@ -191,16 +126,7 @@ def terms(
     pruning: Pruning | None,
     **plain: int | float | str | bool | None,
 ) -> dict[str, Any]:
-    """What a run is started with and must be resumed with, as plain data for its checkpoints.
-
-    Args:
-        model: The model.
-        optimizer: Its optimiser.
-        scheduler: Its scheduler, or None.
-        penalties: Its penalties.
-        pruning: The policy, or None.
-        **plain: Further arguments of fit.
-    """
+    """What a run is started with and must be resumed with, as plain data for its checkpoints."""
     found = list(penalties)
     policy = None if pruning is None else {name: _plain(value) for name, value in vars(pruning).items()}
     by_share = pruning is not None and pruning.targeted and isinstance(pruning.by, float)
@@ -236,16 +162,7 @@ def _plain(value: Any) -> Any:
 
 
 def disagreements(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a resumed run is asked to do otherwise than at its start, in words; more epochs are none of it.
-
-    Args:
-        began: :func:`terms` of the checkpoint.
-        now: Those of the call.
-
-    Example:
-        >>> disagreements({"seed": 0, "accumulate": 1}, {"seed": 1, "accumulate": 1})
-        ['seed must be 0 as at the start of the run, got 1']
-    """
+    """What a resumed run is asked to do otherwise than at its start, in words; more epochs are none of it."""
     said = [
         f"{name} must be {began[name]!r} as at the start of the run, got {value!r}"
         for name, value in now.items()

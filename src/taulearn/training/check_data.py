@@ -22,20 +22,7 @@ _SEARCH_SECONDS = 30.0
 
 
 def check_loss(loss: Loss) -> None:
-    """Refuse what cannot be called.
-
-    Args:
-        loss: What the caller gave.
-
-    Raises:
-        TypeError: If it is a name, or a loss module's class.
-
-    Example:
-        >>> check_loss("mse")
-        Traceback (most recent call last):
-        ...
-        TypeError: loss must be a function of (outputs, targets), got 'mse': pass for instance ...
-    """
+    """Refuse what cannot be called."""
     if isinstance(loss, type) and issubclass(loss, nn.Module):
         raise TypeError(f"loss must be a function of (outputs, targets), got a class: pass {loss.__name__}()")
     if not callable(loss):
@@ -70,24 +57,7 @@ def check_data(
     differentiated: bool,
     precision: str = "float32",
 ) -> "Seen":
-    """One forward pass on a few samples, so that data that do not fit are named before training starts.
-
-    Args:
-        argument: The caller's name for the data.
-        model: The model.
-        losses: The loss, and losses of penalties where there are some.
-        sample: A few samples of the data.
-        batches: The data; of tensors, everything is looked at, of a loader the sample alone.
-        differentiated: Whether the losses will be differentiated on these data.
-        precision: Of the forward pass, as ``fit`` takes it.
-
-    Returns:
-        What was seen of the losses and the network.
-
-    Raises:
-        TypeError: If inputs, or what a loss returns, have the wrong type.
-        ValueError: If inputs or targets do not fit the model or a loss, or are not finite.
-    """
+    """One forward pass on a few samples, so that data that do not fit are named before training starts."""
     inputs, targets = sample
     known = batches.targets if isinstance(batches, TensorBatches) else targets
     if isinstance(batches, TensorBatches):
@@ -150,12 +120,7 @@ def _output(argument: str, model: nn.Module, inputs: Tensor) -> Any:
 
 
 def nothing_counts(targets: Tensor, counting: Counting) -> str | None:
-    """The value of the labels, in words, where none of them counts in the mean that a loss takes; or None.
-
-    Args:
-        targets: Of a batch, or of all the data.
-        counting: How the loss counts.
-    """
+    """The value of the labels, in words, where none of them counts in the mean that a loss takes; or None."""
     if counting.by != "labels" or counting.summed or bool(counting.of(targets) > 0):
         return None
     return f"{counting.ignored}, which losses ignore{'' if counting.weight is None else ', or of a class of weight 0'}"
@@ -208,16 +173,7 @@ def _remedy(output: Any, targets: Tensor) -> str:
 
 
 def bad_tensor_sample(batches: TensorBatches) -> str | None:
-    """The first sample of tensors that is not finite, in words, or None.
-
-    Args:
-        batches: The data.
-
-    Example:
-        >>> x = torch.tensor([[1.0], [float("nan")]])
-        >>> bad_tensor_sample(TensorBatches(x, torch.zeros(2), 2, 0))
-        'the inputs of sample 1 hold nan: mend or drop it'
-    """
+    """The first sample of tensors that is not finite, in words, or None."""
     for name, tensor in (("inputs", batches.inputs), ("targets", batches.targets)):
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
@@ -234,11 +190,7 @@ def bad_tensor_sample(batches: TensorBatches) -> str | None:
 
 
 def bad_sample(batches: TensorBatches | LoaderBatches) -> str | None:
-    """The first sample that is not finite, in words, or None; of a loader's data set, half a minute is searched.
-
-    Args:
-        batches: The data whose loss turned out not to be finite.
-    """
+    """The first sample that is not finite, in words, or None; of a loader's data set, half a minute is searched."""
     if isinstance(batches, TensorBatches):
         return bad_tensor_sample(batches)
     dataset, began = cast(Any, batches.loader.dataset), time.monotonic()
@@ -261,27 +213,14 @@ def _fault(name: str, sample: Tensor, at: int) -> str:
 
 
 def check_validation(data: Any) -> None:
-    """Say which sample of validation data is not finite, where their loss is no number before training.
-
-    Args:
-        data: The validation data.
-
-    Raises:
-        ValueError: If one is found.
-    """
+    """Say which sample of validation data is not finite, where their loss is no number before training."""
     fault = bad_sample(make_batches(data, 1, 0, torch.device("cpu"), shuffle=False, argument="validation"))
     if fault is not None:
         raise ValueError(f"validation must hold finite numbers, but {fault}")
 
 
 def ignored_batch(batches: TensorBatches | LoaderBatches, iteration: int, counting: Counting) -> str | None:
-    """That no label of a batch counts, so that the mean of its losses is 0/0; or None.
-
-    Args:
-        batches: The data.
-        iteration: Number of the iteration, from 0.
-        counting: How the loss counts.
-    """
+    """That no label of a batch counts, so that the mean of its losses is 0/0; or None."""
     if not isinstance(batches, TensorBatches):
         return None
     index = batches.split(batches.order(iteration // len(batches)))[iteration % len(batches)]

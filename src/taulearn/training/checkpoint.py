@@ -94,23 +94,7 @@ class Start:
 
 
 def save_checkpoint(folder: Path, parts: Parts, position: Position, history: History, start: Start) -> Path:
-    """Write one checkpoint and delete all but the last two.
-
-    Args:
-        folder: The run's folder of checkpoints, made if missing.
-        parts: What to save.
-        position: Where the run stands.
-        history: The record so far.
-        start: What the run was started with.
-
-    Returns:
-        The file.
-
-    Raises:
-        OSError: If it cannot be written; earlier checkpoints stand.
-        TypeError: If a state holds something that is neither a dense tensor of numbers nor plain data.
-        ValueError: If the optimiser holds parameters that are not the model's.
-    """
+    """Write one checkpoint and delete all but the last two."""
     tensors, plain = _contents(parts)
     check_tensors(tensors, _KEEPER)
     plain |= {
@@ -145,25 +129,13 @@ def save_checkpoint(folder: Path, parts: Parts, position: Position, history: His
 
 
 def drop_old(folder: Path) -> None:
-    """Delete all checkpoints but the last two.
-
-    Args:
-        folder: The run's folder of checkpoints.
-    """
+    """Delete all checkpoints but the last two."""
     for old in _files(folder)[:-KEPT]:
         old.unlink(missing_ok=True)
 
 
 def check_contents(parts: Parts) -> None:
-    """Refuse what no checkpoint could keep, before anything is written.
-
-    Args:
-        parts: What is to be saved.
-
-    Raises:
-        TypeError: If a state holds something that is neither a dense tensor of numbers nor plain data.
-        ValueError: If the optimiser holds parameters that are not the model's.
-    """
+    """Refuse what no checkpoint could keep, before anything is written."""
     check_tensors(_contents(parts)[0], _KEEPER)
 
 
@@ -200,11 +172,7 @@ def load_checkpoint(
 
 
 def read_start(folder: Path) -> tuple[Start, Position] | None:
-    """Start and position of a run, from the newest undamaged checkpoint; None where there is none.
-
-    Args:
-        folder: The run's folder of checkpoints.
-    """
+    """Start and position of a run, from the newest undamaged checkpoint; None where there is none."""
     if not _files(folder):
         return None
     _, plain, _ = _newest(folder)

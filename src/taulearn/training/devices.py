@@ -10,19 +10,7 @@ from .._errors import first_line
 
 
 def usable_device(argument: str, device: torch.device | str) -> torch.device:
-    """The device that a caller names, after it has computed something.
-
-    Args:
-        argument: The caller's argument name.
-        device: What was given.
-
-    Raises:
-        ValueError: If there is no such device, or it holds no numbers.
-
-    Example:
-        >>> usable_device("device", "cpu")
-        device(type='cpu')
-    """
+    """The device that a caller names, after it has computed something."""
     try:
         found = torch.device(device)
         if found.type == "meta":
@@ -38,12 +26,7 @@ def usable_device(argument: str, device: torch.device | str) -> torch.device:
 
 
 def machine() -> str:
-    """What computes: system, processor, cores, GPU.
-
-    Example:
-        >>> machine().startswith(platform.system())
-        True
-    """
+    """What computes: system, processor, cores, GPU."""
     parts = [f"{platform.system()} {platform.machine()}", _processor(), f"{os.cpu_count()} cores"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())

@@ -18,13 +18,7 @@ _REMEDY = (
 
 
 def cause_in(batches: TensorBatches | LoaderBatches, iteration: int, counting: Counting) -> str | None:
-    """The fault in the data that made the loss of an iteration no number, or None if nothing is found.
-
-    Args:
-        batches: The training data.
-        iteration: Number of the iteration, from 0.
-        counting: How the loss counts.
-    """
+    """The fault in the data that made the loss of an iteration no number, or None if nothing is found."""
     fault = bad_sample(batches) or ignored_batch(batches, iteration, counting)
     return None if fault is None else f"the training data are the cause: {fault}"
 
@@ -32,20 +26,7 @@ def cause_in(batches: TensorBatches | LoaderBatches, iteration: int, counting: C
 def diverged(
     what: str, at: int, history: History, columns: Sequence[str], checkpoints: Path | None, cause: str | None = None
 ) -> Diverged:
-    """The error that says what happened after ``at`` good iterations, and what may help.
-
-    Args:
-        what: What is not finite, and when.
-        at: Number of iterations before.
-        history: The record so far.
-        columns: Names of the objective's entries in it.
-        checkpoints: Where the last good one is kept, or None.
-        cause: What is to blame, where it is known; else the learning rate is suspected.
-
-    Example:
-        >>> print(diverged("the loss is not finite", 0, History(), [], None))
-        the loss is not finite; there was no finite value before. Lower the learning rate (lr, tau_lr), clip ...
-    """
+    """The error that says what happened after ``at`` good iterations, and what may help."""
     last = "there was no finite value before"
     if at > 0:
         values = ", ".join(f"{name} = {history.iterations[name][at - 1]:.6g}" for name in columns)

@@ -142,14 +142,7 @@ class Recorder:
         self._pending.append(rows)
 
     def flush(self, origin: tuple[int, ...]) -> Array:
-        """Bring the pending rows to the host; to be called before the layers change.
-
-        Args:
-            origin: Starting numbers of the layers that the rows' steps belong to.
-
-        Returns:
-            The rows' objective values, (k,).
-        """
+        """Bring the pending rows to the host; to be called before the layers change."""
         if not self._pending:
             return np.zeros(0)
         pending = torch.cat(self._pending).cpu()

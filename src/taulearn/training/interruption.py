@@ -11,16 +11,7 @@ from .run_folder import Run
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-    """Keep the first Ctrl-C for later; the second one ends at once.
-
-    Yields:
-        What tells whether there was one.
-
-    Example:
-        >>> with deferred() as interrupted:
-        ...     print(interrupted())
-        False
-    """
+    """Keep the first Ctrl-C for later; the second one ends at once."""
     seen = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield seen.is_set
@@ -41,11 +32,7 @@ def deferred() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def announced(run: Run | None) -> Iterator[None]:
-    """Let Ctrl-C before the first iteration say so.
-
-    Args:
-        run: The run that can be gone on with, or None.
-    """
+    """Let Ctrl-C before the first iteration say so."""
     try:
         yield
     except Interrupted:

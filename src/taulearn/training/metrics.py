@@ -17,19 +17,7 @@ Metric = Callable[[Any, Tensor], Tensor]
 
 
 def choose_metrics(metrics: str | Mapping[str, Metric], target: Tensor, output: object = None) -> dict[str, Metric]:
-    """The metrics meant by "auto": accuracy for class numbers, none for anything else.
-
-    Args:
-        metrics: "auto" or names with functions (output, target) -> mean over the batch.
-        target: A sample of the targets.
-        output: The outputs for it, of which a single column is no classes. None: not looked at.
-
-    Returns:
-        Names with functions.
-
-    Raises:
-        ValueError: If it is another string.
-    """
+    """The metrics meant by "auto": accuracy for class numbers, none for anything else."""
     if isinstance(metrics, str):
         if metrics != "auto":
             raise ValueError(f"metrics must be 'auto' or a mapping of names to functions, got {metrics!r}")

@@ -20,46 +20,19 @@ Loss = Callable[[Any, Tensor], Tensor]
 
 
 def as_float(inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images kept as uint8 become numbers in [0, 1]; all else passes unchanged.
-
-    Example:
-        >>> as_float(torch.tensor([0, 255], dtype=torch.uint8), torch.float32)
-        tensor([0., 1.])
-    """
+    """Images kept as uint8 become numbers in [0, 1]; all else passes unchanged."""
     return inputs.to(dtype) / 255 if inputs.dtype == torch.uint8 else inputs
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
-    """The type of floating point inputs that a model is made for: that of its first parameter, the steps apart.
-
-    Args:
-        model: A model with time steps, which may be of another type than the rest.
-
-    Example:
-        >>> from taulearn.nn import resnet
-        >>> input_dtype(resnet(2, 3, 1, 4, dtype=torch.float64))
-        torch.float64
-    """
+    """The type of floating point inputs that a model is made for: that of its first parameter, the steps apart."""
     steps = time_steps_of(model).values
     found = (p.dtype for p in model.parameters() if p is not steps and p.is_floating_point())
     return next(found, steps.dtype)
 
 
 def as_penalties(penalties: Penalty | Iterable[Penalty]) -> tuple[Penalty, ...]:
-    """Penalties as a caller gives them, one or several.
-
-    Args:
-        penalties: A penalty, or any number of them.
-
-    Raises:
-        TypeError: If there is something else among them.
-        ValueError: If two have the same name.
-
-    Example:
-        >>> from taulearn.penalties import L1
-        >>> len(as_penalties(L1(0.01)))
-        1
-    """
+    """Penalties as a caller gives them, one or several."""
     if isinstance(penalties, Penalty):
         return (penalties,)
     several = isinstance(penalties, Iterable) and not isinstance(penalties, str | bytes)
@@ -128,16 +101,7 @@ class Objective(nn.Module):
         return any(isinstance(p, StageCost) for p in self.penalties)
 
     def weights(self, parts: Sequence[Tensor], add: Callable[[Tensor], Tensor], *, counts: bool = True) -> list[Tensor]:
-        """The weights of the parts of a batch.
-
-        Args:
-            parts: The targets of each part.
-            add: Adds a vector up over the processes that share the batch.
-            counts: Whether the samples of this process count.
-
-        Returns:
-            For each part a vector: the weight of means over samples, of the loss, and of each penalty.
-        """
+        """For each part of a batch the weights of means over samples, of the loss, and of each penalty."""
         kinds = [BY_SAMPLES, *self.countings]
         device = time_steps_of(self.model).values.device
         rows = [torch.stack([kind.of(targets, device) for kind in kinds]) for targets in parts]
@@ -150,17 +114,9 @@ class Objective(nn.Module):
         return list(torch.stack(weights, 1).unbind())
 
     def forward(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The objective on one batch, or what a part of a batch adds to it.
+        """J on one batch, or what a part of a batch adds to it with its :meth:`weights`; and the row of the record.
 
-        Args:
-            inputs: (batch, ...), floating point, or uint8 images.
-            targets: (batch, ...).
-            weights: Of a part, as :meth:`weights` gives them. None: it is the whole batch.
-
-        Returns:
-            J, a scalar; and the detached record: loss, J, each penalty, weights that are steered, then tau (N,), then,
-            where they can differ, the raw steps (N,), then, with a stage cost, the losses at the intermediate outputs
-            and at the final one.
+        The row: loss, J, penalties, weights that are steered, tau, raw steps where they can differ, losses at each depth.
         """
         steps = time_steps_of(self.model)
         inputs = as_float(inputs, self.dtype)

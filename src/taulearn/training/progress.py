@@ -66,27 +66,12 @@ class Progress:
 
 
 def layers_left(number: int) -> str:
-    """A number of layers.
-
-    Example:
-        >>> layers_left(1)
-        '1 layer'
-    """
+    """A number of layers."""
     return f"{number} layer" if number == 1 else f"{number} layers"
 
 
 def epoch_line(epoch: int, epochs: int, row: Mapping[str, float]) -> str:
-    """An epoch in one line.
-
-    Args:
-        epoch: Its number, from 1.
-        epochs: Number of epochs in all.
-        row: Its row of the record.
-
-    Example:
-        >>> epoch_line(2, 10, {"train.loss": 0.5, "layers": 3, "seconds": 1.0})
-        'epoch  2/10  loss 0.5000  3 layers  1.0 s'
-    """
+    """An epoch in one line."""
     parts = [f"epoch {epoch:>{len(str(epochs))}}/{epochs}", f"loss {row['train.loss']:.4f}"]
     parts += [
         f"{name.removeprefix('validation.')} {value:.4f}"

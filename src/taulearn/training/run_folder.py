@@ -204,19 +204,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def tidy(folder: Path) -> None:
-    """Delete what a process that was killed while it wrote into a run's folder left half-written.
-
-    Args:
-        folder: The run's folder, into which nobody writes now.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> (folder / ".run.toml.1.part").touch()
-        >>> tidy(folder)
-        >>> list(folder.iterdir())
-        []
-    """
+    """Delete what a process that was killed while it wrote into a run's folder left half-written."""
     for part in [*folder.glob(".*.part"), *(folder / "checkpoint").glob(".*.part")]:
         part.unlink(missing_ok=True)
 

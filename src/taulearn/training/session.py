@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..adaptivity.coarsen import PruneReport, prune
 from ..adaptivity.controller import Pruner
+from ..adaptivity.optimizer_state import optimizers_in
 from ..adaptivity.transaction import all_or_nothing
 from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
@@ -91,7 +92,7 @@ class Session:
         averages: Callable[[], Sequence[nn.Module]] = list,
     ) -> None:
         self.model, self.steps, self.penalties, self.pruner = model, time_steps_of(model), penalties, pruner
-        self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self.optimizers = optimizers_in(optimizer)
         self.averages, self.epochs = averages, max(1, math.ceil(epochs))
         names = ["loss", "total", *(f"penalty.{p.name}" for p in penalties)] if columns is None else list(columns)
         known = {} if past is None else past.iterations

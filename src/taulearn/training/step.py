@@ -54,17 +54,7 @@ class PlainStep:
         evaluate: Callable[..., Any] | CompiledValues | None = None,
         samples: int = 1,
     ) -> Tensor:
-        """Take one step.
-
-        Args:
-            inputs: (batch, ...).
-            targets: (batch, ...).
-            evaluate: A compiled twin of the objective for full batches, or None.
-            samples: Number of samples that count, where several processes share the batch.
-
-        Returns:
-            The record before the step, (1, columns).
-        """
+        """Take one step; returns the row of the record before it, (1, columns)."""
         records: list[Tensor] = []
         parts = self._parts(inputs, targets, samples)
 
@@ -207,16 +197,7 @@ class Engine:
             self.kind = f"compiled objective ({reason})"
 
     def epoch(self, epoch: int, start: int, iteration: int) -> Iterator[Tensor]:
-        """Go through an epoch; the caller may prune and :meth:`rebuild` between two yields.
-
-        Args:
-            epoch: Number of the epoch, from 0; decides the order.
-            start: First batch.
-            iteration: Number of iterations taken before.
-
-        Yields:
-            Records (k, columns) of the k iterations just taken.
-        """
+        """Go through an epoch, rows by rows; the caller may prune and :meth:`rebuild` between two yields."""
         if isinstance(self.batches, LoaderBatches):
             start_epoch(self.batches, epoch)
             for whole in self.batches.epoch(epoch):

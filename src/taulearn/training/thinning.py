@@ -14,15 +14,7 @@ FINE, COARSE = 2000, 200
 
 
 def numbers(history: History) -> Int[np.ndarray, " rows"]:
-    """The iteration, from 1, that each row of a record belongs to.
-
-    Args:
-        history: The record, thinned or whole.
-
-    Example:
-        >>> numbers(History({"loss": np.zeros(3)})).tolist()
-        [1, 2, 3]
-    """
+    """The iteration, from 1, that each row of a record belongs to."""
     column = history.iterations.get("iteration")
     return np.arange(1, history.num_iterations + 1) if column is None else np.asarray(column, dtype=np.int64)
 
@@ -32,17 +24,6 @@ def thinned(history: History, *, coarse: bool = False) -> History:
 
     Besides the evenly and the logarithmically spaced ones, those rows stay between which a step is deleted, and those
     in which a step is negative for the first time.
-
-    Args:
-        history: The record, whole or thinned.
-        coarse: Keep about 200 rows instead of 2000.
-
-    Returns:
-        A new record; the rows per epoch and the deletions are the same.
-
-    Example:
-        >>> thinned(History({"loss": np.zeros(120_000)})).num_iterations < 2000
-        True
     """
     there = numbers(history)
     total = int(there[-1]) if len(there) else 0
