@@ -157,8 +157,7 @@ def check_holds(optimizer: Any, model: nn.Module) -> None:
         raise TypeError(
             f"optimizer must be one optimiser here, got a {type(optimizer).__name__} of {len(optimizer)}: make one "
             "with parameter groups, taulearn.parameter_groups(model, lr); or write the loop yourself, with "
-            "taulearn.optim.register_projection on the one that holds the time steps, and "
-            "taulearn.prune(model, optimizer=[...]) with all of them"
+            "taulearn.attach(model, [...]), which takes them all"
         )
     if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
         given = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else repr(optimizer)

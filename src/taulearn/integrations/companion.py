@@ -34,7 +34,7 @@ def model_with_time_steps(module: nn.Module) -> nn.Module:
         raise TypeError(
             f"model must contain one model with time steps, got a {type(module).__name__} with {len(found)}{which}: "
             "build it with taulearn.nn, or wrap it with taulearn.wrap before it is handed to the trainer; several are "
-            "trained with taulearn.optim.register_projection and taulearn.prune"
+            "trained in a loop of your own, with taulearn.attach and an optimizer for each"
         )
     return next(iter(found.values()))
 

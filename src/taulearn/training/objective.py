@@ -116,7 +116,7 @@ class Objective(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """J on one batch, or what a part of a batch adds to it with its :meth:`weights`; and the row of the record.
 
-        The row: loss, J, penalties, weights that are steered, tau, raw steps where they can differ, losses at each depth.
+        The row: loss, J, penalties, steered weights, tau, raw steps where they can differ, losses at each depth.
         """
         steps = time_steps_of(self.model)
         inputs = as_float(inputs, self.dtype)

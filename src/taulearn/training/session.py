@@ -122,7 +122,7 @@ class Session:
         """Record the loss of a batch, and add the penalties to it that need the batch; to be called before backward.
 
         Penalties that look at the states of the forward pass cost another one here. Where gradients accumulate over
-        several batches, divide what this returns by their number.
+        several batches, divide what this returns by their number; the mean of the losses is recorded.
 
         Args:
             loss: The loss, a scalar.
