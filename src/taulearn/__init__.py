@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from .nn.time_steps import TimeSteps as TimeSteps
     from .optim import parameter_groups as parameter_groups
     from .saving import load_model as load_model, save_model as save_model
-    from .training import History as History, attach as attach, fit as fit
+    from .training import History as History, fit as fit
+    from .training.attaching import attach as attach
     from .wrapping import unwrap as unwrap, wrap as wrap
 
 __version__ = "0.1.0"
@@ -86,7 +87,7 @@ _HOMES = {
     "PruneReport": ".adaptivity.coarsen",
     "Pruning": ".adaptivity.policies",
     "TimeSteps": ".nn.time_steps",
-    "attach": ".training",
+    "attach": ".training.attaching",
     "contribution": ".adaptivity.estimate",
     "export_model": ".export",
     "fit": ".training",

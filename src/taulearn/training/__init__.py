@@ -1,6 +1,5 @@
-"""Training: ``fit``, ``attach``, the record, checkpoints and run folders."""
+"""Training: ``fit``, the record, checkpoints and run folders."""
 
-from .attaching import attach as attach
 from .events import Diverged as Diverged, EpochEnd as EpochEnd, Interrupted as Interrupted, StopTraining as StopTraining
 from .fitting import fit as fit
 from .history import Deletion as Deletion, History as History
