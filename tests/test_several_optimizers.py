@@ -238,7 +238,7 @@ def test_fit_takes_one_and_says_what_to_do_with_several() -> None:
     model = resnet(3, 4, 2, 3, dtype=DOUBLE)
     data = torch.randn(8, 3, dtype=DOUBLE), torch.randn(8, 2, dtype=DOUBLE)
     for given in (muon_and_adamw(model), tuple(muon_and_adamw(model))):
-        with pytest.raises(TypeError, match=r"optimizer must be one optimiser here.*parameter_groups.*prune"):
+        with pytest.raises(TypeError, match=r"optimizer must be one optimiser here.*parameter_groups.*attach"):
             fit(
                 model,
                 data,
