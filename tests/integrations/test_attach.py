@@ -1,4 +1,4 @@
-"""``attach`` in a loop around accelerate: wrappers taken apart, steps taken where gradients are complete."""
+"""``attach`` in loops around accelerate, and in a module of Lightning that steps its optimiser by hand."""
 
 from typing import Any
 
@@ -8,10 +8,11 @@ import torch
 
 from taulearn import Pruning, attach, fit
 from taulearn.optim import parameter_groups
-from taulearn.penalties import L1
+from taulearn.penalties import L1, L2
 from training.support import LOSS, assert_same_weights, digits, network
 
 accelerate = pytest.importorskip("accelerate")
+lightning_runs = pytest.importorskip("integrations.lightning_runs")
 Data = torch.utils.data.TensorDataset
 CASES: dict[str, tuple[Any, Any]] = {
     "target": ((), Pruning(target_blocks=2)),
@@ -82,3 +83,34 @@ def test_accumulated_batches_are_one_iteration() -> None:
     assert session.history.num_iterations == 15
     assert model.time_steps.num_steps == 2
     np.testing.assert_allclose(session.history.iterations["loss"], np.reshape(losses, (15, 2)).mean(1), rtol=1e-6)
+
+
+class ByHand(lightning_runs.Built):  # type: ignore[name-defined,misc]
+    """Lightning hands such an optimiser a closure that does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def on_train_start(self) -> None:
+        length = lightning_runs.EPOCHS * len(lightning_runs.batches())
+        self.session = attach(
+            self.model, self.optimizers(), penalties=L2(0.1), pruning=Pruning(target_blocks=2), iterations=length
+        )
+
+    def training_step(self, batch: Any, index: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.session.loss(super().training_step(batch, index)))
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_in_lightning_by_hand() -> None:
+    module = ByHand()
+    lightning_runs.trainer().fit(module, lightning_runs.batches())
+    module.session.detach()
+    history = module.session.history
+    assert module.steps.num_steps == 2
+    assert history.num_iterations == lightning_runs.EPOCHS * len(lightning_runs.batches())
+    assert (history.iterations["penalty.l2"] > 0).all()
