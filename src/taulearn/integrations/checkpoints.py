@@ -64,11 +64,7 @@ def mark_states(module: nn.Module) -> None:
 
 
 class OptimizerFollower(Follower):
-    """Lets the model's optimiser follow, too.
-
-    Args:
-        optimizer: The optimiser.
-    """
+    """Lets the model's optimiser follow, too."""
 
     def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
         super().__init__()

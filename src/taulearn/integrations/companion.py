@@ -56,17 +56,7 @@ def warn_of_frozen(model: nn.Module) -> None:
 
 
 class Companion:
-    """A session beside another trainer's loop, and what it is begun with.
-
-    Args:
-        penalties: Added to the loss.
-        pruning: When and what is deleted. None: nothing.
-        progress: Whether deletions are printed.
-
-    Raises:
-        TypeError: If ``pruning`` is no policy.
-        ValueError: If a penalty needs data, which callbacks do not have, or is that of the target of pruning.
-    """
+    """A session beside another trainer's loop, and what it is begun with."""
 
     session: Session
 

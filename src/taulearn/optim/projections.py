@@ -12,13 +12,7 @@ from ..penalties import Penalty
 
 
 class Projection:
-    """A hook of ``register_projection``.
-
-    Args:
-        model: The model whose steps it projects.
-        penalties: Those whose proximal maps it applies.
-        act: What it does, given the GradScaler that was handed to the step, or None.
-    """
+    """A hook of ``register_projection``."""
 
     def __init__(self, model: nn.Module, penalties: Sequence[Penalty], act: Callable[[Any], None]) -> None:
         self.model, self.penalties, self._act = model, tuple(penalties), act

@@ -23,12 +23,6 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
 class TensorBatches:
     """Two tensors, reshuffled each epoch; batches are gathered by one indexing operation.
 
-    Args:
-        inputs: (n, ...).
-        targets: (n, ...).
-        batch_size: Samples per batch; the last batch of an epoch may be smaller.
-        seed: Of the order.
-
     Attributes:
         full: Number of batches of that size, which come first.
     """
@@ -80,12 +74,6 @@ class TensorBatches:
 
 class LoaderBatches:
     """A torch DataLoader; its order is its own affair and follows its generator, or torch's global one.
-
-    Args:
-        loader: Yields pairs (inputs, targets).
-        device: Where batches go.
-        argument: The caller's name for the data, for messages.
-        own: Whether the loader was made here, for a Dataset.
 
     Attributes:
         counting: How the loss counts, where it is known: each batch's class numbers are checked before they leave the

@@ -50,17 +50,7 @@ class Settings:
 
 
 class Loop:
-    """One run of training.
-
-    Args:
-        objective: What is minimised.
-        batches: Where batches come from.
-        parts: Model, optimiser, scheduler, averaged weights.
-        options: What a step does besides.
-        settings: The rest.
-        folder: Where the run is written, or None.
-        ranks: The processes that train together; rank 0 writes.
-    """
+    """One run of training."""
 
     def __init__(
         self,

@@ -12,13 +12,7 @@ _REFRESH_SECONDS = 0.2
 
 
 class Progress:
-    """One bar for the whole run, or plain lines where standard output is not a terminal.
-
-    Args:
-        iterations: Number of iterations of the whole run.
-        done: Number taken before.
-        enabled: False: say nothing.
-    """
+    """One bar for the whole run, or plain lines where standard output is not a terminal."""
 
     def __init__(self, iterations: int, done: int, *, enabled: bool) -> None:
         self.enabled = enabled

@@ -10,15 +10,7 @@ from .run_folder import Run
 
 
 class TensorBoard:
-    """A callback that writes the epoch's figures and the time steps.
-
-    Args:
-        run: The run whose folder the events go into, which need not exist before the first epoch has ended.
-
-    Raises:
-        ValueError: If there is no run.
-        ImportError: If tensorboard is not installed.
-    """
+    """A callback that writes the epoch's figures and the time steps."""
 
     def __init__(self, run: Run | str | os.PathLike[str] | None) -> None:
         if run is None:
