@@ -374,6 +374,9 @@ class TestMeasuring:
                         model(100.0 * digits(80)[0])
                 optimizer.step()
         assert_same_weights(*models)
+        ours, theirs = (session.pruner.running.values for session in sessions)  # type: ignore[union-attr]
+        assert ours.min() > 0
+        assert torch.equal(ours, theirs)
 
     def test_nothing_is_left_in_the_model(self) -> None:
         model = network()
