@@ -42,7 +42,6 @@ from ._table import format_table
 from .caputo.weight_derivatives import WeightDerivatives
 from .nn.builders import FlattenInput, FullyConnected
 from .nn.network import TimeVariableNetwork
-from .nn.schemes import Fractional, Residual
 from .nn.skips import ComposedSkips, IdentitySkips, PadSkips, Skips
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -113,8 +112,8 @@ class _Adjoint:
         self.f = [layer.activation(z_l.clone()) for layer, z_l in zip(self.layers, z, strict=True)]
         self.slope = [slope(layer.activation, z[l], l) for l, layer in enumerate(self.layers)]
         self.phi_out = loss_gradient(loss, network.head(self.y[-1]), targets)
-        if isinstance(network.scheme, Fractional):
-            gamma = network.scheme.gamma
+        self.gamma = gamma = cast(float, network.scheme.caputo_order)
+        if gamma < 1.0:
             self.s = self.tau**gamma * math.gamma(2.0 - gamma)
             self.a = caputo.l1_weights(self.tau, gamma).to(self.tau.dtype)
             if network.scheme.memory_from == 1:
@@ -154,8 +153,7 @@ class _Adjoint:
 
     def _phi_right(self, phi_N: Tensor) -> dict[int, Tensor]:
         phi, N = {self.N: phi_N}, self.N
-        gamma = cast(Fractional, self.network.scheme).gamma
-        b = caputo.l1_weights(self.tau, gamma, side="right").to(self.tau.dtype).T  # b[j, l]
+        b = caputo.l1_weights(self.tau, self.gamma, side="right").to(self.tau.dtype).T  # b[j, l]
         for l in range(N - 1, 0, -1):
             phi[l] = self._PT(phi[l + 1], l, l + 1) + self._layer(phi, l)
             for j in range(l + 1, N):
@@ -186,12 +184,11 @@ class _Adjoint:
     def dtau(self) -> Tensor:
         """The gradient with respect to the effective steps, before their constraint, (N,)."""
         along_f = torch.stack([(f * self.phi[l + 1]).sum() for l, f in enumerate(self.f)])
-        scheme = self.network.scheme
-        if not isinstance(scheme, Fractional):
+        if self.gamma == 1.0:
             return along_f
-        gamma, tau = scheme.gamma, self.tau.double()
+        gamma, tau = self.gamma, self.tau.double()
         differences = self._differences()
-        derivatives = WeightDerivatives(tau, gamma, memory_from=scheme.memory_from)
+        derivatives = WeightDerivatives(tau, gamma, memory_from=self.network.scheme.memory_from)
         memory = torch.stack([(derivatives.of(l) * differences).sum() for l in range(self.N)])
         own = gamma * tau ** (gamma - 1.0) * math.gamma(2.0 - gamma) * along_f.double()
         return (own - memory).to(self.tau.dtype)
@@ -330,7 +327,7 @@ def check_network(network: nn.Module) -> None:
             f"network must be a TimeVariableNetwork, got {type(network).__name__}: build it with taulearn.nn, or let "
             "autograd differentiate it"
         )
-    if not isinstance(network.scheme, Residual | Fractional):
+    if network.scheme.caputo_order is None:
         raise ValueError(
             f"network must have the residual or the fractional scheme, got {network.scheme.name!r}: no adjoint system "
             "is written down for it; autograd differentiates every scheme"

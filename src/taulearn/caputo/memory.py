@@ -19,6 +19,7 @@ References:
     Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks, section 5.2.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -256,6 +257,21 @@ class Recall:
     def fits(self, f: Tensor) -> bool:
         """Whether f is shaped and typed as the states are."""
         return f.shape == self.shape and f.dtype == self.rows.dtype and f.device == self.rows.device
+
+    def index_select(self, dim: int, index: Tensor) -> "Recall | None":
+        """The memory of these samples alone (dim is 0), as of a tensor; None where it is being differentiated."""
+        if self.begin is not None:
+            return None
+        chosen = copy.copy(self)
+        chosen.shape = torch.Size((len(index), *self.shape[1:]))
+        chosen.rows, *buffers = (self._samples(rows, index) for rows in (self.rows, *self.buffers))
+        chosen.buffers = tuple(buffers)
+        return chosen
+
+    def _samples(self, rows: Tensor, index: Tensor) -> Tensor:
+        """Flattened states of these samples."""
+        dim = rows.ndim - 1
+        return rows.unflatten(dim, self.shape).index_select(dim, index).flatten(dim)
 
     def step(self, l: int, f: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """y_{l+1}, from f = f_l(y_l) and y = y_l."""

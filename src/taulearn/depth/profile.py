@@ -274,27 +274,28 @@ def _pass(
         output, states = record_states(network, x, arrivals=arrivals)
         added = [y - a for y, a in zip(states[1:], arrivals, strict=True)]
     else:
-        values: list[Tensor] = []
+        values: dict[int, Tensor] = {}
         start, tau = network.stem(x), network.time_steps.tau
-        recorded = [_Recorded(layer, values) for layer in network.layers]  # one layer may stand in several places
+        # one layer may stand in several places
+        recorded = [_Recorded(layer, values, l) for l, layer in enumerate(network.layers)]
         states = [start, *network.scheme.states(start, recorded, network.skips, tau)]
         output = network.head(states[-1])
         power = network.scheme.step_power
         factors = tau.abs() ** power * math.gamma(2.0 - power)
-        added = [factors[l].to(value.dtype) * value for l, value in enumerate(values)]
+        added = [factors[l].to(value.dtype) * value for l, value in values.items()]
     return outputs_at(network, x, states, output, own), states[-number:], added
 
 
 class _Recorded(nn.Module):
-    """A layer that keeps what it answers."""
+    """A layer that keeps what it answers, the last time if it is asked several times."""
 
-    def __init__(self, layer: nn.Module, values: list[Tensor]) -> None:
+    def __init__(self, layer: nn.Module, values: dict[int, Tensor], number: int) -> None:
         super().__init__()
-        self.layer, self.values = layer, values
+        self.layer, self.values, self.number = layer, values, number
 
     def forward(self, y: Tensor) -> Tensor:
         value: Tensor = self.layer(y)
-        self.values.append(value)
+        self.values[self.number] = value
         return value
 
 

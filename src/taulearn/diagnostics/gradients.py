@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .._errors import unknown_name
 from .._table import format_table
 from .._undisturbed import evaluation
+from ..adaptivity.transaction import prunable_of
 from ..depth.layers import check_batch, differentiable, layers_of, scheme_of, states_of
 from ..nn.time_steps import time_steps_of
 from .jacobian_products import Graph, by_matrices, by_products
@@ -45,6 +46,7 @@ class GradientPropagation:
         bias: Frobenius norm of d y_N / d b_l, over all vectors of layer l.
         step: Norm of d y_N / d tau_l, tau being the effective steps, before their constraint.
         method: "exact" or "products".
+        growth: The scheme's :attr:`~taulearn.nn.Scheme.growth`.
     """
 
     scheme: str
@@ -57,14 +59,13 @@ class GradientPropagation:
     bias: Tensor
     step: Tensor
     method: str
+    growth: float = 1.0
 
     @property
     def structural_growth(self) -> Tensor:
-        """The factor of d y_N / d y_{l+1} that no tau >= 0 can damp: 2^(N-l-2) in the dense scheme, else 1; (N,)."""
+        """The factor of d y_N / d y_{l+1} that no tau >= 0 can damp, growth^(N-l-2): growth is 2 in the dense scheme, else 1; (N,)."""
         N = len(self.layers)
-        if self.scheme != "dense":
-            return torch.ones(N, dtype=torch.float64)
-        return 2.0 ** torch.arange(N - 2, -2, -1, dtype=torch.float64).clamp(min=0)
+        return self.growth ** torch.arange(N - 2, -2, -1, dtype=torch.float64).clamp(min=0)
 
     def __str__(self) -> str:
         medians = [getattr(self, name).median(dim=1).values.tolist() for name in _FIELDS]
@@ -147,5 +148,6 @@ def gradient_propagation(
         layers=time_steps.origin,
         tau=time_steps.tau.detach().double().cpu(),
         method=method,
+        growth=getattr(getattr(prunable_of(network), "scheme", None), "growth", 1.0),
         **dict(zip(_FIELDS, torch.stack(values, dim=-1).detach().cpu(), strict=True)),
     )

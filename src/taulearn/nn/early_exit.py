@@ -1,10 +1,12 @@
 """Early exit: each sample stops at the first intermediate output that is confident, and leaves the batch."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .._errors import is_number
 from ..calibration import Statistics, norms_in, using
@@ -80,14 +82,15 @@ def _predict(
 ) -> Prediction:
     N = len(network.layers)
     maps = [(l, network.skips.past(l)) for l in range(N) if not network.skips.unchanged(l)]
-    step = network.scheme.stepper(network.skips, network.time_steps.tau)
-    states = [network.stem(inputs)]
+    scheme, tau, y = network.scheme, network.time_steps.tau, network.stem(inputs)
+    whole = scheme.states(y, network.layers, network.skips, tau) if scheme.runs_whole else None
+    carry, coefficients = scheme.init(y), scheme.prepare(tau)
     left = torch.arange(len(inputs), device=inputs.device)
     outputs: Tensor | None = None
     found = torch.full((len(inputs),), N, device=inputs.device)
     for k in range(N + 1):
         if k in looks or k == N:
-            output = states[-1]
+            output = y
             with using(statistics.get(k, ()) if k < N else ()):
                 for l, past in maps:
                     output = past(output) if l >= k else output
@@ -99,14 +102,21 @@ def _predict(
             gone = left[done]
             outputs[gone], found[gone] = output[done], k
             if len(gone):
-                left = left[~done]
-                states = [y[~done] for y in states]
+                stay = (~done).nonzero().squeeze(1)
+                left, y, carry = tree_map(partial(_samples, index=stay), (left, y, carry))
         if k == N or (len(left) == 0 and outputs is not None and len(inputs) > 0):
             break
-        y = step(k, network.layers[k], states)
-        states = [*states, y] if network.scheme.remembers else [y]
+        if whole is None:
+            y, carry = scheme.step(k, network.layers[k], y, carry, network.skips, coefficients)
+        else:
+            y = whole[k][left]
     assert outputs is not None
     return Prediction(outputs, found)
+
+
+def _samples(leaf: Any, index: Tensor) -> Any:
+    """The samples of these numbers in a part of a carry."""
+    return None if leaf is None else leaf.index_select(0, index)
 
 
 def check_confidence(argument: str, value: object) -> None:

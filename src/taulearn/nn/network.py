@@ -11,7 +11,7 @@ from ..calibration import Statistics
 from .each import apply_to_each
 from .early_exit import Prediction, predict
 from .following import Follower, set_follower
-from .schemes import Fractional, Scheme
+from .schemes import Scheme
 from .skips import IdentitySkips, Skips
 from .time_steps import TimeSteps
 
@@ -195,7 +195,7 @@ class TimeVariableNetwork(nn.Module):
                     if layer == 0 and not self.skips.from_input
                     else "the skip past it is not the identity"
                 )
-        if self.skips.from_input and isinstance(self.scheme, Fractional) and self.scheme.memory_from == 1:
+        if self.skips.from_input and self.scheme.memory_from == 1:
             reasons.setdefault(0, "the memory starts after it, so that the next layer would leave the memory")
         if self.time_steps.constraint == "dependent":
             reasons.setdefault(len(self.layers) - 1, "its step is the dependent one, T minus the others")

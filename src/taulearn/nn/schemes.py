@@ -1,6 +1,6 @@
-"""The four schemes: how the states y_1 .. y_N follow from layers, skips and time steps.
+"""The four schemes: how the states y_1 .. y_N follow from layers, skips and time steps, one step at a time.
 
-Each is one class whose ``states`` is the recursion of MATH, written with the formulas of :mod:`taulearn.functional`:
+Each is one class whose ``step`` is the recursion of MATH, written with the formulas of :mod:`taulearn.functional`:
 
     Feedforward   y_{l+1} = tau_l f_l(y_l)
     Residual      y_{l+1} = P y_l + tau_l f_l(y_l)
@@ -13,8 +13,9 @@ References:
 
 import functools
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,41 +33,90 @@ _FUSED_UP_TO = 12  # terms of a sum that a compiler fuses
 _FAST_FROM = 256  # measured: benchmarks/fractional_memory.py
 _TOLERANCE = 1e-6
 
-Stepper = Callable[[int, nn.Module, list[Tensor]], Tensor]
-"""From the number l of a layer, the layer and the states [y_0 .. y_l] to y_{l+1}."""
+Carry = Any
+"""What a step hands to the next one beside the state: None, or tensors that all have the batch first, in containers."""
 
 
 class Scheme(nn.Module):
-    """What a network asks of its scheme.
+    """One step from state to state, which networks and early exit take layer by layer.
+
+    A subclass defines :meth:`step`; and :meth:`prepare` and :meth:`init` where it needs them.
 
     Attributes:
         name: The scheme's name in records and manifests.
         deletes_exactly: Whether a layer with an identity skip is the identity in the limit tau_l -> 0, so that it can
             be pruned.
         step_power: Exponent p for which tau^p multiplies the layer function; pruning compares shares of abs(tau)^p.
-        remembers: Whether a state depends on others than the one before it.
+        remembers: Whether a step looks at all states before it, so that its cost grows with their number.
+        memory_from: Number of the first state that is remembered; where it is 1, layer 0 cannot be deleted.
+        caputo_order: Order in (0, 1] of the Caputo derivative in the equation whose L1 scheme this is (1: an ordinary
+            derivative and Euler's steps), for which the papers write down adjoints. None: there is no such equation.
+        growth: Factor by which each layer enlarges derivatives whatever tau >= 0.
     """
 
     name: str
     deletes_exactly = False
     step_power = 1.0
     remembers = False
+    memory_from = 0
+    caputo_order: float | None = None
+    growth = 1.0
+    runs_whole = False  # the class defines `states` by itself, which cannot be stopped on the way
 
-    @abstractmethod
-    def stepper(self, skips: Skips, tau: Tensor) -> Stepper:
-        """The recursion, one step at a time.
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "step" in vars(cls):
+            cls.runs_whole = False
+        elif "states" in vars(cls):
+            cls.runs_whole = True
+            warnings.warn(
+                f"{cls.__name__}.states is deprecated: define step(l, f, y, carry, skips, coefficients) -> (y, carry), "
+                "so that samples can leave on the way (early exit)",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+
+    def prepare(self, tau: Tensor) -> Any:
+        """All that the steps take from tau, once per forward pass; nothing in it has a batch axis.
 
         Args:
-            skips: The maps P.
             tau: Time steps, (N,).
 
         Returns:
-            A function of l, f_l and the states [y_0 .. y_l] that answers y_{l+1}. Where the scheme does not remember,
-            only the last state is looked at.
+            The coefficients that :meth:`step` gets; by itself the N steps one by one.
         """
+        return tau.unbind()
+
+    def init(self, y_0: Tensor) -> Carry:
+        """What the first step is handed beside the state; by itself None.
+
+        Args:
+            y_0: The input state, (batch, ...).
+        """
+        return None
+
+    def step(
+        self, l: int, f: nn.Module, y: Tensor, carry: Carry, skips: Skips, coefficients: Any
+    ) -> tuple[Tensor, Carry]:
+        """The next state.
+
+        Args:
+            l: Number of the layer.
+            f: The layer function f_l.
+            y: The state y_l, (batch, ...).
+            carry: What the step before handed over.
+            skips: The maps P.
+            coefficients: What :meth:`prepare` answered.
+
+        Returns:
+            y_{l+1}, and what the next step is handed.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define step(l, f, y, carry, skips, coefficients) -> (y, carry)"
+        )
 
     def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
-        """The states y_1 .. y_N.
+        """The states y_1 .. y_N, all steps in a row.
 
         Args:
             x: The input state y_0, (batch, ...).
@@ -77,10 +127,12 @@ class Scheme(nn.Module):
         Returns:
             N tensors.
         """
-        states, step = [x], self.stepper(skips, tau)
-        for l, layer in enumerate(layers):
-            states.append(step(l, layer, states))
-        return states[1:]
+        states: list[Tensor] = []
+        y, carry, coefficients = x, self.init(x), self.prepare(tau)
+        for l, f in enumerate(layers):
+            y, carry = self.step(l, f, y, carry, skips, coefficients)
+            states.append(y)
+        return states
 
 
 class Feedforward(Scheme):
@@ -93,13 +145,10 @@ class Feedforward(Scheme):
 
     name = "feedforward"
 
-    def stepper(self, skips: Skips, tau: Tensor) -> Stepper:
-        steps = tau.unbind()
-
-        def step(l: int, layer: nn.Module, states: list[Tensor]) -> Tensor:
-            return F.feedforward_step(layer(states[-1]), steps[l])
-
-        return step
+    def step(
+        self, l: int, f: nn.Module, y: Tensor, carry: Carry, skips: Skips, coefficients: Any
+    ) -> tuple[Tensor, Carry]:
+        return F.feedforward_step(f(y), coefficients[l]), carry
 
 
 class Residual(Scheme):
@@ -112,19 +161,16 @@ class Residual(Scheme):
 
     name = "residual"
     deletes_exactly = True
+    caputo_order = 1.0
 
-    def stepper(self, skips: Skips, tau: Tensor) -> Stepper:
-        steps = tau.unbind()
-
-        def step(l: int, layer: nn.Module, states: list[Tensor]) -> Tensor:
-            y = states[-1]
-            return F.residual_step(skips(y, l, l + 1), layer(y), steps[l])
-
-        return step
+    def step(
+        self, l: int, f: nn.Module, y: Tensor, carry: Carry, skips: Skips, coefficients: Any
+    ) -> tuple[Tensor, Carry]:
+        return F.residual_step(skips(y, l, l + 1), f(y), coefficients[l]), carry
 
 
 class Dense(Scheme):
-    """The dense scheme, y_{l+1} = sum_{k<=l} P y_k + tau_l f_l(y_l).
+    """The dense scheme, y_{l+1} = sum_{k<=l} P y_k + tau_l f_l(y_l). It carries the states y_0 .. y_{l-1}.
 
     Example:
         >>> Dense().deletes_exactly
@@ -133,22 +179,39 @@ class Dense(Scheme):
 
     name = "dense"
     remembers = True
+    growth = 2.0
 
-    def stepper(self, skips: Skips, tau: Tensor) -> Stepper:
-        steps = tau.unbind()
+    def init(self, y_0: Tensor) -> Carry:
+        return ()
 
-        def step(l: int, layer: nn.Module, states: list[Tensor]) -> Tensor:
-            total = None
-            for k, y in enumerate(states):
-                carried = skips(y, k, l + 1)
-                total = carried if total is None else total if carried is None else total + carried
-            return F.residual_step(total, layer(states[-1]), steps[l])
+    def step(
+        self, l: int, f: nn.Module, y: Tensor, carry: Carry, skips: Skips, coefficients: Any
+    ) -> tuple[Tensor, Carry]:
+        total, states = None, (*carry, y)
+        for k, state in enumerate(states):
+            carried = skips(state, k, l + 1)
+            total = carried if total is None else total if carried is None else total + carried
+        return F.residual_step(total, f(y), coefficients[l]), states
 
-        return step
+
+class _Coefficients:
+    """The steps of a fractional network one by one, and the weights a_{l,j}, computed when first asked for."""
+
+    def __init__(self, tau: Tensor, gamma: float) -> None:
+        self.tau, self.gamma, self.steps = tau, gamma, tau.unbind()
+        self.weights: Tensor | None = None
+
+    def row(self, l: int) -> Tensor:
+        """a_{l,0} .. a_{l,N-1}."""
+        if self.weights is None:
+            self.weights = caputo.l1_weights(self.tau, self.gamma, validate=False)
+        return self.weights[l]
 
 
 class Fractional(Scheme):
     """The fractional scheme: the L1 scheme for the Caputo derivative of order gamma, remembering all earlier states.
+
+    It carries the states y_0 .. y_{l-1} and, where blocks can be used, their buffer.
 
     With identity skips past all layers but the first, the memory of deep networks is computed block by block
     (:mod:`taulearn.caputo.memory`), with a backward pass of its own that can be differentiated no further. Everywhere
@@ -200,39 +263,24 @@ class Fractional(Scheme):
         self.memory = memory
         self.tolerance = float(tolerance)
         self.kernel_error: float | None = None
-        self.step_power = self.gamma
+        self.step_power = self.caputo_order = self.gamma
 
-    def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
-        states, step = [x], self._stepper(skips, tau)
-        recall: Recall | None = None
-        for l, layer in enumerate(layers):
-            y = states[-1]
-            f = layer(y)
-            if recall is not None and recall.fits(f):
-                states.append(recall.step(l, f, y))
-                continue
-            states.append(step(l, f, states))
-            if l == 0:
-                recall = self._recall(x, states[-1], skips, tau)
-        return states[1:]
+    def prepare(self, tau: Tensor) -> _Coefficients:
+        return _Coefficients(tau, self.gamma)
 
-    def stepper(self, skips: Skips, tau: Tensor) -> Stepper:
-        step = self._stepper(skips, tau)
-        return lambda l, layer, states: step(l, layer(states[-1]), states)
+    def init(self, y_0: Tensor) -> Carry:
+        return (), None
 
-    def _stepper(self, skips: Skips, tau: Tensor) -> Callable[[int, Tensor, list[Tensor]], Tensor]:
-        """The recursion from l, f_l(y_l) and [y_0 .. y_l], in which each layer contracts the stored states."""
-        steps = tau.unbind()
-        weights: Tensor | None = None
-
-        def step(l: int, f: Tensor, states: list[Tensor]) -> Tensor:
-            nonlocal weights
-            if l > 0 and weights is None:
-                weights = caputo.l1_weights(tau, self.gamma, validate=False)
-            memory = None if weights is None else self._memory(weights[l], states, skips)
-            return F.fractional_step(skips(states[-1], l, l + 1), memory, f, steps[l], self.gamma)
-
-        return step
+    def step(
+        self, l: int, f: nn.Module, y: Tensor, carry: Carry, skips: Skips, coefficients: Any
+    ) -> tuple[Tensor, Carry]:
+        (past, recall), value = carry, f(y)
+        states = (*past, y)
+        if recall is not None and recall.fits(value):
+            return recall.step(l, value, y), (states, recall)
+        memory = self._memory(coefficients.row(l), states, skips) if l else None
+        after = F.fractional_step(skips(y, l, l + 1), memory, value, coefficients.steps[l], self.gamma)
+        return after, (states, self._recall(y, after, skips, coefficients.tau) if l == 0 else None)
 
     def _recall(self, x: Tensor, y: Tensor, skips: Skips, tau: Tensor) -> Recall | None:
         """The blocked memory for the layers after the first, where it can be used; x and y are y_0 and y_1."""
@@ -252,7 +300,7 @@ class Fractional(Scheme):
             return Recall(ExactMemory, (factors, weights), first, y)
         return Recall(FastMemory, (factors, *fast_weights(tau, kernel, self.memory_from, y.dtype)), first, y)
 
-    def _memory(self, weights: Tensor, states: list[Tensor], skips: Skips) -> Tensor | None:
+    def _memory(self, weights: Tensor, states: tuple[Tensor, ...], skips: Skips) -> Tensor | None:
         """sum_{j<l} a_{l,j} (P y_{j+1} - P y_j), regrouped as one contraction; None where it is empty."""
         l = len(states) - 1
         first = self.memory_from

@@ -25,19 +25,19 @@ Not imitated is what changes a figure or a file but no training, or what no trai
 The outputs of a network do not depend on any of this: what is saved is an ordinary network.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from taulearn import caputo, functional
+from taulearn import caputo
 from taulearn.adaptivity.policies import Pruning
 from taulearn.app.config import TrainConfig
 from taulearn.nn.network import TimeVariableNetwork
 from taulearn.nn.schemes import Fractional
-from taulearn.nn.skips import Skips
 from taulearn.nn.time_steps import TimeSteps
 
 
@@ -88,14 +88,13 @@ class PublishedFractional(Fractional):
         0
     """
 
-    def states(self, x: Tensor, layers: Iterable[nn.Module], skips: Skips, tau: Tensor) -> list[Tensor]:
-        weights = caputo.l1_weights(tau.detach(), self.gamma, validate=False)
-        states = [x]
-        for l, layer in enumerate(layers):
-            memory = self._memory(weights[l], states, skips) if l else None
-            y = skips(states[-1], l, l + 1)
-            states.append(functional.fractional_step(y, memory, layer(states[-1]), tau[l], self.gamma))
-        return states[1:]
+    def prepare(self, tau: Tensor) -> Any:
+        coefficients = super().prepare(tau)
+        coefficients.weights = caputo.l1_weights(tau.detach(), self.gamma, validate=False)
+        return coefficients
+
+    def _recall(self, *_: Any) -> None:
+        return None
 
 
 @dataclass(frozen=True)

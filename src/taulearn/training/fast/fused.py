@@ -61,7 +61,7 @@ def steps_per_call(objective: Objective, most: int) -> int:
         A number in 1 .. ``most``; a state counts once, in a network with memory as often as it is recalled.
     """
     layers = time_steps_of(objective.model).num_steps
-    recalls = getattr(getattr(objective.model, "scheme", None), "name", "") in ("dense", "fractional")
+    recalls = getattr(getattr(objective.model, "scheme", None), "remembers", False)
     return max(1, min(most, _STATES_PER_CALL // (layers * layers if recalls else layers)))
 
 
