@@ -178,7 +178,9 @@ class _Adjoint:
                     found[module.weight] += self._skip_gradient(k)
         steps = self.network.time_steps
         if steps.values in found:
-            found[steps.values] += self._through_constraint(self.dtau())
+            with torch.enable_grad():
+                values = steps.values.detach().requires_grad_()
+                found[steps.values] += torch.autograd.grad(steps.rule.tau(values), values, self.dtau())[0]
         return {name: found[p] for name, p in self.network.named_parameters()}
 
     def dtau(self) -> Tensor:
@@ -202,14 +204,6 @@ class _Adjoint:
                 if carried is not None:
                     inner[k, j] = (carried * self.phi[k + 1]).sum()
         return inner.diff(dim=1).tril(-1)
-
-    def _through_constraint(self, dtau: Tensor) -> Tensor:
-        steps = self.network.time_steps
-        if steps.constraint != "dependent":
-            return dtau
-        # tau_{N-1} = max(T - sum, lower bound): no gradient flows once the bound acts
-        bound_acts = steps.lower_bound is not None and bool(steps.raw_tau[-1] < steps.lower_bound)
-        return dtau[:-1] if bound_acts else dtau[:-1] - dtau[-1]
 
     def _skip_gradient(self, k: int) -> Tensor:
         """Of the learned map past layer k, which is part of every P_j^i with j <= k < i.

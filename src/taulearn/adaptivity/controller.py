@@ -400,14 +400,14 @@ def check_penalised(
     if policy.penalised == "none":
         return
     remedy = "or cut layers off without a penalty, penalised='none'"
-    if steps.constraint == "fixed":
+    if not steps.rule.trains:
         raise ValueError(
-            "constraint must not be 'fixed' where a penalty on the steps leads to the target: they do not change; "
-            f"use 'free', {remedy}"
+            f"constraint must not be {steps.constraint!r} where a penalty on the steps leads to the target: they do "
+            f"not change; use 'free', {remedy}"
         )
-    if steps.constraint == "simplex" and policy.penalised == "all":
+    if policy.penalised == "all" and steps.rule.adds_up and steps.values.numel() == steps.num_steps:
         raise ValueError(
-            "constraint must not be 'simplex' with penalised='all': the sum of the steps is constant; "
+            f"constraint must not be {steps.constraint!r} with penalised='all': the sum of the steps is constant; "
             "use penalised='next', or constraint 'free'"
         )
     if not steps.values.requires_grad or group_of(optimizer, steps.values) is None:

@@ -153,11 +153,10 @@ def delete(models: Sequence[nn.Module], kept: Sequence[int], optimizers: Sequenc
     model = models[0]
     steps = prunable_of(model).time_steps
     old, before = steps.values, {p: name for name, p in model.named_parameters()}
-    own = list(kept[:-1] if steps.constraint == "dependent" else kept)
     for each in models:
         prunable_of(each).keep_layers_(kept)
     new = steps.values
-    index = torch.tensor(own, dtype=torch.long, device=old.device)
+    index = torch.tensor(steps.rule.entries(kept), dtype=torch.long, device=old.device)
     if old.grad is not None:
         new.grad = old.grad[index]
     retire(old)

@@ -29,7 +29,7 @@ from ..nn.time_steps import time_steps_of
 from .layers import layers_of
 from .profile import DepthProfile, Loss, check_tolerance, depth_profile, within
 from .states import check_has_stages, scalar
-from .truncate import truncate
+from .truncate import check_cuts, truncate
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,7 @@ def choose_layers(
     check_has_stages(network, "network")
     check_tolerance(tolerance)
     steps = time_steps_of(network)
-    if steps.constraint == "dependent" and steps.num_steps > 1:
-        raise ValueError(
-            "network must not have the constraint 'dependent', in which the last step takes up what is cut: train with "
-            "'free', or delete layers by their shares with taulearn.prune"
-        )
+    check_cuts("network", steps, 1)
     profile = depth_profile(
         network,
         inputs,
@@ -172,7 +168,7 @@ def _depth(
     whole, number = float(figures[-1]), len(profile.layers)
     fixed = () if isinstance(network, TimeVariableNetwork) else prunable_of(network).fixed_layers()
     least = 1 + max(fixed, default=0)
-    if time_steps_of(network).constraint != "simplex":
+    if not time_steps_of(network).rule.deletion_note:
         fits = within(figures, profile.accuracy is not None, tolerance)
         depth = next(k for k, fit in zip(profile.depths, fits, strict=True) if fit and k >= least)
         return depth, float(figures[profile.depths.index(depth)])

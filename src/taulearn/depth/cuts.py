@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .._calls import milliseconds
+from ..nn.constraints import Free
 from ..nn.early_exit import tail_of
 from ..nn.network import TimeVariableNetwork
 from ..nn.time_steps import time_steps_of
@@ -34,9 +35,8 @@ def times(network: nn.Module, depths: tuple[int, ...], inputs: Any) -> Iterator[
                 yield milliseconds(network, inputs, _REPEATS)
         return
     network = copy.deepcopy(network)
-    if network.time_steps.constraint == "dependent":  # a step of another size takes no other time
-        network.time_steps.constraint = "fixed"
-        network.time_steps.values = nn.Parameter(network.time_steps.values.new_ones(len(network.layers)))
+    steps = network.time_steps
+    steps.rule, steps.values = Free(), nn.Parameter(steps.tau.detach().clone())  # every constraint lets layers go then
     found: list[float] = []
     for k in reversed(depths):
         if k == 0:

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..adaptivity.transaction import prunable_of
+from ..nn.constraints import Free
 from ..nn.time_steps import TimeSteps, time_steps_of
 from ..wrapping.wrapped_model import wrapping_of
 from .wrapped_states import record_states
@@ -76,7 +77,7 @@ def differentiable(model: nn.Module) -> Iterator[Tensor]:
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(True)
-        steps.constraint = "free"
+        steps.rule = Free()
         steps.values = tau
         # The other attention kernels can be differentiated once only. In forward mode fractional networks take their
         # plain path: the blocked one can be differentiated once only, and not with respect to single states.

@@ -18,6 +18,7 @@ from ..adaptivity.estimate import shares
 from ..adaptivity.transaction import Snapshot
 from ..nn.following import retire
 from ..nn.network import TimeVariableNetwork
+from ..nn.time_steps import TimeSteps
 from ..wrapping.wrapped_model import wrapping_of
 
 
@@ -57,22 +58,28 @@ def truncate(model: nn.Module, depth: int) -> PruneReport:
         behind = " behind torch.compile: give the model that it was compiled from"
         hint = behind if hasattr(model, "_orig_mod") else ": build it with taulearn.nn, or wrap it with taulearn.wrap"
         raise TypeError(f"model must be a TimeVariableNetwork or a wrapped model, got {type(model).__name__}{hint}")
-    if depth < number and model.time_steps.constraint == "dependent":
-        raise ValueError(
-            "model must not have the constraint 'dependent', in which the last step takes up what is cut: train with "
-            "'free'"
-        )
+    check_cuts("model", model.time_steps, depth)
     before = Snapshot([model])
     try:
         deleted, parameters = _deleted(model, depth), _count(model)
-        simplex = depth < number and model.time_steps.constraint == "simplex"
-        note = "the steps that are left were projected, so that they add up to the horizon" if simplex else ""
+        note = model.time_steps.rule.deletion_note if depth < number else ""
         if depth < number:
             cut(model, depth)
         return PruneReport(deleted, tuple(range(depth)), number, depth, parameters, _count(model), "none", note)
     except BaseException:
         before.restore()
         raise
+
+
+def check_cuts(argument: str, steps: TimeSteps, depth: int) -> None:
+    """Refuse a constraint that holds a layer from the cut on."""
+    for layer, reason in steps.rule.fixed(steps.num_steps).items():
+        if layer >= depth:
+            raise ValueError(
+                f"{argument} must not have the constraint {steps.constraint!r}, with which layer "
+                f"{steps.origin[layer]} cannot be cut off ({reason}): train with 'free', or delete layers by their "
+                "shares with taulearn.prune"
+            )
 
 
 def _deleted(network: TimeVariableNetwork, depth: int) -> tuple[DeletedLayer, ...]:

@@ -63,7 +63,7 @@ class GradientPropagation:
 
     @property
     def structural_growth(self) -> Tensor:
-        """The factor of d y_N / d y_{l+1} that no tau >= 0 can damp, growth^(N-l-2): growth is 2 in the dense scheme, else 1; (N,)."""
+        """The factor of d y_N / d y_{l+1} that no tau >= 0 can damp: 2^(N-l-2) in the dense scheme, else 1; (N,)."""
         N = len(self.layers)
         return self.growth ** torch.arange(N - 2, -2, -1, dtype=torch.float64).clamp(min=0)
 

@@ -13,6 +13,7 @@ from .builders import (
     fractional_dnn as fractional_dnn,
     resnet as resnet,
 )
+from .constraints import Constraint as Constraint
 from .convolutional import (
     ConvolutionalStem as ConvolutionalStem,
     PooledHead as PooledHead,

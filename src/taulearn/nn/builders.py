@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._errors import positive_integer
 from .activations import make_activation
+from .constraints import Constraint
 from .network import TimeVariableNetwork
 from .schemes import Dense, Feedforward, Fractional, Residual, Scheme
 from .skips import IdentitySkips, PadSkips, Skips, learned_skips
@@ -103,7 +104,7 @@ class FractionalOptions(TypedDict, total=False):
 
     activation: str | nn.Module
     horizon: float
-    constraint: str
+    constraint: str | Constraint
     init: float | Sequence[float] | Tensor | None
     skips: str
     dtype: torch.dtype | None
@@ -130,7 +131,7 @@ def _build(
     *,
     activation: str | nn.Module = "relu",
     horizon: float = 1.0,
-    constraint: str = "free",
+    constraint: str | Constraint = "free",
     lower_bound: float | None = None,
     init: float | Sequence[float] | Tensor | None = None,
     skips: str = "pad",

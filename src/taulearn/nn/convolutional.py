@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from .._errors import positive_integer
 from ..caputo._arguments import transforming
 from .activations import make_activation
+from .constraints import Constraint
 from .network import TimeVariableNetwork
 from .pooled_head import PooledHead as PooledHead
 from .schemes import Residual
@@ -207,7 +208,7 @@ def resnet_v2(
     activation: str | nn.Module = "relu",
     stem_stride: int = 1,
     horizon: float | None = None,
-    constraint: str = "free",
+    constraint: str | Constraint = "free",
     lower_bound: float | None = None,
     init: float | Sequence[float] | Tensor | None = None,
     dtype: torch.dtype | None = None,

@@ -197,8 +197,8 @@ class TimeVariableNetwork(nn.Module):
                 )
         if self.skips.from_input and self.scheme.memory_from == 1:
             reasons.setdefault(0, "the memory starts after it, so that the next layer would leave the memory")
-        if self.time_steps.constraint == "dependent":
-            reasons.setdefault(len(self.layers) - 1, "its step is the dependent one, T minus the others")
+        for layer, reason in self.time_steps.rule.fixed(len(self.layers)).items():
+            reasons.setdefault(layer, reason)
         return reasons
 
     @torch.no_grad()

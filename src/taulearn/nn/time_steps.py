@@ -1,16 +1,4 @@
-"""The step sizes of a network, one vector with its constraint.
-
-The constraints:
-
-    free        tau is the parameter
-    fixed       tau is a buffer: in the state dict, never trained
-    dependent   tau_{N-1} = T - (tau_0 + .. + tau_{N-2}), computed in the forward pass: gradients flow through it
-    simplex     tau is the parameter, projected after each optimiser step onto {tau >= lower_bound, sum tau = T}
-
-References:
-    Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks, section 5.
-    Herberg, Herzog, Koehne (2023), Time regularization in optimal time variable learning, section 3.
-"""
+"""The step sizes of a network: one vector, the constraint on it, and the numbers of its layers."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -19,10 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .. import functional
-from .._errors import is_number, positive_integer, unknown_name
-
-CONSTRAINTS = ("free", "fixed", "dependent", "simplex")
+from .._errors import is_number, positive_integer
+from .constraints import Constraint, constraint_of
 
 
 class TimeSteps(nn.Module):
@@ -32,7 +18,7 @@ class TimeSteps(nn.Module):
         num_steps: Number N >= 1 of layers with a time step.
         horizon: Time horizon T > 0, in the unit of tau.
         constraint: "free", "fixed", "dependent" (the last step is T minus the others) or "simplex" (positive with sum
-            T).
+            T); or an object of a :class:`~taulearn.nn.constraints.Constraint` of your own.
         lower_bound: Smallest step after :meth:`project_`; with "dependent" also the smallest effective last step. None:
             no bound (simplex: 0).
         init: Step size of every layer, or one per layer. None: horizon / num_steps.
@@ -41,6 +27,7 @@ class TimeSteps(nn.Module):
 
     Attributes:
         values: The parameter (a buffer with "fixed"): N entries, N - 1 with "dependent".
+        rule: The constraint as an object.
         origin: For each step the number its layer had at the start, kept through pruning.
 
     Raises:
@@ -59,7 +46,7 @@ class TimeSteps(nn.Module):
         num_steps: int,
         *,
         horizon: float = 1.0,
-        constraint: str = "free",
+        constraint: str | Constraint = "free",
         lower_bound: float | None = None,
         init: float | Sequence[float] | Tensor | None = None,
         dtype: torch.dtype | None = None,
@@ -71,24 +58,21 @@ class TimeSteps(nn.Module):
             raise ValueError(
                 f"horizon must be a positive finite number, got {horizon!r}: it is the time the steps add up to"
             )
-        if constraint not in CONSTRAINTS:
-            raise unknown_name("constraint", constraint, CONSTRAINTS)
+        self.rule = constraint_of(constraint, float(horizon), None)
         if lower_bound is not None and not (is_number(lower_bound) and math.isfinite(lower_bound) and lower_bound >= 0):
             raise ValueError(f"lower_bound must be None or a finite number >= 0, got {lower_bound!r}")
-        if constraint in ("simplex", "dependent") and (lower_bound or 0.0) * num_steps > horizon:
+        if self.rule.adds_up and (lower_bound or 0.0) * num_steps > horizon:
             raise ValueError(
                 f"lower_bound * num_steps must not exceed horizon, got {lower_bound} * {num_steps} > {horizon}: "
                 "no such steps exist; lower the bound or raise the horizon"
             )
-        self.horizon = float(horizon)
-        self.constraint = constraint
         self.lower_bound = None if lower_bound is None else float(lower_bound)
         self.origin: tuple[int, ...] = tuple(range(num_steps))
         start = self._start(num_steps, init, dtype or torch.get_default_dtype(), device)
-        if constraint == "fixed":
-            self.register_buffer("values", start)
+        if self.rule.trains:
+            self.values = nn.Parameter(self.rule.values(start))
         else:
-            self.values = nn.Parameter(start[:-1].clone() if constraint == "dependent" else start)
+            self.register_buffer("values", self.rule.values(start))
 
     def _start(
         self,
@@ -109,15 +93,31 @@ class TimeSteps(nn.Module):
             raise ValueError(f"init must be finite, got {steps.tolist()}")
         if self.lower_bound is not None and bool((steps < self.lower_bound).any()):
             raise ValueError(f"init must not lie below lower_bound = {self.lower_bound}, got {steps.tolist()}")
-        if self.constraint == "simplex" and bool((steps < 0).any()):
-            raise ValueError(f"init must be >= 0 with constraint 'simplex', got {steps.tolist()}")
-        total = float(steps.sum())
-        if self.constraint in ("dependent", "simplex") and abs(total - self.horizon) > 1e-6 * self.horizon:
-            raise ValueError(
-                f"init must sum to horizon = {self.horizon} with constraint {self.constraint!r}, got {total}: "
-                "change one of the two, or leave init out"
-            )
+        self.rule.check(steps)
         return steps.to(dtype=dtype, device=device)
+
+    @property
+    def constraint(self) -> str:
+        """The constraint's name."""
+        return self.rule.name
+
+    @property
+    def horizon(self) -> float:
+        """Time horizon T."""
+        return self.rule.horizon
+
+    @horizon.setter
+    def horizon(self, value: float) -> None:
+        self.rule.horizon = value
+
+    @property
+    def lower_bound(self) -> float | None:
+        """Smallest step, or None."""
+        return self.rule.lower_bound
+
+    @lower_bound.setter
+    def lower_bound(self, value: float | None) -> None:
+        self.rule.lower_bound = value
 
     @property
     def num_steps(self) -> int:
@@ -127,24 +127,17 @@ class TimeSteps(nn.Module):
     @property
     def raw_tau(self) -> Float[Tensor, " num_steps"]:
         """The steps before the lower bound is applied to a dependent last step, shape (num_steps,)."""
-        if self.constraint != "dependent":
-            return self.values
-        return torch.cat([self.values, (self.horizon - self.values.sum()).unsqueeze(0)])
+        return self.rule.raw_tau(self.values)
 
     @property
     def tau(self) -> Float[Tensor, " num_steps"]:
         """The steps that the network uses, shape (num_steps,)."""
-        if self.constraint != "dependent":
-            return self.values
-        last = self.horizon - self.values.sum()
-        if self.lower_bound is not None:
-            last = last.clamp(min=self.lower_bound)
-        return torch.cat([self.values, last.unsqueeze(0)])
+        return self.rule.tau(self.values)
 
     @property
     def bounded(self) -> bool:
         """Whether the record needs both :attr:`raw_tau` and :attr:`tau`, because they can differ."""
-        return self.constraint == "dependent" and self.lower_bound is not None
+        return self.rule.bounded
 
     def projected(self, values: Tensor) -> Tensor:
         """The projection of :meth:`project_` as a pure function of the parameter vector.
@@ -155,17 +148,14 @@ class TimeSteps(nn.Module):
         Returns:
             The nearest vector that fulfils bound and, with "simplex", sum.
         """
-        if self.constraint == "simplex":
-            return functional.project_simplex(values, self.horizon, lower=self.lower_bound or 0.0)
-        if self.constraint != "fixed" and self.lower_bound is not None:
-            return values.clamp(min=self.lower_bound)
-        return values
+        return self.rule.projected(values)
 
     @torch.no_grad()
     def project_(self) -> None:
         """Put the parameter back onto its constraint, in place; to be called after each optimiser step."""
-        if self.constraint == "simplex" or (self.constraint != "fixed" and self.lower_bound is not None):
-            self.values.copy_(self.projected(self.values))
+        values = self.projected(self.values)
+        if values is not self.values:
+            self.values.copy_(values)
 
     @torch.no_grad()
     def keep_(self, indices: Iterable[int]) -> None:
@@ -177,21 +167,19 @@ class TimeSteps(nn.Module):
             indices: Current positions, in increasing order.
 
         Raises:
-            ValueError: If they are not increasing positions, or leave out a dependent last step.
+            ValueError: If they are not increasing positions, or leave out a step that the constraint fixes.
         """
         kept = list(indices)
         if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= self.num_steps:
             raise ValueError(f"indices must be increasing numbers in 0 .. {self.num_steps - 1}, got {kept}")
-        if self.constraint == "dependent" and kept[-1] != self.num_steps - 1:
-            raise ValueError(f"indices must contain the dependent last step {self.num_steps - 1}, got {kept}")
-        own = kept[:-1] if self.constraint == "dependent" else kept
-        remaining = self.values[torch.tensor(own, dtype=torch.long, device=self.values.device)]
-        self.origin = tuple(self.origin[i] for i in kept)
+        for layer, reason in self.rule.fixed(self.num_steps).items():
+            if layer not in kept:
+                raise ValueError(f"indices must contain step {layer}, got {kept}: {reason}")
+        left = self.rule.keep(self.values, kept)
         if isinstance(self.values, nn.Parameter):
-            remaining = self.projected(remaining) if self.constraint == "simplex" else remaining
-            self.values = nn.Parameter(remaining, requires_grad=self.values.requires_grad)
-        else:
-            self.values = remaining
+            left = nn.Parameter(left, requires_grad=self.values.requires_grad)
+        self.values = left
+        self.origin = tuple(self.origin[i] for i in kept)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

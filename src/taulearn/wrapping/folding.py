@@ -43,7 +43,7 @@ def anneal_to_one(model: nn.Module, fraction: float, *, averaged: AveragedModel 
         raise ValueError(f"fraction must lie in [0, 1], got {fraction!r}: it is a part of the way to 1")
     steps = wrapping.time_steps
     number = steps.num_steps
-    if steps.constraint in ("dependent", "simplex") and not math.isclose(steps.horizon, number, rel_tol=1e-6):
+    if steps.rule.adds_up and not math.isclose(steps.horizon, number, rel_tol=1e-6):
         raise ValueError(
             f"the steps must be able to be 1 all at once, got constraint {steps.constraint!r} with horizon "
             f"{steps.horizon:g} for {number} blocks: wrap with constraint='free' to anneal"

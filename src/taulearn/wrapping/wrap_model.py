@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._distributed import refuse_distributed
 from .._errors import unknown_name
 from ..adaptivity.transaction import WRAPPING
+from ..nn.constraints import Constraint, constraint_of
 from ..nn.time_steps import TimeSteps
 from . import configurations, remove_blocks as structure, try_deletion as trial
 from .block import NESTED, PassingTimeSteps, Step
@@ -37,7 +38,7 @@ def wrap(
     blocks: str | Iterable[str] | None = None,
     *,
     example_inputs: Any = None,
-    constraint: str = "free",
+    constraint: str | Constraint = "free",
     init: float | Sequence[float] | Tensor = 1.0,
     horizon: float | None = None,
     lower_bound: float | None = None,
@@ -149,7 +150,7 @@ def rewrap(
     blocks: Sequence[str],
     shortened: Iterable[str],
     *,
-    constraint: str,
+    constraint: str | Constraint,
     horizon: float,
     lower_bound: float | None,
 ) -> None:
@@ -218,11 +219,11 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
     return model
 
 
-def _check_units(units: str, constraint: str, lower_bound: float | None) -> None:
+def _check_units(units: str, constraint: str | Constraint, lower_bound: float | None) -> None:
     if units not in ("steps", "displacement"):
         raise unknown_name("units", units, ("steps", "displacement"))
-    if units == "displacement" and (constraint != "free" or lower_bound is not None):
-        found = f"constraint {constraint!r}" if constraint != "free" else f"lower_bound {lower_bound:g}"
+    if units == "displacement" and (rule := constraint_of(constraint, 1.0, lower_bound)).restricts:
+        found = f"constraint {rule.name!r}" if lower_bound is None else f"lower_bound {lower_bound:g}"
         raise ValueError(
             f"units must be 'steps' with {found}, got 'displacement': such steps are folded into plain ones when the "
             "model is saved, which then would not fulfil it; wrap with constraint='free' and no lower_bound"
@@ -328,7 +329,7 @@ def _steps(
     layers: Sequence[nn.Module],
     init: float | Sequence[float] | Tensor,
     horizon: float | None,
-    constraint: str,
+    constraint: str | Constraint,
     lower_bound: float | None,
 ) -> TimeSteps:
     """Steps on the device of the first block, of its type (complex: of its parts'), at least of single precision."""

@@ -64,8 +64,8 @@ class Wrapping:
         """Positions that must stay, with the reason."""
         origin = self.time_steps.origin
         reasons = {l: self.keep[origin[l]] for l in range(len(origin)) if origin[l] in self.keep}
-        if self.time_steps.constraint == "dependent":
-            reasons.setdefault(len(origin) - 1, "its step is the dependent one, T minus the others")
+        for layer, reason in self.time_steps.rule.fixed(len(origin)).items():
+            reasons.setdefault(layer, reason)
         return reasons
 
     @torch.no_grad()

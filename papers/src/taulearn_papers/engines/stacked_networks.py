@@ -142,11 +142,7 @@ class Stack:
     @property
     def tau(self) -> Float[Tensor, "members layers"]:
         """The steps of each network."""
-        tau = self.values[self.step_name or ""]  # steps that do not train are not pruned
-        if self.steps.constraint != "dependent":
-            return tau
-        last = self.steps.horizon - tau.sum(1, keepdim=True)
-        return torch.cat([tau, last if self.steps.lower_bound is None else last.clamp(min=self.steps.lower_bound)], 1)
+        return vmap(self.steps.rule.tau)(self.values[self.step_name or ""])  # steps that do not train are not pruned
 
     def small(self, tau: Float[Tensor, "*times members layers"], threshold: float) -> Bool[Tensor, "*times members"]:
         """Whether a layer that can be deleted has a smaller share of the steps than a threshold."""

@@ -88,7 +88,7 @@ def used_parameters(objective: Objective, batch: Batch) -> set[int]:
 def fingerprint(objective: Objective) -> tuple[Any, ...]:
     """What is compiled in and a callback may change: options of modules and penalties, what trains."""
     plain = (bool, int, float, str)
-    parts = (*objective.penalties, *objective.modules())
+    parts = (*objective.penalties, *objective.modules(), time_steps_of(objective.model).rule)
     options = [
         {k: v for k, v in vars(part).items() if k != "training" and (v is None or isinstance(v, plain))}
         for part in parts
