@@ -178,9 +178,10 @@ class _Adjoint:
                     found[module.weight] += self._skip_gradient(k)
         steps = self.network.time_steps
         if steps.values in found:
+            values = steps.values.detach().requires_grad_()
             with torch.enable_grad():
-                values = steps.values.detach().requires_grad_()
-                found[steps.values] += torch.autograd.grad(steps.rule.tau(values), values, self.dtau())[0]
+                tau = steps.rule.tau(values)
+            found[steps.values] += torch.autograd.grad(tau, values, self.dtau())[0]
         return {name: found[p] for name, p in self.network.named_parameters()}
 
     def dtau(self) -> Tensor:
