@@ -267,6 +267,24 @@ class TestFallback:
         torch.testing.assert_close(model(x), plain(model, x), rtol=1e-5, atol=1e-5)
         assert_near(gradients(model, x), plain(gradients, model, x), 1e-4)
 
+    @modes
+    def test_a_state_of_another_type_on_the_way(self, memory: str, plain: Any) -> None:
+        """The layers after it have the type of the first ones again, but the blocks lack that state."""
+
+        class Cast(nn.Module):
+            def __init__(self, dtype: torch.dtype) -> None:
+                super().__init__()
+                self.dtype = dtype
+
+            def forward(self, y: Tensor) -> Tensor:
+                return torch.cos(y).to(self.dtype)
+
+        layers = [Cast(DOUBLE if l == 6 else torch.float32) for l in range(12)]
+        skips, scheme = IdentitySkips(12, from_input=False), Fractional(0.5, memory=memory, tolerance=1e-7)
+        model = TimeVariableNetwork(layers, nn.Identity(), scheme, TimeSteps(12), skips)
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(model(x), plain(model, x), rtol=1e-5, atol=1e-5)
+
     def test_few_layers(self) -> None:
         model = network("fast", 7)
         model(batch())

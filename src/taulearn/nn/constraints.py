@@ -182,5 +182,7 @@ def constraint_of(constraint: str | Constraint, horizon: float, lower_bound: flo
         rule = CONSTRAINTS[constraint]()
     else:
         raise unknown_name("constraint", constraint, CONSTRAINTS)
+    if type(rule) is not CONSTRAINTS.get(rule.name, type(rule)):
+        raise ValueError(f"constraint must have a name of its own, got {type(rule).__name__} with {rule.name!r}")
     rule.horizon, rule.lower_bound = horizon, lower_bound
     return rule
