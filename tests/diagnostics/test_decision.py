@@ -190,9 +190,7 @@ class TestDecision:
     @pytest.mark.parametrize("by_stage", [False, True])
     def test_a_dependent_last_step_is_refused(self, by_stage: bool) -> None:
         network, (x, z) = resnet(16, 5, 3, 4, constraint="dependent", dtype=DOUBLE), data()
-        with pytest.raises(
-            ValueError, match="network must not have the constraint 'dependent', in which the last step"
-        ):
+        with pytest.raises(ValueError, match="network must not have the constraint 'dependent'"):
             choose_layers(network, x, z, cross_entropy, tolerance=0.9, by_stage=by_stage)
 
     def test_blocks_that_must_stay(self) -> None:

@@ -54,6 +54,9 @@ class Constraint:
     horizon = 1.0
     lower_bound: float | None = None
 
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
     def check(self, steps: Float[Tensor, " num_steps"]) -> None:
         """Refuse steps to start with that it excludes, with a ValueError about ``init``."""
         total = float(steps.sum())
