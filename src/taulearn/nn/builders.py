@@ -160,7 +160,7 @@ def _build(
     if len(set(hidden)) == 1:
         maps = IdentitySkips(hidden_layers, from_input=False)
     else:
-        unused = isinstance(scheme, Feedforward)
+        unused = not scheme.uses_skips
         maps = PadSkips(widths) if skips == "pad" or unused else learned_skips(widths, dtype=dtype, device=device)
     layers = [FullyConnected(n, m, activation, dtype=dtype, device=device) for n, m in pairwise(widths)]
     head = nn.Linear(widths[-1], out_features, bias=False, dtype=dtype, device=device)

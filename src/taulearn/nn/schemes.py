@@ -33,9 +33,6 @@ _FUSED_UP_TO = 12  # terms of a sum that a compiler fuses
 _FAST_FROM = 256  # measured: benchmarks/fractional_memory.py
 _TOLERANCE = 1e-6
 
-Carry = Any
-"""What a step hands to the next one beside the state: None, or tensors that all have the batch first, in containers."""
-
 
 class Scheme(nn.Module):
     """One step from state to state, which networks and early exit take layer by layer.
@@ -48,6 +45,7 @@ class Scheme(nn.Module):
             be pruned.
         step_power: Exponent p for which tau^p multiplies the layer function; pruning compares shares of abs(tau)^p.
         remembers: Whether a step looks at all states before it, so that its cost grows with their number.
+        uses_skips: Whether a step asks for the skips.
         memory_from: Number of the first state that is remembered; where it is 1, layer 0 cannot be deleted.
         caputo_order: Order in (0, 1] of the Caputo derivative in the equation whose L1 scheme this is (1: an ordinary
             derivative and Euler's steps), for which the papers write down adjoints. None: there is no such equation.
@@ -58,6 +56,7 @@ class Scheme(nn.Module):
     deletes_exactly = False
     step_power = 1.0
     remembers = False
+    uses_skips = True
     memory_from = 0
     caputo_order: float | None = None
     growth = 1.0
@@ -87,17 +86,18 @@ class Scheme(nn.Module):
         """
         return tau.unbind()
 
-    def init(self, y_0: Tensor) -> Carry:
+    def init(self, y_0: Tensor) -> Any:
         """What the first step is handed beside the state; by itself None.
 
         Args:
             y_0: The input state, (batch, ...).
+
+        Returns:
+            None, or tensors that all have the batch first, in tuples, lists or dictionaries.
         """
         return None
 
-    def step(
-        self, l: int, f: nn.Module, y: Tensor, carry: Carry, skips: Skips, coefficients: Any
-    ) -> tuple[Tensor, Carry]:
+    def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> tuple[Tensor, Any]:
         """The next state.
 
         Args:
@@ -144,10 +144,9 @@ class Feedforward(Scheme):
     """
 
     name = "feedforward"
+    uses_skips = False
 
-    def step(
-        self, l: int, f: nn.Module, y: Tensor, carry: Carry, skips: Skips, coefficients: Any
-    ) -> tuple[Tensor, Carry]:
+    def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> tuple[Tensor, Any]:
         return F.feedforward_step(f(y), coefficients[l]), carry
 
 
@@ -163,9 +162,7 @@ class Residual(Scheme):
     deletes_exactly = True
     caputo_order = 1.0
 
-    def step(
-        self, l: int, f: nn.Module, y: Tensor, carry: Carry, skips: Skips, coefficients: Any
-    ) -> tuple[Tensor, Carry]:
+    def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> tuple[Tensor, Any]:
         return F.residual_step(skips(y, l, l + 1), f(y), coefficients[l]), carry
 
 
@@ -181,12 +178,10 @@ class Dense(Scheme):
     remembers = True
     growth = 2.0
 
-    def init(self, y_0: Tensor) -> Carry:
+    def init(self, y_0: Tensor) -> Any:
         return ()
 
-    def step(
-        self, l: int, f: nn.Module, y: Tensor, carry: Carry, skips: Skips, coefficients: Any
-    ) -> tuple[Tensor, Carry]:
+    def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> tuple[Tensor, Any]:
         total, states = None, (*carry, y)
         for k, state in enumerate(states):
             carried = skips(state, k, l + 1)
@@ -268,12 +263,10 @@ class Fractional(Scheme):
     def prepare(self, tau: Tensor) -> _Coefficients:
         return _Coefficients(tau, self.gamma)
 
-    def init(self, y_0: Tensor) -> Carry:
+    def init(self, y_0: Tensor) -> Any:
         return (), None
 
-    def step(
-        self, l: int, f: nn.Module, y: Tensor, carry: Carry, skips: Skips, coefficients: Any
-    ) -> tuple[Tensor, Carry]:
+    def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> tuple[Tensor, Any]:
         (past, recall), value = carry, f(y)
         states = (*past, y)
         if recall is not None and recall.fits(value):
