@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad
 
 import taulearn
 from taulearn import TimeSteps, fit, load_model, penalties, prune, save_model
@@ -171,16 +172,23 @@ def test_two_evaluations_of_a_layer_in_diagnostics(page: dict[str, Any]) -> None
     assert taulearn.summary(model).scheme == "midpoint"
 
 
-def test_compiled_training_goes_the_same_way(page: dict[str, Any]) -> None:
-    ends = []
-    for how in ("never", "always"):
-        torch._dynamo.reset()
-        steps = TimeSteps(3, horizon=1.5, constraint=page["AtMost"](), dtype=DOUBLE)
-        model = network(page["SecondOrder"](), steps)
-        train(model, compile=how, epochs=1)
-        ends.append(model.time_steps.tau.detach())
-    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-12)
-    assert not torch.equal(ends[0], torch.full_like(ends[0], 0.5))
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_compiler_sees_one_graph(page: dict[str, Any], name: str) -> None:
+    """Of states, gradients and projection, as the fused step of fit compiles them."""
+    model = network(SCHEMES[name](page), TimeSteps(3, horizon=1.5, constraint=page["AtMost"](), dtype=DOUBLE))
+    x, _ = batch()
+
+    def projected_gradient(values: Tensor) -> Tensor:
+        def loss(tau: Tensor) -> Tensor:
+            return functional_call(model, {"time_steps.values": tau}, (x,)).square().mean()
+
+        return model.time_steps.projected(values - grad(loss)(values))
+
+    torch._dynamo.reset()
+    values = model.time_steps.values.detach()
+    found = torch.compile(projected_gradient, fullgraph=True, backend="aot_eager")(values)
+    torch.testing.assert_close(found, projected_gradient(values), rtol=1e-12, atol=1e-12)
+    assert not torch.equal(found, values)
 
 
 def test_a_constraint_holds_in_training(page: dict[str, Any]) -> None:
