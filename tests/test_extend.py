@@ -234,6 +234,18 @@ def test_a_constraint_in_a_wrapped_model(page: dict[str, Any], tmp_path: Path) -
     assert torch.equal(load_model(tmp_path, host=make())(x), model(x))
 
 
+def test_a_constraint_in_a_builder(page: dict[str, Any], tmp_path: Path) -> None:
+    def make() -> TimeVariableNetwork:
+        return taulearn.nn.resnet(4, 5, 3, 4, constraint=page["AtMost"]())
+
+    model, x = make(), torch.ones(2, 4)
+    prune(model, keep=[0, 2])
+    save_model(model, tmp_path)
+    with pytest.raises(ValueError, match="host must be given"):
+        load_model(tmp_path)
+    assert torch.equal(load_model(tmp_path, host=make())(x), model(x))
+
+
 def test_names_of_the_package_stay_its_own() -> None:
     class Mine(Constraint):
         name = "free"
