@@ -64,12 +64,15 @@ docs: $(STAMP) ## the documentation, strictly: every code cell is run
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/sphinx-build -b html -E -W --keep-going -q docs docs/_build/html
 
-dist: $(STAMP) ## wheel and source archive in dist/, each tried in an environment of its own
-	rm -rf dist build/try
+dist: $(STAMP) ## wheel and source archive in dist/, each tried in an empty environment, with core dependencies alone and with [app]
+	rm -rf dist build/try && mkdir -p build
 	$(BIN)/python -m build --outdir dist >/dev/null
+	$(BIN)/python -c "import re; print(re.search('\`\`\`python\n(.*?)\`\`\`', open('README.md').read(), re.S)[1])" >build/first_block.py
 	for file in dist/*.whl dist/*.tar.gz; do \
 	  $(PYTHON) -m venv --clear build/try; \
 	  build/try/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt "$$file"; \
+	  (cd build && try/bin/python -W error::DeprecationWarning:taulearn first_block.py | tail -1); \
+	  build/try/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt "$$file[app]"; \
 	  (cd build && try/bin/taulearn train --epochs 2 --run try/run --overwrite --seed 0 && test -f try/run/report.html); \
 	done
 	@ls -l dist

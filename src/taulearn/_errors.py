@@ -1,7 +1,8 @@
-"""Wording shared by the errors of the package: the nearest name to an unknown one, and what was asked and found."""
+"""Wording shared by the errors of the package: unknown names, numbers out of range, packages that are missing."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import SupportsIndex
 
 
@@ -66,3 +67,29 @@ def is_number(value: object) -> bool:
         (True, False, False)
     """
     return hasattr(value, "__float__")
+
+
+@contextmanager
+def needs(extra: str, purpose: str) -> Iterator[None]:
+    """Name the extra of this package that brings what cannot be imported in the body.
+
+    Args:
+        extra: The extra's name in pyproject.toml.
+        purpose: What the package is needed for.
+
+    Raises:
+        ImportError: If an import fails because a package is not installed.
+
+    Example:
+        >>> with needs("app", "the report"):
+        ...     import no_such_package
+        Traceback (most recent call last):
+        ImportError: no_such_package must be installed for the report: pip install 'taulearn[app]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "taulearn"):
+            raise
+        raise ImportError(f"{package} must be installed for {purpose}: pip install 'taulearn[{extra}]'") from error

@@ -11,6 +11,8 @@ Example:
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ._errors import needs
+
 if TYPE_CHECKING:
     from .app.config import TrainConfig as TrainConfig
     from .app.members import Member as Member
@@ -34,7 +36,8 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(_HOMES[name], __package__), name)
+    with needs("app", "trainings described by settings"):
+        value: object = getattr(import_module(_HOMES[name], __package__), name)
     globals()[name] = value
     return value
 

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._errors import positive_integer, unknown_name
+from ._errors import needs, positive_integer, unknown_name
 from .data import maxwell
 
 QUADRATURE_ORDER = 5
@@ -221,10 +221,8 @@ def estimated_memory(n: int) -> int:
 
 
 def _skfem() -> Any:
-    try:
+    with needs("fem", "finite elements"):
         import skfem
-    except ImportError as error:
-        raise ImportError("scikit-fem must be installed for finite elements: pip install 'taulearn[fem]'") from error
     return skfem
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from .._errors import unknown_name
+from .._errors import needs, unknown_name
 from .cifar import CIFAR10, CIFAR100
 from .digits import DIGITS
 from .files import DataError, DataFile, check
@@ -187,7 +187,8 @@ def _root(root: str | Path | None) -> Path:
     if root is None:
         root = os.environ.get("TAULEARN_DATA") or None
     if root is None:
-        import pooch
+        with needs("app", "the folder of downloads, where neither root nor TAULEARN_DATA is given"):
+            import pooch
 
         root = pooch.os_cache("taulearn")
     return Path(root).expanduser()

@@ -5,6 +5,7 @@ import uuid
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .._errors import needs
 from ..files import move, sync
 from .files import DataError, DataFile, check
 
@@ -78,7 +79,8 @@ def _reason(error: Exception) -> str:
 
 
 def _transfer(url: str, part: Path, file: DataFile) -> None:
-    import pooch
+    with needs("app", "downloads"):
+        import pooch
 
     bar = _Bar(url)
     # A server that declares a .gz file as an encoding would make requests decompress it without a limit.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .._errors import unknown_name
+from .._errors import needs, unknown_name
 from .gradients import GradientPropagation
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def plot_propagation(
         raise ValueError("results must hold at least one result, got none: call gradient_propagation first")
     _check_part(part)
     if ax is None:
-        from matplotlib.figure import Figure
+        with needs("app", "figures"):
+            from matplotlib.figure import Figure
 
         ax = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained").subplots()
     _draw(ax, curves, list(curves), part, relative)
@@ -92,7 +93,8 @@ def propagation_figure(
         >>> len(propagation_figure({"before training": row}).axes)
         2
     """
-    from matplotlib.figure import Figure
+    with needs("app", "figures"):
+        from matplotlib.figure import Figure
 
     columns = list(dict.fromkeys(title for row in panels.values() for title in row))
     if not columns:

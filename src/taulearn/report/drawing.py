@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from taulearn._errors import needs
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import nn
@@ -68,10 +70,11 @@ def network(
         >>> len(ax.texts)  # the columns' names: input, five layers, output
         7
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.collections import LineCollection
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
+    with needs("app", "figures"):
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.collections import LineCollection
+        from matplotlib.colors import Normalize
+        from matplotlib.figure import Figure
 
     shown = model if isinstance(model, Parts) else parts(model)
     weights, biases, names = shown.weights, shown.biases, shown.names

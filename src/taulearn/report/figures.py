@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from taulearn._errors import needs
 from taulearn.report.records import (
     POINTS,
     Runs,
@@ -240,15 +241,17 @@ def palette(count: int) -> list[str]:
     """
     if count <= len(PALETTE):
         return list(PALETTE[:count])
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
+    with needs("app", "figures"):
+        from matplotlib import colormaps
+        from matplotlib.colors import to_hex
 
     return [to_hex(colour) for colour in colormaps["viridis"](np.linspace(0.0, 0.9, count))]
 
 
 def _axes(ax: "Axes | None") -> "Axes":
     if ax is None:
-        from matplotlib.figure import Figure
+        with needs("app", "figures"):
+            from matplotlib.figure import Figure
 
         ax = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained").subplots()
         ax.spines[["top", "right"]].set_visible(False)

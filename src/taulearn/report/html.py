@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taulearn._errors import needs
 from taulearn.files import move
 from taulearn.report.records import unique_names
 from taulearn.report.sections import comparison, description, flat, run_section
@@ -45,7 +46,8 @@ def write_html(runs: "Run | Sequence[Run]", path: str | os.PathLike[str]) -> Pat
         Traceback (most recent call last):
         ValueError: runs must hold at least one run, got none: open one with Run.open(path)
     """
-    from plotly.offline import get_plotlyjs
+    with needs("app", "the report"):
+        from plotly.offline import get_plotlyjs
 
     several = list(runs) if isinstance(runs, Sequence) else [runs]
     if not several:
@@ -74,8 +76,9 @@ def write_html(runs: "Run | Sequence[Run]", path: str | os.PathLike[str]) -> Pat
 
 def render(styles: Sequence[str], scripts: Sequence[str], **content: Any) -> str:
     """The page: the template filled with its content, the styles and the scripts that its policy allows."""
-    from jinja2 import Environment
-    from markupsafe import Markup
+    with needs("app", "the report"):
+        from jinja2 import Environment
+        from markupsafe import Markup
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "sort_keys": True, "separators": (",", ":")}

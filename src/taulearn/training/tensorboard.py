@@ -4,6 +4,7 @@ import functools
 import os
 from pathlib import Path
 
+from .._errors import needs
 from ..nn.time_steps import time_steps_of
 from .events import EpochEnd
 from .run_folder import Run
@@ -15,10 +16,8 @@ class TensorBoard:
     def __init__(self, run: Run | str | os.PathLike[str] | None) -> None:
         if run is None:
             raise ValueError("run must be given with tensorboard=True, got None: the events go into its folder")
-        try:
+        with needs("tensorboard", "tensorboard=True"):
             from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError as error:
-            raise ImportError("tensorboard=True needs TensorBoard: pip install 'taulearn[tensorboard]'") from error
         folder = run.path if isinstance(run, Run) else Path(run)
         self._make = functools.cache(lambda: SummaryWriter(str(folder / "tensorboard")))
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ... import __version__
+from ..._errors import needs
 from ..._streams import plain_output
 
 
@@ -36,9 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from .commands import parse
-    from .options import UsageError
     from .output import complain, follower
+
+    try:
+        with needs("app", "the command line"):
+            from .commands import parse
+            from .options import UsageError
+    except ImportError as error:
+        complain("error", error)
+        return 1
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         complain("warning", message)
