@@ -1,7 +1,6 @@
 """How much of this package a call loads, and how large the package is: modules and physical lines.
 
-Counted in ``sys.modules`` after the call, each in a process of its own: ``parameter_groups`` of a wrapped model, one
-epoch of ``fit`` with a deletion, and so for the core, the rooms in which the method lies. Budgets: the project's design.
+Counted in ``sys.modules`` after the call, each in a process of its own. The core are the rooms in which the method lies.
 ``python benchmarks/import_closure.py`` prints the table.
 """
 
@@ -41,7 +40,8 @@ BUDGETS = {"import taulearn": 200, "parameter_groups of a wrapped model": 4000, 
 _COUNT = """
 import sys, taulearn
 {call}
-files = {{m.__file__ for n, m in sys.modules.items() if n.partition(".")[0] == "taulearn" and getattr(m, "__file__", None)}}
+ours = [module for name, module in sys.modules.items() if name.partition(".")[0] == "taulearn"]
+files = {{module.__file__ for module in ours if getattr(module, "__file__", None)}}
 print(len(files), sum(len(open(f, encoding="utf-8").read().splitlines()) for f in files))
 """
 
