@@ -1,6 +1,6 @@
 """How much of this package a call loads, and how large the package is: modules and physical lines.
 
-Counted in ``sys.modules`` after the call, each in a process of its own. The core are the rooms in which the method lies.
+Counted in ``sys.modules`` after the call, each in a process of its own. The core: the rooms in which the method lies.
 ``python benchmarks/import_closure.py`` prints the table.
 """
 
