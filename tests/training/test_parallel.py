@@ -20,7 +20,7 @@ from torch import Tensor
 
 from taulearn.files import read_tensors
 from taulearn.training import History, Run, parallel
-from taulearn.training.ranks import Ranks
+from taulearn.training.distributed import Ranks
 from training import parallel_run
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")

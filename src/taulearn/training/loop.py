@@ -27,7 +27,7 @@ from .metrics import Metric, evaluate
 from .objective import Objective, StepOptions
 from .parallel import prune_alike
 from .progress import Progress, epoch_line, layers_left
-from .ranks import CHANGED, Ranks
+from .distributed import CHANGED, Ranks
 from .run_folder import Run
 from .session import Session
 from .step import Engine

@@ -17,7 +17,7 @@ from .._errors import first_line
 from ..adaptivity.coarsen import DeletedLayer, PruneReport
 from ..adaptivity.controller import Pruner
 from .batches import LoaderBatches, TensorBatches
-from .ranks import CHANGED, TIMEOUT, Ranks
+from .distributed import CHANGED, TIMEOUT, Ranks
 from .run_folder import Run
 
 _PATIENCE = timedelta(hours=24)

@@ -26,7 +26,7 @@ from .fast.fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fus
 from .fast.line_search import CompiledValues
 from .objective import Objective, StepOptions, autocast_of
 from .parallel import has_whole_batches, start_epoch
-from .ranks import Ranks
+from .distributed import Ranks
 
 
 class PlainStep:
