@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from taulearn.files import read_tensors
-from taulearn.training import History, Run, parallel
-from taulearn.training.distributed import Ranks
+from taulearn.training import History, Run, distributed
 from training import parallel_run
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -304,16 +303,16 @@ def test_processes_wait_for_each_other_as_long_as_for_gradients(monkeypatch: pyt
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConnectionError, match=r"do not find each other at localhost:1: nobody came for 50 s"):
-        parallel._join()
+        distributed.join()
 
 
 def test_a_resumed_run_is_told_numbers_of_processes_alone() -> None:
-    three = Ranks()
+    three = distributed.Ranks()
     three.size = 3
     with pytest.raises(ValueError, match=r"got 200: it is that of all processes together; use 201, or 2 processes"):
-        parallel.check_batch_size(three, 200, 1000)
+        distributed.check_batch_size(three, 200, 1000)
     with pytest.raises(ValueError, match=r"together; it cannot change in a run: use 2 processes$"):
-        parallel.check_batch_size(three, 200, 1000, resumed=True)
+        distributed.check_batch_size(three, 200, 1000, resumed=True)
 
 
 @pytest.mark.long
