@@ -7,6 +7,7 @@ look at: RANK.safetensors with the record and all tensors, or RANK.error with th
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ import taulearn
 from taulearn import Pruning
 from taulearn.files import write_tensors
 from taulearn.penalties import L1, StageCost
+from taulearn.training.history import Recorder
 from training import parallel_faults, parallel_wrappers
 from training.parallel_base import RANK, leave, model_and_optimizer, train
 from training.support import digits, network, run_fit
@@ -201,8 +203,22 @@ def batch_norm_last(folder: Path) -> None:
     leave(folder, model, history)
 
 
+def light(folder: Path) -> None:
+    """How much memory a row of the record holds on to until it is flushed, in numbers beyond its own."""
+    beyond: set[int] = set()
+    add = Recorder.add
+
+    def watch(recorder: Recorder, rows: Tensor) -> None:
+        beyond.add(rows.untyped_storage().nbytes() // rows.element_size() - rows.numel())
+        add(recorder, rows)
+
+    with mock.patch.object(Recorder, "add", watch):
+        train(folder, epochs=1)
+    (folder / f"{RANK}.said").write_text(str(max(beyond)))
+
+
 def main(folder: Path, names: list[str]) -> None:
-    """Run the functions of these names, one after the other."""
+    """Run the functions of these names, one after the other; only the last one may end the process by its error."""
     rooms = (sys.modules[__name__], parallel_faults, parallel_wrappers)
     for name in names:
         (folder / name).mkdir(exist_ok=True, parents=True)
@@ -211,7 +227,7 @@ def main(folder: Path, names: list[str]) -> None:
             function(folder / name)
         except Exception as error:
             (folder / name / f"{RANK}.error").write_text(f"{type(error).__name__}: {error}")
-            if len(names) == 1:
+            if name == names[-1]:
                 raise
 
 
