@@ -204,6 +204,27 @@ def batch_norm_last(folder: Path) -> None:
     leave(folder, model, history)
 
 
+class Gate(nn.Linear):
+    """A layer that the second process alone uses, with a parameter that none uses."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.spare = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if RANK == 1 else x
+
+
+def gated(folder: Path) -> None:
+    """A gradient that one process has and the other has not, and one that nobody has."""
+    torch.manual_seed(0)
+    blocks = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+    model = taulearn.wrap(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Gate(), *blocks, nn.Linear(8, 10)), ["3", "4"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    write_tensors(folder / f"before-{RANK}.safetensors", {"gate": model[2].weight.detach().clone()}, {})
+    leave(folder, model, run_fit(model, digits(80), optimizer, epochs=2), optimizer)
+
+
 def light(folder: Path) -> None:
     """How much memory a row of the record holds on to until it is flushed, in numbers beyond its own."""
     beyond: set[int] = set()

@@ -43,7 +43,17 @@ SAME = (
 )
 REFUSED = ("shuffled_loader", "shuffled_batches", "odd_batches", "other_model", "other_arguments", "odd_batch")
 ENDED = ("meddling", "meddling_unpruned", "failing", "failing_first", "interrupted")
-OTHERS = ("batch_norm_last", "other_weights", "dropout", "batch_norm", "stopping", "light", "wrapped_in_ddp", "sharded")
+OTHERS = (
+    "batch_norm_last",
+    "other_weights",
+    "dropout",
+    "batch_norm",
+    "stopping",
+    "gated",
+    "light",
+    "wrapped_in_ddp",
+    "sharded",
+)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -153,6 +163,14 @@ def test_a_last_batch_too_small_for_batch_normalisation_goes_with_the_one_before
 def test_the_record_holds_on_to_no_gradients(two: Path) -> None:
     """Each row was a view of the buffer in which gradients are added up, so that all buffers of an epoch stayed."""
     assert [int((two / "light" / f"{rank}.said").read_text()) <= 1 for rank in range(2)] == [True, True]
+
+
+def test_a_gradient_of_one_process_counts_in_all_and_one_of_none_stays_none(two: Path) -> None:
+    tensors = results(two / "gated", 2)[0]
+    before = read_tensors(two / "gated" / "before-0.safetensors")[0]["gate"]
+    assert not torch.equal(tensors["model/2.weight"], before)
+    assert tensors["model/2.spare"].tolist() == [1, 1, 1]  # no weight decay without a gradient
+    assert "state/2.spare/momentum_buffer" not in tensors
 
 
 def test_any_process_may_end_the_training(two: Path) -> None:

@@ -50,20 +50,7 @@ class RanksDisagree(ValueError):
 
 
 class Ranks:
-    """The processes of a training, until the end of a ``with`` block. One alone does everything itself, at no cost.
-
-    Args:
-        gradients: The group in which gradients are added up; None for a process alone.
-        control: The group in which processes wait for each other; None for a process alone.
-
-    Attributes:
-        rank: Number of this process, from 0.
-        size: Number of processes.
-
-    Example:
-        >>> Ranks().told(lambda: 3)
-        3
-    """
+    """The processes of a training, until the end of a ``with`` block; without groups one alone, at no cost."""
 
     def __init__(self, gradients: Any = None, control: Any = None) -> None:
         self._gradients, self._control = gradients, control
@@ -296,10 +283,10 @@ def check_shares(
     ranks: Ranks, batches: TensorBatches | LoaderBatches, batch_size: int, *, resumed: bool = False
 ) -> None:
     """Refuse batches that the processes cannot share evenly, or a loader that has an order of its own in each."""
-    if ranks.size == 1 or not has_whole_batches(batches):
-        return
     if isinstance(batches, TensorBatches):
         check_batch_size(ranks, batch_size, len(batches.inputs), resumed=resumed)
+        return
+    if ranks.size == 1 or not has_whole_batches(batches):
         return
     size, sampler = getattr(batches.loader.batch_sampler, "batch_size", None), _sampler(batches)
     drawing = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
