@@ -115,9 +115,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, str]:
     """Two processes, one of which is killed in the end: the folder, seconds until the other ended, what it said."""
     folder = tmp_path_factory.mktemp("two")
     survivor, victim = start_by_hand(2, folder, *SAME, *REFUSED, *ENDED, *OTHERS, "killed")
-    victim.communicate(timeout=600)
+    _, others = victim.communicate(timeout=600)
     _, errors = survivor.communicate(timeout=120)
-    assert (survivor.returncode, victim.returncode) == (1, -signal.SIGKILL)
+    assert (survivor.returncode, victim.returncode) == (1, -signal.SIGKILL), errors + others
     return folder, seconds_since(folder / "killed"), errors
 
 
