@@ -42,7 +42,7 @@ SAME = (
     "measured",
 )
 REFUSED = ("shuffled_loader", "shuffled_batches", "odd_batches", "other_model", "other_arguments", "odd_batch")
-ENDED = ("meddling", "meddling_unpruned", "failing", "failing_first", "interrupted")
+ENDED = ("refused_at_once", "meddling", "meddling_unpruned", "failing", "failing_first", "interrupted")
 OTHERS = (
     "batch_norm_last",
     "other_weights",
@@ -185,6 +185,7 @@ def test_any_process_may_end_the_training(two: Path) -> None:
         ("odd_batches", r"ValueError: batch_size must be a multiple of the number of processes, 2, got 41: .* use 40"),
         ("other_model", "RanksDisagree: the model's tensors must be the same in all processes, got others on rank 1"),
         ("other_arguments", "RanksDisagree: batches must be the same in all processes, got others on rank 1"),
+        ("refused_at_once", "^RuntimeError: TypeError: model must be the model itself[^:]*: hand over wrapper.module$"),
         ("odd_batch", "ValueError: batch_size must be a multiple of the number of processes, 2, got 41: .* use 40"),
         ("meddling", r"RanksDisagree: the time steps after iteration \d+ must be the same .* on rank 1 than on rank 0"),
         ("meddling_unpruned", "RanksDisagree: the time steps after iteration 20 must be the same"),

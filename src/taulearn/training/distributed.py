@@ -226,8 +226,9 @@ def join() -> Ranks:
     if dist.get_world_size() == 1:
         return Ranks()
     try:
-        gradients = dist.new_group(timeout=TIMEOUT)
-        return Ranks(gradients, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        gradients, control = dist.new_group(timeout=TIMEOUT), dist.new_group(backend="gloo", timeout=_PATIENCE)
+        dist.monitored_barrier(control, TIMEOUT)  # one that is refused at once must not leave while another connects
+        return Ranks(gradients, control)
     except RuntimeError as error:
         raise ConnectionError(f"the processes of this training do not find each other: {first_line(error)}") from error
 
