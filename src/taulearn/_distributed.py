@@ -18,15 +18,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 def refuse_distributed(argument: str, model: nn.Module, act: str = "prune") -> None:
     """Refuse a wrapper of data parallel training, and a model whose parameters are sharded.
 
-    Args:
-        argument: The caller's argument name.
-        model: What was given.
-        act: What was to be done with it: "prune", "wrap", "save" or "export".
-
-    Raises:
-        TypeError: If it is a wrapper.
-        ValueError: If parameters are sharded.
-
     Example:
         >>> refuse_distributed("model", DataParallel(nn.Linear(1, 1)))
         Traceback (most recent call last):
@@ -34,24 +25,19 @@ def refuse_distributed(argument: str, model: nn.Module, act: str = "prune") -> N
         TypeError: model must be the model itself, got it in a DataParallel: hand over wrapper.module
     """
     model = getattr(model, "_orig_mod", model)
+    remedies = {
+        "prune": ", which would keep averaging the gradients of deleted layers: hand over wrapper.module on every "
+        "process, and wrap it anew after a deletion. Or let taulearn.fit train the bare model: under torchrun it "
+        "averages gradients itself",
+        "wrap": ", which would not average the gradients of the time steps: wrap wrapper.module, then make the "
+        "DistributedDataParallel anew",
+    }
     if isinstance(model, DataParallel):
         raise TypeError(f"{argument} must be the model itself, got it in a DataParallel: hand over wrapper.module")
-    if isinstance(model, DistributedDataParallel) and act != "prune":
-        why = ", which would not average the gradients of the time steps" if act == "wrap" else ""
-        raise TypeError(
-            f"{argument} must be the model itself, got it in a DistributedDataParallel{why}: {act} wrapper.module"
-            f"{', then make the DistributedDataParallel anew' if act == 'wrap' else ''}"
-        )
     if isinstance(model, DistributedDataParallel):
-        raise TypeError(
-            f"{argument} must be the model itself, got it in a DistributedDataParallel, which would keep averaging the "
-            "gradients of deleted layers: hand over wrapper.module on every process, and wrap it anew after a "
-            "deletion. Or let taulearn.fit train the bare model: under torchrun it averages gradients itself"
-        )
-    if not dist.is_available() or not dist.is_initialized():
-        return
-    sharded = _sharded(model)
-    if sharded is not None:
+        remedy = remedies.get(act, f": {act} wrapper.module")
+        raise TypeError(f"{argument} must be the model itself, got it in a DistributedDataParallel{remedy}")
+    if dist.is_available() and dist.is_initialized() and (sharded := _sharded(model)) is not None:
         raise ValueError(
             f"{argument} must not be sharded, got {sharded}: {act} before fully_shard; or gather the weights "
             "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), load them into "
@@ -73,11 +59,7 @@ def _sharded(model: nn.Module) -> str | None:
 
 
 def wrappers_around(model: nn.Module) -> list[nn.Module]:
-    """Every DistributedDataParallel that there is around a model.
-
-    Args:
-        model: The model.
-    """
+    """Every DistributedDataParallel that there is around a model, for which all objects are gone through."""
     if not dist.is_available() or not dist.is_initialized():
         return []
     wrappers = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
@@ -85,22 +67,9 @@ def wrappers_around(model: nn.Module) -> list[nn.Module]:
 
 
 def expire(wrappers: Iterable[nn.Module]) -> None:
-    """Let wrappers around a model, of which layers were deleted, refuse to be called again.
-
-    Args:
-        wrappers: What :func:`wrappers_around` found before.
-    """
+    """Let wrappers around a model, of which layers were deleted, refuse to be called again."""
     for each in wrappers:
         each.register_forward_pre_hook(_refuse_call, prepend=True)
-
-
-def expire_wrappers(model: nn.Module) -> None:
-    """Let every DistributedDataParallel around this model, of which layers were deleted, refuse to be called again.
-
-    Args:
-        model: The pruned model.
-    """
-    expire(wrappers_around(model))
 
 
 def _refuse_call(_module: nn.Module, _args: Any) -> None:

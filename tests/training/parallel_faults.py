@@ -10,7 +10,8 @@ import torch
 
 import taulearn
 from taulearn.training import EpochEnd, Interrupted
-from training.parallel_base import RANK, train
+from training.parallel_base import RANK, model_and_optimizer, train
+from training.support import digits, run_fit
 
 
 def meddling(folder: Path) -> None:
@@ -65,6 +66,17 @@ def failing_first(folder: Path) -> None:
             checkpoints.touch()
 
     train(folder, callbacks=[fail], run=folder / "run")
+
+
+def refused_at_once(folder: Path) -> None:
+    """Refused before anything is exchanged, many times over: the faster process left the slower one in the lurch."""
+    said, (model, optimizer) = set(), model_and_optimizer()
+    for _ in range(30):
+        try:
+            run_fit(torch.nn.DataParallel(model), digits(40), optimizer)
+        except (TypeError, OSError) as error:
+            said.add(f"{type(error).__name__}: {error}")
+    raise RuntimeError(" and ".join(said))
 
 
 def undisturbed(folder: Path) -> None:

@@ -7,6 +7,7 @@ look at: RANK.safetensors with the record and all tensors, or RANK.error with th
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ import taulearn
 from taulearn import Pruning
 from taulearn.files import write_tensors
 from taulearn.penalties import L1, StageCost
+from taulearn.training.history import Recorder
 from training import parallel_faults, parallel_wrappers
 from training.parallel_base import RANK, leave, model_and_optimizer, train
 from training.support import digits, network, run_fit
@@ -72,7 +74,8 @@ def summed(folder: Path) -> None:
     model = model_and_optimizer()[0]
     optimizer = torch.optim.LBFGS(model.parameters(), lr=1e-3, max_iter=3)
     loss = nn.CrossEntropyLoss(reduction="sum")
-    history = run_fit(model, digits(41, torch.float64), optimizer, loss=loss, penalties=[L1(0.05)], epochs=2)
+    data = digits(43, torch.float64)
+    history = run_fit(model, data, optimizer, loss=loss, penalties=[L1(0.05)], epochs=2, batch_size=42)
     leave(folder, model, history)
 
 
@@ -201,8 +204,43 @@ def batch_norm_last(folder: Path) -> None:
     leave(folder, model, history)
 
 
+class Gate(nn.Linear):
+    """A layer that the second process alone uses, with a parameter that none uses."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.spare = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if RANK == 1 else x
+
+
+def gated(folder: Path) -> None:
+    """A gradient that one process has and the other has not, and one that nobody has."""
+    torch.manual_seed(0)
+    blocks = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+    model = taulearn.wrap(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Gate(), *blocks, nn.Linear(8, 10)), ["3", "4"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    write_tensors(folder / f"before-{RANK}.safetensors", {"gate": model[2].weight.detach().clone()}, {})
+    leave(folder, model, run_fit(model, digits(80), optimizer, epochs=2), optimizer)
+
+
+def light(folder: Path) -> None:
+    """How much memory a row of the record holds on to until it is flushed, in numbers beyond its own."""
+    beyond: set[int] = set()
+    add = Recorder.add
+
+    def watch(recorder: Recorder, rows: Tensor) -> None:
+        beyond.add(rows.untyped_storage().nbytes() // rows.element_size() - rows.numel())
+        add(recorder, rows)
+
+    with mock.patch.object(Recorder, "add", watch):
+        train(folder, epochs=1)
+    (folder / f"{RANK}.said").write_text(str(max(beyond)))
+
+
 def main(folder: Path, names: list[str]) -> None:
-    """Run the functions of these names, one after the other."""
+    """Run the functions of these names, one after the other; only the last one may end the process by its error."""
     rooms = (sys.modules[__name__], parallel_faults, parallel_wrappers)
     for name in names:
         (folder / name).mkdir(exist_ok=True, parents=True)
@@ -211,7 +249,7 @@ def main(folder: Path, names: list[str]) -> None:
             function(folder / name)
         except Exception as error:
             (folder / name / f"{RANK}.error").write_text(f"{type(error).__name__}: {error}")
-            if len(names) == 1:
+            if name == names[-1]:
                 raise
 
 

@@ -18,14 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import taulearn
 from taulearn.files import read_tensors
-from taulearn.training import History, Run, parallel
-from taulearn.training.ranks import Ranks
+from taulearn.training import History, Run, distributed
 from training import parallel_run
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
-TESTS = Path(__file__).parents[1]
+TESTS, SOURCE = Path(__file__).parents[1], Path(taulearn.__file__).parents[1]
 SAME = (
     "train",
     "adam",
@@ -42,13 +42,23 @@ SAME = (
     "measured",
 )
 REFUSED = ("shuffled_loader", "shuffled_batches", "odd_batches", "other_model", "other_arguments", "odd_batch")
-ENDED = ("meddling", "meddling_unpruned", "failing", "failing_first", "interrupted")
-OTHERS = ("batch_norm_last", "other_weights", "dropout", "batch_norm", "stopping", "wrapped_in_ddp", "sharded")
+ENDED = ("refused_at_once", "meddling", "meddling_unpruned", "failing", "failing_first", "interrupted")
+OTHERS = (
+    "batch_norm_last",
+    "other_weights",
+    "dropout",
+    "batch_norm",
+    "stopping",
+    "gated",
+    "light",
+    "wrapped_in_ddp",
+    "sharded",
+)
 
 
 def environment(**more: str) -> dict[str, str]:
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return alone | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | more
+    return alone | {"PYTHONPATH": f"{TESTS}{os.pathsep}{SOURCE}", "OMP_NUM_THREADS": "1"} | more
 
 
 def torchrun(processes: int, *arguments: object) -> "subprocess.Popen[str]":
@@ -101,9 +111,20 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, str]:
+    """Two processes, one of which is killed in the end: the folder, seconds until the other ended, what it said."""
+    folder = tmp_path_factory.mktemp("two")
+    survivor, victim = start_by_hand(2, folder, *SAME, *REFUSED, *ENDED, *OTHERS, "killed")
+    _, others = victim.communicate(timeout=600)
+    _, errors = survivor.communicate(timeout=120)
+    assert (survivor.returncode, victim.returncode) == (1, -signal.SIGKILL), errors + others
+    return folder, seconds_since(folder / "killed"), errors
+
+
+@pytest.fixture(scope="module")
+def two(killed: tuple[Path, float, str]) -> Path:
     """What two processes do."""
-    return run_all(2, tmp_path_factory.mktemp("two"), *SAME, *REFUSED, *ENDED, *OTHERS)
+    return killed[0]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -139,6 +160,19 @@ def test_a_last_batch_too_small_for_batch_normalisation_goes_with_the_one_before
     assert [len(each["iteration/loss"]) for each in results(two / "batch_norm_last", 2)] == [4, 4]
 
 
+def test_the_record_holds_on_to_no_gradients(two: Path) -> None:
+    """Each row was a view of the buffer in which gradients are added up, so that all buffers of an epoch stayed."""
+    assert [int((two / "light" / f"{rank}.said").read_text()) <= 1 for rank in range(2)] == [True, True]
+
+
+def test_a_gradient_of_one_process_counts_in_all_and_one_of_none_stays_none(two: Path) -> None:
+    tensors = results(two / "gated", 2)[0]
+    before = read_tensors(two / "gated" / "before-0.safetensors")[0]["gate"]
+    assert not torch.equal(tensors["model/2.weight"], before)
+    assert tensors["model/2.spare"].tolist() == [1, 1, 1]  # no weight decay without a gradient
+    assert "state/2.spare/momentum_buffer" not in tensors
+
+
 def test_any_process_may_end_the_training(two: Path) -> None:
     assert [len(each["iteration/loss"]) for each in results(two / "stopping", 2)] == [30, 30]
 
@@ -151,6 +185,7 @@ def test_any_process_may_end_the_training(two: Path) -> None:
         ("odd_batches", r"ValueError: batch_size must be a multiple of the number of processes, 2, got 41: .* use 40"),
         ("other_model", "RanksDisagree: the model's tensors must be the same in all processes, got others on rank 1"),
         ("other_arguments", "RanksDisagree: batches must be the same in all processes, got others on rank 1"),
+        ("refused_at_once", "^RuntimeError: TypeError: model must be the model itself[^:]*: hand over wrapper.module$"),
         ("odd_batch", "ValueError: batch_size must be a multiple of the number of processes, 2, got 41: .* use 40"),
         ("meddling", r"RanksDisagree: the time steps after iteration \d+ must be the same .* on rank 1 than on rank 0"),
         ("meddling_unpruned", "RanksDisagree: the time steps after iteration 20 must be the same"),
@@ -189,14 +224,14 @@ def test_sharded_models_are_refused_and_the_remedy_works(two: Path) -> None:
             assert re.match(rf"model must not be sharded, got a FSDP\w+: {act} before fully_shard; or gather", text)
 
 
-def start_by_hand(processes: int, folder: Path, name: str) -> "list[subprocess.Popen[str]]":
+def start_by_hand(processes: int, folder: Path, *names: str) -> "list[subprocess.Popen[str]]":
     """Processes that nobody watches over."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "training.parallel_run", str(folder), name],
+            [sys.executable, "-m", "training.parallel_run", str(folder), *names],
             env=environment(RANK=str(r), WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=port),
             stderr=subprocess.PIPE,
             text=True,
@@ -207,17 +242,6 @@ def start_by_hand(processes: int, folder: Path, name: str) -> "list[subprocess.P
 
 def seconds_since(folder: Path) -> float:
     return time.time() - float((folder / "killed").read_text())
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, str]:
-    """A run one of whose two processes was killed: the folder, seconds until the other ended, what it said."""
-    folder = tmp_path_factory.mktemp("killed")
-    survivor, victim = start_by_hand(2, folder, "killed")
-    victim.communicate(timeout=120)
-    _, errors = survivor.communicate(timeout=120)
-    assert (survivor.returncode, victim.returncode) == (1, -signal.SIGKILL)
-    return folder, seconds_since(folder / "killed"), errors
 
 
 def test_a_killed_process_ends_the_others_within_a_minute(killed: tuple[Path, float, str]) -> None:
@@ -282,16 +306,15 @@ def test_a_process_that_hangs_ends_the_others_within_a_minute(tmp_path: Path) ->
     assert "RankLost: rank 0 of 2 ends because another process" in errors
 
 
-def test_a_port_in_use_is_said(tmp_path: Path) -> None:
+def test_a_port_in_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "training.parallel_run", str(tmp_path), "train"]
-        where = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        done = subprocess.run(command, env=environment(**where), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert re.search(rf"ConnectionError: localhost:{port}, where .* is in use by another program: choose", done.stderr)
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConnectionError, match=rf"localhost:{port}, where .* is in use by another program: choose"):
+            distributed.join()
 
 
 def test_processes_wait_for_each_other_as_long_as_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,16 +327,16 @@ def test_processes_wait_for_each_other_as_long_as_for_gradients(monkeypatch: pyt
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConnectionError, match=r"do not find each other at localhost:1: nobody came for 50 s"):
-        parallel._join()
+        distributed.join()
 
 
 def test_a_resumed_run_is_told_numbers_of_processes_alone() -> None:
-    three = Ranks()
+    three = distributed.Ranks()
     three.size = 3
     with pytest.raises(ValueError, match=r"got 200: it is that of all processes together; use 201, or 2 processes"):
-        parallel.check_batch_size(three, 200, 1000)
+        distributed.check_batch_size(three, 200, 1000)
     with pytest.raises(ValueError, match=r"together; it cannot change in a run: use 2 processes$"):
-        parallel.check_batch_size(three, 200, 1000, resumed=True)
+        distributed.check_batch_size(three, 200, 1000, resumed=True)
 
 
 @pytest.mark.long

@@ -211,21 +211,20 @@ def prune(
     measured = callable(criterion) or isinstance(budget, Mapping)
     try:
         if measured:
-            before = Snapshot([*models, *wrappers_around(model)], optimizers)  # a criterion or a clock calls the model
+            before = Snapshot(models, optimizers)  # a criterion or a clock calls the model
         chosen, note = _choose(prunable, model, threshold, keep, criterion, budget)
         number, parameters, deleted = prunable.time_steps.num_steps, _count(model), _deleted(prunable, chosen)
         gone = {i for i, _ in chosen}
         kept = tuple(i for i in range(number) if i not in gone)
-        state, notes = "unchanged" if optimizers else "none", [note]
+        state, notes, wrappers = "unchanged" if optimizers else "none", [note], []
         if deleted:
             wrappers = wrappers_around(model)
-            before = before if measured else Snapshot([*models, *wrappers], optimizers)
+            before = before if measured else Snapshot(models, optimizers)
             if WRAPPING in vars(model):
                 _forget_compiled()
             state, reset = delete(models, kept, optimizers)
-            expire(wrappers)
             notes += [*_cautions(prunable, deleted, given=bool(optimizers)), *reset]
-        return PruneReport(
+        report = PruneReport(
             deleted,
             kept,
             number,
@@ -235,9 +234,11 @@ def prune(
             state,
             "; ".join(each for each in notes if each),
         )
+        expire(wrappers)
     except BaseException:
         before.restore()
         raise
+    return report
 
 
 def _choose(

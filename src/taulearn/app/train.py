@@ -20,7 +20,7 @@ from ..nn.network import TimeVariableNetwork
 from ..report import write_html
 from ..training import EpochEnd, History, Run, evaluate, fit
 from ..training.checkpoint import read_start
-from ..training.parallel import check_batch_size, joined, open_alike
+from ..training.distributed import check_batch_size, join
 from ..training.thinning import thinned
 from . import build
 from .config import TrainConfig, explain, split_hooks
@@ -255,7 +255,7 @@ def _train(
     progress: bool,
     callbacks: Sequence[Callable[[EpochEnd], None]],
 ) -> Result:
-    with _threads(config.threads), joined() as ranks, ranks:
+    with _threads(config.threads), join() as ranks:
         device = build.make_device(config)
         splits = ranks.in_turn(lambda: build.load_splits(config))
         torch.manual_seed(config.seed)
@@ -285,8 +285,7 @@ def _train(
                 begun.decide(name, decision)
             return begun
 
-        run = open_alike(ranks, begin)
-        assert run is not None
+        run: Run = ranks.told(begin)
 
         def make_result() -> nn.Module:
             made: nn.Module = model if averaged is None else averaged.module

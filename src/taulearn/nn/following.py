@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._distributed import expire_wrappers
+from .._distributed import expire, wrappers_around
 
 ORIGIN = "taulearn.origin"
 """The name under which the numbers of the layers travel."""
@@ -72,7 +72,7 @@ class Follower:
         replaced = model.time_steps.values
         self.keep(model, kept)
         retire(replaced)
-        expire_wrappers(model)
+        expire(wrappers_around(model))
 
     def keep(self, model: Any, kept: Sequence[int]) -> None:
         """Let the model itself delete them."""

@@ -1,9 +1,9 @@
 """Training: ``fit``, the record, checkpoints and run folders."""
 
+from .distributed import RankLost as RankLost, RanksDisagree as RanksDisagree
 from .events import Diverged as Diverged, EpochEnd as EpochEnd, Interrupted as Interrupted, StopTraining as StopTraining
 from .fitting import fit as fit
 from .history import Deletion as Deletion, History as History
 from .metrics import accuracy as accuracy, evaluate as evaluate
-from .ranks import RankLost as RankLost, RanksDisagree as RanksDisagree
 from .run_folder import Run as Run
 from .session import Session as Session

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ from .check_arguments import (
 from .check_data import check_data, check_loss
 from .checkpoint import Parts, check_contents
 from .devices import usable_device
+from .distributed import begin_pruning, check_shares, has_whole_batches, join
 from .events import EpochEnd
 from .history import History
 from .interruption import announced
 from .loop import Loop, Settings
 from .metrics import Metric, choose_metrics
 from .objective import Loss, Objective, StepOptions, as_float, as_penalties, input_dtype, losses_of
-from .parallel import begin_pruning, check_shares, has_whole_batches, joined, open_alike
 from .run_folder import Run, tidy
 from .session import active_penalties
 from .tensorboard import TensorBoard
@@ -140,7 +141,8 @@ def fit(
         >>> history.num_iterations, history.iterations["tau"].shape
         (20, (20, 3))
     """
-    with announced(run if isinstance(run, Run) else None), joined() as ranks:
+    with announced(run if isinstance(run, Run) else None), ExitStack() as until_failure:
+        ranks = until_failure.enter_context(join())
         refuse_distributed("model", model)
         optimizer, scheduler = bare(optimizer), bare_scheduler(scheduler)
         _put_on(device, model)
@@ -205,8 +207,9 @@ def fit(
         parts = Parts(model, optimizer, scheduler, averaged, pruner=pruner)
         if run is not None:
             check_contents(parts)
-        folder = open_alike(ranks, lambda: _open_run(run, config, resume=resume, overwrite=overwrite))
+        folder = ranks.told(lambda: _open_run(run, config, resume=resume, overwrite=overwrite))
         options = StepOptions(clip_norm, accumulate, precision, averaged, seen.least)
+        until_failure.pop_all()  # the loop leaves them
     objective = Objective(model, loss, penalties, seen.countings)
     return Loop(objective, batches, parts, options, settings, folder, ranks).run(resume=resume)
 

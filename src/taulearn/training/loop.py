@@ -18,6 +18,7 @@ from .batches import LoaderBatches, TensorBatches
 from .check_arguments import steps_each_iteration
 from .check_data import check_validation
 from .checkpoint import Parts, Position, Start, drop_old, load_checkpoint, save_checkpoint
+from .distributed import CHANGED, Ranks, prune_alike
 from .divergence import cause_in, diverged
 from .events import Diverged, EpochEnd, Interrupted, StopTraining
 from .fast.compiler import worth_compiling
@@ -25,9 +26,7 @@ from .history import History
 from .interruption import deferred
 from .metrics import Metric, evaluate
 from .objective import Objective, StepOptions
-from .parallel import prune_alike
 from .progress import Progress, epoch_line, layers_left
-from .ranks import CHANGED, Ranks
 from .run_folder import Run
 from .session import Session
 from .step import Engine

@@ -41,6 +41,10 @@ class Run:
         self.path, self.config, self.versions, self.decisions = path, config, versions, decisions
         self.result: Callable[[], "nn.Module"] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process that is sent a run opens its folder."""
+        return Run.open, (self.path,)
+
     @property
     def name(self) -> str:
         """The folder's name."""

@@ -21,12 +21,11 @@ from ..optim import SteepestDescent, constrain_
 from ..optim.steepest_descent import SEARCHING
 from ..wrapping.folding import fold_average
 from .batches import LoaderBatches, TensorBatches
+from .distributed import Ranks, has_whole_batches, start_epoch
 from .fast.compiler import compile_once
 from .fast.fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fused, why_not_pure
 from .fast.line_search import CompiledValues
 from .objective import Objective, StepOptions, autocast_of
-from .parallel import has_whole_batches, start_epoch
-from .ranks import Ranks
 
 
 class PlainStep:
