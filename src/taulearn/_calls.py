@@ -15,19 +15,7 @@ REPEATS = 15
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Call a model: a tuple or list as positional arguments, a mapping as keywords, anything else as one argument.
-
-    Args:
-        model: The model.
-        inputs: Its inputs.
-
-    Returns:
-        Its output.
-
-    Example:
-        >>> call(nn.Identity(), {"input": torch.ones(1)})
-        tensor([1.])
-    """
+    """Call a model: a tuple or list as positional arguments, a mapping as keywords, anything else as one argument."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
@@ -39,9 +27,6 @@ def forwards(others: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
     Not by hooks: torch's TransformerEncoderLayer leaves its fast path where there are any, and some hosts call the
     forward of their parts.
-
-    Args:
-        others: The forwards, by module.
     """
     own = {module: vars(module).get("forward") for module in others}
     for module, other in others.items():
@@ -56,19 +41,7 @@ def forwards(others: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
 
 def clock(model: nn.Module) -> Callable[[], float]:
-    """Milliseconds since some moment, read once the model's device has done its work.
-
-    Args:
-        model: The model; one without parameters counts as being on the CPU.
-
-    Returns:
-        The clock.
-
-    Example:
-        >>> now = clock(nn.Identity())
-        >>> now() <= now()
-        True
-    """
+    """Milliseconds since some moment, read once the model's device has done its work."""
     types = {each.device.type for each in (*model.parameters(), *model.buffers())} - {"cpu", "meta"}
 
     def read() -> float:
@@ -80,20 +53,7 @@ def clock(model: nn.Module) -> Callable[[], float]:
 
 
 def milliseconds(model: nn.Module, inputs: Any, repeats: int = REPEATS) -> float:
-    """Median time of a forward pass without gradients, in evaluation mode. The passes leave nothing behind.
-
-    Args:
-        model: The model.
-        inputs: See :func:`call`.
-        repeats: Number of passes that are timed, after two that are not.
-
-    Returns:
-        Milliseconds.
-
-    Example:
-        >>> milliseconds(nn.Identity(), torch.ones(1)) >= 0
-        True
-    """
+    """Median time of a forward pass without gradients, in evaluation mode. The passes leave nothing behind."""
     now, taken = clock(model), []
     with _passes(model, inputs):
         call(model, inputs)
@@ -118,19 +78,6 @@ def layer_milliseconds(model: nn.Module, layers: Sequence[nn.Module], inputs: An
     """Median times of the layers and of the whole in a forward pass without gradients, in evaluation mode.
 
     The passes leave nothing behind.
-
-    Args:
-        model: The model.
-        layers: Modules of it.
-        inputs: See :func:`call`.
-
-    Returns:
-        Milliseconds of each layer, and of a whole pass in which no layer is timed.
-
-    Example:
-        >>> times, whole = layer_milliseconds(nn.Sequential(layer := nn.Linear(1, 1)), [layer], torch.ones(1, 1))
-        >>> len(times), whole > 0
-        (1, True)
     """
     now = clock(model)
     taken: dict[nn.Module, list[float]] = {layer: [] for layer in layers}

@@ -45,16 +45,7 @@ _SAME_NUMBER = frozenset(("__neg__", "mean", "neg", "negative", "sum", *_SAME_SH
 
 
 def counted(targets: Tensor, ignored: int | None = None) -> Tensor:
-    """Which labels count, as booleans.
-
-    Args:
-        targets: Class numbers of any integer type.
-        ignored: The label that does not. None: the one that torch's losses ignore.
-
-    Example:
-        >>> counted(torch.tensor([156, 3], dtype=torch.uint8))
-        tensor([True, True])
-    """
+    """Which labels count, as booleans."""
     return targets.long() != (IGNORED if ignored is None else ignored)  # as a byte, -100 is 156
 
 
@@ -114,31 +105,16 @@ class UnfitTargets(ValueError):
 
 @dataclass(frozen=True)
 class Counting:
-    """How a loss counts.
+    """How a loss counts."""
 
-    Attributes:
-        by: The mean is over "samples", "elements" of the targets, or "labels" that are not ignored.
-        summed: Whether it is a sum instead, so that parts add up as they are.
-        classes: Number of classes, where the targets are class numbers.
-        ignored: The label that does not count, where there is one.
-        weight: Weights of the classes, or None.
-        scores: What the loss compared with the class numbers when it was seen, (batch, classes, ...).
-        known: Whether the loss is one of torch's.
-        picked: Which of the targets it compares, as indices that leave the samples apart, taken one after the other.
-
-    Example:
-        >>> Counting("labels", classes=3, ignored=-100).of(torch.tensor([0, 2, -100])).item()
-        2.0
-    """
-
-    by: str = "samples"
-    summed: bool = False
-    classes: int | None = None
-    ignored: int | None = None
+    by: str = "samples"  # the mean is over "samples", "elements" of the targets, or "labels" that are not ignored
+    summed: bool = False  # whether it is a sum instead, so that parts add up as they are
+    classes: int | None = None  # number of classes, where the targets are class numbers
+    ignored: int | None = None  # the label that does not count, where there is one
     weight: Tensor | None = None
-    scores: Tensor | None = None
-    known: bool = False
-    picked: tuple[Any, ...] = ()
+    scores: Tensor | None = None  # what was compared with the class numbers when it was seen, (batch, classes, ...)
+    known: bool = False  # whether the loss is one of torch's
+    picked: tuple[Any, ...] = ()  # indices, one after the other, of the targets that it compares
 
     def pick(self, targets: Tensor) -> Tensor:
         """Those of the targets that the loss compares."""
@@ -155,12 +131,7 @@ class Counting:
         return self.ignored == other.ignored and self.weight is other.weight and self.picked == other.picked
 
     def of(self, targets: Tensor, device: torch.device | None = None) -> Tensor:
-        """The count c_p of a part with these targets, a scalar in double precision.
-
-        Args:
-            targets: (batch, ...).
-            device: Where it is to be. None: where the targets are.
-        """
+        """The count c_p of a part with these targets, a scalar in double precision."""
         if self.summed or self.by != "labels":
             number = 1 if self.summed else targets.numel() if self.by == "elements" else len(targets)
             return torch.full((), number, dtype=torch.float64, device=targets.device if device is None else device)
@@ -172,11 +143,7 @@ class Counting:
         return weights.masked_fill(~counts, 0).sum(dtype=torch.float64).to(device)
 
     def empty(self, targets: Tensor) -> Tensor | None:
-        """Whether no label of a part counts, so that its mean is 0/0, a boolean scalar; None: there is no such thing.
-
-        Args:
-            targets: Of the part.
-        """
+        """Whether no label of a part counts, so that its mean is 0/0, a boolean scalar; None: it has no labels."""
         if self.ignored is None or self.summed or targets.is_floating_point() or targets.is_complex():
             return None
         return replace(self, by="labels").of(targets) == 0
@@ -185,9 +152,6 @@ class Counting:
         """The same targets, but class numbers that count where none of them does.
 
         Torch's loss of a part of which no label counts is 0/0, and weighs 0: any number will do instead.
-
-        Args:
-            targets: Of the part.
         """
         empty = self.empty(targets)
         if empty is None:
@@ -196,19 +160,7 @@ class Counting:
         return torch.where(empty, some, targets)
 
     def check(self, argument: str, targets: Tensor, where: str = "") -> None:
-        """Refuse class numbers that the network does not have; targets that are none pass.
-
-        Args:
-            argument: The caller's name for the data.
-            targets: Of the data.
-            where: What the samples are counted in, for the message.
-
-        Raises:
-            ValueError: If a number lies outside 0 .. classes - 1, and is not ignored.
-
-        Example:
-            >>> Counting("labels", classes=2, ignored=-100).check("train", torch.tensor([0, 1, -100]))
-        """
+        """Refuse class numbers that the network does not have; targets that are none pass."""
         if self.classes is None or targets.is_floating_point() or targets.is_complex():
             return
         targets = self.pick(targets)
@@ -229,15 +181,7 @@ BY_SAMPLES = Counting()
 
 
 class Mean:
-    """A figure of the whole data from those of its batches, without a synchronisation.
-
-    Example:
-        >>> mean, counting = Mean(), Counting("labels", ignored=-100)
-        >>> for labels in ([0, 1, -100], [1, -100, -100], [-100, -100, -100]):
-        ...     mean.add(torch.tensor(float(labels[0])), counting, torch.tensor(labels))
-        >>> round(mean.value().item(), 4)
-        0.3333
-    """
+    """A figure of the whole data from those of its batches, without a synchronisation."""
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
@@ -245,13 +189,7 @@ class Mean:
         self._summed = False
 
     def add(self, value: Any, counting: Counting, targets: Tensor) -> None:
-        """Take the figure, or several of them, of a batch; one of which nothing counts has no mean, and adds none.
-
-        Args:
-            value: A tensor or a number.
-            counting: How it counts.
-            targets: Of the batch.
-        """
+        """Take the figure, or several of them, of a batch; one of which nothing counts has no mean, and adds none."""
         value = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
         count = counting.of(targets, value.device)
         empty = counting.empty(targets)
@@ -277,24 +215,7 @@ def watched(
     where: str = "",
     whole: Tensor | None = None,
 ) -> tuple[Any, Counting]:
-    """The value of a loss or metric, and how it counts.
-
-    Args:
-        function: Maps (output, target) to a scalar.
-        output: Of the network, anything.
-        targets: (batch, ...).
-        argument: The caller's name for the data. Empty: neither labels nor shapes are checked.
-        where: What the samples are counted in, for messages.
-        whole: The targets of all the data, of which these are a sample: their labels are checked instead.
-
-    Raises:
-        ValueError: If labels are out of range, or outputs and targets are about to be broadcast against each other.
-
-    Example:
-        >>> value, counting = watched(F.cross_entropy, torch.zeros(2, 3), torch.tensor([0, -100]))
-        >>> value.item(), counting.by, counting.of(torch.tensor([0, -100])).item()
-        (1.0986123085021973, 'labels', 1.0)
-    """
+    """The value of a loss or metric, and how it counts."""
     # what is compiled would hide its calls
     compiles = "torch._dynamo" in sys.modules
     seen = torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()

@@ -27,11 +27,7 @@ _SIMPLE = {bool, int, float, str, bytes, type(None), torch.dtype, torch.device}
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Every submodule in evaluation mode, and back to its own mode afterwards.
-
-    Args:
-        model: Any module.
-    """
+    """Every submodule in evaluation mode, and back to its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -50,29 +46,13 @@ def undisturbed(model: nn.Module, inputs: Any = None) -> Iterator[None]:
     other tensors in attributes; generators of torch, of numpy, of ``random``, and those in attributes. Out of reach are
     other objects' own state, globals, and writes past torch's operators (by numpy in a tensor's memory). Parameters
     that the first call makes (lazy modules) stay made.
-
-    Args:
-        model: Any module.
-        inputs: Its inputs, whose tensors are put back as well.
-
-    Example:
-        >>> norm = nn.BatchNorm1d(1)
-        >>> with undisturbed(norm):
-        ...     _ = norm.train()(torch.ones(2, 1))
-        >>> norm.training, norm.running_mean
-        (True, tensor([0.]))
     """
     with Before(model, inputs).kept():
         yield
 
 
 class Before:
-    """All containers, tensors and generators of a model as they are now, to be put back after one or several passes.
-
-    Args:
-        model: Any module.
-        inputs: Its inputs.
-    """
+    """All containers, tensors and generators of a model as they are now, to be put back after one or several passes."""
 
     def __init__(self, model: nn.Module, inputs: Any = None) -> None:
         self.model = model
@@ -108,15 +88,7 @@ class Before:
 
     @contextmanager
     def kept(self, written: Collection[Hashable] | None = None) -> Iterator[Collection[Hashable]]:
-        """See :func:`undisturbed`.
-
-        Args:
-            written: What an earlier pass of the same kind yielded: values that it wrote are copied at once, and
-                operators are not looked at, which takes time. None: they are.
-
-        Yields:
-            What the body has written.
-        """
+        """See :func:`undisturbed`."""
         values = _KeepValues(self.watched)
         for key in written or ():
             values.keep(self.watched[key])

@@ -35,18 +35,6 @@ def bare(optimizer: Any) -> Any:
     """The optimiser itself, out of a wrapper that hands everything on to it, as those of accelerate and Lightning do.
 
     A wrapper with a step of its own, as Lookahead or SAM may be written, is an optimiser and stays.
-
-    Args:
-        optimizer: An optimiser, or a wrapper with another one as its ``optimizer``, whose groups and state it shows as
-            its own.
-
-    Returns:
-        The innermost one; anything else as it is.
-
-    Example:
-        >>> optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters())
-        >>> bare(optimizer) is optimizer
-        True
     """
     while (inner := _handed_on_to(optimizer)) is not None:
         optimizer = inner
@@ -67,21 +55,7 @@ def _handed_on_to(optimizer: Any) -> Any:
 
 
 def optimizers_in(optimizer: Any) -> list[Any]:
-    """The optimisers that ``prune`` was given, out of their wrappers.
-
-    Args:
-        optimizer: None, one, or a list or tuple of them.
-
-    Returns:
-        A list.
-
-    Raises:
-        ValueError: If the list is empty.
-
-    Example:
-        >>> optimizers_in(None)
-        []
-    """
+    """The optimisers that ``prune`` was given, out of their wrappers."""
     if optimizer is None:
         return []
     if not isinstance(optimizer, list | tuple):
@@ -92,17 +66,7 @@ def optimizers_in(optimizer: Any) -> list[Any]:
 
 
 def with_inner(optimizers: Iterable[Any]) -> Iterator[Any]:
-    """Optimisers, and those that they keep in their attributes, each once.
-
-    Args:
-        optimizers: Some optimisers.
-
-    Example:
-        >>> lookahead = torch.optim.SGD(nn.Linear(1, 1).parameters())
-        >>> lookahead.fast = torch.optim.Adam(lookahead.param_groups)
-        >>> [type(each).__name__ for each in with_inner([lookahead])]
-        ['SGD', 'Adam']
-    """
+    """Optimisers, and those that they keep in their attributes, each once."""
     found: list[Any] = []
     waiting = [bare(each) for each in optimizers]
     while waiting:
@@ -127,32 +91,12 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def parameters_held(optimizers: Iterable[Any]) -> list[Tensor]:
-    """All parameters that optimisers hold, and those inside them.
-
-    Args:
-        optimizers: Some optimisers.
-    """
+    """All parameters that optimisers hold, and those inside them."""
     return [p for each in with_inner(optimizers) for group in each.param_groups for p in group["params"]]
 
 
 def check_holds(optimizer: Any, model: nn.Module) -> None:
-    """Refuse what is no optimiser, and one that does not hold the model's parameters as they are now.
-
-    Args:
-        optimizer: What the caller gave.
-        model: The model.
-
-    Raises:
-        TypeError: If it is a name, a class, several, or something else.
-        ValueError: If it holds none of the model's parameters, or time steps from before a deletion of which it was not
-            told.
-
-    Example:
-        >>> check_holds(torch.optim.SGD, nn.Linear(1, 1))
-        Traceback (most recent call last):
-        ...
-        TypeError: optimizer must be an optimiser of the model's parameters, got the class SGD: write ...
-    """
+    """Refuse what is no optimiser, and one that does not hold the model's parameters as they are now."""
     if isinstance(optimizer, list | tuple):
         raise TypeError(
             f"optimizer must be one optimiser here, got a {type(optimizer).__name__} of {len(optimizer)}: make one "
@@ -176,17 +120,7 @@ def check_holds(optimizer: Any, model: nn.Module) -> None:
 
 
 def check_current(held: Iterable[Tensor]) -> None:
-    """Refuse time steps from before a deletion among the parameters of an optimiser.
-
-    Args:
-        held: The parameters.
-
-    Raises:
-        ValueError: If there are any.
-
-    Example:
-        >>> check_current(nn.Linear(1, 1).parameters())
-    """
+    """Refuse time steps from before a deletion among the parameters of an optimiser."""
     if any(getattr(p, REPLACED, False) for p in held):
         raise ValueError(
             "optimizer must hold the model's time steps, got one that holds those from before layers were "
@@ -198,24 +132,7 @@ def check_current(held: Iterable[Tensor]) -> None:
 def check_holds_steps(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], model: nn.Module, remedy: str = LACKING
 ) -> None:
-    """Refuse optimisers that leave time steps that train as they are, as one made before ``wrap`` does.
-
-    Args:
-        optimizer: One or several that hold parameters of the model.
-        model: The model.
-        remedy: What the message says is to be done.
-
-    Raises:
-        ValueError: If none holds the time steps.
-
-    Example:
-        >>> from taulearn.nn import resnet
-        >>> network = resnet(2, 3, 1, 4)
-        >>> check_holds_steps(torch.optim.SGD(network.layers.parameters()), network)
-        Traceback (most recent call last):
-        ...
-        ValueError: optimizer must hold the model's time steps, got one that does not, ...
-    """
+    """Refuse optimisers that leave time steps that train as they are, as one made before ``wrap`` does."""
     values = getattr(getattr(model, "time_steps", None), "values", None)
     if not isinstance(values, nn.Parameter) or not values.requires_grad:
         return
@@ -229,21 +146,13 @@ def check_holds_steps(
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """How a deletion changed the parameters of a model.
+    """How a deletion changed the parameters of a model."""
 
-    Attributes:
-        old: The time steps before.
-        new: The time steps after.
-        index: The entries of ``old`` that are left.
-        before: The parameters before, with their names.
-        after: The parameters after, with their names.
-    """
-
-    old: Tensor
-    new: Tensor
-    index: Tensor
-    before: Mapping[Any, str]
-    after: Mapping[Any, str]
+    old: Tensor  # the time steps before
+    new: Tensor  # the time steps after
+    index: Tensor  # the entries of ``old`` that are left
+    before: Mapping[Any, str]  # the parameters before, with their names
+    after: Mapping[Any, str]  # the parameters after, with their names
 
     def successor(self, parameter: Tensor) -> Tensor | None:
         """The parameter that replaces another one, or is that one still; None: it was deleted."""
@@ -252,11 +161,7 @@ class Change:
         return None if parameter in self.before and parameter not in self.after else parameter
 
     def entries(self, value: Any) -> Any:
-        """State of the old time steps as that of the new ones.
-
-        Raises:
-            _Unlike: If something in it does not have one entry per step.
-        """
+        """State of the old time steps as that of the new ones."""
         if isinstance(value, Tensor):
             if value.shape == self.old.shape:
                 return value[self.index.to(value.device)]
@@ -278,18 +183,7 @@ class _Unlike(Exception):
 
 
 def follow(optimizers: Sequence[Any], change: Change) -> list[str]:
-    """Let optimisers, and those inside them, hold what a deletion left, with its state.
-
-    Args:
-        optimizers: The optimisers.
-        change: What the deletion did.
-
-    Returns:
-        What of their state was reset, in words; nothing: all that there is is what it was, to the bit.
-
-    Raises:
-        ValueError: If one keeps something of its parameters where it cannot follow.
-    """
+    """Let optimisers, and those inside them, hold what a deletion left, with its state."""
     said: list[str] = []
     seen: set[int] = set()  # wrappers share groups and state with what they wrap
     gone = {id(p) for p in change.before if change.successor(p) is not p}
@@ -414,26 +308,7 @@ def _attributes_by_parameter(optimizer: Any, named: Mapping[Any, str]) -> list[M
 def check_follows(
     optimizer: Any, named: Mapping[Any, str], gone: Collection[int], *, by_parameter: bool = True
 ) -> None:
-    """Refuse an optimiser that keeps something of its parameters neither in its groups nor by parameter.
-
-    Args:
-        optimizer: The optimiser.
-        named: The parameters of the model, with their names.
-        gone: The ids of those that a deletion takes away or replaces.
-        by_parameter: Whether dictionaries by parameter are allowed in its attributes, which follow a deletion.
-
-    Raises:
-        ValueError: If an attribute of it holds such parameters, or tensors that are none.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> optimizer = torch.optim.SGD(layer.parameters())
-        >>> optimizer.flat = torch.zeros(6)
-        >>> check_follows(optimizer, {p: name for name, p in layer.named_parameters()}, set())
-        Traceback (most recent call last):
-        ...
-        ValueError: optimizer must keep its state by parameter, optimizer.state[p], got SGD with tensors ...
-    """
+    """Refuse an optimiser that keeps something of its parameters neither in its groups nor by parameter."""
     lists = [group["params"] for group in optimizer.param_groups]
     held = {id(p) for each in lists for p in each} | {id(p) for p in named}
     allowed = _attributes_by_parameter(optimizer, named) if by_parameter else []

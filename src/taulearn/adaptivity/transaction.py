@@ -33,38 +33,13 @@ WRAPPING = "_time_step_wrapping"
 
 
 def prunable_of(model: nn.Module) -> Any:
-    """The object that pruning works on: the model, or its wrapping; out of torch.compile's wrapper.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        The model's wrapping, or the model, which need not be :class:`Prunable`.
-
-    Example:
-        >>> from taulearn.nn import resnet
-        >>> network = resnet(2, 3, 1, 4)
-        >>> prunable_of(network) is network
-        True
-    """
+    """The object that pruning works on: the model, or its wrapping; out of torch.compile's wrapper."""
     inner = getattr(model, "_orig_mod", model)
     return vars(inner).get(WRAPPING, inner)
 
 
 def check_averaged(averaged: AveragedModel, model: nn.Module) -> None:
-    """Refuse what is no average of this model.
-
-    Args:
-        averaged: What the caller gave.
-        model: The model.
-
-    Raises:
-        TypeError: If it is no AveragedModel.
-        ValueError: If it averages a model with other parameters.
-
-    Example:
-        >>> check_averaged(AveragedModel(nn.Linear(1, 1)), nn.Linear(1, 1))
-    """
+    """Refuse what is no average of this model."""
     if not isinstance(averaged, AveragedModel):
         given = f"the class {averaged.__name__}" if isinstance(averaged, type) else f"a {type(averaged).__name__}"
         raise TypeError(
@@ -80,20 +55,7 @@ def check_averaged(averaged: AveragedModel, model: nn.Module) -> None:
 
 
 class Snapshot:
-    """Modules and optimisers as they are now, to be put back; a deletion changes no tensor, so references suffice.
-
-    Args:
-        models: The modules.
-        optimizers: The optimisers, with all that is inside them.
-
-    Example:
-        >>> layer = nn.Linear(1, 1)
-        >>> before = Snapshot([layer])
-        >>> del layer.weight
-        >>> before.restore()
-        >>> layer.weight.shape
-        torch.Size([1, 1])
-    """
+    """Modules and optimisers as they are now, to be put back; a deletion changes no tensor, so references suffice."""
 
     def __init__(self, models: Sequence[nn.Module], optimizers: Sequence[Any] = ()) -> None:
         self._models, self._differentiating = models, torch.is_grad_enabled()

@@ -20,36 +20,13 @@ REPLACED = "_taulearn_replaced"
 
 
 class Follower:
-    """A hook before ``load_state_dict``: deletes the layers of a model that a marked state does not have.
-
-    Attributes:
-        record: The record that came with the state that was loaded last, as bytes, or None.
-
-    Example:
-        >>> import torch
-        >>> from taulearn.nn import resnet
-        >>> state = resnet(2, 3, 1, 2).state_dict() | {ORIGIN: torch.tensor([0, 3])}
-        >>> network = resnet(2, 3, 1, 4)
-        >>> network.load_state_dict(state)
-        <All keys matched successfully>
-        >>> network.time_steps.origin
-        (0, 3)
-    """
+    """A hook before ``load_state_dict``: deletes the layers of a model that a marked state does not have."""
 
     def __init__(self) -> None:
-        self.record: bytes | None = None
+        self.record: bytes | None = None  # that came with the state that was loaded last
 
     def __call__(self, model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Delete layers, and take the mark off.
-
-        Args:
-            model: The model with time steps.
-            state: What it is about to load.
-            prefix: What the names of the model's tensors begin with in it.
-
-        Raises:
-            ValueError: If the state has layers that the model has no more.
-        """
+        """Delete layers, and take the mark off."""
         self.record = None
         origin, record = state.pop(prefix + ORIGIN, None), state.pop(prefix + RECORD, None)
         if not isinstance(origin, Tensor):
@@ -94,11 +71,6 @@ def set_follower(model: nn.Module, follower: Follower | None) -> None:
 
 
 def follower_of(model: nn.Module) -> Follower | None:
-    """The follower of a model, or None.
-
-    Example:
-        >>> follower_of(nn.Linear(1, 1)) is None
-        True
-    """
+    """The follower of a model, or None."""
     found = (getattr(hook, "hook", None) for hook in model._load_state_dict_pre_hooks.values())
     return next((hook for hook in found if isinstance(hook, Follower)), None)

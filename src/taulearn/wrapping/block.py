@@ -26,20 +26,7 @@ from .state_argument import Form
 
 
 def blend(x: Tensor, y: Tensor, tau: Tensor) -> Tensor:
-    """x + tau (y - x): y to the bit at tau = 1, x at tau = 0; in the memory layout of y.
-
-    Args:
-        x: State.
-        y: Its block's output, of the same shape and type.
-        tau: Step, a scalar tensor of that type.
-
-    Returns:
-        The sum.
-
-    Example:
-        >>> blend(torch.zeros(2), torch.ones(2), torch.tensor(0.25))
-        tensor([0.2500, 0.2500])
-    """
+    """x + tau (y - x): y to the bit at tau = 1, x at tau = 0; in the memory layout of y."""
     if x.stride() != y.stride():
         # lerp follows the layout of its first argument
         order = sorted(range(y.ndim), key=y.stride, reverse=True)
@@ -49,24 +36,14 @@ def blend(x: Tensor, y: Tensor, tau: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """The ``forward`` of a wrapped block. It is never changed: a deletion puts others in place, which can be undone.
-
-    Attributes:
-        inner: The block's own forward.
-        steps: The time steps of the host.
-        index: The block's position among them.
-        name: The block's name in the host when it was wrapped.
-        form: Where the block's state is.
-        own: Whether ``inner`` was an attribute of the instance already.
-        units: Units of displacement, or None.
-    """
+    """The ``forward`` of a wrapped block. It is never changed: a deletion puts others in place, which can be undone."""
 
     inner: Callable[..., Any]
-    steps: TimeSteps
-    index: int
-    name: str
-    form: Form
-    own: bool
+    steps: TimeSteps  # the time steps of the host
+    index: int  # the block's position among them
+    name: str  # the block's name in the host when it was wrapped
+    form: Form  # where the block's state is
+    own: bool  # whether ``inner`` was an attribute of the instance already
     units: DisplacementUnits | None = None
 
     @property
@@ -78,9 +55,6 @@ class Step:
         """The output with x + tau (B(x) - x) in the place of B(x).
 
         The arithmetic takes the type of B(x), so that under autocast too the output at tau = 1 is B(x) itself.
-
-        Raises:
-            ValueError: If input and output have no state of one shape, or the block changes its input in place.
         """
         x = self.form.arriving(args, kwargs)
         watched = x is not None and not torch.compiler.is_compiling() and not x.is_inference()
@@ -126,15 +100,10 @@ NESTED = "build torch.nn.TransformerEncoder with enable_nested_tensor=False"
 
 @dataclass(frozen=True, eq=False)
 class Skip:
-    """The ``forward`` of a block at tau = 0, with which deletions are compared when a model is wrapped.
-
-    Attributes:
-        inner: The block's own forward.
-        form: Where the block's state is.
-    """
+    """The ``forward`` of a block at tau = 0, with which deletions are compared when a model is wrapped."""
 
     inner: Callable[..., Any]
-    form: Form
+    form: Form  # where the block's state is
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output with x in the place of B(x)."""

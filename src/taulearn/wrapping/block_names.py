@@ -6,23 +6,7 @@ from fnmatch import fnmatchcase
 
 
 def matching(argument: str, patterns: str | Iterable[str], names: Sequence[str]) -> list[str]:
-    """The names that match, in their own order. A wildcard stays within a part: ``h.*`` is ``h.0``, not ``h.0.attn``.
-
-    Args:
-        argument: The caller's argument name.
-        patterns: A name or pattern, or several.
-        names: All names.
-
-    Returns:
-        Those that match one of the patterns.
-
-    Raises:
-        ValueError: If a pattern matches nothing; the message has the nearest names.
-
-    Example:
-        >>> matching("blocks", "h.*", ["h", "h.0", "h.1", "h.1.attn"])
-        ['h.0', 'h.1']
-    """
+    """The names that match, in their own order; a wildcard stays within a part: ``h.*`` is ``h.0``, never ``h.0.x``."""
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     if not wanted or not all(isinstance(each, str) for each in wanted):
         raise ValueError(f"{argument} must be a name or pattern, or several of them, got {patterns!r}")
@@ -37,19 +21,7 @@ def matching(argument: str, patterns: str | Iterable[str], names: Sequence[str])
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name.
-
-    Args:
-        name: The name or pattern.
-        known: All names.
-
-    Returns:
-        ": did you mean ..?" with up to three names, or nothing.
-
-    Example:
-        >>> nearest_names("layer.0", ["layers.0", "head"])
-        ": did you mean 'layers.0'?"
-    """
+    """The end of an error about an unknown name."""
     nearest = difflib.get_close_matches(name, [each for each in known if each], n=3, cutoff=0.3)
     return f": did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 

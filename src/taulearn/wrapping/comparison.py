@@ -17,17 +17,11 @@ STEPS = "time_steps."
 
 @dataclass(frozen=True)
 class Description:
-    """What a model is made of, for comparing it with another that should be the same.
+    """What a model is made of, for comparing it with another that should be the same."""
 
-    Attributes:
-        shapes: Of its tensors, by name.
-        held: What its modules hold beside tensors and say of the architecture, by name.
-        placeholders: Names of the places of deleted blocks.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    held: dict[str, Any]
-    placeholders: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]  # of its tensors, by name
+    held: dict[str, Any]  # what its modules hold beside tensors and say of the architecture, by name
+    placeholders: tuple[str, ...]  # names of the places of deleted blocks
 
     @classmethod
     def of(cls, model: nn.Module) -> "Description":
@@ -45,15 +39,7 @@ class Description:
         )
 
     def differences(self, found: "Description", *, held: bool = True) -> list[str]:
-        """How another description differs from this one.
-
-        Args:
-            found: The other.
-            held: Whether what modules hold is compared; what only one of the two holds is no difference.
-
-        Returns:
-            One line per difference.
-        """
+        """How another description differs from this one."""
         lines = [
             f"{name} is {found.shapes.get(name, 'absent')} for {self.shapes.get(name, 'absent')}"
             for name in {**self.shapes, **found.shapes}
@@ -89,26 +75,12 @@ def _text(value: Any) -> str:
 
 
 def tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors in a state dict, without those of time steps.
-
-    Example:
-        >>> list(tensors_of({"a": torch.ones(1), "time_steps.values": torch.ones(1), "version": 2}))
-        ['a']
-    """
+    """The tensors in a state dict, without those of time steps."""
     return {k: v for k, v in state.items() if not k.startswith(STEPS) and isinstance(v, Tensor)}
 
 
 def other_values(loaded: nn.Module, model: nn.Module, state: dict[str, Any]) -> list[str]:
-    """How a loaded model's tensors differ; of two types the coarser one counts.
-
-    Args:
-        loaded: The model that was loaded.
-        model: The model that was saved.
-        state: Its values, or others that were saved in their place.
-
-    Returns:
-        One line per tensor.
-    """
+    """How a loaded model's tensors differ; of two types the coarser one counts."""
     theirs, mine, own = tensors_of(loaded.state_dict()), tensors_of(state), tensors_of(model.state_dict())
     lines = [f"{name} is {'absent' if name in own else 'there'} when loaded" for name in own.keys() ^ theirs.keys()]
     if not theirs.keys() & mine.keys():
@@ -130,17 +102,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def other_outputs(loaded: nn.Module, model: nn.Module, host: nn.Module, inputs: Any) -> list[str]:
-    """How a loaded model answers differently what the model is asked when its host is called.
-
-    Args:
-        loaded: The model that was loaded, with the values of the model.
-        model: The model that was saved.
-        host: The model that it is, or is a part of.
-        inputs: Of the host.
-
-    Returns:
-        A line that says how, or none; none, too, where the host fails on the inputs or does not call the model.
-    """
+    """How a loaded model answers differently what the model is asked when its host is called."""
     devices = {p.device for p in host.parameters()}
     if len(devices) != 1 or devices == {torch.device("meta")}:
         return []
@@ -195,11 +157,6 @@ def _other_tensors(output: Any, expected: Any) -> list[str]:
 
 
 def in_short(error: Exception) -> str:
-    """An error in one line.
-
-    Example:
-        >>> in_short(ValueError("must be   one line"))
-        'ValueError: must be one line'
-    """
+    """An error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"

@@ -34,34 +34,17 @@ _CONFIGS = ("PreTrainedConfig", "PretrainedConfig")
 
 
 def is_of_transformers(value: object, *names: str) -> bool:
-    """Whether the value is of a class of transformers with one of these names.
-
-    Example:
-        >>> is_of_transformers(nn.Linear(1, 1), "PreTrainedModel")
-        False
-    """
+    """Whether the value is of a class of transformers with one of these names."""
     return any(cls.__module__.startswith("transformers.") and cls.__name__ in names for cls in type(value).__mro__)
 
 
 def is_pretrained(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers.
-
-    Example:
-        >>> is_pretrained(nn.Linear(1, 1))
-        False
-    """
+    """Whether a module is a model of transformers."""
     return is_of_transformers(module, "PreTrainedModel")
 
 
 def refused_modules(host: nn.Module) -> dict[str, str]:
-    """Modules of transformers' models that must not become blocks on their own account, with the reason.
-
-    Args:
-        host: The model.
-
-    Returns:
-        Reasons by name: everything but the members of the lists that a configuration counts.
-    """
+    """Modules of transformers' models that must not become blocks on their own account, with the reason."""
     reasons = {}
     for name, _ in host.named_modules():
         above = name.rpartition(".")[0]
@@ -72,12 +55,7 @@ def refused_modules(host: nn.Module) -> dict[str, str]:
 
 
 def counts(host: nn.Module, name: str) -> bool:
-    """Whether a configuration of transformers counts the members of a list.
-
-    Args:
-        host: The model.
-        name: The list's name in it.
-    """
+    """Whether a configuration of transformers counts the members of a list."""
     configs = _configs_around(host, name.rpartition(".")[0])
     return bool(configs and _counted_by(host, configs[0], name))
 
@@ -87,10 +65,6 @@ def follow_deletion(host: nn.Module, shortened: Sequence[Shortened]) -> None:
 
     A configuration is replaced by a changed copy wherever the host refers to it: other models may have been built from
     the same object.
-
-    Args:
-        host: The model.
-        shortened: The lists that got shorter.
     """
     for each in shortened:
         configs = _configs_around(host, each.name)
@@ -115,17 +89,11 @@ def follow_deletion(host: nn.Module, shortened: Sequence[Shortened]) -> None:
 
 @dataclass(frozen=True)
 class _Cut:
-    """What a list of layers lost.
+    """What a list of layers lost."""
 
-    Attributes:
-        name: Its name in the host.
-        length: Number of its layers before.
-        kept: Numbers of those that stayed.
-    """
-
-    name: str
-    length: int
-    kept: tuple[int, ...]
+    name: str  # its name in the host
+    length: int  # number of its layers before
+    kept: tuple[int, ...]  # numbers of those that stayed
 
     def before(self, number: int) -> int:
         """How many of the first ``number`` layers stayed, which is the new number of the state between two layers."""

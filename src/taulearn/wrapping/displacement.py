@@ -29,26 +29,9 @@ _IDENTITY = 0.1
 
 
 class DisplacementUnits(nn.Module):
-    """Running mean squares of the blocks' increments.
+    """Running mean squares of the blocks' increments."""
 
-    Args:
-        number: Number of blocks.
-        dtype: Floating point type of the steps.
-        device: Where they live.
-
-    Attributes:
-        squares: (2, number): r_0 squared, 0 before there was a batch; and running mean squares.
-
-    Example:
-        >>> units = DisplacementUnits(1)
-        >>> _ = units.factor(0, torch.tensor([1.0, -1.0]))
-        >>> for _ in range(300):
-        ...     _ = units.factor(0, torch.tensor([2.0, -2.0]))
-        >>> round(units.gains().item(), 2)
-        0.5
-    """
-
-    squares: Tensor
+    squares: Tensor  # (2, number): r_0 squared, 0 before there was a batch; and running mean squares
 
     def __init__(
         self, number: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -67,15 +50,6 @@ class DisplacementUnits(nn.Module):
 
         Increments that are 0 or not finite leave no trace in it. What the backward pass computes again (activation
         checkpointing) takes the factor of the last forward pass.
-
-        Args:
-            index: Position of the block.
-            increment: B(x) - x.
-            state: x, a tenth of whose root mean square is r_0 where the first increment is 0. None: r_0 is then the
-                first one that is not.
-
-        Returns:
-            r_0 / r, a scalar; in training its gradient is that of r_0 over the batch's own root mean square.
         """
         if not self.training:
             return self.gains()[index]

@@ -38,16 +38,7 @@ _SCALES = "it has scales and shifts alone and does not add to its input, as a no
 
 
 def blocks_of(result: Probe, refused: Mapping[str, str], inputs: Any) -> tuple[list[Call], dict[str, str]]:
-    """The blocks of a model, and why the other modules are none.
-
-    Args:
-        result: The probe.
-        refused: Names of modules that must not be taken, with reasons.
-        inputs: The example inputs of the probe.
-
-    Returns:
-        The blocks in the order of their calls, and the reasons by name.
-    """
+    """The blocks of a model, and why the other modules are none."""
     calls, reasons = _settled(result, refused, inputs)
     while True:
         kinds = [kind(call.module) for call in calls]
@@ -63,15 +54,7 @@ def blocks_of(result: Probe, refused: Mapping[str, str], inputs: Any) -> tuple[l
 
 
 def _holds_blocks(host: nn.Module, outer: Call, calls: list[Call], reasons: Mapping[str, str], inputs: Any) -> bool:
-    """Whether a module is a list of blocks, or of branches that it adds to its state, rather than a block.
-
-    Args:
-        host: The model.
-        outer: A call of a module that is alone of its kind.
-        calls: The blocks where it is none.
-        reasons: Why others are none then.
-        inputs: The example inputs of the probe.
-    """
+    """Whether a module is a list of blocks, or of branches that it adds to its state, rather than a block."""
     inside = f"{outer.name}."
     calls = [call for call in calls if call.name.startswith(inside)]
     path = follow_states(host, calls, inputs) if len(calls) > 1 else None
@@ -113,15 +96,7 @@ def _no_blocks(result: Probe, calls: list[Call], inputs: Any) -> dict[str, str]:
 
 
 def refusal(calls: list[Call], *, named: bool = False) -> str | None:
-    """Why a module cannot get a time step, or None if it can.
-
-    Args:
-        calls: Its calls in the probe.
-        named: Whether the user named it, so that it need not look like a block.
-
-    Returns:
-        The reason.
-    """
+    """Why a module cannot get a time step, or None if it can."""
     if not calls:
         return "it was not called"
     first = calls[0]

@@ -86,26 +86,14 @@ def fold_units(model: nn.Module, *, averaged: AveragedModel | None = None) -> No
 
 
 def fold_average(model: nn.Module, averaged: AveragedModel) -> None:
-    """Fold averaged weights whose model has plain steps by now, without which they cannot be updated.
-
-    Args:
-        model: Any model.
-        averaged: Averaged weights of it.
-    """
+    """Fold averaged weights whose model has plain steps by now, without which they cannot be updated."""
     ours, theirs = wrapping_of(model), wrapping_of(averaged.module)
     if ours is not None and ours.units is None and theirs is not None and theirs.units is not None:
         fold_units(averaged.module)
 
 
 def folded_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that a wrapped model would have with plain steps.
-
-    Args:
-        model: A wrapped model.
-
-    Returns:
-        Tensors by name; none of units.
-    """
+    """The state dict that a wrapped model would have with plain steps."""
     wrapping = wrapping_of(model)
     state = model.state_dict()
     if wrapping is not None and wrapping.units is not None:

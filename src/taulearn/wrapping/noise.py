@@ -30,12 +30,7 @@ def noise_for(host: nn.Module) -> dict[nn.Parameter, Tensor]:
 
 
 def put_noise(host: nn.Module, noise: Mapping[nn.Parameter, Tensor]) -> None:
-    """Let a host have noise in place of parameters, until its modules' dictionaries are put back.
-
-    Args:
-        host: The model.
-        noise: Values by parameter.
-    """
+    """Let a host have noise in place of parameters, until its modules' dictionaries are put back."""
     # copies, as the host may write into them
     others = {p: nn.Parameter(each.clone(), requires_grad=p.requires_grad) for p, each in noise.items()}
     for module in host.modules():

@@ -18,15 +18,10 @@ _TOLERANCE = 0.03
 
 @dataclass
 class Observation:
-    """One forward pass.
+    """One forward pass."""
 
-    Attributes:
-        output: All tensors in the output, by their place in it.
-        calls: By module the tensors among its arguments, one dictionary per call.
-    """
-
-    output: dict[str, Tensor] = field(default_factory=dict)
-    calls: dict[nn.Module, list[dict[str, Tensor]]] = field(default_factory=dict)
+    output: dict[str, Tensor] = field(default_factory=dict)  # all tensors in the output, by their place in it
+    calls: dict[nn.Module, list[dict[str, Tensor]]] = field(default_factory=dict)  # tensors among their arguments
 
 
 def observe(host: nn.Module, inputs: Any, watched: Collection[nn.Module], memories: Collection[str]) -> Observation:
@@ -34,15 +29,6 @@ def observe(host: nn.Module, inputs: Any, watched: Collection[nn.Module], memori
 
     After each watched module random numbers are drawn from the start again, so that they do not depend on which modules
     were called before.
-
-    Args:
-        host: The model.
-        inputs: Its inputs.
-        watched: Modules whose calls are kept.
-        memories: Names of entries of the output that are no results, see :func:`tensors_in`.
-
-    Returns:
-        Copies, as what is seen may be changed in place later.
     """
     seen = Observation()
     devices = sorted({p.device.index or 0 for p in host.parameters() if p.device.type == "cuda"})
@@ -79,19 +65,7 @@ def observe(host: nn.Module, inputs: Any, watched: Collection[nn.Module], memori
 
 
 def tensors_in(value: Any, memories: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """All tensors (and arrays of numpy) in a value: in containers, registered pytrees and attributes of objects.
-
-    Args:
-        value: Any value, such as a model's output.
-        memories: Names of entries and attributes that are left out unless they are tensors.
-
-    Yields:
-        Places, such as ``['features'][0]``, and tensors.
-
-    Example:
-        >>> [(place, each.item()) for place, each in tensors_in({"a": [torch.ones(()), 2], "b": (torch.zeros(()),)})]
-        [("['a'][0]", 1.0), ("['b'][0]", 0.0)]
-    """
+    """All tensors (and arrays of numpy) in a value: in containers, registered pytrees and attributes of objects."""
     yield from _walk(value, "", memories, frozenset(), set())
 
 
@@ -137,14 +111,6 @@ def difference(expected: Observation, found: Observation, without: Collection[nn
     """The first difference between two passes of a host, or None where there is none.
 
     A module that is called several times may be called less often: between two blocks, say, of which one is gone.
-
-    Args:
-        expected: What should be seen.
-        found: What is seen.
-        without: Modules that need not be called.
-
-    Returns:
-        The difference, to be read after "the host".
     """
     missing = expected.output.keys() ^ found.output.keys()
     if missing:
@@ -163,13 +129,7 @@ def difference(expected: Observation, found: Observation, without: Collection[nn
 
 
 def answers(bare: Observation, changed: Observation, blocks: Collection[nn.Module]) -> bool:
-    """Whether the output, or where it holds no floating-point tensor what modules are called with, is another.
-
-    Args:
-        bare: What the host shows.
-        changed: What it shows with a block changed.
-        blocks: The blocks, whose calls do not count.
-    """
+    """Whether the output, or where it holds no floating-point tensor what modules are called with, is another."""
     if any(each.is_floating_point() or each.is_complex() for each in bare.output.values()):
         return difference(Observation(bare.output), Observation(changed.output)) is not None
     return difference(bare, changed, blocks) is not None

@@ -27,31 +27,18 @@ Pair = tuple[str | int, Any]
 
 @dataclass
 class Call:
-    """One call of a module: its arguments, its output, and which of them are the state.
+    """One call of a module: its arguments, its output, and which of them are the state."""
 
-    Attributes:
-        name: The module's name in the host.
-        module: The module.
-        order: Position of the call's start among all calls.
-        arguments: The tensors among the arguments at the start, by name or position.
-        keys: Their keys.
-        output: What was returned: its type, and its entries.
-        left: Keys of the tensors among them, at the end; of the output itself under None.
-        changed: The arguments that were changed in place.
-        form: Where the state is.
-        pair: The argument and the entry of the output that are the state; None: it has none.
-    """
-
-    name: str
+    name: str  # the module's name in the host
     module: nn.Module
-    order: int
-    arguments: dict[str | int, Tensor]
+    order: int  # position of the call's start among all calls
+    arguments: dict[str | int, Tensor]  # the tensors among the arguments at the start, by name or position
     keys: dict[str | int, Key]
-    output: Any = None
-    left: dict[Any, Key] = field(default_factory=dict)
-    changed: set[str | int] = field(default_factory=set)
-    form: Form = field(default_factory=Form)
-    pair: Pair | None = None
+    output: Any = None  # what was returned: its type, and its entries
+    left: dict[Any, Key] = field(default_factory=dict)  # of the tensors in it, at the end; itself is under None
+    changed: set[str | int] = field(default_factory=set)  # the arguments that were changed in place
+    form: Form = field(default_factory=Form)  # where the state is
+    pair: Pair | None = None  # the argument and the entry of the output that are the state; None: it has none
 
     def pairs(self) -> list[Pair]:
         """Arguments and entries of the output that could be the state before and after."""
@@ -90,27 +77,14 @@ def _numbers(tensor: Tensor) -> bool:
 
 @dataclass
 class Probe:
-    """The calls of one forward pass.
+    """The calls of one forward pass."""
 
-    Attributes:
-        host: The model.
-        calls: By module name, in the order of their start.
-    """
-
-    host: nn.Module
-    calls: dict[str, list[Call]] = field(default_factory=dict)
+    host: nn.Module  # the model
+    calls: dict[str, list[Call]] = field(default_factory=dict)  # by module name, in the order of their start
 
 
 def probe(host: nn.Module, example_inputs: Any) -> Probe:
-    """Run the model once and record the calls of its modules.
-
-    Args:
-        host: The model.
-        example_inputs: A tensor, a tuple of arguments or a dictionary of keywords.
-
-    Returns:
-        The calls.
-    """
+    """Run the model once and record the calls of its modules."""
     result, running, count = Probe(host), [], 0
 
     def start(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -18,28 +18,15 @@ LISTS = (nn.ModuleList, nn.Sequential)
 
 @dataclass(frozen=True)
 class Shortened:
-    """A list that lost blocks.
+    """A list that lost blocks."""
 
-    Attributes:
-        name: Its name in the host.
-        before: Its members before; the list now has those at ``kept``.
-        kept: Positions of the members that stayed.
-    """
-
-    name: str
-    before: tuple[nn.Module, ...]
-    kept: tuple[int, ...]
+    name: str  # its name in the host
+    before: tuple[nn.Module, ...]  # its members before; the list now has those at ``kept``
+    kept: tuple[int, ...]  # positions of the members that stayed
 
 
 def holders(host: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """All places of modules in a host.
-
-    Args:
-        host: The model.
-
-    Yields:
-        Name of the holder, the holder, the key in it, and the module there.
-    """
+    """All places of modules in a host."""
     for name, holder in host.named_modules():
         for key, module in holder._modules.items():
             if module is not None:
@@ -47,13 +34,7 @@ def holders(host: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
 
 
 def list_of(host: nn.Module, block: nn.Module) -> str | None:
-    """Name of the list (ModuleList or Sequential) that holds a block, or None.
-
-    Example:
-        >>> block = nn.ReLU()
-        >>> list_of(nn.ModuleDict({"stage": nn.Sequential(block)}), block)
-        'stage'
-    """
+    """Name of the list (ModuleList or Sequential) that holds a block, or None."""
     for name, holder, _, module in holders(host):
         if module is block and isinstance(holder, LISTS):
             return name
@@ -70,16 +51,7 @@ def sure_to_shorten(host: nn.Module, name: str) -> bool:
 
 
 def remove(host: nn.Module, blocks: Mapping[nn.Module, Form], shorten: Collection[str]) -> list[Shortened]:
-    """Take blocks out of a host.
-
-    Args:
-        host: The model.
-        blocks: The blocks, each with the form of its output.
-        shorten: Names of the lists that get shorter; elsewhere a :class:`PassThrough` stays.
-
-    Returns:
-        The lists that got shorter.
-    """
+    """Take blocks out of a host."""
     stand_ins = {block: PassThrough(form) for block, form in blocks.items()}
     shortened: list[Shortened] = []
     without: set[nn.Module] = set()

@@ -38,18 +38,9 @@ _INSTEAD = "Save with taulearn.save_model and load with taulearn.load_model(path
 
 @dataclass(frozen=True, eq=False)
 class ExampleInputs:
-    """The example inputs of a wrapped model. They are no part of it: copies of the model share them, pickles lack them.
+    """The example inputs of a wrapped model, and no part of it: copies of the model share them, pickles lack them."""
 
-    Attributes:
-        value: The inputs, on the CPU and without gradients; None: there are none.
-
-    Example:
-        >>> import pickle
-        >>> pickle.loads(pickle.dumps(ExampleInputs(torch.ones(1)))).value is None
-        True
-    """
-
-    value: Any = None
+    value: Any = None  # the inputs, on the CPU and without gradients; None: there are none
 
     @classmethod
     def of(cls, value: Any) -> "ExampleInputs":
@@ -65,21 +56,13 @@ class ExampleInputs:
 
 @dataclass(frozen=True, eq=False)
 class SavePretrained:
-    """``save_pretrained`` of a wrapped model, or of a pruned one that was wrapped.
+    """``save_pretrained`` of a wrapped model, or of a pruned one that was wrapped."""
 
-    Attributes:
-        model: The model that is saved.
-        host: The wrapped model that it is, or is a part of.
-        inputs: Example inputs of the host.
-        pruned: Whether blocks were deleted before the host was wrapped as it is now.
-        own: What the instance had as ``save_pretrained`` before, or None.
-    """
-
-    model: nn.Module
-    host: nn.Module
-    inputs: ExampleInputs = field(default_factory=ExampleInputs)
-    pruned: bool = False
-    own: Callable[..., Any] | None = None
+    model: nn.Module  # the model that is saved
+    host: nn.Module  # the wrapped model that it is, or is a part of
+    inputs: ExampleInputs = field(default_factory=ExampleInputs)  # example inputs of the host
+    pruned: bool = False  # whether blocks were deleted before the host was wrapped as it is now
+    own: Callable[..., Any] | None = None  # what the instance had as ``save_pretrained`` before, or None
 
     @property
     def inner(self) -> Callable[..., Any]:
@@ -92,18 +75,7 @@ class SavePretrained:
         return self.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the model without its time steps.
-
-        Args:
-            *args: Handed on: the folder first.
-            **kwargs: Handed on.
-
-        Returns:
-            What the model's own method returns.
-
-        Raises:
-            ValueError: If a step differs from 1, or plain loading would not load the same model.
-        """
+        """Save the model without its time steps."""
         self._check_steps()
         given = inspect.signature(self.inner).bind(*args, **kwargs)
         if self.has_lost_blocks():
@@ -121,15 +93,7 @@ class SavePretrained:
         return self.pruned or (wrapping is not None and len(wrapping.layers) < len(wrapping.names))
 
     def why_not(self, known: dict[str, Description] | None = None, *, held: bool = True) -> list[str]:
-        """Why a model that lost blocks cannot be saved, as far as it shows without saving it; empty: it may.
-
-        Args:
-            known: Descriptions of models by their configurations, which are looked up and added to.
-            held: Whether to compare what modules hold, which may have changed when they were called.
-
-        Returns:
-            One line per reason.
-        """
+        """Why a model that lost blocks cannot be saved, as far as it shows without saving it; empty: it may."""
         kind = type(self.model).__name__
         if _writes_adapters(self.model):
             return [
@@ -155,15 +119,7 @@ class SavePretrained:
             )
 
     def _write(self, given: inspect.BoundArguments, folder: str | None = None) -> Any:
-        """Call the model's own method without the steps, in the model and in a state dict that was handed over.
-
-        Args:
-            given: The arguments.
-            folder: Where to write instead, for trying: then nothing is pushed.
-
-        Returns:
-            What it returns.
-        """
+        """Call the model's own method without the steps, in the model and in a state dict that was handed over."""
         own: dict[str, Any] = {k: dict(v) if k == _keywords(given) else v for k, v in given.arguments.items()}
         for holder in (own, own.get(_keywords(given), {})):
             if isinstance(holder.get("state_dict"), dict):
@@ -223,13 +179,7 @@ class SavePretrained:
 
 
 def guard_saving(host: nn.Module, blocks: Sequence[nn.Module], inputs: ExampleInputs) -> None:
-    """Put :class:`SavePretrained` on every model in the host that can be saved so and contains blocks, and on the host.
-
-    Args:
-        host: The model.
-        blocks: Its blocks.
-        inputs: Its example inputs.
-    """
+    """Guard the host, and every model in it that has ``save_pretrained`` and contains blocks."""
     for module in host.modules():
         held = any(part in blocks for part in module.modules()) or module is host
         if held and module not in blocks and callable(getattr(type(module), _SAVE, None)):
@@ -261,14 +211,6 @@ def saving_refused(host: nn.Module, known: dict[str, Description]) -> str | None
     """Why ``save_pretrained`` would refuse the host as it is now, as far as it shows without saving.
 
     Of models within models the outermost counts: parts of it were built otherwise than alone, without a pooler, say.
-
-    Args:
-        host: A wrapped model that lost blocks.
-        known: An empty dictionary, handed over again for the same model with other blocks: what is known already is
-            not built again.
-
-    Returns:
-        The reason, or None.
     """
     inside: set[nn.Module] = set()
     for name, module in host.named_modules():

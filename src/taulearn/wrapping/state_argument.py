@@ -12,12 +12,7 @@ CUSTOMARY = ("hidden_states", "x", "h", "hidden", "state", "src", "tgt")
 
 
 def parameter_names(forward: Callable[..., Any]) -> list[str]:
-    """The names of what a function takes by position; none where it cannot be told, or after ``*args``.
-
-    Example:
-        >>> parameter_names(lambda context, x, *, mask=None: x)
-        ['context', 'x']
-    """
+    """The names of what a function takes by position; none where it cannot be told, or after ``*args``."""
     try:
         parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):
@@ -34,29 +29,13 @@ def entries(output: Any) -> list[tuple[Any, Any]]:
 
 @dataclass(frozen=True)
 class Form:
-    """Where the state of a block is: the argument in which it arrives, and how the output holds it.
+    """Where the state of a block is: the argument in which it arrives, and how the output holds it."""
 
-    Attributes:
-        kind: Type of the output; None: it is the state, or not known.
-        key: Position or key of the state in the output; None: it is the first tensor, or the output itself.
-        size: Number of entries of a tuple or list.
-        argument: Name of the argument, or its position where it has no name. None: not known; then it is the one with
-            a customary name, else the first tensor.
-        position: Position of a named argument among those that can be given by position; None: only by name.
-
-    Example:
-        >>> import torch
-        >>> Form.of((None, torch.zeros(1))).around(torch.ones(1))
-        (None, tensor([1.]))
-        >>> Form(argument="x", position=1).arriving((torch.zeros(1), torch.ones(1)), {})
-        tensor([1.])
-    """
-
-    kind: type[Any] | None = None
-    key: int | str | None = None
-    size: int = 1
-    argument: str | int | None = None
-    position: int | None = None
+    kind: type[Any] | None = None  # type of the output; None: it is the state, or not known
+    key: int | str | None = None  # of the state in the output; None: it is the first tensor, or the output itself
+    size: int = 1  # number of entries of a tuple or list
+    argument: str | int | None = None  # name, or position; None: one with a customary name, else the first tensor
+    position: int | None = None  # of a named argument; None: it is given by name only
 
     @classmethod
     def taking(cls, argument: str | int | None, forward: Callable[..., Any]) -> "Form":
@@ -101,13 +80,7 @@ class Form:
         return None if key is None else dict(held)[key]
 
     def replaced(self, output: Any, state: Tensor) -> Any:
-        """The same output with another state in it.
-
-        Example:
-            >>> import torch
-            >>> Form().replaced((torch.zeros(1), "rest"), torch.ones(1))
-            (tensor([1.]), 'rest')
-        """
+        """The same output with another state in it."""
         return state if isinstance(output, Tensor) else Form.of(output, self).around(state, dict(entries(output)))
 
     def around(self, state: Any, others: Mapping[Any, Any] | None = None) -> Any:

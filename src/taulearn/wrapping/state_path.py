@@ -45,30 +45,15 @@ _PASSING = (
 
 @dataclass(frozen=True)
 class StatePath:
-    """The result of the pass: sets of modules, by their positions.
+    """The result of the pass: sets of modules, by their positions."""
 
-    Attributes:
-        outside: Those whose output the host combines with their input, which they do not themselves.
-        adding: Those that add something to their input.
-        chains: Sets of those that hand a state from one to the next.
-    """
-
-    outside: frozenset[int]
-    adding: frozenset[int]
-    chains: tuple[frozenset[int], ...]
+    outside: frozenset[int]  # those whose output the host combines with their input, which they do not themselves
+    adding: frozenset[int]  # those that add something to their input
+    chains: tuple[frozenset[int], ...]  # sets of those that hand a state from one to the next
 
 
 def follow_states(host: nn.Module, calls: Sequence[Call], inputs: Any) -> StatePath | None:
-    """Run the host with every step at 0 and follow the states.
-
-    Args:
-        host: The model.
-        calls: The calls of the modules that may be blocks, each with the form of its state.
-        inputs: The example inputs.
-
-    Returns:
-        What was seen; None if the host does not run in this way.
-    """
+    """Run the host with every step at 0 and follow the states."""
     for noise in (noise_for(host), {}):
         watch = _Watch()
         passing = {call.module: watch.passing(l, call) for l, call in enumerate(calls)}

@@ -43,19 +43,7 @@ _TOGETHER = "where others are deleted the host gives another output without it t
 
 
 def ways(wrapping: Wrapping, example_inputs: Any | None) -> tuple[frozenset[str], dict[int, str]]:
-    """Which lists get shorter when a block is deleted, and which blocks must stay.
-
-    Args:
-        wrapping: The wrapping of a model that is not wrapped yet.
-        example_inputs: Inputs of the host. None: nothing is tried, and only lists that are run through in order for
-            certain get shorter; all other blocks must stay.
-
-    Returns:
-        Names of lists; and reasons by block number.
-
-    Raises:
-        ValueError: If the host computes something else with steps of 1 than without steps.
-    """
+    """Which lists get shorter when a block is deleted, and which blocks must stay."""
     lists: dict[str | None, list[int]] = {}
     for l, block in enumerate(wrapping.layers):
         lists.setdefault(structure.list_of(wrapping.host, block), []).append(l)
@@ -98,18 +86,14 @@ def _way(trial: "_Trial", name: str | None, members: Sequence[int]) -> tuple[set
 
 
 class _Trial:
-    """Passes of a host with blocks at tau = 0, and without them.
-
-    Attributes:
-        number: Number of blocks.
-        answered: Whether the output was another with a block at tau = 0.
-    """
+    """Passes of a host with blocks at tau = 0, and without them."""
 
     def __init__(self, wrapping: Wrapping, inputs: Any) -> None:
         host, blocks = wrapping.host, wrapping.layers
         inside = {module for block in blocks for module in block.modules()}
         self.wrapping, self.inputs, self.number = wrapping, inputs, len(blocks)
-        self.blocks, self.answered, self.before = blocks, False, Before(host, inputs)
+        self.blocks, self.before = blocks, Before(host, inputs)
+        self.answered = False  # whether the output was another with some block at tau = 0
         around = [each for each in host.modules() if each is not host and each not in inside]
         self.watched = [each for each in (*blocks, *around) if not isinstance(each, torch.jit.ScriptModule)]
         self.memories = _memories(host, blocks)
@@ -149,13 +133,7 @@ class _Trial:
         return self._bare()
 
     def why_not(self, block: int, shorten: Collection[str], gone: Collection[int] = ()) -> str | None:
-        """Why a block cannot be deleted where others are gone already, or None if it can.
-
-        Args:
-            block: Its number.
-            shorten: Names of the lists that get shorter.
-            gone: Numbers of the others.
-        """
+        """Why a block cannot be deleted where others are gone already, or None if it can."""
         try:
             with self._without(gone, shorten, zero=(block,)):
                 expected = self._observe(gone)
@@ -177,15 +155,7 @@ class _Trial:
         return None if differs is None else f"the host {differs} without it than with tau = 0: {_PLACE}"
 
     def one_after_the_other(self, blocks: Sequence[int], shorten: Collection[str]) -> dict[int, str]:
-        """Which blocks must stay, of those that can be deleted alone, so that all others can be deleted together.
-
-        Args:
-            blocks: Numbers.
-            shorten: Names of the lists that get shorter.
-
-        Returns:
-            Reasons by number.
-        """
+        """Which blocks must stay, of those that can be deleted alone, so that all others can be deleted together."""
         keep: dict[int, str] = {}
         while True:
             rest = [l for l in blocks if l not in keep]

@@ -154,19 +154,7 @@ def rewrap(
     horizon: float,
     lower_bound: float | None,
 ) -> None:
-    """Wrap a model as another of its kind was, without trying deletions again.
-
-    Args:
-        model: A fresh model.
-        blocks: Exact names, one per step.
-        shortened: Names of lists that deletion shortens; blocks elsewhere stay.
-        constraint: Of the steps.
-        horizon: Time horizon; the steps start equal.
-        lower_bound: Smallest step.
-
-    Raises:
-        ValueError: If the model cannot be wrapped, or lacks a block or a list.
-    """
+    """Wrap a model as another of its kind was, without trying deletions again."""
     _check_host(model)
     known = dict(model.named_modules())
     for name in (*blocks, *shortened):

@@ -141,14 +141,7 @@ class _Undone(Exception):
 
 
 def find_unsaved(wrapping: Wrapping) -> dict[int, str]:
-    """Without which single blocks ``save_pretrained`` would be refused, as far as it shows without saving.
-
-    Args:
-        wrapping: The wrapping of a model with all its blocks, which is in place. The model stays as it is.
-
-    Returns:
-        Reasons by block number.
-    """
+    """Without which single blocks ``save_pretrained`` would be refused, as far as it shows without saving."""
     host, number = wrapping.host, len(wrapping.layers)
     known: dict[str, Description] = {}
     reasons: dict[int, str] = {}
