@@ -6,8 +6,8 @@ before, so that a model which is left alone costs no memory: a dispatch mode loo
 """
 
 import random
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
 from functools import cache
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_CONTAINERS = {dict, OrderedDict, defaultdict, Counter, list, set, deque}
 _SIMPLE = {bool, int, float, str, bytes, type(None), torch.dtype, torch.device}
 
 
@@ -51,6 +50,36 @@ def undisturbed(model: nn.Module, inputs: Any = None) -> Iterator[None]:
         yield
 
 
+class Contents:
+    """What lies in the containers that are reached from some objects now, to be put back into the same containers."""
+
+    def __init__(self, objects: Iterable[Any]) -> None:
+        self.containers: list[tuple[Any, Any]] = []
+        self.others: list[Any] = []  # tensors and generators, which are left as they are
+        seen: dict[int, Any] = {}
+        waiting = [*objects]
+        while waiting:
+            each = waiting.pop()
+            if id(each) in seen or type(each) in _SIMPLE:
+                continue
+            seen[id(each)] = each
+            container = each if isinstance(each, tuple) else _contents(each)
+            if isinstance(each, Tensor | torch.Generator):
+                self.others.append(each)
+            elif container is not None:
+                if not isinstance(container, tuple):
+                    self.containers.append((container, dict(container) if isinstance(container, dict) else [*container]))
+                waiting.extend(container.values() if isinstance(container, dict) else container)
+
+    def put_back(self) -> None:
+        """Let every container hold what it held, in its order; one in which nothing changed is not touched."""
+        for container, content in self.containers:
+            now, then = ([*each, *(each.values() if isinstance(each, dict) else ())] for each in (container, content))
+            if len(now) != len(then) or not all(map(is_, now, then)):
+                container.clear()
+                container.extend(content) if isinstance(container, list | deque) else container.update(content)
+
+
 class Before:
     """All containers, tensors and generators of a model as they are now, to be put back after one or several passes."""
 
@@ -58,33 +87,14 @@ class Before:
         self.model = model
         self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
         self.modes = [(module, module.training) for module in model.modules()]
-        self.containers: list[tuple[Any, Any]] = []
-        self.generators: list[tuple[torch.Generator, Tensor]] = []
-        self.tensors: list[tuple[Tensor, Tensor, bool]] = []
-        seen: dict[int, Any] = {}
         # of scripted modules the tensors lie in no attribute
-        waiting: list[Any] = [model, inputs, *model.modules(), *model.parameters(), *model.buffers()]
-        waiting += inputs.values() if isinstance(inputs, Mapping) else ()
-        while waiting:
-            each = waiting.pop()
-            if id(each) in seen or type(each) in _SIMPLE:
-                continue
-            seen[id(each)] = each
-            if isinstance(each, Tensor):
-                if is_lazy(each):
-                    continue
-                self.tensors.append((each, each.detach(), each.requires_grad))
-            elif type(each) is torch.Generator:
-                self.generators.append((each, each.get_state()))
-            elif isinstance(each, tuple):
-                waiting.extend(each)
-            else:
-                container = _contents(each)
-                if container is not None:
-                    self.containers.append((container, container.copy()))
-                    if container:
-                        waiting.extend(container.values() if isinstance(container, dict) else container)
-        self.watched = {_key(tensor): tensor for tensor, _, _ in self.tensors}
+        of_inputs = inputs.values() if isinstance(inputs, Mapping) else ()
+        self.contents = Contents([model, inputs, *model.modules(), *model.parameters(), *model.buffers(), *of_inputs])
+        tensors = [each for each in self.contents.others if isinstance(each, Tensor) and not is_lazy(each)]
+        self.tensors = [(each, each.detach(), each.requires_grad) for each in tensors]
+        generators = [each for each in self.contents.others if isinstance(each, torch.Generator)]
+        self.generators = [(each, each.get_state()) for each in generators]
+        self.watched = {_key(tensor): tensor for tensor in tensors}
 
     @contextmanager
     def kept(self, written: Collection[Hashable] | None = None) -> Iterator[Collection[Hashable]]:
@@ -105,8 +115,7 @@ class Before:
             np.random.set_state(of_numpy)  # noqa: NPY002
 
     def _restore(self) -> None:
-        for container, content in self.containers:
-            _put_back(container, content)
+        self.contents.put_back()
         for module, training in self.modes:
             module.training = training
         for generator, state in self.generators:
@@ -123,26 +132,9 @@ def _contents(each: object) -> Any:
     if isinstance(each, nn.Module):
         lazy = any(p is not None and is_lazy(p) for p in (*each._parameters.values(), *each._buffers.values()))
         return each._modules if lazy else vars(each)
-    if type(each) in _CONTAINERS:
-        return each
-    plain = isinstance(each, SimpleNamespace) or (is_dataclass(each) and not isinstance(each, type))
-    return vars(each) if plain and hasattr(each, "__dict__") else None
-
-
-def _put_back(container: Any, content: Any) -> None:
-    """In the same object, which others may hold too; untouched where nothing changed."""
-    if not container and not content:
-        return
-    if isinstance(container, dict):
-        if len(container) == len(content) and all(
-            map(is_, (*container, *container.values()), (*content, *content.values()))
-        ):
-            return
-        container.clear()
-        container.update(content)
-    elif len(container) != len(content) or not all(map(is_, container, content)):
-        container.clear()
-        container.update(content) if isinstance(container, set) else container.extend(content)
+    if isinstance(each, SimpleNamespace) or (is_dataclass(each) and not isinstance(each, type)):
+        return vars(each) if hasattr(each, "__dict__") else None
+    return each if isinstance(each, dict | list | set | deque) else None
 
 
 def _key(tensor: Tensor) -> Hashable:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from .._undisturbed import Contents
 from ..nn.following import REPLACED, retire
 from ..nn.schemes import Scheme
 from ..nn.time_steps import TimeSteps
@@ -59,40 +59,13 @@ class Snapshot:
 
     def __init__(self, models: Sequence[nn.Module], optimizers: Sequence[Any] = ()) -> None:
         self._models, self._differentiating = models, torch.is_grad_enabled()
-        self._contents: dict[int, tuple[Any, Any]] = {}
-        for model in models:
-            for module in model.modules():
-                self._remember(vars(module))
-                for value in vars(module).values():
-                    self._remember(value)
-        waiting: list[Any] = []
-        for each in with_inner(optimizers):
-            waiting += [vars(each), each.param_groups, getattr(each, "state", {})]
-        while waiting:
-            container = waiting.pop()
-            if self._remember(container) or isinstance(container, tuple):
-                waiting += container.values() if isinstance(container, dict) else container
-
-    def _remember(self, container: Any) -> bool:
-        """Keep what is in a container now; returns whether it is one that was not known."""
-        if not isinstance(container, dict | list | set) or id(container) in self._contents:
-            return False
-        copied = dict(container) if isinstance(container, dict) else [*container]
-        self._contents[id(container)] = (container, copied)
-        return True
+        parts = [module for model in models for module in model.modules()]
+        kept = [[vars(each), each.param_groups, getattr(each, "state", {})] for each in with_inner(optimizers)]
+        self._contents = Contents([*parts, *kept])
 
     def restore(self) -> None:
         """Put everything back, into the objects that held it."""
-        for container, content in self._contents.values():
-            now = [*container, *(container.values() if isinstance(container, dict) else ())]
-            then = [*content, *(content.values() if isinstance(content, dict) else ())]
-            if len(now) == len(then) and all(map(is_, now, then)):
-                continue  # also dictionaries that cannot be changed
-            container.clear()
-            if isinstance(container, list):
-                container.extend(content)
-            else:
-                container.update(content)
+        self._contents.put_back()
         for model in self._models:
             for parameter in model.parameters():
                 vars(parameter).pop(REPLACED, None)
