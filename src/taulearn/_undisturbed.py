@@ -68,7 +68,9 @@ class Contents:
                 self.others.append(each)
             elif container is not None:
                 if not isinstance(container, tuple):
-                    self.containers.append((container, dict(container) if isinstance(container, dict) else [*container]))
+                    self.containers.append(
+                        (container, dict(container) if isinstance(container, dict) else [*container])
+                    )
                 waiting.extend(container.values() if isinstance(container, dict) else container)
 
     def put_back(self) -> None:

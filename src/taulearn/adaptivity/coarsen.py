@@ -19,11 +19,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._distributed import expire, refuse_distributed, wrappers_around
+from ..nn.following import WRAPPING, prunable_of
 from .estimate import Criterion as Criterion, contribution as contribution, normalised, scores_of, shares as shares
 from .mark import Budget, plan as plan, within_budget
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in
 from .policies import THRESHOLD, Pruning as Pruning, check_one_decides, check_threshold
-from .transaction import WRAPPING, Prunable as Prunable, Snapshot, check_averaged, delete, prunable_of
+from .transaction import Prunable as Prunable, Snapshot, check_averaged, delete
 
 _ALL_OF_THEM = (
     "hand over all that train this model, optimizer=[muon, adamw], the one that holds the time steps among them; or "

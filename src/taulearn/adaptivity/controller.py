@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._calls import layer_milliseconds
+from ..nn.following import prunable_of
 from ..optim import group_of
 from .coarsen import PruneReport, check_prunable, prune
 from .estimate import Criterion, RunningContribution, scores_of, shares, shares_of
 from .optimizer_state import check_follows, optimizers_in, with_inner
 from .policies import Pruning
 from .target import SteeredL1, Target, window
-from .transaction import Prunable, prunable_of
+from .transaction import Prunable
 
 _MEASURE_EVERY = 20
 """Most iterations between two measurements of contributions; one costs about a thirtieth of an iteration."""

@@ -10,9 +10,9 @@ from torch import nn
 from .._calls import milliseconds
 from .._errors import positive_integer
 from .._undisturbed import Before
+from ..nn.following import prunable_of
 from ..nn.time_steps import TimeSteps
 from .estimate import normalised, shares
-from .transaction import prunable_of
 
 Budget = int | Mapping[str, Any]
 _LATENCY = {"latency_ms", "example_inputs"}

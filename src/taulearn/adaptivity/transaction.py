@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._undisturbed import Contents
-from ..nn.following import REPLACED, retire
+from ..nn.following import REPLACED, prunable_of, retire
 from ..nn.schemes import Scheme
 from ..nn.time_steps import TimeSteps
 from .optimizer_state import Change, follow, optimizers_in, with_inner
@@ -26,16 +26,6 @@ class Prunable(Protocol):
 
     def keep_layers_(self, indices: Sequence[int]) -> None:
         """Delete all other layers."""
-
-
-WRAPPING = "_time_step_wrapping"
-"""The attribute in which a wrapped model keeps its wrapping."""
-
-
-def prunable_of(model: nn.Module) -> Any:
-    """The object that pruning works on: the model, or its wrapping; out of torch.compile's wrapper."""
-    inner = getattr(model, "_orig_mod", model)
-    return vars(inner).get(WRAPPING, inner)
 
 
 def check_averaged(averaged: AveragedModel, model: nn.Module) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from .._counting import Mean, counted, watched
 from .._undisturbed import evaluation
 from ..adaptivity.coarsen import PruneReport, prune
-from ..adaptivity.transaction import prunable_of
 from ..calibration import recalibrate_
+from ..nn.following import prunable_of
 from ..nn.network import TimeVariableNetwork
 from ..nn.time_steps import time_steps_of
 from .layers import layers_of

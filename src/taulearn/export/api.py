@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .._distributed import refuse_distributed
 from .._errors import unknown_name
-from ..adaptivity.transaction import prunable_of
 from ..files import move, write_bytes
+from ..nn.following import prunable_of
 from ..nn.time_steps import time_steps_of
 from ..saving import load_model, save_model
 from .arguments import answers, arguments, inference_copy

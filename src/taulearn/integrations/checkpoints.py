@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adaptivity.coarsen import prune
-from ..adaptivity.transaction import prunable_of
 from ..files import tensor_bytes
-from ..nn.following import ORIGIN, RECORD, Follower, set_follower
+from ..nn.following import ORIGIN, RECORD, Follower, prunable_of, set_follower
 from ..nn.time_steps import TimeSteps, time_steps_of
 
 

@@ -19,6 +19,16 @@ REPLACED = "_taulearn_replaced"
 """The mark of time steps that a deletion has replaced: an optimiser that still holds them was not handed to it."""
 
 
+WRAPPING = "_time_step_wrapping"
+"""The attribute in which a wrapped model keeps its wrapping."""
+
+
+def prunable_of(model: nn.Module) -> Any:
+    """The object that pruning works on: the model, or its wrapping; out of torch.compile's wrapper."""
+    inner = getattr(model, "_orig_mod", model)
+    return vars(inner).get(WRAPPING, inner)
+
+
 class Follower:
     """A hook before ``load_state_dict``: deletes the layers of a model that a marked state does not have."""
 
@@ -47,13 +57,9 @@ class Follower:
     def delete(self, model: Any, kept: Sequence[int]) -> None:
         """Delete all layers but those at these positions; there is no optimiser that could follow."""
         replaced = model.time_steps.values
-        self.keep(model, kept)
+        prunable_of(model).keep_layers_(kept)
         retire(replaced)
         expire(wrappers_around(model))
-
-    def keep(self, model: Any, kept: Sequence[int]) -> None:
-        """Let the model itself delete them."""
-        model.keep_layers_(kept)
 
 
 def retire(values: Tensor) -> None:

@@ -7,8 +7,9 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 
 from ..adaptivity.coarsen import prune
-from ..adaptivity.transaction import all_or_nothing, prunable_of
+from ..adaptivity.transaction import all_or_nothing
 from ..files import read_tensors
+from ..nn.following import prunable_of
 from ..nn.network import TimeVariableNetwork
 from ..wrapping.wrap_model import rewrap
 from ..wrapping.wrapped_model import drop_units, take_states, wrapping_of

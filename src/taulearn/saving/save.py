@@ -15,8 +15,8 @@ from torch import nn
 
 from .. import __version__
 from .._distributed import refuse_distributed
-from ..adaptivity.transaction import prunable_of
 from ..files import check_tensors, move, tensor_bytes, write_bytes
+from ..nn.following import prunable_of
 from ..nn.time_steps import TimeSteps, time_steps_of
 from ..wrapping.folding import folded_state
 from ..wrapping.wrapped_model import wrapping_of

@@ -12,7 +12,8 @@ from .._errors import positive_integer, unknown_name
 from ..adaptivity.optimizer_state import bare, check_holds, check_holds_steps, with_inner
 from ..adaptivity.policies import Pruning
 from ..adaptivity.target import SteeredL1
-from ..adaptivity.transaction import check_averaged, prunable_of
+from ..adaptivity.transaction import check_averaged
+from ..nn.following import prunable_of
 from ..nn.time_steps import time_steps_of
 from ..optim import SteepestDescent
 from ..penalties import Penalty

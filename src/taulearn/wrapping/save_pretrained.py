@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .._undisturbed import undisturbed
-from ..adaptivity.transaction import WRAPPING
+from ..nn.following import WRAPPING
 from .comparison import STEPS, Description, in_short, other_outputs, other_values
 from .configurations import is_pretrained
 

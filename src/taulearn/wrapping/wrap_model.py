@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .._distributed import refuse_distributed
 from .._errors import unknown_name
-from ..adaptivity.transaction import WRAPPING
 from ..nn.constraints import Constraint, constraint_of
+from ..nn.following import WRAPPING
 from ..nn.time_steps import TimeSteps
 from . import configurations, remove_blocks as structure, try_deletion as trial
 from .block import NESTED, PassingTimeSteps, Step

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..adaptivity.transaction import WRAPPING, all_or_nothing, prunable_of
-from ..nn.following import Follower, set_follower
+from ..adaptivity.transaction import all_or_nothing
+from ..nn.following import WRAPPING, Follower, set_follower
 from ..nn.schemes import Residual, Scheme
 from ..nn.time_steps import TimeSteps
 from . import configurations, remove_blocks as structure
@@ -112,14 +112,6 @@ def wrapping_of(model: nn.Module) -> Wrapping | None:
     return found if isinstance(found, Wrapping) else None
 
 
-class HostFollower(Follower):
-    """Lets a wrapped model follow marked states."""
-
-    def keep(self, model: nn.Module, kept: Sequence[int]) -> None:
-        """Let the wrapping delete all other blocks."""
-        prunable_of(model).keep_layers_(kept)
-
-
 def install(wrapping: Wrapping) -> None:
     """Put steps and blocks' forwards in place."""
     host = wrapping.host
@@ -132,7 +124,7 @@ def install(wrapping: Wrapping) -> None:
             block.forward, wrapping.time_steps, l, wrapping.names[l], wrapping.forms[l], own, wrapping.units
         )
     vars(host)[WRAPPING] = wrapping
-    set_follower(host, HostFollower())
+    set_follower(host, Follower())
     guard_saving(host, wrapping.layers, wrapping.inputs)
 
 
