@@ -63,14 +63,12 @@ class Contents:
             if id(each) in seen or type(each) in _SIMPLE:
                 continue
             seen[id(each)] = each
-            container = each if isinstance(each, tuple) else _contents(each)
             if isinstance(each, Tensor | torch.Generator):
                 self.others.append(each)
-            elif container is not None:
-                if not isinstance(container, tuple):
-                    self.containers.append(
-                        (container, dict(container) if isinstance(container, dict) else [*container])
-                    )
+            elif isinstance(each, tuple):
+                waiting.extend(each)
+            elif (container := _contents(each)) is not None:
+                self.containers.append((container, dict(container) if isinstance(container, dict) else [*container]))
                 waiting.extend(container.values() if isinstance(container, dict) else container)
 
     def put_back(self) -> None:
