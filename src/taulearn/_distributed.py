@@ -16,14 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def refuse_distributed(argument: str, model: nn.Module, act: str = "prune") -> None:
-    """Refuse a wrapper of data parallel training, and a model whose parameters are sharded.
-
-    Example:
-        >>> refuse_distributed("model", DataParallel(nn.Linear(1, 1)))
-        Traceback (most recent call last):
-        ...
-        TypeError: model must be the model itself, got it in a DataParallel: hand over wrapper.module
-    """
+    """Refuse a wrapper of data parallel training, and a model whose parameters are sharded."""
     model = getattr(model, "_orig_mod", model)
     remedies = {
         "prune": ", which would keep averaging the gradients of deleted layers: hand over wrapper.module on every "

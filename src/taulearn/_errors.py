@@ -7,20 +7,7 @@ from typing import SupportsIndex
 
 
 def unknown_name(argument: str, value: object, known: Iterable[str]) -> ValueError:
-    """An error that names the argument, the value, the nearest known name and all known names.
-
-    Args:
-        argument: The caller's argument name.
-        value: What was given.
-        known: The names that would do.
-
-    Returns:
-        The exception, to be raised by the caller.
-
-    Example:
-        >>> str(unknown_name("scheme", "residul", ["dense", "residual"]))
-        "scheme must be one of 'dense', 'residual', got 'residul': did you mean 'residual'?"
-    """
+    """An error that names the argument, the value, the nearest known name and all known names."""
     names = sorted(known)
     nearest = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
     hint = f": did you mean {nearest[0]!r}?" if nearest else ""
@@ -28,23 +15,7 @@ def unknown_name(argument: str, value: object, known: Iterable[str]) -> ValueErr
 
 
 def positive_integer(argument: str, value: SupportsIndex, why: str = "") -> int:
-    """The value as an int, numpy's integers included, or an error that names the argument.
-
-    Args:
-        argument: The caller's argument name.
-        value: What was given.
-        why: What the number is for, appended to the message.
-
-    Returns:
-        The same number.
-
-    Raises:
-        ValueError: If it is no integer >= 1.
-
-    Example:
-        >>> positive_integer("epochs", 3)
-        3
-    """
+    """The value as an int, numpy's integers included, or an error that names the argument."""
     number = value if isinstance(value, bool) else getattr(value, "__index__", lambda: 0)()
     if isinstance(number, bool) or number < 1:
         raise ValueError(f"{argument} must be an integer >= 1, got {value!r}" + (f": {why}" if why else ""))
@@ -57,15 +28,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value can be compared with numbers: Python's and numpy's numbers, tensors of one element.
-
-    Args:
-        value: What was given.
-
-    Example:
-        >>> is_number(0.5), is_number("0.5"), is_number(None)
-        (True, False, False)
-    """
+    """Whether a value can be compared with numbers: Python's and numpy's numbers, tensors of one element."""
     return hasattr(value, "__float__")
 
 

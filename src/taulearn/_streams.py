@@ -32,17 +32,7 @@ codecs.register_error(_HANDLER, _plain)
 
 
 def printable(text: str, stream: IO[str]) -> str:
-    """A text as a stream can show it.
-
-    Args:
-        text: Any text.
-        stream: Where it is to go.
-
-    Example:
-        >>> import io
-        >>> printable("τ → 0", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
-        'tau -> 0'
-    """
+    """A text as a stream can show it."""
     encoding = getattr(stream, "encoding", None)
     return text.encode(encoding, _HANDLER).decode(encoding) if encoding else text
 

@@ -11,15 +11,6 @@ def format_table(columns: Mapping[str, Sequence[object]], *, total: Sequence[obj
     """Set columns side by side, numbers to the right, with a rule under the heading and above the last line.
 
     Entries None print as a blank, floats with four digits; ``total`` holds those of a last line, one per column.
-
-    Example:
-        >>> print(format_table({"layer": [0, 1], "tau": [0.5, 0.25]}, total=["sum", 0.75]))
-        layer     tau
-        -------------
-            0  0.5000
-            1  0.2500
-        -------------
-          sum  0.7500
     """
     from rich.box import Box
     from rich.console import Console

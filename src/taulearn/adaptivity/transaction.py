@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -10,16 +10,18 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._undisturbed import Contents
 from ..nn.following import REPLACED, prunable_of, retire
-from ..nn.schemes import Scheme
 from ..nn.time_steps import TimeSteps
 from .optimizer_state import Change, follow, optimizers_in, with_inner
+
+if TYPE_CHECKING:
+    from ..nn.schemes import Scheme
 
 
 class Prunable(Protocol):
     """The attributes and methods of a model that can be pruned."""
 
     time_steps: TimeSteps
-    scheme: Scheme
+    scheme: "Scheme"
 
     def fixed_layers(self) -> dict[int, str]:
         """Positions that must stay, with the reason."""

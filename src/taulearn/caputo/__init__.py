@@ -6,8 +6,20 @@ respect to tau are finite and accurate for any ratio of the steps. All functions
 hides the values that a check would read.
 """
 
-from .exponentials import ExponentialKernel as ExponentialKernel, exponential_memory as exponential_memory
-from .solver import solve as solve
-from .weights import derivative as derivative, l1_weights as l1_weights
+from typing import TYPE_CHECKING
 
-__all__ = ["ExponentialKernel", "derivative", "exponential_memory", "l1_weights", "solve"]
+from .._lazy import lazily
+
+if TYPE_CHECKING:
+    from .exponentials import ExponentialKernel as ExponentialKernel, exponential_memory as exponential_memory
+    from .solver import solve as solve
+    from .weights import derivative as derivative, l1_weights as l1_weights
+
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        ".exponentials": ("ExponentialKernel", "exponential_memory"),
+        ".solver": ("solve",),
+        ".weights": ("derivative", "l1_weights"),
+    },
+)

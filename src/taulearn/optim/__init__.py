@@ -1,11 +1,22 @@
 """Optimisers and time steps: parameter groups, the projection after each step, steepest descent with a line search."""
 
-from .groups import (
-    constrain_ as constrain_,
-    group_of as group_of,
-    parameter_groups as parameter_groups,
-    register_projection as register_projection,
-)
-from .steepest_descent import SteepestDescent as SteepestDescent
+from typing import TYPE_CHECKING
 
-__all__ = ["SteepestDescent", "constrain_", "group_of", "parameter_groups", "register_projection"]
+from .._lazy import lazily
+
+if TYPE_CHECKING:
+    from .groups import (
+        constrain_ as constrain_,
+        group_of as group_of,
+        parameter_groups as parameter_groups,
+        register_projection as register_projection,
+    )
+    from .steepest_descent import SteepestDescent as SteepestDescent
+
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        ".groups": ("constrain_", "group_of", "parameter_groups", "register_projection"),
+        ".steepest_descent": ("SteepestDescent",),
+    },
+)

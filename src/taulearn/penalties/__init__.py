@@ -17,33 +17,24 @@ References:
     [3] Püttschneider, Heilig, Fischer, Faulwasser (2025), Towards an optimal control perspective of ResNet training.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ..nn.time_steps import time_steps_of as time_steps_of
-from .base import Penalty as Penalty
-from .steps import L1 as L1, L2 as L2, ElasticNet as ElasticNet, TimeHorizon as TimeHorizon
-from .weights import BiasOrdering as BiasOrdering, GroupLasso as GroupLasso, WeightElasticNet as WeightElasticNet
+from .._lazy import lazily
 
 if TYPE_CHECKING:
     from ..depth.stage_cost import StageCost as StageCost
+    from ..nn.time_steps import time_steps_of as time_steps_of
+    from .base import Penalty as Penalty
+    from .steps import L1 as L1, L2 as L2, ElasticNet as ElasticNet, TimeHorizon as TimeHorizon
+    from .weights import BiasOrdering as BiasOrdering, GroupLasso as GroupLasso, WeightElasticNet as WeightElasticNet
 
-__all__ = [
-    "L1",
-    "L2",
-    "BiasOrdering",
-    "ElasticNet",
-    "GroupLasso",
-    "Penalty",
-    "StageCost",
-    "TimeHorizon",
-    "WeightElasticNet",
-    "time_steps_of",
-]
-
-
-def __getattr__(name: str) -> object:
-    """StageCost, imported when asked for: it needs the intermediate outputs of any model, and so most rooms."""
-    if name == "StageCost":
-        return import_module("..depth.stage_cost", __name__).StageCost
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        "..depth.stage_cost": ("StageCost",),
+        "..nn.time_steps": ("time_steps_of",),
+        ".base": ("Penalty",),
+        ".steps": ("L1", "L2", "ElasticNet", "TimeHorizon"),
+        ".weights": ("BiasOrdering", "GroupLasso", "WeightElasticNet"),
+    },
+)

@@ -15,14 +15,16 @@ before would see the output without the step.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.time_steps import TimeSteps
-from .displacement import DisplacementUnits
 from .state_argument import Form
+
+if TYPE_CHECKING:
+    from .displacement import DisplacementUnits
 
 
 def blend(x: Tensor, y: Tensor, tau: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ class Step:
     name: str  # the block's name in the host when it was wrapped
     form: Form  # where the block's state is
     own: bool  # whether ``inner`` was an attribute of the instance already
-    units: DisplacementUnits | None = None
+    units: "DisplacementUnits | None" = None
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:

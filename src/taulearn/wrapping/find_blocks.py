@@ -1,4 +1,4 @@
-"""Which modules of a model are blocks, from the calls that a forward pass showed.
+"""Which modules of a model are blocks: those that a user names, or from the calls that a forward pass showed.
 
 A module can get a time step if it owns parameters, is called once, returns a state of its input's shape and leaves its
 input as it is. Of those, the outermost are taken, with two exceptions: a layer of torch.nn, a normalisation and a
@@ -10,7 +10,9 @@ of a module to its input itself, the module is none; and one that is alone of it
 only if it adds something to its input, and holds no blocks: an encoder that adds positions, say, holds its layers.
 """
 
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -193,3 +195,29 @@ def _only_calls_others(name: str, call: Call, result: Probe) -> bool:
             return False
         state, passed = following[0].departed, passed + 1
     return passed > 0
+
+
+def matching(argument: str, patterns: str | Iterable[str], names: Sequence[str]) -> list[str]:
+    """The names that match, in their own order; a wildcard stays within a part: ``h.*`` is ``h.0``, never ``h.0.x``."""
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not wanted or not all(isinstance(each, str) for each in wanted):
+        raise ValueError(f"{argument} must be a name or pattern, or several of them, got {patterns!r}")
+    found: set[str] = set()
+    for pattern in wanted:
+        hits = {name for name in names if _matches(name, pattern)}
+        if not hits:
+            hint = nearest_names(pattern, names)
+            raise ValueError(f"{argument} must match names of the model, got {pattern!r}, which matches none{hint}")
+        found |= hits
+    return [name for name in names if name in found]
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name."""
+    nearest = difflib.get_close_matches(name, [each for each in known if each], n=3, cutoff=0.3)
+    return f": did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))

@@ -23,35 +23,18 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from .._undisturbed import undisturbed
+from ..adaptivity.transaction import all_or_nothing
 from ..nn.following import WRAPPING
 from .comparison import STEPS, Description, in_short, other_outputs, other_values
 from .configurations import is_pretrained
+from .wrapped_model import ExampleInputs, Wrapping
 
 _SAVE = "save_pretrained"
 _PUSH = "push_to_hub"
 _INSTEAD = "Save with taulearn.save_model and load with taulearn.load_model(path, host)"
-
-
-@dataclass(frozen=True, eq=False)
-class ExampleInputs:
-    """The example inputs of a wrapped model, and no part of it: copies of the model share them, pickles lack them."""
-
-    value: Any = None  # the inputs, on the CPU and without gradients; None: there are none
-
-    @classmethod
-    def of(cls, value: Any) -> "ExampleInputs":
-        """The inputs, out of the graph and off the accelerator."""
-        return cls(tree_map(lambda each: each.detach().cpu() if isinstance(each, Tensor) else each, value))
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> "ExampleInputs":
-        return self
-
-    def __reduce__(self) -> tuple[type["ExampleInputs"], tuple[()]]:
-        return type(self), ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,12 +185,28 @@ def release_saving(host: nn.Module) -> None:
             vars(module)[_SAVE] = guard.own
 
 
-def is_guarded(host: nn.Module) -> bool:
-    """Whether a model in the host has a guard."""
-    return any(_guard_of(module) is not None for module in host.modules())
+class _Undone(Exception):
+    """Ends a deletion that is tried."""
 
 
-def saving_refused(host: nn.Module, known: dict[str, Description]) -> str | None:
+def find_unsaved(wrapping: Wrapping) -> dict[int, str]:
+    """Without which single blocks ``save_pretrained`` would be refused, as far as it shows without saving."""
+    host, number = wrapping.host, len(wrapping.layers)
+    known: dict[str, Description] = {}
+    reasons: dict[int, str] = {}
+    if number == 1 or not any(map(_guard_of, host.modules())):
+        return {}
+    for gone in sorted(set(range(number)) - wrapping.fixed_layers().keys()):
+        with suppress(_Undone), all_or_nothing([host], None):
+            wrapping.keep_layers_([l for l in range(number) if l != gone])
+            reason = _refused(host, known)
+            if reason is not None:
+                reasons[gone] = reason
+            raise _Undone
+    return reasons
+
+
+def _refused(host: nn.Module, known: dict[str, Description]) -> str | None:
     """Why ``save_pretrained`` would refuse the host as it is now, as far as it shows without saving.
 
     Of models within models the outermost counts: parts of it were built otherwise than alone, without a pooler, say.

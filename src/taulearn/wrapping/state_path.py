@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .._calls import call as call_model, forwards
 from .._undisturbed import undisturbed
-from .noise import noise_for, put_noise
+from .observation import noise_for, put_noise
 from .probe import Call
 
 OUTSIDE = (

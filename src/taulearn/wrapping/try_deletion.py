@@ -21,11 +21,10 @@ import torch
 from torch import nn
 
 from .._undisturbed import Before
-from . import configurations, remove_blocks as structure
+from . import remove_blocks as structure
 from .block import PassingTimeSteps, Skip
-from .noise import noise_for, put_noise
-from .observation import Observation, answers, difference, finite, observe
-from .wrapped_model import Wrapping, install
+from .observation import Observation, answers, difference, finite, noise_for, observe, put_noise
+from .wrapped_model import Wrapping, install, is_configured
 
 _NOT_TRIED = (
     "whether the host can do without it was not tried: give example_inputs to wrap, so that a deletion can be compared "
@@ -80,9 +79,18 @@ def _way(trial: "_Trial", name: str | None, members: Sequence[int]) -> tuple[set
     if any(trial.why_not(l, ()) is None for l in shorter):
         places = staying(())
         # a list that a configuration counts can be saved only where it gets shorter: then one member may well stay
-        if len(places) + configurations.counts(trial.wrapping.host, name) < len(shorter):
+        if len(places) + _counted(trial.wrapping.host, name) < len(shorter):
             return set(), places
     return {name}, shorter
+
+
+def _counted(host: nn.Module, name: str) -> bool:
+    """Whether a configuration counts the members of a list."""
+    if not is_configured(host):
+        return False
+    from .configurations import counts
+
+    return counts(host, name)
 
 
 class _Trial:

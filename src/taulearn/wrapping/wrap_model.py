@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,16 @@ from .._errors import unknown_name
 from ..nn.constraints import Constraint, constraint_of
 from ..nn.following import WRAPPING
 from ..nn.time_steps import TimeSteps
-from . import configurations, remove_blocks as structure, try_deletion as trial
+from . import remove_blocks as structure, try_deletion as trial
 from .block import NESTED, PassingTimeSteps, Step
-from .block_names import matching, nearest_names
-from .displacement import DisplacementUnits
-from .find_blocks import SCRIPTED, blocks_of, refusal
+from .find_blocks import SCRIPTED, blocks_of, matching, nearest_names, refusal
 from .probe import Call, Probe, probe
-from .save_pretrained import ExampleInputs
 from .state_argument import Form
 from .state_path import OUTSIDE, follow_states
-from .wrapped_model import Wrapping, find_unsaved, install, uninstall, wrapping_of
+from .wrapped_model import ExampleInputs, Wrapping, install, is_configured, uninstall, wrapping_of
+
+if TYPE_CHECKING:
+    from .displacement import DisplacementUnits
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -135,11 +135,15 @@ def wrap(
         shorten=shorten,
         keep=keep,
         trained={p: p.requires_grad for p, flag in trained.items() if p.requires_grad != flag},
-        units=_units(steps) if units == "displacement" else None,
+        units=_displacement_units(steps) if units == "displacement" else None,
         inputs=ExampleInputs.of(example_inputs),
     )
     install(wrapping)
-    vars(model)[WRAPPING] = replace(wrapping, not_saved=find_unsaved(wrapping))
+    if _has_save_pretrained(model):
+        from .save_pretrained import find_unsaved, guard_saving
+
+        guard_saving(model, layers, wrapping.inputs)
+        vars(model)[WRAPPING] = replace(wrapping, not_saved=find_unsaved(wrapping))
     for parameter, flag in trained.items():
         parameter.requires_grad_(flag)
     return model
@@ -171,6 +175,10 @@ def rewrap(
     keep = {l: _PLACEHOLDER for l, name in enumerate(lists) if name not in set(shortened)}
     forms = tuple(Form.taking(None, layer.forward) for layer in layers)
     install(Wrapping(model, steps, tuple(layers), tuple(blocks), forms, frozenset(shortened), keep, {}))
+    if _has_save_pretrained(model):
+        from .save_pretrained import guard_saving
+
+        guard_saving(model, layers, ExampleInputs())
 
 
 def unwrap(model: M, *, discard_steps: bool = False) -> M:
@@ -203,8 +211,17 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
             f"the time steps must all be 1, got {[round(t, 4) for t in tau.tolist()]}: without them the model computes "
             "something else. Anneal them (taulearn.wrapping.anneal_to_one), or pass discard_steps=True"
         )
+    if _has_save_pretrained(model):
+        from .save_pretrained import release_saving
+
+        release_saving(model)
     uninstall(wrapping)
     return model
+
+
+def _has_save_pretrained(model: nn.Module) -> bool:
+    """Whether a part of the model has the method, which is guarded while there are steps other than 1."""
+    return any(hasattr(type(module), "save_pretrained") for module in model.modules())
 
 
 def _check_units(units: str, constraint: str | Constraint, lower_bound: float | None) -> None:
@@ -218,7 +235,9 @@ def _check_units(units: str, constraint: str | Constraint, lower_bound: float | 
         )
 
 
-def _units(steps: TimeSteps) -> DisplacementUnits:
+def _displacement_units(steps: TimeSteps) -> "DisplacementUnits":
+    from .displacement import DisplacementUnits
+
     return DisplacementUnits(steps.num_steps, dtype=steps.values.dtype, device=steps.values.device)
 
 
@@ -261,7 +280,12 @@ def _check_host(model: nn.Module) -> None:
 
 def _found(result: Probe, inputs: Any) -> list[Call]:
     """The blocks that the probe shows, or an error that lists why there is none."""
-    calls, reasons = blocks_of(result, configurations.refused_modules(result.host), inputs)
+    refused: dict[str, str] = {}
+    if is_configured(result.host):
+        from .configurations import refused_modules
+
+        refused = refused_modules(result.host)
+    calls, reasons = blocks_of(result, refused, inputs)
     if calls:
         return calls
     alike: dict[str, list[str]] = {}

@@ -1,22 +1,40 @@
 """The time steps of an existing model, as pruning sees them."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from ..adaptivity.transaction import all_or_nothing
 from ..nn.following import WRAPPING, Follower, set_follower
-from ..nn.schemes import Residual, Scheme
 from ..nn.time_steps import TimeSteps
-from . import configurations, remove_blocks as structure
+from . import remove_blocks as structure
 from .block import Step
-from .comparison import Description
-from .displacement import DisplacementUnits
-from .save_pretrained import ExampleInputs, guard_saving, is_guarded, release_saving, saving_refused
 from .state_argument import Form
+
+if TYPE_CHECKING:
+    from ..nn.schemes import Scheme
+    from .displacement import DisplacementUnits
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleInputs:
+    """The example inputs of a wrapped model, and no part of it: copies of the model share them, pickles lack them."""
+
+    value: Any = None  # the inputs, on the CPU and without gradients; None: there are none
+
+    @classmethod
+    def of(cls, value: Any) -> "ExampleInputs":
+        """The inputs, out of the graph and off the accelerator."""
+        return cls(tree_map(lambda each: each.detach().cpu() if isinstance(each, Tensor) else each, value))
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "ExampleInputs":
+        return self
+
+    def __reduce__(self) -> tuple[type["ExampleInputs"], tuple[()]]:
+        return type(self), ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +63,15 @@ class Wrapping:
     shorten: frozenset[str]
     keep: dict[int, str]
     trained: dict[nn.Parameter, bool]
-    units: DisplacementUnits | None = None
+    units: "DisplacementUnits | None" = None
     inputs: ExampleInputs = field(default_factory=ExampleInputs)
     not_saved: dict[int, str] = field(default_factory=dict)
 
     @property
-    def scheme(self) -> Scheme:
+    def scheme(self) -> "Scheme":
         """Blocks are steps of the residual scheme."""
+        from ..nn.schemes import Residual
+
         return Residual()
 
     def states(self) -> tuple[tuple[str | int | None, str | int | None], ...]:
@@ -94,7 +114,11 @@ class Wrapping:
         self.time_steps.keep_(kept)
         if self.units is not None:
             self.units.keep_(kept)
-        configurations.follow_deletion(self.host, structure.remove(self.host, gone, self.shorten))
+        shortened = structure.remove(self.host, gone, self.shorten)
+        if is_configured(self.host):
+            from .configurations import follow_deletion
+
+            follow_deletion(self.host, shortened)
         after = replace(self, layers=tuple(self.layers[i] for i in kept), forms=tuple(self.forms[i] for i in kept))
         for position, block in enumerate(after.layers):
             vars(block)["forward"] = replace(vars(block)["forward"], index=position)
@@ -112,6 +136,11 @@ def wrapping_of(model: nn.Module) -> Wrapping | None:
     return found if isinstance(found, Wrapping) else None
 
 
+def is_configured(host: nn.Module) -> bool:
+    """Whether a module has a configuration, as those of transformers do; :mod:`.configurations` is loaded for them."""
+    return any("config" in vars(module) for module in host.modules())
+
+
 def install(wrapping: Wrapping) -> None:
     """Put steps and blocks' forwards in place."""
     host = wrapping.host
@@ -125,28 +154,6 @@ def install(wrapping: Wrapping) -> None:
         )
     vars(host)[WRAPPING] = wrapping
     set_follower(host, Follower())
-    guard_saving(host, wrapping.layers, wrapping.inputs)
-
-
-class _Undone(Exception):
-    """Ends a deletion that is tried."""
-
-
-def find_unsaved(wrapping: Wrapping) -> dict[int, str]:
-    """Without which single blocks ``save_pretrained`` would be refused, as far as it shows without saving."""
-    host, number = wrapping.host, len(wrapping.layers)
-    known: dict[str, Description] = {}
-    reasons: dict[int, str] = {}
-    if number == 1 or not is_guarded(host):
-        return {}
-    for gone in sorted(set(range(number)) - wrapping.fixed_layers().keys()):
-        with suppress(_Undone), all_or_nothing([host], None):
-            wrapping.keep_layers_([l for l in range(number) if l != gone])
-            reason = saving_refused(host, known)
-            if reason is not None:
-                reasons[gone] = reason
-            raise _Undone
-    return reasons
 
 
 def take_states(wrapping: Wrapping, states: Sequence[tuple[str | int | None, str | int | None]]) -> None:
@@ -173,7 +180,6 @@ def drop_units(wrapping: Wrapping) -> None:
 def uninstall(wrapping: Wrapping) -> None:
     """Undo :func:`install`; deleted blocks stay deleted."""
     host = wrapping.host
-    release_saving(host)
     set_follower(host, None)
     for block in wrapping.layers:
         step = vars(block).pop("forward")
