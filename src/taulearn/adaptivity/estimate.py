@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from .._calls import call
 from .._errors import unknown_name
 from .._undisturbed import undisturbed
-from ..nn.following import prunable_of
+from ..nn.following import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps
 from ..wrapping.state_argument import Form
-from ..wrapping.wrapped_model import wrapping_of
 from .transaction import Prunable
 
 Criterion = Callable[[Tensor, nn.Module], Tensor]

@@ -10,9 +10,8 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..nn.constraints import Free
-from ..nn.following import prunable_of
+from ..nn.following import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps, time_steps_of
-from ..wrapping.wrapped_model import wrapping_of
 from .wrapped_states import record_states
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from ..nn.following import wrapping_of
 from ..nn.network import TimeVariableNetwork
 from ..nn.time_steps import TimeSteps
-from ..wrapping.wrapped_model import wrapping_of
 from .wrapped_states import intermediate_outputs, record_states
 
 

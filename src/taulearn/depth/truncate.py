@@ -16,10 +16,9 @@ from .._errors import positive_integer
 from ..adaptivity.coarsen import DeletedLayer, PruneReport, prune
 from ..adaptivity.estimate import shares
 from ..adaptivity.transaction import Snapshot
-from ..nn.following import retire
+from ..nn.following import retire, wrapping_of
 from ..nn.network import TimeVariableNetwork
 from ..nn.time_steps import TimeSteps
-from ..wrapping.wrapped_model import wrapping_of
 
 
 def truncate(model: nn.Module, depth: int) -> PruneReport:

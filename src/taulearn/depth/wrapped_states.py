@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from .._calls import call, forwards
 from .._undisturbed import undisturbed
 from ..nn.each import mixing, running_statistics_held
+from ..nn.following import wrapping_of
 from ..wrapping.state_argument import Form
-from ..wrapping.wrapped_model import Wrapping, wrapping_of
+from ..wrapping.wrapped_model import Wrapping
 
 _SEEN = "_time_steps_seen"
 

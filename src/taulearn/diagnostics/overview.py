@@ -10,8 +10,8 @@ from .._calls import layer_milliseconds
 from .._table import format_table
 from ..depth.layers import layers_of, scheme_of
 from ..nn.builders import FullyConnected
+from ..nn.following import wrapping_of
 from ..nn.time_steps import time_steps_of
-from ..wrapping.wrapped_model import wrapping_of
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,14 @@ tensors, so that whatever saves and loads these carries it.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .._distributed import expire, wrappers_around
+
+if TYPE_CHECKING:
+    from ..wrapping.wrapped_model import Wrapping
 
 ORIGIN = "taulearn.origin"
 """The name under which the numbers of the layers travel."""
@@ -27,6 +30,17 @@ def prunable_of(model: nn.Module) -> Any:
     """The object that pruning works on: the model, or its wrapping; out of torch.compile's wrapper."""
     inner = getattr(model, "_orig_mod", model)
     return vars(inner).get(WRAPPING, inner)
+
+
+def wrapping_of(model: nn.Module) -> "Wrapping | None":
+    """The wrapping of a model, or None.
+
+    Example:
+        >>> wrapping_of(nn.Linear(1, 1)) is None
+        True
+    """
+    found: Wrapping | None = vars(model).get(WRAPPING)
+    return found
 
 
 class Follower:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ..adaptivity.coarsen import prune
 from ..adaptivity.transaction import all_or_nothing
 from ..files import read_tensors
-from ..nn.following import prunable_of
+from ..nn.following import prunable_of, wrapping_of
 from ..nn.network import TimeVariableNetwork
 from ..wrapping.wrap_model import rewrap
-from ..wrapping.wrapped_model import drop_units, take_states, wrapping_of
+from ..wrapping.wrapped_model import drop_units, take_states
 from .manifest import MANIFEST, WEIGHTS, read_manifest, short
 from .recipe import build, differences, modules_of, tensors_of
 from .save import describe, with_steps

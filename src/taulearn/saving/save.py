@@ -16,10 +16,9 @@ from torch import nn
 from .. import __version__
 from .._distributed import refuse_distributed
 from ..files import check_tensors, move, tensor_bytes, write_bytes
-from ..nn.following import prunable_of
+from ..nn.following import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps, time_steps_of
 from ..wrapping.folding import folded_state
-from ..wrapping.wrapped_model import wrapping_of
 from .manifest import ASIDE, FORMAT, MANIFEST, WEIGHTS
 from .recipe import NoRecipe, build, differences, modules_of, name_of_scheme, noted_recipe, recipe_of_parts, tensors_of
 

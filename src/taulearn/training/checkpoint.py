@@ -23,8 +23,8 @@ from ..adaptivity.coarsen import prune
 from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import check_follows, with_inner
 from ..files import check_tensors, read_tensors, write_tensors
+from ..nn.following import wrapping_of
 from ..nn.time_steps import time_steps_of
-from ..wrapping.wrapped_model import drop_units, wrapping_of
 from .check_arguments import disagreements
 from .history import History
 from .plain import from_plain, to_plain
@@ -293,6 +293,8 @@ def _follow_folding(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str
     """Take off units of displacement that the run had folded into plain steps by then."""
     wrapping = wrapping_of(model)
     if wrapping is not None and wrapping.units is not None and f"{prefix}time_steps.units.squares" not in tensors:
+        from ..wrapping.wrapped_model import drop_units
+
         drop_units(wrapping)
 
 

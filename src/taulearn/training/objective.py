@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._counting import BY_SAMPLES, Counting
 from ..adaptivity.target import SteeredL1
-from ..depth.states import forward_with_states
 from ..nn.network import TimeVariableNetwork
 from ..nn.time_steps import time_steps_of
-from ..penalties import Penalty, StageCost
+from ..penalties import Penalty
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -52,7 +51,7 @@ def as_penalties(penalties: Penalty | Iterable[Penalty]) -> tuple[Penalty, ...]:
 
 def losses_of(loss: Loss, penalties: Iterable[Penalty]) -> list[Loss | None]:
     """The loss, and for each penalty the loss that it takes means of; None where it takes none."""
-    return [loss, *(each.loss if isinstance(each, StageCost) else None for each in penalties)]
+    return [loss, *(cast(Any, each).loss if each.at_each_depth else None for each in penalties)]
 
 
 class Objective(nn.Module):
@@ -82,6 +81,11 @@ class Objective(nn.Module):
         self.dtype = input_dtype(model)
         given = [] if countings is None else list(countings)
         self.countings = [*given, *[BY_SAMPLES] * (1 + len(self.penalties) - len(given))]
+        self.forward_with_states: Callable[..., Any] | None = None
+        if any(p.needs_states for p in self.penalties):
+            from ..depth.states import forward_with_states
+
+            self.forward_with_states = forward_with_states
 
     @property
     def columns(self) -> list[str]:
@@ -98,20 +102,22 @@ class Objective(nn.Module):
     @property
     def at_each_depth(self) -> bool:
         """Whether the record ends with the loss at each depth."""
-        return any(isinstance(p, StageCost) for p in self.penalties)
+        return any(p.at_each_depth for p in self.penalties)
 
     def weights(self, parts: Sequence[Tensor], add: Callable[[Tensor], Tensor], *, counts: bool = True) -> list[Tensor]:
         """For each part of a batch the weights of means over samples, of the loss, and of each penalty."""
         kinds = [BY_SAMPLES, *self.countings]
         device = time_steps_of(self.model).values.device
-        rows = [torch.stack([kind.of(targets, device) for kind in kinds]) for targets in parts]
-        counted = torch.stack(rows) if counts else torch.zeros_like(torch.stack(rows))
-        total = add(counted.sum(0))
-        weights = [counted[:, i] if kind.summed else counted[:, i] / total[i] for i, kind in enumerate(kinds)]
+        counted = torch.stack([torch.stack([kind.of(part, device) for kind in kinds]) for part in parts])
+        counted = counted if counts else torch.zeros_like(counted)  # (parts, kinds)
+        whole = add(counted.sum(0))  # of all processes
+        columns = []
         for i, kind in enumerate(kinds):
-            if kind.by != "labels" and (empty := [e for part in parts if (e := kind.empty(part)) is not None]):
-                weights[i] = weights[i].masked_fill(torch.stack(empty).to(device), 0)
-        return list(torch.stack(weights, 1).unbind())
+            weights = counted[:, i] if kind.summed else counted[:, i] / whole[i]
+            # a mean over something else than labels is 0/0, too, where no label of a part counts
+            empty = [] if kind.by == "labels" else [e for part in parts if (e := kind.empty(part)) is not None]
+            columns.append(weights.masked_fill(torch.stack(empty).to(device), 0) if empty else weights)
+        return list(torch.stack(columns, 1))
 
     def forward(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """J on one batch, or what a part of a batch adds to it with its :meth:`weights`; and the row of the record.
@@ -132,15 +138,15 @@ class Objective(nn.Module):
         def labels(i: int) -> Tensor:
             return targets if weights is None else self.countings[i].filled(targets)
 
-        if any(p.needs_states for p in self.penalties):
-            output, states = forward_with_states(self.model, inputs)
+        if self.forward_with_states is not None:
+            output, states = self.forward_with_states(self.model, inputs)
         else:
             output = self.model(inputs)
         data_loss = weighted(self.loss(output, labels(0)), 1)
         values, losses = [], []
         for i, penalty in enumerate(self.penalties, start=1):
-            if isinstance(penalty, StageCost):
-                value, of_stages = penalty.measured(self.model, inputs, labels(i), states)
+            if penalty.at_each_depth:
+                value, of_stages = cast(Any, penalty).measured(self.model, inputs, labels(i), states)
                 value = weighted(value, i + 1)
                 losses = [weighted(of_stages, i + 1), data_loss.detach().unsqueeze(0)]
             else:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adaptivity.controller import Pruner
+from ..nn.following import wrapping_of
 from ..nn.time_steps import time_steps_of
 from ..optim import SteepestDescent, constrain_
 from ..optim.steepest_descent import SEARCHING
-from ..wrapping.folding import fold_average
 from .batches import LoaderBatches, TensorBatches
 from .distributed import Ranks, has_whole_batches, start_epoch
 from .fast.compiler import compile_once
@@ -86,7 +86,10 @@ class PlainStep:
             self.optimizer.step()
             self._constrain()
         if self.options.averaged is not None:
-            fold_average(self.objective.model, self.options.averaged)
+            if wrapping_of(self.objective.model) is not None:
+                from ..wrapping.folding import fold_average
+
+                fold_average(self.objective.model, self.options.averaged)
             self.options.averaged.update_parameters(self.objective.model)
         return records[0].unsqueeze(0)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._distributed import refuse_distributed
 from .._errors import unknown_name
 from ..nn.constraints import Constraint, constraint_of
-from ..nn.following import WRAPPING
+from ..nn.following import WRAPPING, wrapping_of
 from ..nn.time_steps import TimeSteps
 from . import remove_blocks as structure, try_deletion as trial
 from .block import NESTED, PassingTimeSteps, Step
@@ -19,7 +19,7 @@ from .find_blocks import SCRIPTED, blocks_of, matching, nearest_names, refusal
 from .probe import Call, Probe, probe
 from .state_argument import Form
 from .state_path import OUTSIDE, follow_states
-from .wrapped_model import ExampleInputs, Wrapping, install, is_configured, uninstall, wrapping_of
+from .wrapped_model import ExampleInputs, Wrapping, install, is_configured, uninstall
 
 if TYPE_CHECKING:
     from .displacement import DisplacementUnits

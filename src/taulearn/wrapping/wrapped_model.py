@@ -125,17 +125,6 @@ class Wrapping:
         vars(self.host)[WRAPPING] = after
 
 
-def wrapping_of(model: nn.Module) -> Wrapping | None:
-    """The wrapping of a model, or None.
-
-    Example:
-        >>> wrapping_of(nn.Linear(1, 1)) is None
-        True
-    """
-    found = vars(model).get(WRAPPING)
-    return found if isinstance(found, Wrapping) else None
-
-
 def is_configured(host: nn.Module) -> bool:
     """Whether a module has a configuration, as those of transformers do; :mod:`.configurations` is loaded for them."""
     return any("config" in vars(module) for module in host.modules())
