@@ -17,17 +17,11 @@ from ._calls import call
 
 
 class Statistics(NamedTuple):
-    """The running statistics of one normalisation.
+    """The running statistics of one normalisation."""
 
-    Attributes:
-        norm: The normalisation.
-        mean: (channels,).
-        var: (channels,).
-    """
-
-    norm: _BatchNorm
-    mean: Tensor
-    var: Tensor
+    norm: _BatchNorm  # the normalisation
+    mean: Tensor  # (channels,)
+    var: Tensor  # (channels,)
 
 
 @torch.no_grad()
@@ -65,18 +59,7 @@ def recalibrate_(model: nn.Module, inputs: Any, *, within: nn.Module | None = No
 
 
 def check_calibration(argument: str, inputs: Any) -> None:
-    """Refuse an empty batch, which has no statistics.
-
-    Args:
-        argument: What the caller calls it.
-        inputs: A tensor, a tuple of arguments, or a dictionary of keywords.
-
-    Raises:
-        ValueError: If a tensor among them has no samples.
-
-    Example:
-        >>> check_calibration("inputs", torch.zeros(2, 3))
-    """
+    """Refuse an empty batch, which has no statistics."""
     together = inputs.values() if isinstance(inputs, Mapping) else inputs
     for each in together if isinstance(inputs, Mapping | tuple | list) else [inputs]:
         if isinstance(each, Tensor) and each.ndim > 0 and len(each) == 0:
@@ -87,31 +70,14 @@ def check_calibration(argument: str, inputs: Any) -> None:
 
 
 def norms_in(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
-    """The batch normalisations with running statistics in some modules.
-
-    Args:
-        modules: Any modules.
-
-    Example:
-        >>> len(norms_in([nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), nn.LayerNorm(2)]))
-        1
-    """
+    """The batch normalisations with running statistics in some modules."""
     found = (norm for module in modules for norm in module.modules())
     return [norm for norm in found if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
 
 
 @torch.no_grad()
 def statistics_of(modules: Sequence[nn.Module], y: Tensor) -> list[Statistics]:
-    """The statistics that normalisations would have, if modules were always called one after the other on such a state.
-
-    Args:
-        modules: What follows the state; it stays as it is.
-        y: The state of one batch.
-
-    Example:
-        >>> statistics_of([nn.BatchNorm1d(1)], torch.tensor([[1.0], [3.0]]))[0].mean
-        tensor([2.])
-    """
+    """The statistics that normalisations would have if modules were always called in turn on such a state."""
 
     def run() -> None:
         x = y
@@ -124,19 +90,7 @@ def statistics_of(modules: Sequence[nn.Module], y: Tensor) -> list[Statistics]:
 
 @contextmanager
 def using(found: Sequence[Statistics]) -> Iterator[None]:
-    """Other running statistics for a while.
-
-    Args:
-        found: The statistics.
-
-    Example:
-        >>> norm = nn.BatchNorm1d(1)
-        >>> with using([Statistics(norm, torch.tensor([5.0]), torch.tensor([1.0]))]):
-        ...     norm.running_mean
-        tensor([5.])
-        >>> norm.running_mean
-        tensor([0.])
-    """
+    """Other running statistics for a while."""
     own = [_now(each.norm) for each in found]
     try:
         install(found)
@@ -147,11 +101,7 @@ def using(found: Sequence[Statistics]) -> Iterator[None]:
 
 @torch.no_grad()
 def install(found: Sequence[Statistics]) -> None:
-    """Put statistics in place.
-
-    Args:
-        found: The statistics.
-    """
+    """Put statistics in place."""
     for norm, mean, var in found:
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -166,11 +116,7 @@ def _now(norm: _BatchNorm) -> Statistics:
 
 
 def _measured(norms: Sequence[_BatchNorm], run: Any, modules: Sequence[nn.Module]) -> list[Statistics]:
-    """The statistics after a run in which only the normalisations are in training mode; everything is put back.
-
-    Raises:
-        ValueError: If they are not finite.
-    """
+    """The statistics after a run in which only the normalisations are in training mode; everything is put back."""
     everything = [part for module in modules for part in module.modules()]
     modes = [(part, part.training) for part in everything]
     own = [(_now(norm), norm.momentum, norm.num_batches_tracked) for norm in norms]

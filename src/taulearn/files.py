@@ -26,22 +26,7 @@ _PAUSES = (0.01, 0.05, 0.2, 0.5)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, so that a crash at any moment leaves the old file or the new one.
-
-    Args:
-        path: Where; its folder must exist.
-        content: What.
-
-    Raises:
-        OSError: If it cannot be written; nothing is left behind and the old file stands.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "a"
-        >>> write_bytes(path, b"x")
-        >>> path.read_bytes()
-        b'x'
-    """
+    """Write a file whole or not at all, so that a crash at any moment leaves the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with aside.open("wb") as file:
@@ -55,15 +40,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def move(aside: Path, path: Path) -> None:
-    """Let a file that was written aside take the place of another, or of none.
-
-    Args:
-        aside: The file.
-        path: Its new name, in the same folder.
-
-    Raises:
-        OSError: If that cannot be; on Windows, if another program keeps the old file open.
-    """
+    """Let a file that was written aside take the place of another, or of none."""
     for pause in (*_PAUSES, None):
         try:
             aside.replace(path)
@@ -76,14 +53,7 @@ def move(aside: Path, path: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Bring an open file's content to the disk, where the file system can be asked to.
-
-    Args:
-        descriptor: Of the file.
-
-    Raises:
-        OSError: If the content cannot be brought there.
-    """
+    """Bring an open file's content to the disk, where the file system can be asked to."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -105,24 +75,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def tensor_bytes(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str], argument: str = "tensors") -> bytes:
-    """The content of a safetensors file.
-
-    Args:
-        tensors: Any devices, strides and types; shared storage is written once per name.
-        metadata: Strings beside them.
-        argument: What the caller calls the tensors, for the error.
-
-    Returns:
-        The bytes.
-
-    Raises:
-        TypeError: If a tensor has no numbers that could be written, or not as a dense array.
-
-    Example:
-        >>> import torch
-        >>> len(tensor_bytes({"a": torch.zeros(2)}, {})) > 8
-        True
-    """
+    """The content of a safetensors file."""
     from safetensors.torch import save
 
     check_tensors(tensors, argument)
@@ -140,15 +93,7 @@ def tensor_bytes(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str], a
 
 
 def check_tensors(tensors: "Mapping[str, Tensor]", argument: str) -> None:
-    """Refuse tensors that :func:`tensor_bytes` would refuse, without copying those that it would not.
-
-    Args:
-        tensors: By name.
-        argument: What the caller calls them, for the error.
-
-    Raises:
-        TypeError: Naming the first one.
-    """
+    """Refuse tensors that :func:`tensor_bytes` would refuse, without copying those that it would not."""
     for name, tensor in tensors.items():
         if found := _unwritable(tensor):
             what, remedy = found
@@ -225,33 +170,12 @@ def _numbers(dtype: "torch.dtype") -> "torch.dtype":
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> None:
-    """Write named tensors as safetensors, whole or not at all.
-
-    Args:
-        path: Where.
-        tensors: Any devices, strides and types; shared storage is written once per name.
-        metadata: Strings beside them.
-
-    Raises:
-        OSError: If the file cannot be written.
-        TypeError: If a tensor has no numbers that could be written.
-    """
+    """Write named tensors as safetensors, whole or not at all."""
     write_bytes(path, tensor_bytes(tensors, metadata))
 
 
 def read_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
-    """Read a safetensors file.
-
-    Args:
-        path: Where.
-
-    Returns:
-        The tensors, on the CPU, and the metadata. Nothing holds on to the file, which can be replaced on Windows, too.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged.
-    """
+    """Read a safetensors file."""
     import torch
     from safetensors import SafetensorError, safe_open
 

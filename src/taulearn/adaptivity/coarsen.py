@@ -100,26 +100,7 @@ class PruneReport:
 
 
 def check_prunable(model: nn.Module) -> Prunable:
-    """The model as something that can be pruned, or an error that says why it cannot.
-
-    Args:
-        model: A model with time steps.
-
-    Returns:
-        The same model, or its wrapping.
-
-    Raises:
-        TypeError: If it has no time steps, or is a wrapper of data parallel training.
-        ValueError: If its scheme does not become the identity at tau = 0, it has a single layer, every layer must stay,
-            or its parameters are sharded.
-
-    Example:
-        >>> from taulearn.nn import densenet
-        >>> check_prunable(densenet(2, 3, 1, 4))
-        Traceback (most recent call last):
-        ...
-        ValueError: model has the dense scheme, in which tau = 0 is not the identity: no layer can be deleted; use a ...
-    """
+    """The model as something that can be pruned, or an error that says why it cannot."""
     refuse_distributed("model", model)
     found = prunable_of(model)
     if not all(hasattr(found, name) for name in ("time_steps", "scheme", "fixed_layers", "keep_layers_")):

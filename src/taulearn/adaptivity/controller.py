@@ -26,23 +26,7 @@ _ENOUGH = 20
 
 
 class Pruner:
-    """A policy at work on one model.
-
-    Args:
-        policy: The policy.
-        model: A model that can be pruned.
-        optimizer: Its optimiser, or several.
-        epochs: Number of epochs.
-        per_epoch: Iterations per epoch.
-
-    Attributes:
-        penalty: The penalty that a target steers, or None.
-        every: Iterations between two looks; None: at the end of each epoch.
-        least: The smallest share at the last look of a policy that goes by the steps, or None.
-
-    Raises:
-        ValueError: If the model, the optimiser or the length of the training does not allow the target.
-    """
+    """A policy at work on one model."""
 
     def __init__(
         self,
@@ -57,7 +41,7 @@ class Pruner:
         self._check_optimizer()
         self.penalty: SteeredL1 | None = None
         self.target: Target | None = None
-        self.every = policy.every if isinstance(policy.every, int) else None
+        self.every = policy.every if isinstance(policy.every, int) else None  # iterations; None: each epoch
         if policy.targeted:
             check_penalised(policy, self.prunable, optimizer)
             if policy.penalised != "none":
@@ -67,7 +51,7 @@ class Pruner:
         self.per_epoch = per_epoch
         self.running = RunningContribution(model) if policy.measured else None
         self._warned = False
-        self.least: float | None = None
+        self.least: float | None = None  # smallest share at the last look, where the policy goes by the steps
 
     def _check_optimizer(self) -> None:
         """Refuse now, rather than at the first deletion, an optimiser that could not follow it."""
@@ -79,14 +63,7 @@ class Pruner:
             check_follows(each, named, gone)
 
     def begin(self, sample: Any) -> None:
-        """Find out what has to go; to be called once, before training.
-
-        Args:
-            sample: Inputs of one sample, on which a latency is measured unless the policy has others.
-
-        Raises:
-            ValueError: If the target is no less than what the model has, or cannot be reached.
-        """
+        """Find out what has to go; to be called once, before training."""
         if not self.policy.targeted:
             return
         steps, fixed = self.prunable.time_steps, self.prunable.fixed_layers()
@@ -166,11 +143,7 @@ class Pruner:
         return not self.policy.targeted and self.running is None and not callable(self.policy.criterion)
 
     def idle(self, tau: Tensor) -> bool:
-        """Whether, as the policy goes by the steps, no layer has to go with any of these.
-
-        Args:
-            tau: Steps, (times, layers); where one is not finite, the answer is no.
-        """
+        """Whether, as the policy goes by the steps, no layer has to go with any of these."""
         assert self.policy.threshold is not None
         prunable, fixed = self.prunable, self.prunable.fixed_layers()
         _, power = scores_of(self.policy.criterion, prunable, self.model)
@@ -179,12 +152,7 @@ class Pruner:
         return bool((found >= float(self.policy.threshold)).all())
 
     def measuring(self, iteration: int, *, recording: bool = False) -> AbstractContextManager[None] | None:
-        """The context of the iteration of this number (from 0), where contributions are measured in it.
-
-        Args:
-            iteration: Number of iterations taken.
-            recording: Whether only forward passes count that record gradients.
-        """
+        """The context of the iteration of this number (from 0), where contributions are measured in it."""
         every = self.measure_every
         if self.running is None or every is None or iteration % every or self.over:
             return None
@@ -227,11 +195,7 @@ class Pruner:
         )
 
     def shortfall(self, iteration: int) -> str:
-        """How far a target is missed where training ends, and what to do; empty where it is reached.
-
-        Args:
-            iteration: Number of iterations taken.
-        """
+        """How far a target is missed where training ends, and what to do; empty where it is reached."""
         target, policy = self.target, self.policy
         origin = self.prunable.time_steps.origin
         if target is None or target.reached:
@@ -253,16 +217,7 @@ class Pruner:
     def follow(
         self, kept: Sequence[int] | None, target: Mapping[str, Any] | None, averaged: AveragedModel | None
     ) -> PruneReport | None:
-        """Do what another process's :meth:`prune` did.
-
-        Args:
-            kept: Positions of the layers that it kept; None: all of them.
-            target: The state of its target.
-            averaged: Averaged weights, pruned alike.
-
-        Returns:
-            What was deleted, or None if nothing was.
-        """
+        """Do what another process's :meth:`prune` did."""
         report = None
         if kept is not None:
             report = prune(self.model, keep=kept, optimizer=self.optimizer, averaged=averaged)
@@ -271,11 +226,7 @@ class Pruner:
         return report
 
     def aim(self, target: Mapping[str, Any] | None) -> None:
-        """Take over the target of another process.
-
-        Args:
-            target: Its state; None: there is none.
-        """
+        """Take over the target of another process."""
         if target is not None:
             self.target = Target(**target)
             if self.penalty is not None:
@@ -365,11 +316,7 @@ class Pruner:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`, of a run whose layers the model has now.
-
-        Raises:
-            ValueError: If the run had another kind of policy.
-        """
+        """Go on from :meth:`state`, of a run whose layers the model has now."""
         kinds = [(state["target"] is None, self.policy.targeted), (state["contributions"] is None, self.running)]
         if any(absent == bool(wanted) for absent, wanted in kinds):
             raise ValueError("pruning must be as at the start of the run, got another kind of target or criterion")
@@ -387,16 +334,7 @@ class Pruner:
 def check_penalised(
     policy: Pruning, prunable: Prunable, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 ) -> None:
-    """Refuse a policy whose penalty on the steps could not lead to its target.
-
-    Args:
-        policy: One with a target.
-        prunable: What is pruned.
-        optimizer: Its optimiser.
-
-    Raises:
-        ValueError: If the steps do not change, their sum is constant, or the optimiser does not hold them.
-    """
+    """Refuse a policy whose penalty on the steps could not lead to its target."""
     steps = prunable.time_steps
     if policy.penalised == "none":
         return

@@ -30,23 +30,6 @@ def plan(
     """Which layers the rule deletes: the smallest share first, while one lies below the threshold.
 
     The shares are computed anew after each deletion.
-
-    Args:
-        steps: The time steps; not changed. A dependent last step takes up what is deleted, simplex steps are projected
-            again.
-        threshold: In (0, 1).
-        power: Exponent of the shares.
-        fixed: Positions that must stay.
-        scores: Shares are taken of these instead of abs(tau)^power.
-        number: Layers are deleted until so many are left, whatever the threshold.
-
-    Returns:
-        Pairs of position (before any deletion) and share at the moment of choice, in the order of deletion; at least
-        one layer stays.
-
-    Example:
-        >>> plan(TimeSteps(4, init=[1.0, 0.004, 0.5, -0.002]), 0.01, fixed=[0])
-        [(3, 0.001328), (1, 0.002660)]
     """
     steps = copy.deepcopy(steps)
     positions = list(range(steps.num_steps))
@@ -71,22 +54,7 @@ def within_budget(
     scores: list[float] | None,
     fixed: Mapping[int, str],
 ) -> tuple[list[tuple[int, float]], str]:
-    """What a budget deletes.
-
-    Args:
-        budget: As ``prune`` takes it.
-        model: The model.
-        steps: Its time steps.
-        power: Exponent of the shares.
-        scores: What the shares are taken of instead of abs(tau)^power.
-        fixed: Positions that must stay, with reasons.
-
-    Returns:
-        Pairs of position and share, and what the report says of the budget.
-
-    Raises:
-        ValueError: If the budget is none, or cannot be met.
-    """
+    """What a budget deletes."""
     check_budget(budget)
     number = budget if not isinstance(budget, Mapping) else max(1, len(fixed))
     if number < len(fixed):
@@ -117,17 +85,7 @@ def within_budget(
 
 
 def check_budget(budget: Budget) -> None:
-    """Refuse what is neither a number of layers nor a latency with example inputs.
-
-    Args:
-        budget: What the caller gave.
-
-    Raises:
-        ValueError: If it is something else, or out of range.
-
-    Example:
-        >>> check_budget(4)
-    """
+    """Refuse what is neither a number of layers nor a latency with example inputs."""
     if not isinstance(budget, Mapping):
         positive_integer("budget", budget, "at least one layer stays")
         return
@@ -145,18 +103,6 @@ def within_latency(model: nn.Module, order: Sequence[int], number: int, budget: 
     """The smallest number of deletions after which a forward pass takes no longer than allowed.
 
     Deletions are carried out, timed in evaluation mode and undone; by bisection, so that few are tried.
-
-    Args:
-        model: The model, left as it is.
-        order: Positions in the order of deletion.
-        number: Number of layers now.
-        budget: latency_ms and example_inputs.
-
-    Returns:
-        The number of deletions, and the milliseconds measured with it.
-
-    Raises:
-        ValueError: If even with all deletions it takes longer.
     """
     limit, taken = float(budget["latency_ms"]), dict[int, float]()
 

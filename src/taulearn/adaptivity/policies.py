@@ -135,34 +135,13 @@ class Pruning:
 
 
 def check_one_decides(threshold: float | None, **others: object) -> None:
-    """Refuse a threshold beside something else that decides what is deleted.
-
-    Args:
-        threshold: What the caller gave, or None.
-        others: The other arguments by name; None where they are not given.
-
-    Raises:
-        ValueError: If both are given.
-
-    Example:
-        >>> check_one_decides(None, keep=[0, 1])
-    """
+    """Refuse a threshold beside something else that decides what is deleted."""
     for name, given in others.items():
         if threshold is not None and given is not None:
             raise ValueError(f"threshold must be left out where {name} is given, got {threshold}: one of them decides")
 
 
 def check_threshold(threshold: float) -> None:
-    """Refuse a threshold that is no share.
-
-    Args:
-        threshold: What the caller gave.
-
-    Raises:
-        ValueError: If it lies outside (0, 1).
-
-    Example:
-        >>> check_threshold(0.01)
-    """
+    """Refuse a threshold that is no share."""
     if not (isinstance(threshold, Real) and 0.0 < threshold < 1.0):
         raise ValueError(f"threshold must lie in (0, 1), got {threshold!r}: it is a share of sum |tau|")

@@ -36,28 +36,13 @@ class SteeredL1(Penalty):
     """sum_l alpha_l abs(tau_l), a proximal penalty whose weights a controller changes.
 
     The weights are tensors that are changed in place, so that compiled steps see it.
-
-    Args:
-        values: The parameter of the time steps.
-
-    Attributes:
-        alpha: The largest of the weights, a scalar, for the record.
-        weights: Of each step, shaped like ``values``.
-
-    Example:
-        >>> from taulearn.nn import resnet
-        >>> network = resnet(2, 3, 1, 2)
-        >>> penalty = SteeredL1(network.time_steps.values)
-        >>> penalty.set(0.5, [1])
-        >>> penalty.proximal(network.time_steps.values, 0.5).tolist()
-        [0.5, 0.25]
     """
 
     name = "l1"
     differentiated = False
 
     def __init__(self, values: Tensor) -> None:
-        self.alpha = torch.zeros((), dtype=values.dtype, device=values.device)
+        self.alpha = torch.zeros((), dtype=values.dtype, device=values.device)  # the largest, for the record
         self.weights = torch.zeros_like(values, requires_grad=False)
 
     def __call__(
@@ -85,38 +70,19 @@ class SteeredL1(Penalty):
 
 @dataclass
 class Target:
-    """The controller: plain numbers, so that a resumed run goes on with the same ones.
+    """The controller: plain numbers, so that a resumed run goes on with the same ones."""
 
-    Attributes:
-        penalised: "next", "all" or "none", see :class:`taulearn.Pruning`.
-        begin: Iteration t_0 before which nothing is penalised or deleted.
-        deadline: Iteration t_1 at which the target is reached.
-        every: Iterations between two looks.
-        costs: By number of the layer at the start.
-        excess: The costs that have to go, E.
-        whole: Milliseconds of a forward pass at the start; 0 for a number of layers.
-        gone: The costs that went, G.
-        alpha: The weight now.
-        chosen: Numbers of the layers whose steps shall vanish, in the order in which they go.
-        size: Sum of their steps at the last look.
-
-    Example:
-        >>> target = Target("none", begin=0, deadline=10, every=1, costs=[1.0, 1.0, 1.0], excess=2.0)
-        >>> [target.deletions(t, [0, 1, 2], [0.5, 0.2, 0.3], fixed=[]) for t in (4, 5)]
-        [[], [1]]
-    """
-
-    penalised: str
-    begin: int
-    deadline: int
-    every: int
-    costs: list[float]
-    excess: float
-    whole: float = 0.0
-    gone: float = 0.0
-    alpha: float = 0.0
-    chosen: tuple[int, ...] = ()
-    size: float = 0.0
+    penalised: str  # as in :class:`taulearn.Pruning`
+    begin: int  # iteration t_0 before which nothing is penalised or deleted
+    deadline: int  # iteration t_1 at which the target is reached
+    every: int  # iterations between two looks
+    costs: list[float]  # by number of the layer at the start
+    excess: float  # the costs that have to go, E
+    whole: float = 0.0  # milliseconds of a forward pass at the start; 0 for a number of layers
+    gone: float = 0.0  # the costs that went, G
+    alpha: float = 0.0  # the weight now
+    chosen: tuple[int, ...] = ()  # numbers of the layers whose steps shall vanish, in the order in which they go
+    size: float = 0.0  # sum of their steps at the last look
 
     def state(self) -> dict[str, Any]:
         """All numbers, for a checkpoint."""
@@ -156,17 +122,7 @@ class Target:
     def deletions(
         self, iteration: int, origin: Sequence[int], scores: Sequence[float], fixed: Sequence[int]
     ) -> list[int]:
-        """The positions of the layers that go now.
-
-        Args:
-            iteration: Number of iterations taken.
-            origin: Numbers of the layers at the start.
-            scores: One per layer, >= 0.
-            fixed: Positions that must stay.
-
-        Returns:
-            Positions in the order of deletion; their costs count as gone.
-        """
+        """The positions of the layers that go now."""
         if iteration < self.begin:
             return []
         p, total = self.progress(iteration), sum(scores)
@@ -192,16 +148,7 @@ class Target:
         fixed: Sequence[int],
         lr: float,
     ) -> None:
-        """Choose the layers whose steps shall vanish next, and move alpha.
-
-        Args:
-            iteration: Number of iterations taken.
-            origin: Numbers of the layers at the start.
-            tau: Steps.
-            scores: One per layer.
-            fixed: Positions that must stay.
-            lr: Learning rate of the steps.
-        """
+        """Choose the layers whose steps shall vanish next, and move alpha."""
         if self.penalised == "none" or iteration < self.begin or self.reached:
             self.alpha, self.chosen = 0.0, ()
             return
@@ -231,24 +178,7 @@ class Target:
 
 
 def window(by: float | int, every: str | int | None, epochs: float, per_epoch: int) -> tuple[int, int, int]:
-    """From when to when layers go, and how often the controller looks, in iterations.
-
-    Args:
-        by: A number of epochs, or a share of the run.
-        every: "epoch", a number of iterations, or None.
-        epochs: Number of epochs.
-        per_epoch: Iterations per epoch.
-
-    Returns:
-        Begin, deadline, iterations between two looks; the deadline is a look.
-
-    Raises:
-        ValueError: If ``by`` lies behind the last epoch, or is too early for a single look.
-
-    Example:
-        >>> window(6, None, 10, 200)
-        (120, 1200, 12)
-    """
+    """From when to when layers go, and how often the controller looks, in iterations."""
     if isinstance(by, int) and by > epochs:
         raise ValueError(f"by must be at most {epochs:g}, the number of epochs, got {by}: layers go during training")
     end = by * per_epoch if isinstance(by, int) else round(by * epochs * per_epoch)

@@ -62,7 +62,7 @@ class StageCost(Penalty):
     """
 
     name = "stage_cost"
-    needs_states = at_each_depth = True
+    needs_states = True
 
     def __init__(
         self,

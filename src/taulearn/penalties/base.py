@@ -34,8 +34,6 @@ class Penalty(ABC):
         name: The penalty's name in records.
         differentiated: Whether its gradient enters the step; a proximal penalty acts after the step instead.
         needs_states: Whether it asks for the states of the forward pass.
-        at_each_depth: Whether it is made of means of its ``loss`` at each depth, which the record keeps; its
-            ``measured`` gives the value and them.
         scheduled: Whether it changes over training with the share of the epochs done: then a resumed run cannot have
             another number of epochs.
     """
@@ -43,7 +41,6 @@ class Penalty(ABC):
     name: str
     differentiated = True
     needs_states = False
-    at_each_depth = False
     scheduled = False
 
     def start_epoch(self, epoch: int, epochs: int) -> None:  # noqa: B027  most have nothing to do

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .._counting import BY_SAMPLES, Counting
 from ..adaptivity.target import SteeredL1
 from ..nn.network import TimeVariableNetwork
 from ..nn.time_steps import time_steps_of
-from ..penalties import Penalty
+from ..penalties import Penalty, StageCost
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -51,7 +51,7 @@ def as_penalties(penalties: Penalty | Iterable[Penalty]) -> tuple[Penalty, ...]:
 
 def losses_of(loss: Loss, penalties: Iterable[Penalty]) -> list[Loss | None]:
     """The loss, and for each penalty the loss that it takes means of; None where it takes none."""
-    return [loss, *(cast(Any, each).loss if each.at_each_depth else None for each in penalties)]
+    return [loss, *(each.loss if isinstance(each, StageCost) else None for each in penalties)]
 
 
 class Objective(nn.Module):
@@ -102,7 +102,7 @@ class Objective(nn.Module):
     @property
     def at_each_depth(self) -> bool:
         """Whether the record ends with the loss at each depth."""
-        return any(p.at_each_depth for p in self.penalties)
+        return any(isinstance(p, StageCost) for p in self.penalties)
 
     def weights(self, parts: Sequence[Tensor], add: Callable[[Tensor], Tensor], *, counts: bool = True) -> list[Tensor]:
         """For each part of a batch the weights of means over samples, of the loss, and of each penalty."""
@@ -145,8 +145,8 @@ class Objective(nn.Module):
         data_loss = weighted(self.loss(output, labels(0)), 1)
         values, losses = [], []
         for i, penalty in enumerate(self.penalties, start=1):
-            if penalty.at_each_depth:
-                value, of_stages = cast(Any, penalty).measured(self.model, inputs, labels(i), states)
+            if isinstance(penalty, StageCost):
+                value, of_stages = penalty.measured(self.model, inputs, labels(i), states)
                 value = weighted(value, i + 1)
                 losses = [weighted(of_stages, i + 1), data_loss.detach().unsqueeze(0)]
             else:

@@ -21,16 +21,7 @@ COMPILE_PAYS_FROM = 40_000
 
 
 def worth_compiling(mode: str, ahead: int) -> tuple[bool, str]:
-    """Whether to compile, and why.
-
-    Args:
-        mode: "auto", "always" or "never".
-        ahead: Number of iterations to come.
-
-    Example:
-        >>> worth_compiling("never", 10**6)
-        (False, 'never (as asked)')
-    """
+    """Whether to compile, and why."""
     if mode == "never":
         return False, "never (as asked)"
     if not _compiler_found():
@@ -66,21 +57,6 @@ def compile_once(
     torch counts recompilations per code object and gives up after a few; each call here makes a code object of its own,
     so that any number of deletions compiles anew. When compilation fails (no C++ compiler, an operator the compiler
     does not know, too many recompilations) the function runs uncompiled from then on, with one warning that says why.
-
-    Args:
-        function: A function or bound method of tensors.
-        fused: Whether it is a pure function of tensors, always of the same shapes and types: the C++ wrapper is used,
-            and nothing is checked before a call.
-        by_columns: Whether such a function stores tall matrices by columns, see layout.py.
-        fallback: What computes the same where compilation fails. None: ``function``.
-        failed: Told the reason when compilation fails.
-
-    Returns:
-        The compiled function.
-
-    Example:
-        >>> compile_once(lambda x: x + 1)(torch.zeros(1))
-        tensor([1.])
     """
 
     def call(*args: Any) -> Any:

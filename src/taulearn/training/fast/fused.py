@@ -51,15 +51,7 @@ def why_not_pure(objective: Objective, options: StepOptions, batches: TensorBatc
 
 
 def steps_per_call(objective: Objective, most: int) -> int:
-    """How many steps to fuse, so that compilation stays within about half a minute whatever the depth.
-
-    Args:
-        objective: What is minimised.
-        most: Upper bound.
-
-    Returns:
-        A number in 1 .. ``most``; a state counts once, in a network with memory as often as it is recalled.
-    """
+    """How many steps to fuse, so that compilation stays within about half a minute whatever the depth."""
     layers = time_steps_of(objective.model).num_steps
     recalls = getattr(getattr(objective.model, "scheme", None), "remembers", False)
     return max(1, min(most, _STATES_PER_CALL // (layers * layers if recalls else layers)))
@@ -72,12 +64,7 @@ def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def used_parameters(objective: Objective, batch: Batch) -> set[int]:
-    """The ids of the parameters that have a gradient; optimisers leave the others as they are.
-
-    Args:
-        objective: What is differentiated.
-        batch: A few samples.
-    """
+    """The ids of the parameters that have a gradient; optimisers leave the others as they are."""
     parameters = [p for p in objective.parameters() if p.requires_grad]
     with torch.random.fork_rng():
         total, _ = objective(*batch)
@@ -97,16 +84,7 @@ def fingerprint(objective: Objective) -> tuple[Any, ...]:
 
 
 class FusedSGD:
-    """``steps`` iterations of torch.optim.SGD in one compiled call.
-
-    Args:
-        objective: A pure function of its parameters.
-        optimizer: torch.optim.SGD with any groups, momentum, weight decay.
-        steps: Number of iterations per call.
-        sample: A few samples, which tell the parameters that have a gradient.
-        plain: One step on one batch, which is taken where compilation fails.
-        failed: Told the reason when it does.
-    """
+    """``steps`` iterations of torch.optim.SGD in one compiled call."""
 
     def __init__(
         self,
@@ -164,15 +142,7 @@ class FusedSGD:
         return put_back
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Take the steps.
-
-        Args:
-            inputs: The samples of all steps, (steps * batch, ...).
-            targets: Likewise.
-
-        Returns:
-            The records before each step, (steps, columns).
-        """
+        """Take the steps."""
         groups, parts = self.optimizer.param_groups, (self.steps, len(inputs) // self.steps)
         values = {name: p.detach() for name, p in self.parameters.items()}
         buffers = {

@@ -39,12 +39,7 @@ _FOLLOWING = (
 
 
 class Layout(CustomGraphPass):
-    """Replaces addmm(c, a, b) by mm(a, b) + c, and does what else it is asked for.
-
-    Args:
-        by_columns: Whether to store tall and narrow matrices by columns.
-        products: Whether to compute small products by products.cpp.
-    """
+    """Replaces addmm(c, a, b) by mm(a, b) + c, and does what else it is asked for."""
 
     def __init__(self, *, by_columns: bool = False, products: bool = False) -> None:
         self.by_columns, self.products = by_columns, products

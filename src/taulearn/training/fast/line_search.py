@@ -20,13 +20,7 @@ _TOTAL = 1  # the column of the record that holds the objective
 
 
 class CompiledValues:
-    """The objective and its gradient on batches of one size, each as one compiled call.
-
-    Args:
-        objective: A pure function of its parameters.
-        sample: A few samples, which tell the parameters that have a gradient.
-        failed: Told the reason when compilation fails; the functions run uncompiled from then on.
-    """
+    """The objective and its gradient on batches of one size, each as one compiled call."""
 
     def __init__(self, objective: Objective, sample: Batch, failed: Callable[[str], None] | None = None) -> None:
         self.objective = objective

@@ -23,15 +23,7 @@ _LONGEST, _FEWEST = 1024, 64
 
 @torch.library.custom_op("taulearn::small_product", mutates_args=(), device_types="cpu")
 def small_product(a: Tensor, b: Tensor) -> Tensor:
-    """The product of two matrices; what is compiled computes it by products.cpp.
-
-    Args:
-        a: (m, k).
-        b: (k, n).
-
-    Returns:
-        (m, n), stored by rows.
-    """
+    """The product of two matrices; what is compiled computes it by products.cpp."""
     return torch.mm(a, b)
 
 
@@ -53,12 +45,7 @@ def _shims() -> _Shims:
 
 @functools.cache
 def options() -> dict[str, Any]:
-    """What torch.compile must be told to call products.cpp, which is compiled here unless it was before.
-
-    Returns:
-        Options of torch.compile; none where torch is too old, or products.cpp cannot be compiled, of which a warning
-        tells.
-    """
+    """What torch.compile must be told to call products.cpp, which is compiled here unless it was before."""
     from torch._inductor import config
 
     if not hasattr(config.aot_inductor, "custom_ops_to_c_shims"):
