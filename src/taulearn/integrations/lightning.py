@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..adaptivity.policies import Pruning
 from ..nn.time_steps import time_steps_of
 from ..optim import group_of
-from ..optim.steepest_descent import SEARCHING
+from ..optim.projections import searches
 from ..penalties import Penalty
 from ..training.history import History
 from .checkpoints import mark_states
@@ -95,7 +95,7 @@ class TimeStepsCallback(Callback):
                 "make it from taulearn.parameter_groups(model, lr)"
             )
         self._optimizer = optimizers[0]
-        if isinstance(self._optimizer, SEARCHING):
+        if searches(self._optimizer):
             raise ValueError(
                 "configure_optimizers must return an optimiser that takes one gradient a step, got "
                 f"{type(self._optimizer).__name__}, whose trials this callback cannot tell from steps: use another "

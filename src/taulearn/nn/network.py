@@ -1,19 +1,21 @@
 """A network with learned time steps: layers, a scheme, one vector of steps, and an output layer."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..calibration import Statistics
 from .each import apply_to_each
-from .early_exit import Prediction, predict
 from .following import Follower, set_follower
 from .schemes import Scheme
 from .skips import IdentitySkips, Skips
 from .time_steps import TimeSteps
+
+if TYPE_CHECKING:
+    from ..calibration import Statistics
+    from .early_exit import Prediction
 
 
 class TimeVariableNetwork(nn.Module):
@@ -154,8 +156,8 @@ class TimeVariableNetwork(nn.Module):
         confidence: float = 0.9,
         *,
         depths: Collection[int] | None = None,
-        statistics: Mapping[int, Sequence[Statistics]] | None = None,
-    ) -> Prediction:
+        statistics: "Mapping[int, Sequence[Statistics]] | None" = None,
+    ) -> "Prediction":
         """Outputs with early exit: each sample stops at the first intermediate output that is confident.
 
         Samples that have stopped leave the batch, so that the layers after them are not computed for them. It is worth
@@ -183,6 +185,8 @@ class TimeVariableNetwork(nn.Module):
             >>> network.predict(torch.ones(5, 2), confidence=1.0).depths
             tensor([4, 4, 4, 4, 4])
         """
+        from .early_exit import predict
+
         return predict(self, inputs, confidence, depths=depths, statistics=statistics)
 
     def fixed_layers(self) -> dict[int, str]:

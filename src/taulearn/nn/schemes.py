@@ -15,7 +15,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from .. import caputo, functional as F
 from .._errors import is_number, unknown_name
 from ..caputo._arguments import transforming
-from ..caputo.fast_memory import FastMemory, fast_weights, kernel_for
-from ..caputo.memory import ExactMemory, Recall, memory_weights
 from .skips import Skips
+
+if TYPE_CHECKING:
+    from ..caputo.memory import Recall
 
 MEMORIES = ("auto", "exact", "fast")
 _BLOCKED_FROM = 8  # fewer layers are no slower without blocks
@@ -275,7 +276,7 @@ class Fractional(Scheme):
         after = F.fractional_step(skips(y, l, l + 1), memory, value, coefficients.steps[l], self.gamma)
         return after, (states, self._recall(y, after, skips, coefficients.tau) if l == 0 else None)
 
-    def _recall(self, x: Tensor, y: Tensor, skips: Skips, tau: Tensor) -> Recall | None:
+    def _recall(self, x: Tensor, y: Tensor, skips: Skips, tau: Tensor) -> "Recall | None":
         """The blocked memory for the layers after the first, where it can be used; x and y are y_0 and y_1."""
         number = len(tau)
         if number < _BLOCKED_FROM or transforming() or not all(skips.unchanged(l) for l in range(1, number)):
@@ -283,6 +284,9 @@ class Fractional(Scheme):
         first = x if self.memory_from == 0 and skips.from_input else None
         if first is not None and not (skips.unchanged(0) and first.shape == y.shape and first.dtype == y.dtype):
             return None
+        from ..caputo.fast_memory import FastMemory, fast_weights, kernel_for
+        from ..caputo.memory import ExactMemory, Recall, memory_weights
+
         kernel = None
         if self.memory == "fast" or (self.memory == "auto" and number >= _FAST_FROM):
             kernel = kernel_for(tau, self.gamma, self.tolerance)

@@ -1,7 +1,7 @@
 """Parameter groups with the time steps apart, and the projection after each step."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from ..adaptivity.optimizer_state import (
     with_inner,
 )
 from ..nn.time_steps import time_steps_of
-from ..penalties import Penalty
-from .projections import Projection, check_unattached
-from .steepest_descent import SteepestDescent
+from .projections import Projection, check_unattached, constrains_trials
+
+if TYPE_CHECKING:
+    from ..penalties import Penalty
 
 
 def parameter_groups(
@@ -70,7 +71,7 @@ def group_of(
 
 @torch.no_grad()
 def constrain_(
-    model: nn.Module, optimizer: torch.optim.Optimizer, penalties: Sequence[Penalty] = (), *, scaler: Any = None
+    model: nn.Module, optimizer: torch.optim.Optimizer, penalties: "Sequence[Penalty]" = (), *, scaler: Any = None
 ) -> None:
     """The end of an optimiser step, in place: the penalties' proximal maps, then the projection onto the constraint.
 
@@ -117,7 +118,7 @@ def overflows(optimizer: Any, scaler: Any = None) -> list[Tensor]:
 
 
 def register_projection(
-    optimizer: torch.optim.Optimizer, model: nn.Module, penalties: Penalty | Sequence[Penalty] = ()
+    optimizer: torch.optim.Optimizer, model: nn.Module, penalties: "Penalty | Sequence[Penalty]" = ()
 ) -> RemovableHandle:
     """Let every ``optimizer.step()`` of a hand-written loop end with :func:`constrain_`.
 
@@ -150,10 +151,10 @@ def register_projection(
     check_holds(optimizer, model)
     check_holds_steps(optimizer, model, f"register on the one that holds them; else {LACKING}")
     check_unattached(optimizer)
-    penalties = [penalties] if isinstance(penalties, Penalty) else penalties
-    hook = Projection(model, penalties, lambda scaler: constrain_(model, optimizer, penalties, scaler=scaler))
-    if isinstance(optimizer, SteepestDescent):
-        return optimizer.register_constraint(hook)
+    several = penalties if isinstance(penalties, Iterable) else [penalties]
+    hook = Projection(model, several, lambda scaler: constrain_(model, optimizer, several, scaler=scaler))
+    if constrains_trials(optimizer):
+        return cast(Any, optimizer).register_constraint(hook)
     check_calls_hooks(optimizer, "call taulearn.optim.constrain_(model, optimizer, penalties) after each step")
     return optimizer.register_step_post_hook(hook)
 

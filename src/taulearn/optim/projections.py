@@ -2,19 +2,31 @@
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..adaptivity.optimizer_state import bare
-from ..penalties import Penalty
+
+if TYPE_CHECKING:
+    from ..penalties import Penalty
+
+
+def constrains_trials(optimizer: Any) -> bool:
+    """Whether the constraint follows every trial of a line search, as in SteepestDescent, and not the step alone."""
+    return hasattr(optimizer, "register_constraint")
+
+
+def searches(optimizer: Any) -> bool:
+    """Whether an optimiser evaluates the objective several times per step, and gets a closure for it."""
+    return isinstance(optimizer, torch.optim.LBFGS) or constrains_trials(optimizer)
 
 
 class Projection:
     """A hook of ``register_projection``."""
 
-    def __init__(self, model: nn.Module, penalties: Sequence[Penalty], act: Callable[[Any], None]) -> None:
+    def __init__(self, model: nn.Module, penalties: "Sequence[Penalty]", act: Callable[[Any], None]) -> None:
         self.model, self.penalties, self._act = model, tuple(penalties), act
 
     def __call__(self, _optimizer: Any = None, _args: Any = (), options: Mapping[str, Any] | None = None) -> None:
@@ -35,7 +47,7 @@ def check_unattached(optimizer: Any) -> None:
         )
 
 
-def check_projections(optimizer: torch.optim.Optimizer, model: nn.Module, penalties: Sequence[Penalty]) -> None:
+def check_projections(optimizer: torch.optim.Optimizer, model: nn.Module, penalties: "Sequence[Penalty]") -> None:
     """Refuse a registered projection that does more than ``fit`` would with these penalties."""
     check_unattached(optimizer)
     for _, _, hook in projections_of(optimizer, model):

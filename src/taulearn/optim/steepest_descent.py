@@ -193,10 +193,6 @@ class SteepestDescent(torch.optim.Optimizer):
             return _number(closure())
 
 
-SEARCHING = (torch.optim.LBFGS, SteepestDescent)
-"""Optimisers that evaluate the objective several times per step, and get a closure for it."""
-
-
 def _number(value: Tensor | float) -> float:
     return value.item() if isinstance(value, Tensor) else value
 

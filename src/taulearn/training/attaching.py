@@ -21,8 +21,7 @@ from ..adaptivity.optimizer_state import LACKING, check_holds, check_holds_steps
 from ..adaptivity.policies import Pruning
 from ..adaptivity.transaction import check_averaged
 from ..optim.groups import check_calls_hooks
-from ..optim.projections import Attached, check_unattached, projections_of
-from ..optim.steepest_descent import SEARCHING
+from ..optim.projections import Attached, check_unattached, projections_of, searches
 from ..penalties import Penalty
 from .check_arguments import check_pruning
 from .objective import as_penalties
@@ -205,7 +204,7 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
             "optimizer must have no projection of register_projection, got one: attach takes the proximal step and "
             "projects itself; remove that handle, and hand its penalties to attach"
         )
-    if isinstance(optimizer, SEARCHING) or hasattr(optimizer, "second_step"):
+    if searches(optimizer) or hasattr(optimizer, "second_step"):
         raise ValueError(
             f"optimizer must take one gradient a step, got {type(optimizer).__name__}, whose evaluations of the loss "
             "cannot be told from steps: use another one, or train with taulearn.fit"

@@ -15,7 +15,7 @@ from ..adaptivity.target import SteeredL1
 from ..adaptivity.transaction import check_averaged
 from ..nn.following import prunable_of
 from ..nn.time_steps import time_steps_of
-from ..optim import SteepestDescent
+from ..optim.projections import searches
 from ..penalties import Penalty
 
 _OVER_EPOCHS = "laid out over all epochs"
@@ -41,7 +41,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, clip_nor
     """Refuse what is no optimiser of this model."""
     check_holds(optimizer, model)
     check_holds_steps(optimizer, model)
-    if clip_norm is not None and isinstance(optimizer, torch.optim.LBFGS | SteepestDescent):
+    if clip_norm is not None and searches(optimizer):
         name = type(optimizer).__name__
         raise ValueError(f"clip_norm must be None with {name}, whose line search needs the true gradient")
 

@@ -10,7 +10,7 @@ All of them compute the same iterates up to rounding; :class:`Engine` chooses pe
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..adaptivity.controller import Pruner
 from ..nn.following import wrapping_of
 from ..nn.time_steps import time_steps_of
-from ..optim import SteepestDescent, constrain_
-from ..optim.steepest_descent import SEARCHING
+from ..optim import constrain_
+from ..optim.projections import constrains_trials, searches
 from .batches import LoaderBatches, TensorBatches
 from .distributed import Ranks, has_whole_batches, start_epoch
 from .fast.compiler import compile_once
@@ -31,7 +31,7 @@ from .objective import Objective, StepOptions, autocast_of
 class PlainStep:
     """Forward, backward, ``optimizer.step()``, proximal step and projection on one batch.
 
-    In a :class:`SteepestDescent` the last two follow every trial of the line search.
+    In a :class:`~taulearn.optim.SteepestDescent` the last two follow every trial of the line search.
 
     Args:
         objective: What is minimised.
@@ -73,10 +73,11 @@ class PlainStep:
                 return self.ranks.add(evaluate.value(*parts[0]))
             return self.ranks.add(self._value(evaluate or self.objective, parts))
 
-        if isinstance(self.optimizer, SteepestDescent):
-            with self.optimizer.register_constraint(self._constrain):
-                self.optimizer.step(closure, value)
-        elif isinstance(self.optimizer, SEARCHING):
+        if constrains_trials(self.optimizer):
+            optimizer = cast(Any, self.optimizer)
+            with optimizer.register_constraint(self._constrain):
+                optimizer.step(closure, value)
+        elif searches(self.optimizer):
             self.optimizer.step(closure)
             self._constrain()
         else:
@@ -178,7 +179,7 @@ class Engine:
         if self.objective.only_eager:
             self.kind = f"eager ({self.objective.only_eager})"
             return
-        if isinstance(self.optimizer, SEARCHING):
+        if searches(self.optimizer):
             reason = why_not_pure(self.objective, self.options, self.batches)
             if reason is None:
                 self.evaluate = CompiledValues(self.objective, self.batches.sample(), self.failed)
