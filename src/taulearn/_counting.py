@@ -67,8 +67,14 @@ def accuracy(output: Tensor, target: Tensor, ignore_index: int = IGNORED) -> Ten
     if has_torch_function_variadic(output, target):
         found: Tensor = handle_torch_function(accuracy, (output, target), output, target, ignore_index=ignore_index)
         return found
-    counts = counted(target, ignore_index)
-    return ((output.argmax(1) == target) & counts).sum() / counts.sum()
+    right, number = right_of(output, target, ignore_index)
+    return right / number
+
+
+def right_of(output: Tensor, target: Tensor, ignored: int | None = None) -> tuple[Tensor, Tensor]:
+    """The number of samples whose largest output is the target class, and of those that count."""
+    counts = counted(target, ignored)
+    return ((output.argmax(1) == target) & counts).sum(), counts.sum()
 
 
 _LABELS = (F.cross_entropy, F.nll_loss, F.multi_margin_loss, accuracy)

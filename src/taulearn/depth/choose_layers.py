@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._counting import Mean, counted, watched
+from .._counting import Mean, right_of, watched
 from .._undisturbed import evaluation
 from ..adaptivity.coarsen import PruneReport, prune
 from ..calibration import recalibrate_
@@ -187,19 +187,7 @@ def _cut(model: nn.Module, keep: Sequence[int], by_stage: bool, calibration: Ten
 
 
 def stages_of(network: nn.Module) -> list[range]:
-    """The stages of a network: layers in a row of which only the first may have a skip that is no identity.
-
-    Args:
-        network: A TimeVariableNetwork, or a wrapped model, in which a stage begins with each block that must stay.
-
-    Returns:
-        Positions of the layers, stage by stage.
-
-    Example:
-        >>> from taulearn.nn import resnet_v2
-        >>> stages_of(resnet_v2((2, 3), 10, widths=(4, 8)))
-        [range(0, 2), range(2, 5)]
-    """
+    """The stages of a network: layers in a row of which only the first may have a skip that is no identity."""
     number = len(layers_of(network))
     if isinstance(network, TimeVariableNetwork):
         starts = [l for l in range(1, number) if not network.skips.unchanged(l)]
@@ -219,7 +207,6 @@ def _figure(
             value, counting = watched(loss, output, z)
             mean.add(scalar(value), counting, z)
             if accuracy:
-                counts = counted(z, counting.ignored)
-                right += float(((output.argmax(1) == z) & counts).double().sum())
-                number += float(counts.double().sum())
+                of_batch = right_of(output, z, counting.ignored)
+                right, number = right + float(of_batch[0]), number + float(of_batch[1])
     return right / number if accuracy else float(mean.value())

@@ -23,11 +23,7 @@ class HasStates(Protocol):
 
 
 class BlockStates:
-    """The states of a wrapped model: what its blocks return, with their steps, caught on the way through.
-
-    Args:
-        model: The wrapped model.
-    """
+    """The states of a wrapped model: what its blocks return, with their steps, caught on the way through."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -64,11 +60,7 @@ def layers_of(model: nn.Module) -> Sequence[nn.Module]:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[Tensor]:
-    """All parameters require gradients, and the effective steps are a leaf of their own; everything is put back after.
-
-    Yields:
-        The leaf, tau (N,), whatever the constraint.
-    """
+    """All parameters require gradients, and the effective steps are a leaf of their own; put back afterwards."""
     steps = time_steps_of(model)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     own = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(steps).items()}

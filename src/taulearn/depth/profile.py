@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._counting import Mean, counted, watched
+from .._counting import Mean, counted, right_of, watched
 from .._errors import is_number, positive_integer
 from .._table import format_table
 from .._undisturbed import evaluation
@@ -94,20 +94,7 @@ class DepthProfile:
 
 
 def within(figures: Tensor, larger_is_better: bool, tolerance: float) -> list[bool]:
-    """Which figures are as good as the last one, up to a tolerance: absolute in an accuracy, relative in a loss.
-
-    Args:
-        figures: (n,).
-        larger_is_better: Whether they are accuracies.
-        tolerance: A number >= 0.
-
-    Raises:
-        ValueError: If the tolerance is negative or not finite, or the last figure is not finite.
-
-    Example:
-        >>> within(torch.tensor([0.5, 0.89, 0.9]), True, 0.02)
-        [False, True, True]
-    """
+    """Which figures are as good as the last one, up to a tolerance: absolute in an accuracy, relative in a loss."""
     check_tolerance(tolerance)
     if not math.isfinite(figures[-1]):
         raise ValueError(
@@ -122,17 +109,7 @@ def within(figures: Tensor, larger_is_better: bool, tolerance: float) -> list[bo
 
 
 def check_tolerance(tolerance: object) -> None:
-    """Refuse what is no tolerance.
-
-    Args:
-        tolerance: What was given.
-
-    Raises:
-        ValueError: If it is no finite number >= 0.
-
-    Example:
-        >>> check_tolerance(0.002)
-    """
+    """Refuse what is no tolerance."""
     if not (is_number(tolerance) and 0.0 <= tolerance < math.inf):  # type: ignore[operator]
         raise ValueError(
             f"tolerance must be a finite number >= 0, got {tolerance!r}: 0.002 allows to lose 0.2 points of accuracy"
@@ -195,7 +172,7 @@ def depth_profile(
         check_calibration("calibration", calibration)
     classes = targets.ndim == 1 and not targets.is_floating_point()
     depths: tuple[int, ...] = ()
-    mean, sums = Mean(), [torch.zeros(())] * 4
+    mean, sums = Mean(), [torch.zeros(())] * 3
     with evaluation(network), torch.no_grad():
         own = {} if calibration is None else depth_statistics(network, calibration)
         for x, z in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
@@ -205,18 +182,17 @@ def depth_profile(
             found = [watched(loss, output, z) for output in outputs.values()]
             counting = found[-1][1]
             mean.add(torch.stack([scalar(value) for value, _ in found]), counting, z)
-            counts = counted(z, counting.ignored)
-            number = counts.double().sum()
-            hits = [((y.argmax(1) == z) & counts).double().sum() if classes else number for y in outputs.values()]
+            right = [right_of(y, z, counting.ignored)[0] for y in outputs.values()] if classes else []
+            number = counted(z, counting.ignored).sum()
             squares = [torch.stack([y.double().square().sum() for y in ys]) for ys in (added, states)]
-            new = (torch.stack(hits), number, *squares)
+            new = (torch.stack([*right, number]).double(), *squares)
             sums = [total.to(each) + each for total, each in zip(sums, new, strict=True)]
         timed = None if example_inputs is None else tuple(times(network, depths, example_inputs))
-    right, number, of_added, of_states = (total.cpu() for total in sums)
+    counts, of_added, of_states = (total.cpu() for total in sums)
     return DepthProfile(
         depths=depths,
         loss=mean.value().cpu(),
-        accuracy=right / number if classes else None,
+        accuracy=counts[:-1] / counts[-1] if classes else None,
         parameters=tuple(parameters(network, k) for k in depths),
         milliseconds=timed,
         layers=time_steps_of(network).origin,

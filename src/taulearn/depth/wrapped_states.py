@@ -12,7 +12,7 @@ compared once, on states that all differ, and a host in which they differ gets o
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,50 +22,25 @@ from .._undisturbed import undisturbed
 from ..nn.each import mixing, running_statistics_held
 from ..nn.following import wrapping_of
 from ..wrapping.state_argument import Form
-from ..wrapping.wrapped_model import Wrapping
+
+if TYPE_CHECKING:
+    from ..wrapping.wrapped_model import Wrapping
 
 _SEEN = "_time_steps_seen"
 
 
 @dataclass
 class Seen:
-    """What forward passes showed of a host; forgotten after a deletion.
+    """What forward passes showed of a host; forgotten after a deletion."""
 
-    Attributes:
-        blocks: The blocks, in the order of their calls.
-        forms: How each one's output holds the state.
-        ends: Whether something happens to the state between a block and the next one.
-        batches: Whether all groups can go through the host at once; None: not tried yet.
-    """
-
-    blocks: list[nn.Module] = field(default_factory=list)
-    forms: list[Form] = field(default_factory=list)
+    blocks: list[nn.Module] = field(default_factory=list)  # the blocks, in the order of their calls
+    forms: list[Form] = field(default_factory=list)  # how each one's output holds the state
     ends: list[bool] = field(default_factory=list)
-    batches: bool | None = None
+    batches: bool | None = None  # whether all groups can go through the host at once; None: not tried yet
 
 
 def record_states(model: nn.Module, inputs: Any, *, arrivals: list[Tensor] | None = None) -> tuple[Any, list[Tensor]]:
-    """A forward pass with the states between the blocks.
-
-    Args:
-        model: A wrapped model.
-        inputs: Its inputs: a tensor (batch, ...), a tuple of arguments, or a dictionary of keywords.
-        arrivals: A list that gets the blocks' inputs, which are not the states where something lies between the blocks.
-
-    Returns:
-        The output; and the states: y_0, the first block's input, and y_1 .. y_N, what the blocks return.
-
-    Raises:
-        ValueError: If the blocks are not called one after the other, each once.
-
-    Example:
-        >>> from taulearn import wrap
-        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-        >>> model = wrap(nn.Sequential(block(), block(), nn.Linear(4, 1)), ["0", "1"])
-        >>> output, states = record_states(model, torch.ones(5, 4))
-        >>> len(states), torch.equal(output, model(torch.ones(5, 4)))
-        (3, True)
-    """
+    """A forward pass with the states between the blocks."""
     wrapping = _wrapping(model)
     states: list[Tensor] = []
     seen = Seen()
@@ -109,29 +84,7 @@ def record_states(model: nn.Module, inputs: Any, *, arrivals: list[Tensor] | Non
 def intermediate_outputs(
     model: nn.Module, inputs: Any, *, states: Sequence[Tensor] | None = None, final: bool = True
 ) -> dict[int, Any]:
-    """The outputs yhat_k of a wrapped model whose blocks from the k-th on pass their input on.
-
-    Args:
-        model: A wrapped model.
-        inputs: Its inputs: a tensor (batch, ...), a tuple of arguments, or a dictionary of keywords.
-        states: y_0 .. y_N of a forward pass on ``inputs``, from :func:`record_states`. None: computed.
-        final: Whether yhat_N is wanted.
-
-    Returns:
-        For k = 0 .. N what the model returns; for k = N the same as ever.
-
-    Raises:
-        ValueError: If the model is not wrapped, or there is not one state per block and the input's.
-
-    Example:
-        >>> from taulearn import wrap
-        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-        >>> model = wrap(nn.Sequential(block(), block(), nn.Linear(4, 1)), ["0", "1"])
-        >>> x = torch.ones(5, 4)
-        >>> outputs = intermediate_outputs(model, x)
-        >>> list(outputs), torch.allclose(outputs[0], model[2](x)), torch.equal(outputs[2], model(x))
-        ([0, 1, 2], True, True)
-    """
+    """The outputs yhat_k of a wrapped model whose blocks from the k-th on pass their input on."""
     wrapping = _wrapping(model)
     number = len(wrapping.layers)
     last: dict[int, Any] = {}
@@ -150,20 +103,7 @@ def intermediate_outputs(
 
 @contextmanager
 def skipping(model: nn.Module, depth: int) -> Iterator[None]:
-    """The blocks from the ``depth``-th on pass their input on, as with tau = 0, and are not computed.
-
-    Args:
-        model: A wrapped model.
-        depth: Number of blocks that are computed.
-
-    Example:
-        >>> from taulearn import wrap
-        >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-        >>> model = wrap(nn.Sequential(block(), block()), ["0", "1"])
-        >>> with skipping(model, 0):
-        ...     model(torch.ones(1, 4)).tolist()
-        [[1.0, 1.0, 1.0, 1.0]]
-    """
+    """The blocks from the ``depth``-th on pass their input on, as with tau = 0, and are not computed."""
     wrapping = _wrapping(model)
     seen = _seen(model, wrapping)
 
@@ -178,7 +118,7 @@ def skipping(model: nn.Module, depth: int) -> Iterator[None]:
 
 
 def _tails(
-    model: nn.Module, wrapping: Wrapping, inputs: Any, states: Sequence[Tensor], depths: Sequence[int]
+    model: nn.Module, wrapping: "Wrapping", inputs: Any, states: Sequence[Tensor], depths: Sequence[int]
 ) -> dict[int, Any]:
     seen = _seen(model, wrapping)
     inside = {module for block in wrapping.layers for module in block.modules()}
@@ -202,7 +142,7 @@ def _in_groups(inputs: Any, states: Sequence[Tensor]) -> bool:
 
 def _one_by_one(
     model: nn.Module,
-    wrapping: Wrapping,
+    wrapping: "Wrapping",
     seen: Seen,
     inputs: Any,
     states: Sequence[Tensor],
@@ -223,7 +163,7 @@ def _one_by_one(
 
 def _in_one_pass(
     model: nn.Module,
-    wrapping: Wrapping,
+    wrapping: "Wrapping",
     seen: Seen,
     inputs: Tensor,
     states: Sequence[Tensor],
@@ -255,7 +195,7 @@ def _in_one_pass(
 
 def _same_in_one_pass(
     model: nn.Module,
-    wrapping: Wrapping,
+    wrapping: "Wrapping",
     seen: Seen,
     inputs: Tensor,
     states: Sequence[Tensor],
@@ -265,9 +205,6 @@ def _same_in_one_pass(
 
     The states of the trial are others than the given ones, each with noise of its own: equal states, as steps of zero
     leave them, would look alike in a host that mixes them.
-
-    Returns:
-        None where it cannot be told: with a single depth, or outputs that are not finite.
     """
     if len(depths) < 2:
         return None
@@ -293,7 +230,7 @@ def _apart(y: Tensor) -> Tensor:
     return y.detach() + torch.randn_like(y) * torch.where(size > 0, size, torch.ones_like(size))
 
 
-def _seen(model: nn.Module, wrapping: Wrapping) -> Seen:
+def _seen(model: nn.Module, wrapping: "Wrapping") -> Seen:
     """What is known of a host: what it showed, or what it showed when it was wrapped."""
     found = vars(model).get(_SEEN)
     blocks = list(wrapping.layers)
@@ -302,7 +239,7 @@ def _seen(model: nn.Module, wrapping: Wrapping) -> Seen:
     return Seen(blocks, list(wrapping.forms), [True] * len(blocks))
 
 
-def _wrapping(model: nn.Module) -> Wrapping:
+def _wrapping(model: nn.Module) -> "Wrapping":
     wrapping = wrapping_of(model)
     if wrapping is None:
         raise ValueError(f"model must be wrapped, got {type(model).__name__} without: wrap it with taulearn.wrap")
