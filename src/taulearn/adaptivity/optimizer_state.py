@@ -188,7 +188,7 @@ def follow(optimizers: Sequence[Any], change: Change) -> list[str]:
     seen: set[int] = set()  # wrappers share groups and state with what they wrap
     gone = {id(p) for p in change.before if change.successor(p) is not p}
     for optimizer in with_inner(optimizers):
-        together = _sizes_together(optimizer.param_groups, change)
+        by_group = _sizes_by_group(optimizer.param_groups, change)
         for group in optimizer.param_groups:
             if id(group) not in seen:
                 _follow_in_group(optimizer, group, change)
@@ -200,26 +200,21 @@ def follow(optimizers: Sequence[Any], change: Change) -> list[str]:
             optimizer._numel_cache = None
         for mapping in [getattr(optimizer, "state", {}), *_attributes_by_parameter(optimizer, change.before)]:
             if id(mapping) not in seen:
-                said += _follow_in_state(mapping, change, together)
+                said += _follow_in_state(mapping, change, by_group)
             seen.add(id(mapping))
         check_follows(optimizer, {**change.before, **change.after}, gone)
     return list(dict.fromkeys(said))
 
 
 def _follow_in_group(optimizer: Any, group: dict[str, Any], change: Change) -> None:
+    """Let a group hold what is left of its parameters, under the names that they have now."""
     followed = [(p, change.successor(p)) for p in group["params"]]
     left = [now for _, now in followed if now is not None]
-    options = [value for key, value in group.items() if key not in ("params", "param_names")]
-    changed = any(now is not p for p, now in followed)
-    if (
-        left
-        and changed
-        and (
-            _of_several(options, [[p.numel() for p, _ in followed]])
-            or any(isinstance(each, Tensor) and each.shape == change.old.shape for each in _leaves(options))
-        )
-    ):
-        raise _cannot_follow(optimizer, "the options of a parameter group")
+    if left and any(now is not p for p, now in followed):
+        options = [value for key, value in group.items() if key not in ("params", "param_names")]
+        like_steps = any(isinstance(each, Tensor) and each.shape == change.old.shape for each in _leaves(options))
+        if like_steps or _is_of_several(options, [[p.numel() for p, _ in followed]]):
+            raise _cannot_follow(optimizer, "the options of a parameter group")
     if "param_names" in group:  # of an optimiser made from named parameters: layers have new numbers
         group["param_names"] = [
             change.after[now] if name == change.before.get(p) else name
@@ -229,7 +224,7 @@ def _follow_in_group(optimizer: Any, group: dict[str, Any], change: Change) -> N
     group["params"][:] = left
 
 
-def _sizes_together(groups: Sequence[Mapping[str, Any]], change: Change) -> list[list[int]]:
+def _sizes_by_group(groups: Sequence[Mapping[str, Any]], change: Change) -> list[list[int]]:
     """Numbers of entries of the parameters of each group that the deletion changes, and of those of all groups."""
     changed = [group["params"] for group in groups if any(change.successor(p) is not p for p in group["params"])]
     if changed:
@@ -237,42 +232,44 @@ def _sizes_together(groups: Sequence[Mapping[str, Any]], change: Change) -> list
     return [[p.numel() for p in parameters] for parameters in changed]
 
 
-def _of_several(value: Any, together: Sequence[Sequence[int]], own: torch.Size | None = None) -> bool:
-    """Whether something in a value, if not of shape ``own``, is laid out as several parameters: a vector or list."""
-    several = [sizes for sizes in together if len(sizes) > 1]
+def _is_of_several(value: Any, by_group: Sequence[Sequence[int]], own: torch.Size | None = None) -> bool:
+    """Whether something in a value is laid out as all parameters of a group: one flat vector, or a list of tensors.
+
+    A tensor of the shape ``own`` is that of one parameter, whatever its size.
+    """
+    several = [sizes for sizes in by_group if len(sizes) > 1]
     if isinstance(value, Tensor):
         return value.ndim == 1 and value.shape != own and any(value.numel() == sum(sizes) for sizes in several)
     if isinstance(value, list | tuple) and all(isinstance(each, Tensor) for each in value):
-        return [each.numel() for each in value] in several or any(_of_several(each, several, own) for each in value)
+        return [each.numel() for each in value] in several or any(_is_of_several(t, several, own) for t in value)
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return any(_of_several(each, several, own) for each in parts)
+    return any(_is_of_several(each, several, own) for each in parts)
 
 
-def _follow_in_state(state: MutableMapping[Any, Any], change: Change, together: Sequence[Sequence[int]]) -> list[str]:
+def _follow_in_state(state: MutableMapping[Any, Any], change: Change, by_group: Sequence[Sequence[int]]) -> list[str]:
     """Let a dictionary by parameter follow; returns what was reset, in words."""
     said: list[str] = []
-    followed: dict[Any, Any] = {}
+    followed: dict[Any, Any] = {}  # under new keys, which may be old ones of others
     for key in list(state):
-        p, value = _parameter_of_key(key, change.before, change.old), state[key]
-        if p is None:
+        value, parameter = state[key], _parameter_of_key(key, change.before, change.old)
+        if parameter is None:
+            # a name of the optimiser's own: tensors under it are those of no single parameter
             if not isinstance(key, Tensor) and any(isinstance(t, Tensor) and t.numel() > 1 for t in _leaves(value)):
                 state.pop(key)
                 said.append(f"the optimiser's state {key!r}, which is that of no single parameter, was reset")
-            continue
-        now = change.successor(p)
-        if _of_several(value, together, p.shape):
+        elif _is_of_several(value, by_group, parameter.shape):
             state.pop(key)
             said.append("the optimiser's state of several parameters together was reset")
-        elif now is None:
+        elif (successor := change.successor(parameter)) is None:
             state.pop(key)
-        elif p is change.old:
+        elif parameter is change.old:
             state.pop(key)
             try:
-                followed[_key_like(key, now, change.after)] = change.entries(value)
+                followed[_key_like(key, successor, change.after)] = change.entries(value)
             except _Unlike:
                 said.append("the optimiser's state of the time steps, which does not have their shape, was reset")
-        elif isinstance(key, str) and change.after[p] != key:
-            followed[change.after[p]] = state.pop(key)
+        elif isinstance(key, str) and change.after[parameter] != key:  # its layer has another number now
+            followed[change.after[parameter]] = state.pop(key)
     for key, value in followed.items():
         state[key] = value
     return said

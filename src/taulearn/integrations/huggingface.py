@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from ..penalties import Penalty
 from ..training.history import History
 from ..training.plain import from_plain, to_plain
 from ..wrapping.configurations import is_pretrained
-from ..wrapping.save_pretrained import SavePretrained
+from ..wrapping.save_pretrained import SavePretrained, guard_of
 from .checkpoints import OptimizerFollower, follow_states, mark_
 from .companion import Companion, averages_in, model_with_time_steps, warn_of_frozen
 
@@ -122,14 +123,17 @@ class TimeStepsCallback(TrainerCallback):
         self._training.callback(companion.end)
         self._training.callback(self._step.close)
         self._lifted = bool(getattr(whole, "peft_config", None)) or (is_pretrained(whole) and whole is not model)
-        if self._lifted:
-            self._replace_saving(whole, _SaveState(whole, state))
+        writers: dict[nn.Module, Callable[..., Any]] = {}
         for module in whole.modules():
-            guard = vars(module).get("save_pretrained")
-            guard = guard.guard if isinstance(guard, _SaveCheckpoint) else guard  # of a training that failed
-            if isinstance(guard, SavePretrained) and is_pretrained(module):  # others Trainer does not save so
-                self._replace_saving(module, _SaveCheckpoint(guard, model, state, self._record))
-        if not isinstance(vars(whole).get("save_pretrained"), _SaveCheckpoint):  # the state dict itself is saved
+            guard = guard_of(module)
+            if guard is not None and is_pretrained(module):  # others Trainer does not save so
+                writers[module] = partial(self._write_guarded, guard)
+        if self._lifted:
+            writers[whole] = partial(_write_state, whole)
+        for module, write in writers.items():
+            inner = guard_of(module) or cast(Any, module).save_pretrained
+            self._replace_saving(module, _SaveCheckpoint(inner, write, state))
+        if self._lifted or whole not in writers:  # the state dict itself is saved
             for each in (model, *companion.session.averages()):
                 marking = each.register_state_dict_post_hook(lambda *args: self._mark(*args))
                 self._training.callback(marking.remove)
@@ -190,6 +194,17 @@ class TimeStepsCallback(TrainerCallback):
             record = self._record() if model is self._companion.session.model else None
             mark_(model, state, prefix, record=record, lifted=self._lifted)
 
+    def _write_guarded(self, guard: SavePretrained, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own method writes, of steps other than 1, too."""
+        state, model = dict(kwargs.pop("state_dict", None) or guard.model.state_dict()), self._companion.session.model
+        if guard.model is model:
+            prefix = "_orig_mod." if "_orig_mod.time_steps.values" in state else ""  # Trainer has it compiled
+            mark_(model, state, prefix, record=self._record(), lifted=True)
+        if "save_original_format" in inspect.signature(guard.inner).parameters:
+            # Trainer resumes by load_state_dict, which does not know the names of older checkpoints
+            kwargs.setdefault("save_original_format", False)
+        return guard.inner(folder, *args, state_dict=state, **kwargs)
+
     def _record(self) -> dict[str, Tensor]:
         """The record, and how far the policy is, as tensors."""
         companion = self._companion
@@ -213,42 +228,21 @@ class TimeStepsCallback(TrainerCallback):
 
 
 class _SaveCheckpoint:
-    """``save_pretrained`` while Trainer trains: its checkpoints hold steps other than 1, for resuming alone."""
+    """``save_pretrained`` while Trainer trains: its checkpoints hold the time steps, for resuming alone."""
 
-    def __init__(
-        self, guard: SavePretrained, model: nn.Module, state: Any, record: Callable[[], dict[str, Tensor]]
-    ) -> None:
-        self.guard, self.model, self.state, self.record = guard, model, state, record
+    def __init__(self, guard: Callable[..., Any], write: Callable[..., Any], state: Any) -> None:
+        self.guard, self.write, self.state = guard, write, state
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        if Path(save_directory).name != f"checkpoint-{self.state.global_step}":
-            return self.guard(save_directory, *args, **kwargs)
-        state = dict(kwargs.pop("state_dict", None) or self.guard.model.state_dict())
-        if self.guard.model is self.model:
-            prefix = "_orig_mod." if "_orig_mod.time_steps.values" in state else ""  # Trainer has it compiled
-            mark_(self.model, state, prefix, record=self.record(), lifted=True)
-        if "save_original_format" in inspect.signature(self.guard.inner).parameters:
-            # Trainer resumes by load_state_dict, which does not know the names of older checkpoints
-            kwargs.setdefault("save_original_format", False)
-        return self.guard.inner(save_directory, *args, state_dict=state, **kwargs)
+        ours = Path(save_directory).name == f"checkpoint-{self.state.global_step}"
+        return (self.write if ours else self.guard)(save_directory, *args, **kwargs)
 
 
-class _SaveState:
-    """``save_pretrained`` while Trainer trains, of a model of which it would leave out the time steps.
-
-    PEFT saves adapters alone; transformers does not mark a part that is wrapped.
-    """
-
-    def __init__(self, model: nn.Module, state: Any) -> None:
-        self.model, self.state, self.inner = model, state, cast(Any, model).save_pretrained
-
-    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        folder = Path(save_directory)
-        if folder.name != f"checkpoint-{self.state.global_step}":
-            return self.inner(save_directory, *args, **kwargs)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = kwargs.get("state_dict") or self.model.state_dict()
-        return write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+def _write_state(model: nn.Module, folder: Any, *_: Any, **kwargs: Any) -> Any:
+    """The state dict, where PEFT would save adapters alone, or transformers would not mark a part that is wrapped."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = kwargs.get("state_dict") or model.state_dict()
+    return write_tensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
 
 
 def _check_arguments(args: Any, *, prunes: bool) -> None:

@@ -166,7 +166,7 @@ def guard_saving(host: nn.Module, blocks: Sequence[nn.Module], inputs: ExampleIn
     for module in host.modules():
         held = any(part in blocks for part in module.modules()) or module is host
         if held and module not in blocks and callable(getattr(type(module), _SAVE, None)):
-            before = _guard_of(module)
+            before = guard_of(module)
             own = vars(module).get(_SAVE) if before is None else before.own
             pruned = before is not None and before.pruned
             vars(module)[_SAVE] = SavePretrained(module, host, inputs, pruned, own)
@@ -175,7 +175,7 @@ def guard_saving(host: nn.Module, blocks: Sequence[nn.Module], inputs: ExampleIn
 def release_saving(host: nn.Module) -> None:
     """Undo :func:`guard_saving`, while the host is wrapped; models that only a guard can save keep theirs."""
     for module in host.modules():
-        guard = _guard_of(module)
+        guard = guard_of(module)
         if guard is None:
             continue
         del vars(module)[_SAVE]
@@ -194,7 +194,7 @@ def find_unsaved(wrapping: Wrapping) -> dict[int, str]:
     host, number = wrapping.host, len(wrapping.layers)
     known: dict[str, Description] = {}
     reasons: dict[int, str] = {}
-    if number == 1 or not any(map(_guard_of, host.modules())):
+    if number == 1 or not any(map(guard_of, host.modules())):
         return {}
     for gone in sorted(set(range(number)) - wrapping.fixed_layers().keys()):
         with suppress(_Undone), all_or_nothing([host], None):
@@ -213,7 +213,7 @@ def _refused(host: nn.Module, known: dict[str, Description]) -> str | None:
     """
     inside: set[nn.Module] = set()
     for name, module in host.named_modules():
-        guard = _guard_of(module)
+        guard = guard_of(module)
         if guard is None or module in inside:
             continue
         inside |= set(module.modules())
@@ -224,7 +224,8 @@ def _refused(host: nn.Module, known: dict[str, Description]) -> str | None:
     return None
 
 
-def _guard_of(module: nn.Module) -> SavePretrained | None:
+def guard_of(module: nn.Module) -> SavePretrained | None:
+    """The guard of a model, or None."""
     saving = vars(module).get(_SAVE)
     saving = getattr(saving, "guard", saving)  # a trainer's, which holds the guard
     return saving if isinstance(saving, SavePretrained) else None

@@ -71,22 +71,30 @@ def follow_states(host: nn.Module, calls: Sequence[Call], inputs: Any) -> StateP
 
 
 class _Watch(TorchDispatchMode):
-    """Looks at all operators of a pass."""
+    """Looks at all operators of a pass, and follows the states through them.
+
+    Each tensor has a number; one that is changed in place gets another. Its path are the numbers of the tensors that it
+    was made from by the host's operators that keep the number of elements, its own among them. A module begins a new
+    path; the history of a tensor goes on behind the modules.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        # the answers, by position of the module
         self.outside: set[int] = set()
-        self.branches: list[frozenset[int]] = []
         self.adding: set[int] = set()
         self.links: set[tuple[int, int]] = set()
-        self.values: list[Tensor] = []  # keeps them alive, so that identities are not used again
-        self.node: dict[int, int] = {}
-        self.path: list[frozenset[int]] = []
-        self.history: list[frozenset[int]] = []  # the path, and what came before the modules on it
+        self.branches: list[frozenset[int]] = []
+        # by number of the tensor; the tensors are kept alive, so that identities are not used again
+        self.number: dict[int, int] = {}
+        self.values: list[Tensor] = []
+        self.paths: list[frozenset[int]] = []
+        self.histories: list[frozenset[int]] = []
+        # by position of the module: number of the state that it left, path and history of the one that it got
         self.left: dict[int, int] = {}
-        self.before: dict[int, frozenset[int]] = {}
-        self.earlier: dict[int, frozenset[int]] = {}
-        self.inside: _Inside | None = None
+        self.path_before: dict[int, frozenset[int]] = {}
+        self.history_before: dict[int, frozenset[int]] = {}
+        self.inside: _Inside | None = None  # the module that runs
         self.resting = False
 
     def passing(self, l: int, call: Call) -> Callable[..., Any]:
@@ -96,8 +104,9 @@ class _Watch(TorchDispatchMode):
         def run(*args: Any, **kwargs: Any) -> Any:
             x = call.form.arriving(args, kwargs)
             assert x is not None
-            self.before[l], self.earlier[l] = self.path[self._node(x)], self.history[self._node(x)]
-            self.links |= {(m, l) for m, node in self.left.items() if node in self.before[l]}
+            came = self._number(x)
+            self.path_before[l], self.history_before[l] = self.paths[came], self.histories[came]
+            self.links |= {(m, l) for m, state in self.left.items() if state in self.path_before[l]}
             self.inside = _Inside(x)
             output = forward(*args, **kwargs)
             y, inside = call.form.leaving(output), self.inside
@@ -108,7 +117,7 @@ class _Watch(TorchDispatchMode):
             self.resting = True
             state = x.to(y.dtype, copy=True)
             self.resting = False
-            self.left[l] = self._add(state, frozenset(), self.earlier[l])
+            self.left[l] = self._add(state, frozenset(), self.history_before[l])
             return call.form.replaced(output, state)
 
         return run
@@ -125,29 +134,38 @@ class _Watch(TorchDispatchMode):
             result = func(*args, **kwargs)
             self.inside.look(func._schema.name.rpartition("::")[2], came, result)
             return result
-        nodes = [self._node(each) for each in came]
+        numbers = [self._number(each) for each in came]
         for each, argument in zip(args, func._schema.arguments, strict=False):
             if isinstance(each, Tensor) and argument.alias_info is not None and argument.alias_info.is_write:
-                self.values[self._node(each)] = each.clone()
+                self.values[self._number(each)] = each.clone()
         result = func(*args, **kwargs)
         for made in tree_leaves(result):
             if isinstance(made, Tensor):
-                self._outside(made, [n for n in nodes if self.values[n].numel() == made.numel()], func)
+                self._look(made, [n for n in numbers if self.values[n].numel() == made.numel()], func)
         return result
 
-    def _node(self, tensor: Tensor) -> int:
-        """The number of a tensor as it is now."""
-        if id(tensor) not in self.node:
-            self._add(tensor, frozenset(), frozenset())
-        return self.node[id(tensor)]
+    def _look(self, made: Tensor, numbers: list[int], func: Any) -> None:
+        """Look at a tensor that the host made from others with as many elements."""
+        self.outside |= self._brought_together(made, numbers, self.paths, self.path_before)
+        branch = self._brought_together(made, numbers, self.histories, self.history_before)
+        if branch:
+            self.branches.append(branch)
+        handed_on = self.number.get(id(made)) in numbers and not func._schema.is_mutable
+        if numbers and not handed_on:
+            self._add(made, *(frozenset[int]().union(*(of[n] for n in numbers)) for of in (self.paths, self.histories)))
 
-    def _add(self, tensor: Tensor, path: frozenset[int], history: frozenset[int]) -> int:
-        node = len(self.values)
-        self.values.append(tensor)
-        self.node[id(tensor)] = node
-        self.path.append(path | {node})
-        self.history.append(history | {node})
-        return node
+    def _brought_together(
+        self, made: Tensor, numbers: list[int], paths: Sequence[frozenset[int]], before: Mapping[int, frozenset[int]]
+    ) -> frozenset[int]:
+        """The modules whose output was brought together with what was there before them, and became something else."""
+        found = set[int]()
+        for l, state in self.left.items():
+            after = [n for n in numbers if state in paths[n]]
+            beside = [paths[n] & before[l] for n in numbers if state not in paths[n]]
+            shared = frozenset[int]().union(*beside)
+            if after and shared and not any(_same(made, self.values[n]) for n in shared):
+                found.add(l)
+        return frozenset(found)
 
     def repeated(self) -> set[int]:
         """The modules in branches of several, x + g(f(x)), if there are several such sums.
@@ -156,49 +174,41 @@ class _Watch(TorchDispatchMode):
         """
         return {l for each in self.branches if any(not each & other for other in self.branches) for l in each}
 
-    def _outside(self, made: Tensor, nodes: list[int], func: Any) -> None:
-        """An operator of the host."""
-        self.outside |= self._brought_together(made, nodes, self.path, self.before)
-        branch = self._brought_together(made, nodes, self.history, self.earlier)
-        if branch:
-            self.branches.append(branch)
-        known = self.node.get(id(made))
-        if not nodes or (known in nodes and not func._schema.is_mutable):
-            return
-        self._add(made, *(frozenset[int]().union(*(of[n] for n in nodes)) for of in (self.path, self.history)))
+    def _number(self, tensor: Tensor) -> int:
+        """The number of a tensor as it is now."""
+        if id(tensor) not in self.number:
+            self._add(tensor, frozenset(), frozenset())
+        return self.number[id(tensor)]
 
-    def _brought_together(
-        self, made: Tensor, nodes: list[int], paths: Sequence[frozenset[int]], before: Mapping[int, frozenset[int]]
-    ) -> frozenset[int]:
-        """The modules whose output an operator brought together with what was there before them."""
-        found = set[int]()
-        for l, state in self.left.items():
-            after = [n for n in nodes if state in paths[n]]
-            beside = [paths[n] & before[l] for n in nodes if state not in paths[n]]
-            shared = frozenset[int]().union(*beside)
-            if after and shared and not any(_same(made, self.values[n]) for n in shared):
-                found.add(l)
-        return frozenset(found)
+    def _add(self, tensor: Tensor, path: frozenset[int], history: frozenset[int]) -> int:
+        """Give a tensor a new number."""
+        number = self.number[id(tensor)] = len(self.values)
+        self.values.append(tensor)
+        self.paths.append(path | {number})
+        self.histories.append(history | {number})
+        return number
 
 
 class _Inside:
-    """The tensors made in a module from its state, among them those that are the state plus something made from it."""
+    """Looks at the operators in a module: which tensors are its state plus something made from the state?"""
 
     def __init__(self, x: Tensor) -> None:
         self.kept = [x]  # so that identities are not used again
-        self.made, self.states, self.sums = {id(x)}, {id(x)}, set[int]()
+        self.made = {id(x)}  # from the state, in whatever way
+        self.states = {id(x)}  # the state, or a sum with it in it, perhaps scaled, normalised or activated
+        self.sums = set[int]()  # those that are a sum
 
     def look(self, name: str, came: list[Tensor], result: Any) -> None:
         """Look at an operator."""
         result = next((each for each in tree_leaves(result) if isinstance(each, Tensor)), None)
         if result is None:
             return
-        ours = [each for each in came if id(each) in self.made]
-        single = len([each for each in came if each.numel() > 1]) == 1
-        passing = name in _PASSING or name in _SUMS or (name in _SCALINGS and single)
-        held = ours if name in _SUMS else came[:1] if passing else []
-        held = [each for each in held if id(each) in self.states and each.numel() == result.numel()]
         self.kept.append(result)
+        ours = [each for each in came if id(each) in self.made]
+        by_a_number = name in _SCALINGS and sum(each.numel() > 1 for each in came) == 1
+        # arguments in which the result still holds the state
+        held = ours if name in _SUMS else came[:1] if name in _PASSING or by_a_number else []
+        held = [each for each in held if id(each) in self.states and each.numel() == result.numel()]
         if ours:
             self.made.add(id(result))
         if held:
