@@ -9,9 +9,9 @@ Example:
     [0.5, 0.5, 0.5, 0.5]
 """
 
-from difflib import get_close_matches
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from ._lazy import lazily
 
 if TYPE_CHECKING:
     from . import (
@@ -46,74 +46,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "History",
-    "PruneReport",
-    "Pruning",
-    "TimeSteps",
-    "__version__",
-    "adjoint",
-    "attach",
-    "calibration",
-    "caputo",
-    "contribution",
-    "data",
-    "diagnostics",
-    "experiments",
-    "export",
-    "export_model",
-    "fem",
-    "fit",
-    "functional",
-    "load_model",
-    "nn",
-    "optim",
-    "parameter_groups",
-    "penalties",
-    "prune",
-    "report",
-    "save_model",
-    "summary",
-    "training",
-    "truncate",
-    "unwrap",
-    "wrap",
-    "wrapping",
-]
-
-# Where the names of __all__ live that are not modules themselves.
-_HOMES = {
-    "History": ".training",
-    "PruneReport": ".adaptivity.coarsen",
-    "Pruning": ".adaptivity.policies",
-    "TimeSteps": ".nn.time_steps",
-    "attach": ".training.attaching",
-    "contribution": ".adaptivity.estimate",
-    "export_model": ".export",
-    "fit": ".training",
-    "load_model": ".saving",
-    "parameter_groups": ".optim",
-    "prune": ".adaptivity.coarsen",
-    "save_model": ".saving",
-    "summary": ".diagnostics",
-    "truncate": ".depth.truncate",
-    "unwrap": ".wrapping",
-    "wrap": ".wrapping",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name in _HOMES:
-        value: object = getattr(import_module(_HOMES[name], __name__), name)
-    elif name in __all__:
-        value = import_module(f".{name}", __name__)
-    else:
-        nearest = get_close_matches(name, __all__, n=1)
-        hint = f": did you mean {nearest[0]!r}?" if nearest else ""
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        ".": (
+            *("adjoint", "calibration", "caputo", "data", "diagnostics", "experiments", "export", "fem"),
+            *("functional", "nn", "optim", "penalties", "report", "training", "wrapping"),
+        ),
+        ".adaptivity.coarsen": ("PruneReport", "prune"),
+        ".adaptivity.estimate": ("contribution",),
+        ".adaptivity.policies": ("Pruning",),
+        ".depth.truncate": ("truncate",),
+        ".diagnostics": ("summary",),
+        ".export": ("export_model",),
+        ".nn.time_steps": ("TimeSteps",),
+        ".optim.groups": ("parameter_groups",),
+        ".saving": ("load_model", "save_model"),
+        ".training": ("History", "fit"),
+        ".training.attaching": ("attach",),
+        ".wrapping": ("unwrap", "wrap"),
+    },
+)
+__all__ += ["__version__"]
