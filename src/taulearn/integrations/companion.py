@@ -98,7 +98,7 @@ class Companion:
         _averages_of(model, averages())
         warn_of_frozen(model)
         if self.policy is not None:
-            self.pruner = Pruner(self.policy, model, optimizer, epochs, per_epoch)
+            self.pruner = Pruner(self.policy, model, optimizer, epochs, per_epoch, recording=True)
             if self.state is not None:
                 self.pruner.load_state(self.state)
             else:
