@@ -139,7 +139,7 @@ def as_criterion(
     recording: bool = False,
 ) -> Criterion:
     """A criterion, as ``prune`` and ``Pruning`` take it, as an object; recording as for :class:`Contribution`."""
-    check_criterion(given)
+    check_criterion(given, NAMES if in_training or given == "contribution" else NAMES[:2])
     if isinstance(given, Criterion):
         return given
     if given == "contribution":
@@ -154,15 +154,15 @@ def as_criterion(
     return Power(1.0 if given == "share" else prunable_of(model).scheme.step_power)
 
 
-def check_criterion(given: Any) -> None:
+def check_criterion(given: Any, names: Sequence[str] = NAMES) -> None:
     """Refuse what is no criterion."""
     if isinstance(given, str):
-        if given not in NAMES:
-            raise unknown_name("criterion", given, NAMES)
+        if given not in names:
+            raise unknown_name("criterion", given, names)
     elif not (given is None or isinstance(given, Criterion) or callable(given)) or isinstance(given, type):
         raise TypeError(
-            f"criterion must be a name, a function (tau, model) -> scores or a taulearn.Criterion, got {given!r}: "
-            "use 'share', 'power' or 'contribution', or leave it out"
+            f"criterion must be a name or a function (tau, model) -> scores, got {given!r}: use 'share', 'power' or "
+            "'contribution', an object of taulearn.Criterion, or leave it out"
         )
 
 
