@@ -26,6 +26,7 @@ from ..adaptivity.coarsen import PruneReport, prune
 from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import optimizers_in
 from ..adaptivity.transaction import all_or_nothing
+from ..depth.states import forward_with_states
 from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
 from ..optim.groups import overflows
@@ -133,13 +134,15 @@ class Session:
             ValueError: If a penalty needs what is not given.
         """
         self._told.setdefault("loss", []).append(loss.detach())
+        looks = inputs is not None and any(p.needs_states for p in self.penalties)
+        states = forward_with_states(self.model, inputs)[1] if looks else None
         for penalty in filter(needs_batch, self.penalties):
             if inputs is None:
                 raise ValueError(
                     f"inputs must be given to session.loss with {penalty.name!r} among the penalties, got None: write "
                     "session.loss(loss, outputs=outputs, inputs=inputs, targets=targets)"
                 )
-            value, columns = penalty.measured(self.model, inputs, targets, outputs=outputs)
+            value, columns = penalty.measured(self.model, inputs, targets, states, outputs)
             for name, column in {f"penalty.{penalty.name}": value, **columns}.items():
                 self._told.setdefault(name, []).append(column.detach())
             loss = loss + value if penalty.differentiated else loss
