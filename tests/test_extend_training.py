@@ -202,7 +202,7 @@ class TestPenalty:
             companion.session.measure()
             loss = LOSS(model(x), z)
             loss.backward()
-            norms.append(float(sum(p.square().sum() for p in model.layers[0].parameters())))
+            norms.append(sum(float(p.detach().square().sum()) for p in model.layers[0].parameters()))
             companion.session.before_step()
             optimizer.step()
             companion.session.after_step(optimizer)
