@@ -122,19 +122,7 @@ class StageCost(Penalty):
         states: list[Tensor] | None = None,
         outputs: Any = None,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The cost, and the losses it is made of.
-
-        Args:
-            model: A TimeVariableNetwork, or a wrapped model.
-            inputs: The batch's inputs.
-            targets: The batch's targets.
-            states: The states of the forward pass on ``inputs``. None: computed.
-            outputs: Not looked at.
-
-        Returns:
-            The value, a scalar, and "stage_loss", the detached losses at the intermediate outputs, without the final
-            one.
-        """
+        """The cost, and the losses at the intermediate outputs, of which it is made."""
         if inputs is None or targets is None:
             raise ValueError("inputs and targets must be given to a stage cost, got None: it is a loss on data")
         if states is None:

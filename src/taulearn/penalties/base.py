@@ -91,11 +91,7 @@ class Penalty(ABC):
         states: list[Tensor] | None = None,
         outputs: Any = None,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Value and columns, whatever the call answers; ``outputs`` are handed on to those that need them.
-
-        Raises:
-            ValueError: If the columns are not those that the penalty says it has.
-        """
+        """Value and columns, whatever the call answers; ``outputs`` are handed on to those that need them."""
         options: dict[str, Any] = {"outputs": outputs} if self.needs_outputs else {}
         found = self(model, inputs, targets, states, **options)
         value, columns = found if isinstance(found, tuple) else (found, {})

@@ -115,23 +115,9 @@ class History:
 
 
 class Row:
-    """How the record of an iteration lies in a tensor: numbers first, then a number for each layer, or each depth.
+    """How the record of an iteration lies in a tensor: numbers first, then what has one a layer, then one a depth."""
 
-    Args:
-        penalties: Those whose values and columns are recorded.
-        raw: Whether the raw steps can differ from the steps.
-
-    Attributes:
-        numbers: Names of the numbers, the loss first.
-        layers: Names of what has a number for each layer.
-        depths: Names of what has a number for each depth; whether they are losses.
-
-    Raises:
-        ValueError: If a name comes twice, or a column is of no known kind.
-    """
-
-    LOSS = 0
-    """The place of the loss."""
+    LOSS = 0  # where the loss lies
 
     def __init__(self, penalties: Iterable[Penalty] = (), *, raw: bool = False) -> None:
         penalties = list(penalties)
@@ -142,7 +128,7 @@ class Row:
         self.numbers = ["loss", "total", *(f"penalty.{p.name}" for p in penalties)]
         self.numbers += [name for name, kind, _ in own if kind == "number"]
         self.layers = ["tau", *["raw_tau"] * raw, *(name for name, kind, _ in own if kind == "layers")]
-        self.depths = {name: p.loss is not None for name, kind, p in own if kind == "depths"}
+        self.depths = {name: p.loss is not None for name, kind, p in own if kind == "depths"}  # whether of losses
         names = [*self.numbers, *self.layers, *(name for name, kind, _ in own if kind == "depths")]
         if len(set(names)) < len(names):
             raise ValueError(f"columns of penalties must have names of their own, got {names}")
@@ -179,13 +165,7 @@ class Row:
 
 
 class Recorder:
-    """Collects rows on the device during training, and turns them into a :class:`History` when asked.
-
-    Args:
-        row: What the rows hold.
-        layers: Number of layers at the start.
-        history: What was recorded before, when a run is resumed.
-    """
+    """Collects rows on the device during training, and turns them into a :class:`History` when asked."""
 
     def __init__(self, row: Row, layers: int, history: History | None = None) -> None:
         self.row, self.layers = row, layers

@@ -26,7 +26,6 @@ from ..adaptivity.coarsen import PruneReport, prune
 from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import optimizers_in
 from ..adaptivity.transaction import all_or_nothing
-from ..depth.states import forward_with_states
 from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
 from ..optim.groups import overflows
@@ -133,9 +132,12 @@ class Session:
         Raises:
             ValueError: If a penalty needs what is not given.
         """
-        self._told.setdefault("loss", []).append(loss.detach())
-        looks = inputs is not None and any(p.needs_states for p in self.penalties)
-        states = forward_with_states(self.model, inputs)[1] if looks else None
+        self._told.setdefault("loss", []).append(loss.detach().mean())
+        states = None
+        if inputs is not None and any(p.needs_states for p in self.penalties):
+            from ..depth.states import forward_with_states
+
+            states = forward_with_states(self.model, inputs)[1]
         for penalty in filter(needs_batch, self.penalties):
             if inputs is None:
                 raise ValueError(
