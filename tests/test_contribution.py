@@ -9,7 +9,7 @@ from torch import nn
 
 from small_networks import deleted, network
 from taulearn import Pruning, contribution, fit, parameter_groups, prune, wrap
-from taulearn.adaptivity.estimate import RunningContribution
+from taulearn.adaptivity.estimate import Contribution
 from taulearn.nn import fractional_dnn, resnet
 from wrapping.hosts import BY_NAME, Block, Host, every_host
 
@@ -85,7 +85,7 @@ def test_the_running_mean() -> None:
     """The mean of the first five measurements, then a fifth of each new one."""
     torch.manual_seed(0)
     model = wrap(nn.Sequential(Block(3), Block(3)).eval(), "[01]")
-    running, expected = RunningContribution(model), torch.zeros(2)
+    running, expected = Contribution(model), torch.zeros(2)
     for k in range(1, 9):
         x = k * inputs()
         with running.measuring():
@@ -101,7 +101,7 @@ def test_the_running_mean() -> None:
 
 def test_a_pass_that_fails_is_not_counted() -> None:
     model = wrap(nn.Sequential(Block(3), Block(3)), "[01]")
-    running = RunningContribution(model)
+    running = Contribution(model)
     with pytest.raises(RuntimeError), running.measuring():
         model(torch.ones(2, 5))
     assert running.number == 0
@@ -155,7 +155,7 @@ def test_layers_that_are_not_called_are_not_deleted_for_it() -> None:
 
 def test_the_running_mean_of_a_layer_that_is_skipped() -> None:
     model = skipping().eval()
-    running = RunningContribution(model)
+    running = Contribution(model)
     for deep in (False, True, False):
         with running.measuring():
             model(inputs(), deep=deep)

@@ -97,7 +97,8 @@ class TestValue:
         factors = {1: 0.3, 2: 0.7, 3: 1.3}
         with torch.autocast("cpu", torch.bfloat16):
             cost = StageCost(1.0, cross_entropy, factors=factors)
-            found, losses = cost.measured(network, x.float(), z)
+            found, columns = cost.measured(network, x.float(), z)
+        losses = columns["stage_loss"]
         assert found.dtype == torch.float32
         assert found.item() == pytest.approx(float(losses.double() @ torch.tensor([0.3, 0.7, 1.3]).double()), rel=1e-6)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         wrapping as wrapping,
     )
     from .adaptivity.coarsen import PruneReport as PruneReport, prune as prune
-    from .adaptivity.estimate import contribution as contribution
+    from .adaptivity.estimate import Criterion as Criterion, contribution as contribution
     from .adaptivity.policies import Pruning as Pruning
     from .depth.truncate import truncate as truncate
     from .diagnostics import summary as summary
@@ -54,7 +54,7 @@ __getattr__, __dir__, __all__ = lazily(
             *("functional", "nn", "optim", "penalties", "report", "training", "wrapping"),
         ),
         ".adaptivity.coarsen": ("PruneReport", "prune"),
-        ".adaptivity.estimate": ("contribution",),
+        ".adaptivity.estimate": ("Criterion", "contribution"),
         ".adaptivity.policies": ("Pruning",),
         ".depth.truncate": ("truncate",),
         ".diagnostics": ("summary",),

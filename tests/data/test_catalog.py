@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,12 +104,23 @@ def test_describe_says_where_data_lie(miniature, tmp_path: Path, monkeypatch: py
     assert row == ("mini", "images", {"train": 6, "test": 4}, (1, 3, 5), 10, f"{tmp_path}/mini/raw (3 of 4 files)")
 
 
-def test_a_data_set_is_added_by_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_is_added_by_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     ones = Samples(torch.ones(2, 7), torch.ones(2, 3))
-    entry = Generated(name="ones", kind="regression", samples={"train": 2}, shape=(7,), generate=lambda split: ones)
-    monkeypatch.setattr(catalog, "CATALOGUE", {**CATALOGUE, "ones": entry})
+    entry = Generated(
+        name="ones", kind="regression", samples={"train": 2, "test": 2}, shape=(7,), generate=lambda split: ones
+    )
+    monkeypatch.setattr(catalog, "CATALOGUE", dict(CATALOGUE))
+    data.register(entry)
     assert data.load("ones") is ones
     assert data.fetch("ones") == ()
+    assert data.names()[-1] == "ones"
+    with pytest.raises(ValueError, match="entry must have a name of its own, got 'ones'"):
+        data.register(entry)
+    with pytest.raises(ValueError, match="samples must count the splits 'train' and 'test', got none for 'test'"):
+        data.register(replace(entry, name="half", samples={"train": 2}))
+    with pytest.raises(TypeError, match="entry must be a DataSet, got Samples"):
+        data.register(ones)  # type: ignore[arg-type]
+    assert "half" not in data.names()
 
 
 def test_importing_and_loading_what_is_built_in_stays_light() -> None:

@@ -1,6 +1,7 @@
 """The callback in the real Trainer: what it does against a loop by hand, resumed runs, and what it refuses."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from integrations.huggingface_runs import (
     vit,
 )
 from taulearn import Pruning
-from taulearn.penalties import L1, ElasticNet, StageCost
+from taulearn.penalties import L1, ElasticNet, Penalty, StageCost
 
 
 def test_layers_go_and_the_optimizer_follows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +130,28 @@ def test_a_target_is_reached(tmp_path: Path) -> None:
     trainer(model, callback, tmp_path, num_train_epochs=8).train()
     assert model.time_steps.num_steps == 3
     assert len({d.iteration for d in callback.history.deletions}) == 2
+
+
+class Squares(Penalty):
+    """sum_l tau_l^2, with its terms for the record."""
+
+    name = "squares"
+    columns: Mapping[str, str] = {"square": "layers"}
+
+    def __call__(self, model: Any, inputs: Any = None, targets: Any = None, states: Any = None) -> Any:
+        squares = model.time_steps.tau.square()
+        return squares.sum(), {"square": squares}
+
+
+def test_columns_of_a_penalty_are_recorded(tmp_path: Path) -> None:
+    model = vit()
+    callback = TimeStepsCallback([Squares()], Pruning(target_blocks=3), progress=False)
+    trainer(model, callback, tmp_path, num_train_epochs=8).train()
+    found = callback.history.iterations
+    np.testing.assert_allclose(found["square"], found["tau"] ** 2, rtol=1e-6)
+    np.testing.assert_allclose(found["penalty.squares"], np.nansum(found["square"], 1), rtol=1e-5)
+    assert np.isnan(found["square"][-1]).sum() == 2
+    assert found["weight.l1"].max() > 0.0
 
 
 def test_prune_takes_the_optimizer_of_accelerate() -> None:

@@ -374,7 +374,7 @@ class TestMeasuring:
                         model(100.0 * digits(80)[0])
                 optimizer.step()
         assert_same_weights(*models)
-        ours, theirs = (session.pruner.running.values for session in sessions)  # type: ignore[union-attr]
+        ours, theirs = (session.pruner.criterion.values for session in sessions)  # type: ignore[union-attr]
         assert ours.min() > 0
         assert torch.equal(ours, theirs)
 

@@ -13,7 +13,7 @@ import taulearn
 from taulearn import Pruning, parameter_groups
 from taulearn.nn import resnet
 from taulearn.training import Run, evaluate
-from taulearn.training.history import Recorder
+from taulearn.training.history import Recorder, Row
 from training.support import assert_same_history, assert_same_weights, run_fit
 
 HALF = [torch.bfloat16, torch.float16]
@@ -90,7 +90,7 @@ def test_training_is_that_of_plain_torch(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_a_record_of_half_precision_is_kept_in_float32() -> None:
-    recorder = Recorder(["loss", "total"], 2, raw=False)
+    recorder = Recorder(Row(), 2)
     recorder.add(torch.tensor([[0.5, 0.5, 1.0, 0.25]], dtype=torch.bfloat16))
     recorder.flush((0, 1))
     assert recorder.history().iterations["tau"].tolist() == [[1.0, 0.25]]

@@ -39,9 +39,11 @@ def test_the_window() -> None:
 def test_the_penalty_acts_on_chosen_steps() -> None:
     model = network(init=[0.5, -0.3, 0.2, -0.05, 0.4])
     penalty = SteeredL1(model.time_steps.values)
-    assert float(penalty(model).detach()) == 0.0
+    assert float(penalty(model)[0].detach()) == 0.0
     penalty.set(0.5, [1, 3])
-    assert float(penalty(model).detach()) == pytest.approx(0.5 * 0.35)
+    value, columns = penalty(model)
+    assert float(value.detach()) == pytest.approx(0.5 * 0.35)
+    assert {name: float(column) for name, column in columns.items()} == {"weight.l1": 0.5}
     found = penalty.proximal(model.time_steps.values.detach(), 0.2)
     torch.testing.assert_close(found, torch.tensor([0.5, -0.2, 0.2, 0.0, 0.4]))
 

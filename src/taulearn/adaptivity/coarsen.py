@@ -10,17 +10,24 @@ Three stages, one function each: the shares (:func:`shares`), the plan (:func:`p
 import math
 import operator
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._distributed import expire, refuse_distributed, wrappers_around
 from ..nn.following import WRAPPING, prunable_of
-from .estimate import Criterion as Criterion, contribution as contribution, normalised, scores_of, shares as shares
+from .estimate import (
+    Criterion as Criterion,
+    as_criterion,
+    contribution as contribution,
+    normalised,
+    scores_of,
+    shares as shares,
+)
 from .mark import Budget, plan as plan, within_budget
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in
 from .policies import THRESHOLD, Pruning as Pruning, check_one_decides, check_threshold
@@ -127,7 +134,7 @@ def prune(
     threshold: float | None = None,
     *,
     keep: Iterable[int] | None = None,
-    criterion: str | Criterion | None = None,
+    criterion: str | Criterion | Callable[[Tensor, nn.Module], Tensor] | None = None,
     budget: Budget | None = None,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     averaged: AveragedModel | None = None,
@@ -144,7 +151,8 @@ def prune(
         keep: Positions (now, from 0) of the layers to keep instead of the rule.
         criterion: What shares are taken of: "share", abs(tau); "power", abs(tau)^gamma with the scheme's gamma (1 for
             the residual scheme); a function (tau, model) -> one score >= 0 per layer, such as
-            ``taulearn.contribution(inputs)``. None: "power" for the fractional scheme, else "share".
+            ``taulearn.contribution(inputs)``; or a :class:`taulearn.Criterion`. None: "power" for the fractional
+            scheme, else "share".
         budget: A number of layers to keep, or {"latency_ms": x, "example_inputs": inputs} for
             as many as a forward pass allows that takes at most x milliseconds, measured here and now in evaluation
             mode. The layers with the largest shares stay.
@@ -190,11 +198,12 @@ def prune(
         check_averaged(averaged, model)
     models = [model] if averaged is None else [model, averaged.module]
     before = Snapshot([])  # of no module yet, only whether gradients are recorded: most calls delete nothing
-    measured = callable(criterion) or isinstance(budget, Mapping)
+    asked = as_criterion(criterion, model)
+    measured = asked.power is None or isinstance(budget, Mapping)
     try:
         if measured:
             before = Snapshot(models, optimizers)  # a criterion or a clock calls the model
-        chosen, note = _choose(prunable, model, threshold, keep, criterion, budget)
+        chosen, note = _choose(prunable, model, threshold, keep, asked, budget)
         number, parameters, deleted = prunable.time_steps.num_steps, _count(model), _deleted(prunable, chosen)
         gone = {i for i, _ in chosen}
         kept = tuple(i for i in range(number) if i not in gone)
@@ -228,12 +237,12 @@ def _choose(
     model: nn.Module,
     threshold: float | None,
     keep: Iterable[int] | None,
-    criterion: str | Criterion | None,
+    criterion: Criterion,
     budget: Budget | None,
 ) -> tuple[list[tuple[int, float]], str]:
     """Positions of what goes, with shares, and what the report says of the choice."""
     steps, fixed, note = prunable.time_steps, prunable.fixed_layers(), ""
-    scores, exponent = scores_of(criterion, prunable, model)
+    scores, exponent = scores_of(criterion, model)
     if budget is not None:
         if keep is not None:
             raise ValueError("budget must be None where keep is given: keep names the layers already")

@@ -13,7 +13,7 @@ from .._calls import layer_milliseconds
 from ..nn.following import prunable_of
 from ..optim import group_of
 from .coarsen import PruneReport, check_prunable, prune
-from .estimate import Criterion, RunningContribution, scores_of, shares, shares_of
+from .estimate import Criterion, Power, as_criterion, scores_of, shares, shares_of
 from .optimizer_state import check_follows, optimizers_in, with_inner
 from .policies import Pruning
 from .target import SteeredL1, Target, window
@@ -26,7 +26,7 @@ _ENOUGH = 20
 
 
 class Pruner:
-    """A policy at work on one model."""
+    """A policy at work on one model; recording, only forward passes are measured that record gradients."""
 
     def __init__(
         self,
@@ -35,6 +35,8 @@ class Pruner:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         epochs: float,
         per_epoch: int,
+        *,
+        recording: bool = False,
     ) -> None:
         self.policy, self.model, self.optimizer = policy, model, optimizer
         check_prunable(model)
@@ -49,7 +51,8 @@ class Pruner:
             self._window = window(policy.by, policy.every, epochs, per_epoch)
             self.every = self._window[2]
         self.per_epoch = per_epoch
-        self.running = RunningContribution(model) if policy.measured else None
+        named = "contribution" if policy.targeted and policy.criterion is None else policy.criterion
+        self.criterion = as_criterion(named, model, in_training=True, recording=recording)
         self._warned = False
         self.least: float | None = None  # smallest share at the last look, where the policy goes by the steps
 
@@ -124,8 +127,9 @@ class Pruner:
 
     @property
     def measure_every(self) -> int | None:
-        """Iterations between two measurements of contributions, or None."""
-        return None if self.running is None else max(1, min((self.every or self.per_epoch) // 4, _MEASURE_EVERY))
+        """Iterations between two measurements of the criterion, or None."""
+        often = max(1, min((self.every or self.per_epoch) // 4, _MEASURE_EVERY))
+        return None if self.criterion.measuring is None else often
 
     @property
     def over(self) -> bool:
@@ -140,23 +144,21 @@ class Pruner:
     @property
     def by_steps(self) -> bool:
         """Whether the steps alone decide, by a threshold: a record of them tells when a layer had to go."""
-        return not self.policy.targeted and self.running is None and not callable(self.policy.criterion)
+        return not self.policy.targeted and self.criterion.power is not None
 
     def idle(self, tau: Tensor) -> bool:
         """Whether, as the policy goes by the steps, no layer has to go with any of these."""
         assert self.policy.threshold is not None
-        prunable, fixed = self.prunable, self.prunable.fixed_layers()
-        _, power = scores_of(self.policy.criterion, prunable, self.model)
-        found = shares_of(tau.cpu(), power)[:, [i for i in range(tau.shape[1]) if i not in fixed]]
+        assert self.criterion.power is not None
+        fixed = self.prunable.fixed_layers()
+        found = shares_of(tau.cpu(), self.criterion.power)[:, [i for i in range(tau.shape[1]) if i not in fixed]]
         self.least = float(found[-1].min()) if found.numel() else None
         return bool((found >= float(self.policy.threshold)).all())
 
-    def measuring(self, iteration: int, *, recording: bool = False) -> AbstractContextManager[None] | None:
-        """The context of the iteration of this number (from 0), where contributions are measured in it."""
-        every = self.measure_every
-        if self.running is None or every is None or iteration % every or self.over:
-            return None
-        return self.running.measuring(recording=recording)
+    def measuring(self, iteration: int) -> AbstractContextManager[None] | None:
+        """The context of the iteration of this number (from 0), where the criterion measures in it."""
+        every, measuring = self.measure_every, self.criterion.measuring
+        return None if measuring is None or every is None or iteration % every or self.over else measuring()
 
     def prune(self, iteration: int, averaged: AveragedModel | None) -> PruneReport | None:
         """Look at the layers: delete what has to go, and let the target steer the penalty.
@@ -251,8 +253,8 @@ class Pruner:
 
     def _waits(self, iteration: int) -> bool:
         """Whether to put off deletions, since nothing is known yet of what some layers contribute."""
-        running = self.running
-        if running is None or not running.unseen:
+        running = self.criterion
+        if not running.unseen:
             return False
         late = self.target is not None and iteration >= self.target.deadline
         if late or (running.number >= _ENOUGH and not self._warned):
@@ -282,50 +284,39 @@ class Pruner:
         assert self.target is not None
         self.penalty.set(self.target.alpha, self.target.penalised_among(self.prunable.time_steps.origin))
 
-    def _measured(self, _tau: Tensor, _model: nn.Module) -> Tensor:
-        assert self.running is not None
-        return self.running.values
-
     @property
-    def _criterion(self) -> str | Criterion | None:
-        """The criterion that is handed to ``taulearn.prune``."""
-        if self.running is None:
-            return self.policy.criterion
-        return None if self.running.unseen else self._measured
+    def _criterion(self) -> Criterion:
+        """The criterion; a power of the steps where something is not known in the end."""
+        return Power(self.prunable.scheme.step_power) if self.criterion.unseen else self.criterion
 
     def _scores(self) -> list[float]:
         """The numbers of which shares are taken, one per layer."""
-        scores, power = scores_of(self._criterion, self.prunable, self.model)
+        scores, power = scores_of(self._criterion, self.model)
         found: list[float] = shares(self.prunable.time_steps, power).tolist() if scores is None else scores
         return found
 
     def _follow(self, kept: list[int]) -> None:
-        if self.running is not None:
-            self.running.keep_(kept)
+        self.criterion.keep_(kept)
         if self.penalty is not None:
             self.penalty.resize_(self.prunable.time_steps.values)
 
     def state(self) -> dict[str, Any]:
         """Plain data and tensors for a checkpoint."""
-        running = self.running
-        return {
-            "target": None if self.target is None else self.target.state(),
-            "contributions": None if running is None else running.values,
-            "measurements": 0 if running is None else running.number,
-            "counts": None if running is None else running.counts,
-        }
+        unmeasured = {"contributions": None, "measurements": 0, "counts": None}
+        target = None if self.target is None else self.target.state()
+        return {"target": target, **unmeasured, **self.criterion.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state`, of a run whose layers the model has now."""
-        kinds = [(state["target"] is None, self.policy.targeted), (state["contributions"] is None, self.running)]
-        if any(absent == bool(wanted) for absent, wanted in kinds):
+        needed = self.criterion.state().keys() - {"counts"}  # which checkpoints of earlier versions lack
+        known = all(state.get(name) is not None for name in needed)
+        others = state["contributions"] is not None and "contributions" not in needed
+        if (state["target"] is None) == self.policy.targeted or others or not known:
             raise ValueError("pruning must be as at the start of the run, got another kind of target or criterion")
         if state["target"] is not None:
             self.target = Target(**state["target"])
             self.every = self.target.every
-        if self.running is not None:
-            self.running.values, self.running.number = state["contributions"], state["measurements"]
-            self.running.counts = list(state.get("counts") or [self.running.number] * len(self.running.values))
+        self.criterion.load_state(state)
         if self.penalty is not None:
             self.penalty.resize_(self.prunable.time_steps.values)
             self._set_penalty()

@@ -6,8 +6,9 @@ other. The contribution is what the next layers see. In a wrapped block it is no
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +20,8 @@ from .._undisturbed import undisturbed
 from ..nn.following import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps
 from ..wrapping.state_argument import Form
-from .transaction import Prunable
 
-Criterion = Callable[[Tensor, nn.Module], Tensor]
+NAMES = ("power", "share", "contribution")
 
 _FORGETTING = 0.2
 
@@ -65,51 +65,125 @@ def shares_of(tau: Tensor, power: float) -> Tensor:
     return magnitude / magnitude.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def scores_of(
-    criterion: str | Criterion | None, prunable: Prunable, model: nn.Module
-) -> tuple[list[float] | None, float]:
-    """What shares are taken of: scores of a user's function, or a power of abs(tau).
+class Criterion(ABC):
+    """What each layer is worth: deletions take those with the smallest shares of the scores.
 
-    Args:
-        criterion: As ``prune`` takes it.
-        prunable: The model, or its wrapping.
-        model: The model.
+    One of your own defines :meth:`scores`; and ``measuring`` and :meth:`keep_`, where it watches the training.
 
-    Returns:
-        The scores, None for abs(tau); and its exponent.
+    Attributes:
+        power: The exponent p where the scores are abs(tau)^p, which follow the steps while layers go; else None.
+        measuring: A method without arguments that returns a context. Forward passes in it are watched: in ``fit`` whole
+            iterations, every twentieth or so; otherwise all that happens between two steps, evaluation included. None:
+            nothing is watched.
+        unseen: Positions of the layers of which nothing is known yet; while there are some, deletions wait.
+        number: Number of measurements.
 
-    Raises:
-        ValueError: If the name is unknown, or the function returns something else than scores.
+    Example:
+        >>> from taulearn import prune
+        >>> from taulearn.nn import resnet
+        >>> class Norms(Criterion):
+        ...     def scores(self, model):
+        ...         return torch.stack([layer.linear.weight.norm() for layer in model.layers])
+        >>> prune(resnet(2, 3, 1, 4), criterion=Norms(), budget=3).layers_after
+        3
     """
-    power = prunable.scheme.step_power
-    if criterion is None or criterion == "power":
-        return None, power
-    if isinstance(criterion, str):
-        if criterion == "contribution":
-            raise ValueError(
-                "criterion must be taulearn.contribution(inputs), got 'contribution', which has no data outside fit: "
-                "give a batch of inputs"
-            )
-        if criterion != "share":
-            raise unknown_name("criterion", criterion, ("power", "share"))
-        return None, 1.0
-    if not callable(criterion):
-        raise TypeError(f"criterion must be a name or a function (tau, model) -> scores, got {criterion!r}")
-    tau = prunable.time_steps.tau.detach()
-    given = criterion(tau, model)
+
+    power: float | None = None
+    measuring: Callable[[], AbstractContextManager[None]] | None = None
+    unseen: Sequence[int] = ()
+    number: int = 0
+
+    @abstractmethod
+    def scores(self, model: nn.Module) -> Tensor:
+        """One number >= 0 for each layer that the model has now."""
+
+    def keep_(self, indices: Sequence[int]) -> None:  # noqa: B027  most have nothing to do
+        """Told after a deletion which layers stayed, by their positions before it."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed training needs, plain data and tensors by name."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Go on from :meth:`state`; other names are passed over."""
+
+    def average_(self, mean: Callable[[Tensor], Tensor]) -> None:  # noqa: B027
+        """Take means over the processes of what each has measured."""
+
+
+class Power(Criterion):
+    """abs(tau_l)^p."""
+
+    def __init__(self, power: float = 1.0) -> None:
+        self.power: float = power
+
+    def scores(self, model: nn.Module) -> Tensor:
+        return prunable_of(model).time_steps.tau.detach().double().abs() ** self.power
+
+
+class Function(Criterion):
+    """What a function (tau, model) -> scores answers."""
+
+    def __init__(self, function: Callable[[Tensor, nn.Module], Tensor]) -> None:
+        self.function = function
+
+    def scores(self, model: nn.Module) -> Tensor:
+        return self.function(prunable_of(model).time_steps.tau.detach(), model)
+
+
+def as_criterion(
+    given: str | Criterion | Callable[[Tensor, nn.Module], Tensor] | None,
+    model: nn.Module,
+    *,
+    in_training: bool = False,
+    recording: bool = False,
+) -> Criterion:
+    """A criterion, as ``prune`` and ``Pruning`` take it, as an object; recording as for :class:`Contribution`."""
+    check_criterion(given, NAMES if in_training or given == "contribution" else NAMES[:2])
+    if isinstance(given, Criterion):
+        return given
+    if given == "contribution":
+        if in_training:
+            return Contribution(model, recording=recording)
+        raise ValueError(
+            "criterion must be taulearn.contribution(inputs), got 'contribution', which has no data outside fit: "
+            "give a batch of inputs"
+        )
+    if callable(given):
+        return Function(given)
+    return Power(1.0 if given == "share" else prunable_of(model).scheme.step_power)
+
+
+def check_criterion(given: Any, names: Sequence[str] = NAMES) -> None:
+    """Refuse what is no criterion."""
+    if isinstance(given, str):
+        if given not in names:
+            raise unknown_name("criterion", given, names)
+    elif not (given is None or isinstance(given, Criterion) or callable(given)) or isinstance(given, type):
+        raise TypeError(
+            f"criterion must be a name or a function (tau, model) -> scores, got {given!r}: use 'share', 'power' or "
+            "'contribution', an object of taulearn.Criterion, or leave it out"
+        )
+
+
+def scores_of(criterion: Criterion, model: nn.Module) -> tuple[list[float] | None, float]:
+    """The checked scores of all layers; or None and the power of the steps, which change while layers go."""
+    if criterion.power is not None:
+        return None, criterion.power
+    number, given = prunable_of(model).time_steps.num_steps, criterion.scores(model)
     try:
         scores = torch.as_tensor(given).detach().double()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"criterion must return {len(tau)} finite scores >= 0, one per layer, got {given!r}: return a tensor "
+            f"criterion must return {number} finite scores >= 0, one per layer, got {given!r}: return a tensor "
             "shaped like tau"
         ) from error
-    if scores.shape != tau.shape or not bool((torch.isfinite(scores) & (scores >= 0)).all()):
+    if scores.shape != (number,) or not bool((torch.isfinite(scores) & (scores >= 0)).all()):
         raise ValueError(
-            f"criterion must return {len(tau)} finite scores >= 0, one per layer, got "
+            f"criterion must return {number} finite scores >= 0, one per layer, got "
             f"{scores.tolist() if scores.numel() < 50 else f'shape {tuple(scores.shape)}'}"
         )
-    return scores.tolist(), power
+    return scores.tolist(), 1.0
 
 
 def normalised(scores: Sequence[float]) -> list[float]:
@@ -144,7 +218,7 @@ def contribution(example_inputs: Any) -> Callable[[Tensor, nn.Module], Tensor]:
     """
 
     def criterion(_tau: Tensor, model: nn.Module) -> Tensor:
-        running = RunningContribution(model)
+        running = Contribution(model)
         with undisturbed(model, example_inputs), running.measuring():
             call(model, example_inputs)
         if running.unseen:
@@ -158,7 +232,7 @@ def contribution(example_inputs: Any) -> Callable[[Tensor, nn.Module], Tensor]:
     return criterion
 
 
-class RunningContribution:
+class Contribution(Criterion):
     """A running mean of the contributions of all layers, measured in forward passes that take place anyway.
 
     The figures stay on the device. A measured forward pass reads each layer's values once more. A layer that it skips
@@ -166,6 +240,7 @@ class RunningContribution:
 
     Args:
         model: A network with time steps, or a wrapped model.
+        recording: Whether only forward passes count that record gradients.
 
     Attributes:
         values: Contributions, (num_steps,), float32; 0 before the first measurement.
@@ -173,26 +248,25 @@ class RunningContribution:
         counts: In how many of them each layer was called.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, *, recording: bool = False) -> None:
+        self.model, self.recording = model, recording
         steps = prunable_of(model).time_steps
         self.values = torch.zeros(steps.num_steps, dtype=torch.float32, device=steps.values.device)
         self.number = 0
         self.counts = [0] * steps.num_steps
 
     @property
-    def unseen(self) -> list[int]:
-        """Positions of the layers of which nothing is known."""
+    def unseen(self) -> list[int]:  # type: ignore[override]
         return [l for l, count in enumerate(self.counts) if count == 0]
 
+    def scores(self, model: nn.Module) -> Tensor:
+        return self.values
+
     @contextmanager
-    def measuring(self, *, recording: bool = False) -> Iterator[None]:
-        """Measure the forward passes of the body; or, recording, those alone that record gradients."""
+    def measuring(self) -> Iterator[None]:
+        """Measure the forward passes of the body."""
         layers, found = prunable_of(self.model).layers, dict[int, Tensor]()
-        hooks = [
-            layer.register_forward_hook(self._hook(l, found, recording), with_kwargs=True)
-            for l, layer in enumerate(layers)
-        ]
+        hooks = [layer.register_forward_hook(self._hook(l, found), with_kwargs=True) for l, layer in enumerate(layers)]
         try:
             yield
         finally:
@@ -200,14 +274,14 @@ class RunningContribution:
                 hook.remove()
             self._take(found)
 
-    def _hook(self, l: int, found: dict[int, Tensor], recording: bool) -> Callable[..., None]:
+    def _hook(self, l: int, found: dict[int, Tensor]) -> Callable[..., None]:
         prunable, wrapping = prunable_of(self.model), wrapping_of(self.model)
         form = Form() if wrapping is None else wrapping.forms[l]
         power = prunable.scheme.step_power
         gain = math.gamma(2.0 - power)
 
         def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if torch.is_grad_enabled() or not recording:
+            if torch.is_grad_enabled() or not self.recording:
                 with torch.no_grad():
                     take(args, kwargs, output)
 
@@ -237,9 +311,19 @@ class RunningContribution:
         self.values = self.values.index_copy(0, index, torch.lerp(self.values[index], now, weights.to(now.dtype)))
 
     def keep_(self, indices: Sequence[int]) -> None:
-        """Forget all layers but those at ``indices``."""
         self.values = self.values[torch.tensor(list(indices), dtype=torch.long, device=self.values.device)]
         self.counts = [self.counts[i] for i in indices]
+
+    def state(self) -> dict[str, Any]:
+        return {"contributions": self.values, "measurements": self.number, "counts": self.counts}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.values, self.number = state["contributions"], state["measurements"]
+        self.counts = list(state.get("counts") or [self.number] * len(self.values))
+
+    def average_(self, mean: Callable[[Tensor], Tensor]) -> None:
+        if self.number:
+            self.values = mean(self.values)
 
 
 def _mean_norm(values: Tensor) -> Tensor:

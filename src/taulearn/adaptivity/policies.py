@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._errors import positive_integer, unknown_name
+from .estimate import Criterion, check_criterion
 
 THRESHOLD = 0.01
 PENALISED = ("next", "all", "none")
@@ -29,8 +30,8 @@ class Pruning:
         every: "epoch", or a number of iterations >= 1 (the paper: 1). None: each epoch, with a target a hundredth of
             the iterations until ``by``.
         criterion: What shares are taken of: "share", abs(tau); "power"; "contribution", the mean norm of what a layer
-            adds to the state, a running mean measured while training; or a function (tau, model) -> one score >= 0 per
-            layer. None: as for ``taulearn.prune``; with a target "contribution".
+            adds to the state, a running mean measured while training; a function (tau, model) -> one score >= 0 per
+            layer; or a :class:`taulearn.Criterion`. None: as for ``taulearn.prune``; with a target "contribution".
         target_blocks: Number of layers to keep.
         target_latency_ms: Or milliseconds that a forward pass may take: time of the whole and of each layer are
             measured when training begins, in evaluation mode; layers go by their share per millisecond until the rest
@@ -53,7 +54,7 @@ class Pruning:
 
     threshold: float | None = None
     every: str | int | None = None
-    criterion: str | Callable[[Tensor, nn.Module], Tensor] | None = field(default=None, kw_only=True)
+    criterion: str | Criterion | Callable[[Tensor, nn.Module], Tensor] | None = field(default=None, kw_only=True)
     target_blocks: int | None = field(default=None, kw_only=True)
     target_latency_ms: float | None = field(default=None, kw_only=True)
     example_inputs: Any = field(default=None, kw_only=True, compare=False, repr=False)
@@ -64,13 +65,7 @@ class Pruning:
         every = self.every
         if every not in ("epoch", None) and (not isinstance(every, int) or every is True or every < 1):
             raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
-        if self.criterion is not None and not isinstance(self.criterion, str) and not callable(self.criterion):
-            raise TypeError(
-                f"criterion must be a name or a function (tau, model) -> scores, got {self.criterion!r}: "
-                "use 'share', 'power' or 'contribution', or leave it out"
-            )
-        if isinstance(self.criterion, str) and self.criterion not in ("share", "power", "contribution"):
-            raise unknown_name("criterion", self.criterion, ("share", "power", "contribution"))
+        check_criterion(self.criterion)
         if self.targeted:
             self._check_target()
         else:
@@ -84,11 +79,6 @@ class Pruning:
     def targeted(self) -> bool:
         """Whether there is a target."""
         return self.target_blocks is not None or self.target_latency_ms is not None
-
-    @property
-    def measured(self) -> bool:
-        """Whether contributions are to be measured in training."""
-        return self.criterion == "contribution" or (self.targeted and self.criterion is None)
 
     def due(self, *, iteration: int, epoch_ends: bool) -> bool:
         """Whether to prune after this iteration, counted from 1; with a target the controller knows."""

@@ -14,7 +14,7 @@ takes lr alpha off each of n steps in an iteration, so that the violation of tha
     alpha <- max(0, alpha + (s/r - v) / (2 n lr)),    at most what takes a quarter of the mean step between two looks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ class SteeredL1(Penalty):
 
     name = "l1"
     differentiated = False
+    columns: Mapping[str, str] = {"weight.l1": "number"}
 
     def __init__(self, values: Tensor) -> None:
         self.alpha = torch.zeros((), dtype=values.dtype, device=values.device)  # the largest, for the record
@@ -51,8 +52,8 @@ class SteeredL1(Penalty):
         inputs: Tensor | None = None,
         targets: Tensor | None = None,
         states: list[Tensor] | None = None,
-    ) -> Tensor:
-        return (self.weights * time_steps_of(model).values.abs()).sum()
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return (self.weights * time_steps_of(model).values.abs()).sum(), {"weight.l1": self.alpha}
 
     def proximal(self, values: Tensor, lr: float | Tensor) -> Tensor:
         return soft_threshold(values, lr * self.weights)

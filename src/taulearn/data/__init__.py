@@ -1,6 +1,7 @@
 """Named data sets as tensors: `load("mnist")` gives a pair of inputs and targets.
 
-`names()` lists them, `describe()` says where their files lie, `fetch` downloads, `verify` checks the files.
+`names()` lists them, `register` adds one of your own, `describe()` says where their files lie, `fetch` downloads,
+`verify` checks the files.
 """
 
 from .catalog import (
@@ -9,7 +10,8 @@ from .catalog import (
     fetch as fetch,
     load as load,
     names as names,
+    register as register,
     verify as verify,
 )
 from .files import DataError as DataError
-from .samples import Samples as Samples
+from .samples import DataSet as DataSet, Generated as Generated, Samples as Samples

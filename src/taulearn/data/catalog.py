@@ -1,6 +1,7 @@
 """The data sets by name.
 
-A new one is one more entry of CATALOGUE: a `Generated` with its function, or a `DataSet` of its own with files.
+A new one is one more entry of CATALOGUE, which `register` makes: a `Generated` with its function, or a `DataSet` of its
+own with files.
 """
 
 import os
@@ -17,7 +18,7 @@ from .maxwell import MAXWELL
 from .samples import DataSet, Samples
 from .synthetic import NESTED_SPHERES, PEAKS, SINE
 
-CATALOGUE: Mapping[str, DataSet] = {
+CATALOGUE: dict[str, DataSet] = {
     entry.name: entry
     for entry in (DIGITS, MNIST, FASHION_MNIST, CIFAR10, CIFAR100, MAXWELL, PEAKS, SINE, NESTED_SPHERES)
 }
@@ -55,6 +56,37 @@ def names() -> tuple[str, ...]:
         ('digits', 'mnist', 'fashion-mnist')
     """
     return tuple(CATALOGUE)
+
+
+def register(entry: DataSet) -> None:
+    """Add a data set, which `load` and the command line know by its name from then on, in this process.
+
+    Args:
+        entry: A `Generated`, or another `DataSet`.
+
+    Raises:
+        TypeError: If it is no `DataSet`.
+        ValueError: If there is one of this name, or it has no split "train" or "test".
+
+    Example:
+        >>> import torch
+        >>> from taulearn.data import Generated
+        >>> def halves(split):
+        ...     inputs = torch.linspace(0, 1, 8).unsqueeze(1)
+        ...     return Samples(inputs, inputs / 2)
+        >>> register(Generated(name="halves", kind="regression", samples={"train": 8, "test": 8}, shape=(1,),
+        ...                    generate=halves))
+        >>> load("halves")
+        Samples(inputs (8, 1), targets (8, 1))
+        >>> del CATALOGUE["halves"]
+    """
+    if not isinstance(entry, DataSet):
+        raise TypeError(f"entry must be a DataSet, got {entry!r}: write taulearn.data.Generated(name=.., generate=..)")
+    if entry.name in CATALOGUE:
+        raise ValueError(f"entry must have a name of its own, got {entry.name!r}, which is there: choose another")
+    if missing := [split for split in ("train", "test") if split not in entry.samples]:
+        raise ValueError(f"samples must count the splits 'train' and 'test', got none for {missing[0]!r}")
+    CATALOGUE[entry.name] = entry
 
 
 def load(

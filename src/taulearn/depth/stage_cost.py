@@ -11,6 +11,7 @@ References:
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,8 @@ class StageCost(Penalty):
 
     name = "stage_cost"
     needs_states = True
+    columns: Mapping[str, str] = {"stage_loss": "depths"}
+    loss: Loss
 
     def __init__(
         self,
@@ -109,31 +112,26 @@ class StageCost(Penalty):
         targets: Tensor | None = None,
         states: list[Tensor] | None = None,
     ) -> Tensor:
-        if inputs is None or targets is None:
-            raise ValueError("inputs and targets must be given to a stage cost, got None: it is a loss on data")
         return self.measured(model, inputs, targets, states)[0]
 
     def measured(
-        self, model: nn.Module, inputs: Tensor, targets: Tensor, states: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The cost, and the losses it is made of.
-
-        Args:
-            model: A TimeVariableNetwork, or a wrapped model.
-            inputs: The batch's inputs.
-            targets: The batch's targets.
-            states: The states of the forward pass on ``inputs``. None: computed.
-
-        Returns:
-            The value, a scalar, and the detached losses at the intermediate outputs, without the final one.
-        """
+        self,
+        model: nn.Module,
+        inputs: Tensor | None = None,
+        targets: Tensor | None = None,
+        states: list[Tensor] | None = None,
+        outputs: Any = None,
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The cost, and the losses at the intermediate outputs, of which it is made."""
+        if inputs is None or targets is None:
+            raise ValueError("inputs and targets must be given to a stage cost, got None: it is a loss on data")
         if states is None:
             states = forward_with_states(model, inputs)[1]
         if not self.differentiated:
             states = [y.detach() for y in states]
         outputs = stage_outputs(model, inputs, states)
         if not outputs:
-            return states[-1].new_zeros(()), states[-1].new_zeros(0)
+            return states[-1].new_zeros(()), {"stage_loss": states[-1].new_zeros(0)}
         losses = torch.stack([scalar(self.loss(output, targets)) for output in outputs.values()])
         numbers = stage_numbers(model, outputs)
         if not torch.compiler.is_compiling() and not self._checked:
@@ -141,7 +139,8 @@ class StageCost(Penalty):
         c = [self.factors.get(k, 1.0) for k in numbers]
         total = losses.sum() if set(c) == {1.0} else (losses * losses.new_tensor(c)).sum()  # autocast leaves it alone
         value = self.weight * total if self._share is None else self.weight * self._share * total
-        return (value if self.differentiated else torch.zeros_like(value.detach())), losses.detach()
+        value = value if self.differentiated else torch.zeros_like(value.detach())
+        return value, {"stage_loss": losses.detach()}
 
     def _check(self, numbers: list[int], origin: tuple[int, ...]) -> None:
         """Refuse factors without effect, before anything was deleted: later their outputs may be gone rightly."""

@@ -21,7 +21,7 @@ from ..penalties import Penalty
 from ..training.check_arguments import check_pruning
 from ..training.history import History
 from ..training.objective import as_penalties
-from ..training.session import Session, active_penalties
+from ..training.session import Session, active_penalties, needs_batch
 from .checkpoints import models_with_time_steps
 
 
@@ -63,10 +63,10 @@ class Companion:
     def __init__(self, penalties: Penalty | Sequence[Penalty], pruning: Pruning | None, *, progress: bool) -> None:
         self.penalties, self.policy, self.progress = as_penalties(penalties), pruning, progress
         for penalty in self.penalties:
-            if penalty.needs_states:
+            if needs_batch(penalty):
                 raise ValueError(
                     f"penalties must depend on the model alone in a callback, got {penalty.name!r}, which needs the "
-                    "states of the forward pass: train with taulearn.fit, or add it to the loss yourself"
+                    "states or the outputs of the forward pass: train with taulearn.fit, or add it to the loss yourself"
                 )
         check_pruning(pruning, self.penalties)
         self.past = History()
@@ -98,7 +98,7 @@ class Companion:
         _averages_of(model, averages())
         warn_of_frozen(model)
         if self.policy is not None:
-            self.pruner = Pruner(self.policy, model, optimizer, epochs, per_epoch)
+            self.pruner = Pruner(self.policy, model, optimizer, epochs, per_epoch, recording=True)
             if self.state is not None:
                 self.pruner.load_state(self.state)
             else:

@@ -2,6 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,6 +36,12 @@ class Penalty(ABC):
         name: The penalty's name in records.
         differentiated: Whether its gradient enters the step; a proximal penalty acts after the step instead.
         needs_states: Whether it asks for the states of the forward pass.
+        needs_outputs: Whether it is called with ``outputs=``, the model's outputs.
+        loss: The loss (output, target) -> scalar that it takes means of over the batch, or None: it says how parts of
+            a batch count in its value and its columns.
+        columns: What it records besides its value, by the name in the record: a "number"; "layers", a number for each
+            layer; or "depths", a number for each intermediate output (the last place, that of the final output, is
+            the data loss where there is a ``loss``, else NaN).
         scheduled: Whether it changes over training with the share of the epochs done: then a resumed run cannot have
             another number of epochs.
     """
@@ -41,6 +49,9 @@ class Penalty(ABC):
     name: str
     differentiated = True
     needs_states = False
+    needs_outputs = False
+    loss: Callable[[Any, Tensor], Tensor] | None = None
+    columns: Mapping[str, str] = {}
     scheduled = False
 
     def start_epoch(self, epoch: int, epochs: int) -> None:  # noqa: B027  most have nothing to do
@@ -58,8 +69,8 @@ class Penalty(ABC):
         inputs: Tensor | None = None,
         targets: Tensor | None = None,
         states: list[Tensor] | None = None,
-    ) -> Tensor:
-        """The penalty's value.
+    ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]:
+        """The penalty's value, and its columns where it has some.
 
         Args:
             model: The model with time steps.
@@ -69,8 +80,27 @@ class Penalty(ABC):
                 it counts.
 
         Returns:
-            A scalar tensor.
+            A scalar tensor; or that and the tensors of ``columns`` by name.
         """
+
+    def measured(
+        self,
+        model: nn.Module,
+        inputs: Tensor | None = None,
+        targets: Tensor | None = None,
+        states: list[Tensor] | None = None,
+        outputs: Any = None,
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Value and columns, whatever the call answers; ``outputs`` are handed on to those that need them."""
+        options: dict[str, Any] = {"outputs": outputs} if self.needs_outputs else {}
+        found = self(model, inputs, targets, states, **options)
+        value, columns = found if isinstance(found, tuple) else (found, {})
+        if sorted(columns) != sorted(self.columns):
+            raise ValueError(
+                f"columns of the penalty {self.name!r} must be {sorted(self.columns)}, as its attribute says, got "
+                f"{sorted(columns)}: return (value, {{name: tensor}})"
+            )
+        return value, columns
 
     def proximal(self, values: Tensor, lr: float | Tensor) -> Tensor:
         """The proximal step on the parameter of the time steps, after an optimiser step of size ``lr``."""

@@ -99,7 +99,7 @@ def attach(
         epochs = iterations / iterations_per_epoch
     if pruning is not None:
         _refuse_wrapped(model)
-        pruner = Pruner(pruning, model, optimizers, epochs, iterations_per_epoch or iterations or 1)
+        pruner = Pruner(pruning, model, optimizers, epochs, iterations_per_epoch or iterations or 1, recording=True)
         pruner.begin(None)
     session = Session(
         model,

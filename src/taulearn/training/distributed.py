@@ -315,8 +315,7 @@ def begin_pruning(ranks: Ranks, pruner: Pruner, sample: Tensor) -> None:
 
 def prune_alike(ranks: Ranks, pruner: Pruner, iteration: int, averaged: AveragedModel | None) -> PruneReport | None:
     """Let rank 0 decide which layers go, delete them in all processes, and compare the steps that are left."""
-    if pruner.running is not None and pruner.running.number:
-        pruner.running.values = ranks.add(pruner.running.values) / ranks.size
+    pruner.criterion.average_(lambda values: ranks.add(values) / ranks.size)
 
     def decide() -> tuple[PruneReport | None, dict[str, Any] | None]:
         report = pruner.prune(iteration, averaged)

@@ -1,6 +1,7 @@
 """The record of a run: per iteration losses and steps, per epoch metrics, and what was deleted when."""
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._errors import unknown_name
 from ..files import read_tensors, write_tensors
+from ..penalties.base import Penalty
 
 Array = NDArray[np.floating | np.integer]
 
@@ -43,7 +46,8 @@ class History:
         iterations: Columns with one row per iteration: "loss", "total", "penalty.NAME", "weight.l1" (the penalty's
             weight, where a target steers it), "tau" (I, N) with the steps that iteration was computed with, NaN once
             deleted; "raw_tau" likewise where it can differ; with a stage cost "stage_loss" (I, N + 1), in column k the
-            loss of the network cut after its first k layers, NaN where there is no such output or no layer any more.
+            loss of the network cut after its first k layers, NaN where there is no such output or no layer any more;
+            and what other penalties have as ``columns``.
         epochs: Columns with one row per epoch, row 0 before training: "iteration", "layers", "parameters", "seconds",
             "train.loss", "train.total", "validation.NAME".
         deletions: In the order in which they happened.
@@ -110,29 +114,70 @@ class History:
         return cls.from_tensors(named)
 
 
+class Row:
+    """How the record of an iteration lies in a tensor: numbers first, then what has one a layer, then one a depth."""
+
+    LOSS = 0  # where the loss lies
+
+    def __init__(self, penalties: Iterable[Penalty] = (), *, raw: bool = False) -> None:
+        penalties = list(penalties)
+        own = [(name, kind, p) for p in penalties for name, kind in p.columns.items()]
+        for _, kind, _ in own:
+            if kind not in ("number", "layers", "depths"):
+                raise unknown_name("columns", kind, ("number", "layers", "depths"))
+        self.numbers = ["loss", "total", *(f"penalty.{p.name}" for p in penalties)]
+        self.numbers += [name for name, kind, _ in own if kind == "number"]
+        self.layers = ["tau", *["raw_tau"] * raw, *(name for name, kind, _ in own if kind == "layers")]
+        self.depths = {name: p.loss is not None for name, kind, p in own if kind == "depths"}  # whether of losses
+        names = [*self.numbers, *self.layers, *(name for name, kind, _ in own if kind == "depths")]
+        if len(set(names)) < len(names):
+            raise ValueError(f"columns of penalties must have names of their own, got {names}")
+
+    def pack(self, columns: Mapping[str, Tensor]) -> Tensor:
+        """One row, of the columns by name; at the end of losses at each depth stands the loss."""
+        wide = torch.promote_types(columns["tau"].dtype, torch.float32)
+        found = {name: column.detach().to(wide) for name, column in columns.items()}
+        self._check({name: tuple(column.shape) for name, column in found.items()})
+        parts = [torch.stack([found[name] for name in self.numbers]), *(found[name] for name in self.layers)]
+        for name, losses in self.depths.items():
+            last = found["loss"] if losses else torch.full_like(found["loss"], float("nan"))
+            parts += [found[name], last.unsqueeze(0)]
+        return torch.cat(parts)
+
+    def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse columns that could not be found again in the row."""
+        layers = shapes["tau"]
+        depths = [(layers[0] - 1,), layers]  # the input state has an output of its own in some models
+        depths = [shape for shape in depths if shape in [shapes[name] for name in self.depths][:1]] or depths
+        for name in (*self.numbers, *self.layers, *self.depths):
+            allowed = [()] if name in self.numbers else [layers] if name in self.layers else depths
+            if shapes[name] not in allowed:
+                raise ValueError(f"column {name!r} of a penalty must have shape {allowed[0]}, got {shapes[name]}")
+
+    def split(self, rows: Tensor, layers: int) -> dict[str, Tensor]:
+        """The columns in rows (..., width) of a model with so many layers: numbers (...), others (..., n)."""
+        rest = rows.shape[-1] - len(self.numbers) - layers * len(self.layers)
+        depths = rest // max(1, len(self.depths))
+        widths = [layers] * len(self.layers) + [depths] * len(self.depths)
+        numbers, *others = rows.split([len(self.numbers), *widths], -1)
+        vectors = zip((*self.layers, *self.depths), others, strict=True)
+        return dict(zip(self.numbers, numbers.unbind(-1), strict=True)) | dict(vectors)
+
+
 class Recorder:
-    """Collects rows on the device during training, and turns them into a :class:`History` when asked.
+    """Collects rows on the device during training, and turns them into a :class:`History` when asked."""
 
-    Args:
-        columns: Names of the scalars that head each row.
-        layers: Number of layers at the start.
-        raw: Whether the raw steps follow the steps.
-        depths: Whether the losses at each depth end the rows.
-        history: What was recorded before, when a run is resumed.
-    """
-
-    def __init__(
-        self, columns: list[str], layers: int, *, raw: bool, depths: bool = False, history: History | None = None
-    ) -> None:
-        self.columns, self.layers, self.raw, self.depths = columns, layers, raw, depths
+    def __init__(self, row: Row, layers: int, history: History | None = None) -> None:
+        self.row, self.layers = row, layers
         self._pending: list[Tensor] = []
-        vectors = ["tau", *(["raw_tau"] if raw else []), *(["stage_loss"] if depths else [])]
-        self._done: dict[str, list[Array]] = {name: [] for name in [*columns, *vectors]}
+        self._done: dict[str, list[Array]] = {name: [] for name in (*row.numbers, *row.layers, *row.depths)}
         self._epochs: list[dict[str, float]] = []
         self.deletions: list[Deletion] = []
         if history is not None:
-            for name, array in history.iterations.items():
-                self._done[name].append(array)
+            unknown = np.full((history.num_iterations, layers + 1), np.nan, np.float32)
+            for name, done in self._done.items():
+                width = 0 if name in row.numbers else slice(layers + (name in row.depths))
+                done.append(history.iterations.get(name, unknown[:, width]))
             names = list(history.epochs)
             self._epochs = [dict(zip(names, row, strict=True)) for row in zip(*history.epochs.values(), strict=True)]
             self.deletions = list(history.deletions)
@@ -145,22 +190,17 @@ class Recorder:
         """Bring the pending rows to the host; to be called before the layers change."""
         if not self._pending:
             return np.zeros(0)
-        pending = torch.cat(self._pending).cpu()
-        rows = pending.to(torch.promote_types(pending.dtype, torch.float32)).numpy()
+        rows = torch.cat(self._pending).cpu()
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self._pending.clear()
-        width = len(self.columns)
-        for i, name in enumerate(self.columns):
-            self._done[name].append(rows[:, i].copy())
-        for offset, name in enumerate(["tau", "raw_tau"][: 1 + self.raw]):
-            steps = np.full((len(rows), self.layers), np.nan, rows.dtype)
-            start = width + offset * len(origin)
-            steps[:, list(origin)] = rows[:, start : start + len(origin)]
-            self._done[name].append(steps)
-        if self.depths:
-            found = rows[:, width + (1 + self.raw) * len(origin) :]
-            losses = np.full((len(rows), self.layers + 1), np.nan, rows.dtype)
-            losses[:, [0, *(l + 1 for l in origin)][-found.shape[1] :]] = found
-            self._done["stage_loss"].append(losses)
+        for name, found in self.row.split(rows, len(origin)).items():
+            column = found.numpy().copy()
+            if name not in self.row.numbers:
+                places = list(origin) if name in self.row.layers else [0, *(l + 1 for l in origin)][-found.shape[1] :]
+                whole = np.full((len(rows), self.layers + (name in self.row.depths)), np.nan, column.dtype)
+                whole[:, places] = column
+                column = whole
+            self._done[name].append(column)
         return self._done["total"][-1]
 
     def mean_since(self, name: str, iteration: int) -> float:

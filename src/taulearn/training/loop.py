@@ -138,8 +138,6 @@ class Loop:
             self.objective.penalties,
             self.parts.pruner,
             epochs=epochs,
-            columns=self.objective.columns,
-            depths=self.objective.at_each_depth,
             past=past,
         )
         self.recorder = self.session.recorder
@@ -294,7 +292,7 @@ class Loop:
 
     def _diverged(self, what: str, at: int, cause: str | None = None) -> Diverged:
         checkpoints = None if self.source is None else self.source.checkpoints
-        return diverged(what, at, self.recorder.history(), self.objective.columns, checkpoints, cause)
+        return diverged(what, at, self.recorder.history(), self.objective.row.numbers, checkpoints, cause)
 
     def _interrupted(self) -> Interrupted:
         """The exception that ends the run after Ctrl-C; it names iterations that no checkpoint holds."""

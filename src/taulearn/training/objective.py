@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._counting import BY_SAMPLES, Counting
-from ..adaptivity.target import SteeredL1
 from ..nn.network import TimeVariableNetwork
 from ..nn.time_steps import time_steps_of
-from ..penalties import Penalty, StageCost
+from ..penalties import Penalty
+from .history import Row
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -46,12 +46,13 @@ def as_penalties(penalties: Penalty | Iterable[Penalty]) -> tuple[Penalty, ...]:
     names = [p.name for p in found]
     if len(set(names)) < len(names):
         raise ValueError(f"penalties must have different names, got {names}: add their weights up instead")
+    Row(found)  # refuses columns of one name
     return found
 
 
 def losses_of(loss: Loss, penalties: Iterable[Penalty]) -> list[Loss | None]:
     """The loss, and for each penalty the loss that it takes means of; None where it takes none."""
-    return [loss, *(each.loss if isinstance(each, StageCost) else None for each in penalties)]
+    return [loss, *(each.loss for each in penalties)]
 
 
 class Objective(nn.Module):
@@ -79,6 +80,7 @@ class Objective(nn.Module):
         self.loss = loss
         self.penalties = as_penalties(penalties)
         self.dtype = input_dtype(model)
+        self.row = Row(self.penalties, raw=time_steps_of(model).bounded)
         given = [] if countings is None else list(countings)
         self.countings = [*given, *[BY_SAMPLES] * (1 + len(self.penalties) - len(given))]
         self.forward_with_states: Callable[..., Any] | None = None
@@ -88,21 +90,10 @@ class Objective(nn.Module):
             self.forward_with_states = forward_with_states
 
     @property
-    def columns(self) -> list[str]:
-        """Names of the record's entries before the steps."""
-        weights = (f"weight.{p.name}" for p in self.penalties if isinstance(p, SteeredL1))
-        return ["loss", "total", *(f"penalty.{p.name}" for p in self.penalties), *weights]
-
-    @property
     def only_eager(self) -> str:
         """Why the objective cannot be compiled; empty if nothing is known to be in the way."""
         looks = any(p.needs_states for p in self.penalties) and not isinstance(self.model, TimeVariableNetwork)
         return "a penalty looks at the states of a wrapped model" if looks else ""
-
-    @property
-    def at_each_depth(self) -> bool:
-        """Whether the record ends with the loss at each depth."""
-        return any(isinstance(p, StageCost) for p in self.penalties)
 
     def weights(self, parts: Sequence[Tensor], add: Callable[[Tensor], Tensor], *, counts: bool = True) -> list[Tensor]:
         """For each part of a batch the weights of means over samples, of the loss, and of each penalty."""
@@ -120,13 +111,9 @@ class Objective(nn.Module):
         return list(torch.stack(columns, 1))
 
     def forward(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """J on one batch, or what a part of a batch adds to it with its :meth:`weights`; and the row of the record.
-
-        The row: loss, J, penalties, steered weights, tau, raw steps where they can differ, losses at each depth.
-        """
+        """J on one batch, or what a part of a batch adds to it with its :meth:`weights`; and the row of the record."""
         steps = time_steps_of(self.model)
         inputs = as_float(inputs, self.dtype)
-        wide = torch.promote_types(steps.values.dtype, torch.float32)
         states = None
 
         def weighted(value: Tensor, i: int) -> Tensor:
@@ -142,25 +129,17 @@ class Objective(nn.Module):
             output, states = self.forward_with_states(self.model, inputs)
         else:
             output = self.model(inputs)
-        data_loss = weighted(self.loss(output, labels(0)), 1)
-        values, losses = [], []
-        for i, penalty in enumerate(self.penalties, start=1):
-            if isinstance(penalty, StageCost):
-                value, of_stages = penalty.measured(self.model, inputs, labels(i), states)
-                value = weighted(value, i + 1)
-                losses = [weighted(of_stages, i + 1), data_loss.detach().unsqueeze(0)]
-            else:
-                value = weighted(penalty(self.model, inputs, targets, states), 0)
-            values.append(value)
-        total = data_loss
-        for penalty, value in zip(self.penalties, values, strict=True):
-            total = total + value if penalty.differentiated else total
-        steered = [weighted(p.alpha, 0) for p in self.penalties if isinstance(p, SteeredL1)]
-        scalars = torch.stack([v.detach().to(wide) for v in (data_loss, total, *values, *steered)])
-        record = [scalars, weighted(steps.tau.detach(), 0)]
+        total = weighted(self.loss(output, labels(0)), 1)
+        row = {"loss": total, "tau": weighted(steps.tau, 0)}
         if steps.bounded:
-            record.append(weighted(steps.raw_tau.detach(), 0))
-        return total, torch.cat([each.to(wide) for each in (*record, *losses)])
+            row["raw_tau"] = weighted(steps.raw_tau, 0)
+        for i, penalty in enumerate(self.penalties, start=1):
+            own, its_targets = (0, targets) if penalty.loss is None else (i + 1, labels(i))
+            value, columns = penalty.measured(self.model, inputs, its_targets, states, output)
+            value = weighted(value, own)
+            row |= {f"penalty.{penalty.name}": value, **{name: weighted(c, own) for name, c in columns.items()}}
+            total = total + value if penalty.differentiated else total
+        return total, self.row.pack(row | {"total": total})
 
 
 def autocast_of(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

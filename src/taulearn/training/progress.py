@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .._streams import printable
+from .history import Row
 
 _REFRESH_SECONDS = 0.2
 
@@ -36,9 +37,8 @@ class Progress:
         if self._bar is None or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _REFRESH_SECONDS
-        self._bar.update(
-            self._task, completed=iteration, description=f"{description}, loss {float(rows[-1, 0]):.4f}", refresh=True
-        )
+        loss = f"loss {float(rows[-1, Row.LOSS]):.4f}"
+        self._bar.update(self._task, completed=iteration, description=f"{description}, {loss}", refresh=True)
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -30,7 +30,7 @@ from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
 from ..optim.groups import overflows
 from ..penalties import Penalty
-from .history import Array, Deletion, History, Recorder
+from .history import Array, Deletion, History, Recorder, Row
 
 _FLUSH_EVERY = 1000
 
@@ -42,7 +42,7 @@ def active_penalties(penalties: tuple[Penalty, ...], pruner: Pruner | None) -> t
 
 def needs_batch(penalty: Penalty) -> bool:
     """Whether a penalty is a function of more than the model."""
-    return penalty.needs_states or getattr(penalty, "needs_outputs", False)
+    return penalty.needs_states or penalty.needs_outputs
 
 
 class Session:
@@ -54,8 +54,6 @@ class Session:
         penalties: All of them, with that of the target of pruning.
         pruner: The policy of pruning at work, or None.
         epochs: Number of epochs that penalties are told.
-        columns: Names of the scalars of a row. None: loss, total, and the penalties.
-        depths: Whether rows end with the losses at each depth.
         past: The record that is gone on with, or None.
         averages: Finds averaged copies of the model, which lose the same layers.
 
@@ -86,23 +84,20 @@ class Session:
         pruner: Pruner | None = None,
         *,
         epochs: float = 1,
-        columns: Sequence[str] | None = None,
-        depths: bool = False,
         past: History | None = None,
         averages: Callable[[], Sequence[nn.Module]] = list,
     ) -> None:
         self.model, self.steps, self.penalties, self.pruner = model, time_steps_of(model), penalties, pruner
         self.optimizers = optimizers_in(optimizer)
         self.averages, self.epochs = averages, max(1, math.ceil(epochs))
-        names = ["loss", "total", *(f"penalty.{p.name}" for p in penalties)] if columns is None else list(columns)
         known = {} if past is None else past.iterations
         layers = known["tau"].shape[1] if "tau" in known else max(self.steps.origin) + 1
-        self.recorder = Recorder(names, layers, raw=self.steps.bounded, depths=depths, history=past)
+        self.row = Row(penalties, raw=self.steps.bounded)
+        self.recorder = Recorder(self.row, layers, past)
         self.iteration = 0 if past is None else past.num_iterations
-        told = known["loss"].tolist() if columns is None and "loss" in known else ()
-        self._losses, self._pending = dict(enumerate(told, start=1)), dict[int, float | Tensor]()
+        self._losses, self._pending = dict[int, float](), dict[int, float | Tensor]()
         self._measuring: ExitStack | None = None
-        self._row: Tensor | None = None
+        self._taken: Tensor | None = None
         self._stepped: list[Any] = []
         self._told: dict[str, list[Tensor]] = {}
         self._hooks = ExitStack()
@@ -113,7 +108,8 @@ class Session:
         self.flush()
         history = self.recorder.history()
         if history.num_iterations:
-            loss = np.array([self._losses.get(i + 1, np.nan) for i in range(history.num_iterations)])
+            loss = history.iterations["loss"].astype(np.float64)
+            loss[[iteration - 1 for iteration in self._losses]] = list(self._losses.values())
             columns = [history.iterations[f"penalty.{p.name}"] for p in self.penalties if p.differentiated]
             history.iterations |= {"loss": loss, "total": sum(columns, loss)}
         return history
@@ -136,16 +132,21 @@ class Session:
         Raises:
             ValueError: If a penalty needs what is not given.
         """
-        self._told.setdefault("loss", []).append(loss.detach())
+        self._told.setdefault("loss", []).append(loss.detach().mean())
+        states = None
+        if inputs is not None and any(p.needs_states for p in self.penalties):
+            from ..depth.states import forward_with_states
+
+            states = forward_with_states(self.model, inputs)[1]
         for penalty in filter(needs_batch, self.penalties):
             if inputs is None:
                 raise ValueError(
                     f"inputs must be given to session.loss with {penalty.name!r} among the penalties, got None: write "
                     "session.loss(loss, outputs=outputs, inputs=inputs, targets=targets)"
                 )
-            options = {"outputs": outputs} if getattr(penalty, "needs_outputs", False) else {}
-            value = penalty(self.model, inputs, targets, **options)
-            self._told.setdefault(penalty.name, []).append(value.detach())
+            value, columns = penalty.measured(self.model, inputs, targets, states, outputs)
+            for name, column in {f"penalty.{penalty.name}": value, **columns}.items():
+                self._told.setdefault(name, []).append(column.detach())
             loss = loss + value if penalty.differentiated else loss
         return loss
 
@@ -181,7 +182,7 @@ class Session:
         """Measure the forward passes until the next step, where the policy asks for it."""
         if self._measuring is not None or self.pruner is None:
             return  # a loop that accumulates gradients comes here for each part of a batch
-        if (measuring := self.pruner.measuring(self.iteration, recording=True)) is not None:
+        if (measuring := self.pruner.measuring(self.iteration)) is not None:
             self._measuring = ExitStack()
             self._measuring.enter_context(measuring)
 
@@ -203,8 +204,9 @@ class Session:
         self.stop_measuring()
         self._stepped.clear()
         with torch.enable_grad():
-            values = [self._value(penalty) for penalty in self.penalties]
-            enter = [v for p, v in zip(self.penalties, values, strict=True) if p.differentiated and v.requires_grad]
+            columns = self._columns()
+            values = [columns[f"penalty.{p.name}"] for p in self.penalties if p.differentiated]
+            enter = [value for value in values if value.requires_grad]
             if enter:
                 parameters = [p for p in self.model.parameters() if p.requires_grad]
                 gradients = torch.autograd.grad(torch.stack(enter).sum(), parameters, allow_unused=True)
@@ -212,23 +214,28 @@ class Session:
                     if gradient is not None:
                         gradient = gradient if scale is None else gradient * scale
                         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        steps = self.steps
-        unknown = [steps.values.new_full((), float("nan"))] * 2
-        row = [torch.stack([*unknown, *(v.detach().to(steps.values.dtype) for v in values)]), steps.tau.detach()]
-        if steps.bounded:
-            row.append(steps.raw_tau.detach())
-        self._row = torch.cat([part.clone() for part in row]).unsqueeze(0)
+        self._taken = self.row.pack(columns).unsqueeze(0)
 
-    def _value(self, penalty: Penalty) -> Tensor:
-        """A penalty's value; of one that needs the batch, what :meth:`loss` added already."""
-        if not needs_batch(penalty):
-            return penalty(self.model)
-        if penalty.name not in self._told:
-            raise RuntimeError(
-                f"session.loss must be called before each step with {penalty.name!r} among the penalties, which needs "
-                "the batch: write session.loss(loss, outputs=outputs, inputs=inputs, targets=targets).backward()"
-            )
-        return torch.stack(self._told[penalty.name]).mean()
+    def _columns(self) -> dict[str, Tensor]:
+        """The columns of the row; of penalties that need the batch they are what :meth:`loss` was told."""
+        steps = self.steps
+        unknown = steps.values.new_full((), float("nan"))
+        found = {"loss": unknown, "total": unknown, "tau": steps.tau}
+        found |= {name: torch.stack(parts).mean(0) for name, parts in self._told.items()}
+        if steps.bounded:
+            found["raw_tau"] = steps.raw_tau
+        for penalty in self.penalties:
+            name = f"penalty.{penalty.name}"
+            if not needs_batch(penalty):
+                value, columns = penalty.measured(self.model)
+                found |= {name: value, **columns}
+            elif name not in self._told:
+                raise RuntimeError(
+                    f"session.loss must be called before each step with {penalty.name!r} among the penalties, which "
+                    "needs the batch: write session.loss(loss, outputs=outputs, inputs=inputs, targets=targets)"
+                    ".backward()"
+                )
+        return found
 
     def after_step(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> bool:
         """The proximal step and the projection after a step of an optimiser; a step that GradScaler skips is none.
@@ -244,12 +251,12 @@ class Session:
             return False
         constrain_(self.model, optimizer, self.penalties)
         self._stepped.append(optimizer)
-        if self._row is None or len(self._stepped) < len(self.optimizers):
+        if self._taken is None or len(self._stepped) < len(self.optimizers):
             return False
-        self.take(self._row)
+        self.take(self._taken)
         if "loss" in self._told:
             self.note(torch.stack(self._told["loss"]).mean())
-        self._row, self._told = None, {}
+        self._taken, self._told = None, {}
         if self.iteration % _FLUSH_EVERY == 0:
             self.flush()
         return True

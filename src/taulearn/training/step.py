@@ -239,9 +239,8 @@ class Engine:
             return fused(inputs, targets)
         put_back = fused.undo()
         rows = fused(inputs, targets)
-        first = len(self.objective.columns)
-        tau = rows[looks, first : first + time_steps_of(self.objective.model).num_steps]  # each row is before its step
-        if pruner.idle(tau):
+        columns = self.objective.row.split(rows, time_steps_of(self.objective.model).num_steps)
+        if pruner.idle(columns["tau"][looks]):  # each row is before its step
             return rows
         put_back()
         return None

@@ -119,8 +119,7 @@ class Group:
         model = make_network(config, self.splits, member.hooks).to(self.device)
         objective = Objective(model, loss, build.make_penalties(config, loss))
         batches = TensorBatches(train[0], train[1], build.batch_size(config, len(train[0])), config.seed)
-        steps = model.time_steps
-        recorder = Recorder(objective.columns, steps.num_steps, raw=steps.bounded, depths=objective.at_each_depth)
+        recorder = Recorder(objective.row, model.time_steps.num_steps)
         return Trainee(member, objective, batches, recorder, (config.lr, config.tau_lr or config.lr))
 
     def train(self, out: Path) -> None:
@@ -203,8 +202,7 @@ class Group:
             return stack.advance(index)
         before = stack.copy()
         rows = stack.advance(index)
-        start = len(stack.objective.columns)
-        tau = rows[1:, :, start : start + stack.depth]  # after each step but the last
+        tau = stack.objective.row.split(rows, stack.depth)["tau"][1:]  # after each step but the last
         small = stack.small(tau, policy.threshold).any(1)
         for step in small.nonzero().flatten().tolist():
             if policy.due(iteration=at + step + 1, epoch_ends=False):
