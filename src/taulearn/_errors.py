@@ -36,13 +36,6 @@ def is_number(value: object) -> bool:
 def needs(extra: str, purpose: str) -> Iterator[None]:
     """Name the extra of this package that brings what cannot be imported in the body.
 
-    Args:
-        extra: The extra's name in pyproject.toml.
-        purpose: What the package is needed for.
-
-    Raises:
-        ImportError: If an import fails because a package is not installed.
-
     Example:
         >>> with needs("app", "the report"):
         ...     import no_such_package

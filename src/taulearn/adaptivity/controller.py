@@ -161,15 +161,7 @@ class Pruner:
         return None if measuring is None or every is None or iteration % every or self.over else measuring()
 
     def prune(self, iteration: int, averaged: AveragedModel | None) -> PruneReport | None:
-        """Look at the layers: delete what has to go, and let the target steer the penalty.
-
-        Args:
-            iteration: Number of iterations taken.
-            averaged: Averaged weights, pruned alike.
-
-        Returns:
-            What was deleted, or None if nothing was.
-        """
+        """Look at the layers: delete what has to go, and let the target steer the penalty."""
         if self._waits(iteration):
             return None
         options: dict[str, Any] = {"optimizer": self.optimizer, "averaged": averaged}

@@ -45,12 +45,7 @@ class CifarArchive(DataSet):
         return (self.archive,)
 
     def read(self, split: str, root: Path) -> Samples:
-        """Images (n, 3, 32, 32), uint8, and classes (n,), int64.
-
-        Raises:
-            FileNotFoundError: The archive is not below `root`.
-            DataError: The archive does not hold what it must.
-        """
+        """Images (n, 3, 32, 32), uint8, and classes (n,), int64."""
         path = self.archive.find(root)
         check(self.archive, path)
         images = np.empty((self.samples[split], *self.shape), dtype=np.uint8)

@@ -20,12 +20,6 @@ _GRAY_LEVELS = 16
 def digits(split: str) -> Samples:
     """Images (n, 1, 8, 8), float32 in [0, 1], and classes (n,), int64.
 
-    Args:
-        split: "train" or "test".
-
-    Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
-
     Example:
         >>> inputs, targets = digits("test")
         >>> inputs.shape, targets.bincount().tolist()

@@ -18,16 +18,6 @@ def download(file: DataFile, root: Path) -> Path:
     The bytes go to a hidden file beside the destination, which is renamed once its content has been checked: an
     interruption leaves no half file.
 
-    Args:
-        file: What to fetch.
-        root: Folder below which it goes; made where it is not there.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        ConnectionError: No mirror delivered; the reason for each is given.
-
     Example:
         >>> import tempfile
         >>> file = DataFile(dataset="mnist", path="labels.gz", size=8, md5="", mirrors=())

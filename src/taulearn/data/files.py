@@ -69,10 +69,6 @@ class DataFile:
         """The file as it lies below `root`, decompressed before compressed.
 
         Some archives unpack to a folder of the file's name with the file in it, which is then taken.
-
-        Raises:
-            FileNotFoundError: Neither is there.
-            DataError: Something else than a file is in its place.
         """
         path = root / self.path
         candidates = (path.with_suffix(""), path) if self.gzipped else (path,)
@@ -117,17 +113,6 @@ def blocks(file: DataFile, path: Path) -> Iterator[bytes]:
 
     At most one byte more than the expected length is asked of the decompressor: a decompression bomb stays harmless.
 
-    Args:
-        file: What the payload must be.
-        path: Where it lies; whether it is compressed is seen from its first bytes.
-
-    Yields:
-        Pieces of at most 1 MiB.
-
-    Raises:
-        DataError: Wrong first bytes, length or checksum, or a damaged gzip stream.
-        PermissionError: If it cannot be read.
-
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "hello"
@@ -169,9 +154,6 @@ def check(file: DataFile, path: Path) -> None:
 
 def read(file: DataFile, path: Path) -> UInt8[np.ndarray, " size"]:
     """The checked payload of `path` in one array; nothing else of its length is held meanwhile.
-
-    Raises:
-        DataError: As `blocks`.
 
     Example:
         >>> import tempfile

@@ -44,12 +44,7 @@ class IdxImages(DataSet):
         return tuple(self._file(split, content) for content in ("images", "labels"))
 
     def read(self, split: str, root: Path) -> Samples:
-        """Images (n, 1, height, width), uint8, and classes (n,), int64.
-
-        Raises:
-            FileNotFoundError: A file is not below `root`.
-            DataError: A file does not hold what it must.
-        """
+        """Images (n, 1, height, width), uint8, and classes (n,), int64."""
         images, labels = (read(file, file.find(root))[len(file.header) :] for file in self.files(split))
         return Samples(torch.from_numpy(images).view(-1, *self.shape), torch.from_numpy(labels).long())
 

@@ -27,12 +27,6 @@ def peaks(points: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 1"]:
 
     z(x, y) = 3 (1-x)^2 exp(-x^2 - (y+1)^2) - 10 (x/5 - x^3 - y^5) exp(-x^2 - y^2) - 1/3 exp(-(x+1)^2 - y^2)
 
-    Args:
-        points: x and y, (n, 2).
-
-    Returns:
-        z at each of them, (n, 1), between -6.6 and 8.2.
-
     Example:
         >>> peaks(np.zeros((1, 2))).round(6)
         array([[0.981012]])
@@ -51,17 +45,6 @@ def nested_spheres(num_samples: int, *, dimension: int = 2, key: int = 0) -> Sam
 
     Every other sample is of class 1. The ball has radius 1/2, the shell lies between the radii 1 and 1.5; both are
     sampled uniformly in volume.
-
-    Args:
-        num_samples: At least 1.
-        dimension: Of the space, at least 1.
-        key: Key of the Philox generator.
-
-    Returns:
-        Points (num_samples, dimension), float32, and classes (num_samples,), int64.
-
-    Raises:
-        ValueError: num_samples or dimension is below 1.
 
     Example:
         >>> inputs, targets = nested_spheres(4, dimension=3)

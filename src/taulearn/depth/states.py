@@ -13,16 +13,6 @@ from .wrapped_states import intermediate_outputs, record_states
 def forward_with_states(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
     """One forward pass with its states.
 
-    Args:
-        model: A TimeVariableNetwork, or a wrapped model.
-        inputs: (batch, ...).
-
-    Returns:
-        The output; and the states y_1 .. y_N, with y_0 before them where the input counts as one.
-
-    Raises:
-        TypeError: If it is neither.
-
     Example:
         >>> import torch
         >>> from taulearn.nn import resnet
@@ -38,16 +28,7 @@ def forward_with_states(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[
 
 
 def stage_outputs(model: nn.Module, inputs: Tensor, states: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The intermediate outputs without the final one.
-
-    Args:
-        model: As for :func:`forward_with_states`.
-        inputs: (batch, ...).
-        states: What :func:`forward_with_states` answered for them.
-
-    Returns:
-        yhat_k by the number k of layers before it, k < N.
-    """
+    """The intermediate outputs without the final one."""
     if isinstance(model, TimeVariableNetwork):
         return model.intermediate_outputs(inputs, states=states, final=False)
     check_has_stages(model)
@@ -56,13 +37,6 @@ def stage_outputs(model: nn.Module, inputs: Tensor, states: Sequence[Tensor]) ->
 
 def stage_numbers(model: nn.Module, depths: Iterable[int]) -> list[int]:
     """The numbers that states had at the start, before anything was pruned.
-
-    Args:
-        model: A model with time steps.
-        depths: Numbers k of layers before the states now.
-
-    Returns:
-        The number of layers before each at the start; y_0 stays 0.
 
     Example:
         >>> from taulearn import prune
@@ -79,13 +53,6 @@ def stage_numbers(model: nn.Module, depths: Iterable[int]) -> list[int]:
 
 def check_has_stages(model: nn.Module, argument: str = "model") -> None:
     """Refuse a model of which it is not known what follows a state.
-
-    Args:
-        model: Any module.
-        argument: What the caller calls it.
-
-    Raises:
-        TypeError: If it is neither a TimeVariableNetwork nor wrapped.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -105,13 +72,6 @@ def check_has_stages(model: nn.Module, argument: str = "model") -> None:
 
 def scalar(value: object) -> Tensor:
     """What a loss answered, without dimensions.
-
-    Args:
-        value: A tensor of one element.
-
-    Raises:
-        TypeError: If it is no tensor.
-        ValueError: If it has another number of elements.
 
     Example:
         >>> import torch

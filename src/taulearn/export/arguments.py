@@ -51,12 +51,6 @@ class Arguments:
 
         Entries are drawn uniformly between the smallest and the largest of each argument; where floating point entries
         are all equal, between -1 and 1. Infinity and NaN stay where they are, in the samples in turn: masks.
-
-        Args:
-            size: Number of samples.
-
-        Returns:
-            The arguments; tensors without a batch dimension keep their shape.
         """
         values = {}
         for name, value in self.values.items():
@@ -70,18 +64,6 @@ def arguments(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = Tr
 
     torch.export takes sizes 0 and 1 for constants, so that a single sample is repeated then, until their number is that
     of no other dimension in front.
-
-    Args:
-        model: The model, whose signature names positional arguments.
-        example_inputs: A tensor, a tuple of arguments or a dictionary of keywords.
-        dynamic_batch: Whether the batch may have any size.
-
-    Returns:
-        The arguments.
-
-    Raises:
-        TypeError: If the model does not take such arguments.
-        ValueError: If there is no tensor with a batch dimension among them.
 
     Example:
         >>> arguments(nn.Linear(3, 1), torch.ones(1, 3)).values["input"].shape
@@ -164,11 +146,7 @@ def outputs(output: Any) -> dict[str, Tensor]:
 
 
 class TensorsOnly(nn.Module):
-    """A model that returns a plain tuple of its output's tensors, which every reader of an exported file knows.
-
-    Args:
-        model: The model, whose signature it keeps.
-    """
+    """A model that returns a plain tuple of its output's tensors, which every reader of an exported file knows."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

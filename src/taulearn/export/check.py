@@ -16,11 +16,7 @@ _TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
 def outputs_on(model: nn.Module, example: Arguments) -> dict[str, Tensor]:
-    """The tensors that a model returns for the example, by name.
-
-    Raises:
-        ValueError: If it returns none that a file could hold.
-    """
+    """The tensors that a model returns for the example, by name."""
     output = output_of(model, example)
     found = outputs(output)
     if not any(value.numel() for value in found.values()):
@@ -40,22 +36,7 @@ def compare(
     format: str,  # noqa: A002  it is called so everywhere
     others: Sequence[str],
 ) -> tuple[float, float]:
-    """Compare a file with the model it was made of.
-
-    Args:
-        model: The model in evaluation mode.
-        run: Runs the file.
-        example: Arguments of both.
-        sizes: Batches to compare them on.
-        format: Of the file.
-        others: Formats to be named where this one does not do.
-
-    Returns:
-        Largest difference and largest output, infinity apart, which has to be the same on both sides.
-
-    Raises:
-        ValueError: If the file does not agree, or the model gives NaN alone, which says nothing.
-    """
+    """Compare a file with the model it was made of."""
     difference = size = 0.0
     names = dict.fromkeys(outputs(output_of(model, example)), False)
     with torch.random.fork_rng(devices=[]):

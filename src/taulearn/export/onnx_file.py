@@ -17,32 +17,14 @@ EMBEDDED = 1_500_000_000
 
 
 def need_onnx() -> None:
-    """Refuse to go on without the packages of the extra.
-
-    Raises:
-        ImportError: If one is not installed.
-    """
+    """Refuse to go on without the packages of the extra."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"{name} must be installed for format 'onnx': pip install 'taulearn[onnx]'")
 
 
 def write_onnx(model: nn.Module, example: Arguments, folder: Path, *, dynamic_batch: bool) -> Runner:
-    """Write model.onnx, and model.onnx.data beside it where the weights are too large for one file.
-
-    Args:
-        model: The model in evaluation mode.
-        example: Arguments of it.
-        folder: Where.
-        dynamic_batch: Whether the batch may have any size.
-
-    Returns:
-        What runs the file, by onnxruntime.
-
-    Raises:
-        ValueError: If torch.export cannot trace the model, ONNX does not know one of its operators, or it computes in
-            bfloat16.
-    """
+    """Write model.onnx, and model.onnx.data beside it where the weights are too large for one file."""
     import onnx
     import onnxruntime
 

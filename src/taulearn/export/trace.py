@@ -19,19 +19,7 @@ Runner = Callable[[Arguments], list[Tensor]]
 
 
 def trace(model: nn.Module, example: Arguments, *, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    """The graph of a model in evaluation mode, without the example and the source lines that it came from.
-
-    Args:
-        model: The model.
-        example: Arguments of it.
-        dynamic_batch: Whether the batch may have any size.
-
-    Returns:
-        A program that returns a tensor where the model does, else a tuple of tensors.
-
-    Raises:
-        ValueError: If torch.export cannot trace it.
-    """
+    """The graph of a model in evaluation mode, without the example and the source lines that it came from."""
     module = model
     if not isinstance(output_of(model, example), Tensor):
         module = TensorsOnly(model)
@@ -88,14 +76,6 @@ def with_constant_steps(
 
     Trained steps are constants. The weights of a fractional network's memory are computed from them in double
     precision with operators that runtimes lack, and need not be computed there.
-
-    Args:
-        program: From :func:`trace`.
-        example: The arguments it was traced with.
-        dynamic_batch: Likewise.
-
-    Returns:
-        Another program.
     """
     module: Any = program.module()
     graph, values, derived = module.graph, {}, set()
@@ -129,20 +109,7 @@ def output_of(model: nn.Module, inputs: Arguments) -> Any:
 
 
 def write_program(model: nn.Module, example: Arguments, folder: Path, *, dynamic_batch: bool) -> Runner:
-    """Write model.pt2 for torch.export.load.
-
-    Args:
-        model: The model in evaluation mode.
-        example: Arguments of it.
-        folder: Where.
-        dynamic_batch: Whether the batch may have any size.
-
-    Returns:
-        What runs the file.
-
-    Raises:
-        ValueError: If torch.export cannot trace the model.
-    """
+    """Write model.pt2 for torch.export.load."""
     file = folder / "model.pt2"
     program = trace(model, example, dynamic_batch=dynamic_batch)
     with warnings.catch_warnings():

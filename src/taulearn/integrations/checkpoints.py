@@ -83,10 +83,6 @@ def follow_states(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     Networks and wrapped models do so by themselves; their optimiser, and models of a class of your own that can be
     pruned, need this.
 
-    Args:
-        model: The model with time steps.
-        optimizer: Its optimiser, which follows.
-
     Example:
         >>> from taulearn.nn import resnet
         >>> small, fresh = resnet(2, 3, 1, 4), resnet(2, 3, 1, 4)

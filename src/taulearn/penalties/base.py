@@ -70,18 +70,7 @@ class Penalty(ABC):
         targets: Tensor | None = None,
         states: list[Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]:
-        """The penalty's value, and its columns where it has some.
-
-        Args:
-            model: The model with time steps.
-            inputs: The batch's inputs, for penalties that depend on data.
-            targets: The batch's targets, likewise.
-            states: The states of the forward pass on ``inputs``, where known: y_1 .. y_N, with y_0 before them where
-                it counts.
-
-        Returns:
-            A scalar tensor; or that and the tensors of ``columns`` by name.
-        """
+        """The penalty's value, and its columns where it has some."""
 
     def measured(
         self,

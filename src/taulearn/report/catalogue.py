@@ -55,21 +55,6 @@ def write_catalogue(
 ) -> Path:
     """Write the report, whole or not at all.
 
-    Args:
-        path: The file, which ends in .html; its folder must exist.
-        title: Heading.
-        subtitle: A line below it.
-        claims: What was judged.
-        pictures: Figures.
-        tables: Further tables, by their titles: Markdown tables, or preformatted text.
-        runs: All runs.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: If ``path`` does not end in .html.
-
     Example:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "report.html"

@@ -142,21 +142,7 @@ def check_contents(parts: Parts) -> None:
 def load_checkpoint(
     folder: Path, parts: Parts, terms: Mapping[str, Any]
 ) -> tuple[Position, History, Mapping[str, Any], list[str]]:
-    """Put the newest undamaged checkpoint into freshly made parts: layers that were deleted are deleted again.
-
-    Args:
-        folder: The run's folder of checkpoints.
-        parts: Model, optimiser and the rest, made as at the start of the run.
-        terms: What the run is resumed with.
-
-    Returns:
-        The position, the record so far, the terms that the run had, and one line per damaged checkpoint that was passed
-        over.
-
-    Raises:
-        FileNotFoundError: If there is no checkpoint.
-        ValueError: If every checkpoint is damaged, or they do not fit the parts or the terms.
-    """
+    """Put the newest undamaged checkpoint into freshly made parts: layers that were deleted are deleted again."""
     tensors, plain, complaints = _newest(folder)
     position = Position(**plain["position"])
     differing = disagreements(plain.get("terms", {}), terms)

@@ -56,17 +56,7 @@ def losses_of(loss: Loss, penalties: Iterable[Penalty]) -> list[Loss | None]:
 
 
 class Objective(nn.Module):
-    """J = loss(model(inputs), targets) + sum of the differentiated penalties, which every kind of step differentiates.
-
-    Args:
-        model: A model with time steps.
-        loss: Maps (output, target) to a scalar.
-        penalties: One, or any number of them; names must differ.
-        countings: How each of :func:`losses_of` counts. None, or those that are missing: as means over samples.
-
-    Raises:
-        TypeError, ValueError: As :func:`as_penalties`.
-    """
+    """J = loss(model(inputs), targets) + sum of the differentiated penalties; every kind of step differentiates it."""
 
     def __init__(
         self,

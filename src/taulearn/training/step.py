@@ -32,12 +32,6 @@ class PlainStep:
     """Forward, backward, ``optimizer.step()``, proximal step and projection on one batch.
 
     In a :class:`~taulearn.optim.SteepestDescent` the last two follow every trial of the line search.
-
-    Args:
-        objective: What is minimised.
-        optimizer: Any torch optimiser; those that ask for a closure get one.
-        options: Clipping, accumulation, precision, averaging.
-        ranks: The processes that share each batch.
     """
 
     def __init__(
@@ -128,19 +122,7 @@ class PlainStep:
 
 
 class Engine:
-    """Runs through the batches of an epoch with the fastest kind of step that fits.
-
-    Args:
-        objective: What is minimised.
-        optimizer: Any torch optimiser; hooks that it has now keep the steps from being fused.
-        batches: Where batches come from.
-        options: What a step does besides.
-        compiled: Whether to compile at all.
-        pruner: Asks for control after some iterations, and for plain steps where it measures; or None.
-        single: Whether the caller must get control after each iteration (schedulers that change per iteration).
-        failed: Told the reason when compilation fails; steps are eager from then on.
-        ranks: The processes that share each batch; None: this one has all of it.
-    """
+    """Runs through the batches of an epoch with the fastest kind of step that fits."""
 
     def __init__(
         self,

@@ -17,12 +17,6 @@ from ..._streams import plain_output
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Args:
-        argv: The arguments after the program's name. None: those of the process.
-
-    Returns:
-        The exit code.
-
     Example:
         >>> main(["data", "verify", "digits"])
         digits: built in, there is no file
