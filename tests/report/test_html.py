@@ -219,9 +219,7 @@ def test_a_long_run_gives_a_moderate_file(make_run, make, tmp_path):
     assert path.stat().st_size - short.stat().st_size < 1_500_000
 
 
-def test_no_run_and_no_folder_are_errors(make_run, tmp_path):
-    with pytest.raises(ValueError, match="at least one run, got none"):
-        write_html([], tmp_path / "report.html")
+def test_a_folder_that_is_not_there_is_an_error(make_run, tmp_path):
     with pytest.raises(FileNotFoundError, match="path must lie in an existing folder"):
         write_html(make_run(), tmp_path / "missing" / "report.html")
 

@@ -8,14 +8,10 @@ import torch
 from taulearn.training import History, Run
 from training.recipes import EPOCHS, RECIPES, Recipe, adam, sgd
 from training.support import (
-    LOSS,
     Crash,
     assert_same_history,
     assert_same_weights,
     crash_after,
-    digits,
-    network,
-    run_fit,
 )
 
 
@@ -108,11 +104,3 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
         Recipe("", sgd, network={"hidden_layers": 4}).run(tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match="model must"):
         Recipe("", sgd, network={"constraint": "dependent"}).run(tmp_path / "run", resume=True)
-
-
-def test_resume_without_a_run_is_refused(tmp_path: Path) -> None:
-    model = network()
-    with pytest.raises(ValueError, match="run must name the run's folder when resume=True"):
-        run_fit(model, digits(), sgd(model), loss=LOSS, resume=True)
-    with pytest.raises(FileNotFoundError, match=r"there is none in it"):
-        run_fit(model, digits(), sgd(model), run=tmp_path / "nothing", resume=True)

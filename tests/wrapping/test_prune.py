@@ -338,5 +338,3 @@ def test_summary_of_a_wrapped_model() -> None:
 def test_check_prunable_gives_the_wrapping() -> None:
     model = HOSTS[0].wrapped()
     assert check_prunable(model) is prunable_of(model) is wrapping_of(model)
-    with pytest.raises(ValueError, match="single layer"):
-        prune(wrap(sequential(), "1"))

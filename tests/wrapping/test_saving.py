@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taulearn import load_model, prune, save_model, unwrap, wrap
+from taulearn import load_model, prune, save_model, wrap
 from taulearn.wrapping import PassThrough
 from wrapping.hosts import BY_NAME, HOSTS, Block, Host, evaluated, every_host, sequential
 
@@ -97,12 +97,6 @@ def test_another_host_is_refused_and_left_as_it_was(make: Callable[[], Any], mes
     assert [key for m in host.modules() for key in vars(m)] == [
         key for m in copy.deepcopy(host).modules() for key in vars(m)
     ]
-
-
-def test_an_unwrapped_model_is_not_saved(tmp_path: Path) -> None:
-    model = HOSTS[0].wrapped()
-    with pytest.raises(TypeError, match=r"model must be a model with time steps, got Sequential.*taulearn.wrap"):
-        save_model(unwrap(model), tmp_path)
 
 
 def rewritten(folder: Path, keys: list[str | int], value: object) -> None:
