@@ -120,7 +120,7 @@ def adapted() -> Any:
     return taulearn.wrap(model, example_inputs=digits(2)[0])
 
 
-@pytest.mark.parametrize("make", [around, inside, adapted, part])
+@pytest.mark.parametrize("make", [around, pytest.param(inside, marks=pytest.mark.long), adapted, part])
 def test_checkpoints_of_adapters_and_wrapped_parts_hold_the_steps(make: Any, tmp_path: Path) -> None:
     """They are taken for no model, and what was saved otherwise before is again after training."""
 

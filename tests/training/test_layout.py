@@ -92,9 +92,9 @@ def test_a_compiled_line_search_takes_the_same_steps(build: Any, monkeypatch: py
 
     def train(how: str) -> tuple[torch.nn.Module, History]:
         torch.manual_seed(0)
-        model = build(7, 5, 3, 4, activation="smooth_relu", init=1.0, dtype=torch.float64)
+        model = build(7, 5, 3, 2, activation="smooth_relu", init=1.0, dtype=torch.float64)
         optimizer = SteepestDescent(model.parameters())
-        options: dict[str, Any] = {"epochs": 6, "batch_size": 1200, "progress": False, "compile": how}
+        options: dict[str, Any] = {"epochs": 3, "batch_size": 1200, "progress": False, "compile": how}
         return model, taulearn.fit(model, (inputs, targets), loss=half_mse_loss, optimizer=optimizer, **options)
 
     by_rows: list[int] = []

@@ -166,8 +166,10 @@ POLICIES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("units", ["steps", "displacement"])
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [("next", "displacement"), ("all", "steps"), ("latency", "displacement"), ("contribution", "steps")],
+)
 def test_a_resumed_run_ends_with_the_same_bits(
     name: str, units: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +181,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert history.deletions
     decisions = (tmp_path / "whole" / "run.toml").read_text()
     assert ("costs=[0.5, 1.0" in decisions) == (name == "latency")
-    for epoch in (1, 2, 3, 4):
+    for epoch in (1, 3):
         monkeypatch.setattr(
             "taulearn.adaptivity.controller.layer_milliseconds", lambda *_: ((0.5, 1.0, 1.0, 0.5, 2.0, 0.25), 6.0)
         )
