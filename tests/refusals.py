@@ -539,11 +539,6 @@ PRUNING = [
         R(ValueError, "threshold", pruned(small, 0.05, **{other: value}), (other, "0.05"))
         for other, value in (("keep", [0, 1]), ("budget", 3))
     ],
-    *[
-        R(ValueError, "model", pruned(three_of(builder), keep=keep), (name, "tau = 0", "residual"))
-        for builder, name in ((densenet, "dense"), (feedforward, "feedforward"))
-        for keep in (None, [0])
-    ],
     *[R(ValueError, "model", pruned(partial(b, 3, 4, 2, 1)), ("single layer",)) for b in (resnet, fractional_dnn)],
     R(ValueError, "model", pruned(lambda: wrap(sequential(), "1")), ("single layer",)),
     R(TypeError, "model", pruned(lambda: nn.Linear(2, 2)), ("Linear",)),

@@ -122,7 +122,7 @@ class TestBadInput:
         model, (x, z) = network(), images()
         before, x = copy.deepcopy(model.state_dict()), x.clone()
         x[0, 0, 0, 0] = value
-        with pytest.raises(ValueError, match="the statistics of batch normalisation must be finite, got nan or inf"):
+        with pytest.raises(ValueError, match=r"the statistics of batch normalisation must .*got nan or inf"):
             recalibrate_(model, x)
         with pytest.raises(ValueError, match="the statistics of batch normalisation must be finite"):
             depth_profile(model, images()[0], z, cross_entropy, calibration=x)

@@ -1,7 +1,7 @@
 """Pruning: the rule, what must stay and what is refused."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -22,6 +22,8 @@ from taulearn.nn import (
     Residual,
     TimeSteps,
     TimeVariableNetwork,
+    densenet,
+    feedforward,
     fractional_dnn,
     resnet,
 )
@@ -232,3 +234,15 @@ class TestCompiled:
         assert not getattr(Prunable, "_is_runtime_protocol", False)
         model = network()
         assert check_prunable(model) is model
+
+
+class TestRefusals:
+    """Those that the support matrix of the README refers to; the others stand in tests/refusals.py."""
+
+    @pytest.mark.parametrize("builder", [densenet, feedforward])
+    def test_schemes_in_which_zero_is_not_the_identity(self, builder: Callable[..., TimeVariableNetwork]) -> None:
+        model = builder(3, 4, 2, 5)
+        for keep in (None, [0]):
+            with pytest.raises(ValueError, match=r"model .*tau = 0.* residual or fractional"):
+                prune(model, keep=keep)
+        assert model.time_steps.num_steps == 5

@@ -95,7 +95,7 @@ def test_file_that_is_no_text_is_named(tmp_path):
 
 
 def test_folder_instead_of_a_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config must be a TOML file, got '/': it is a folder$"):
+    with pytest.raises(FileNotFoundError, match=r"config must .*got '/'"):
         TrainConfig.from_toml("/")
     (tmp_path / "run.toml").touch()
     with pytest.raises(FileNotFoundError, match=r"it is a folder; did you mean '.*run.toml'\?"):

@@ -244,7 +244,7 @@ class TestShrinking:
         network = small()
         network.layers[1].norm_2.eps = 1e-3
         save_model(network, tmp_path)
-        with pytest.raises(ValueError, match=r"layers\.1\.norm_2\.eps must be 1e-05, got 0\.001"):
+        with pytest.raises(ValueError, match=r"layers\.1\.norm_2\.eps must .*got 0\.001"):
             load_model(tmp_path)
 
 

@@ -81,7 +81,7 @@ class TestEveryConstraint:
     @pytest.mark.parametrize("indices", [[], [1, 0], [0, 0, 3], [-1, 3], [0, 4]], ids=str)
     def test_keeping_refuses(self, constraint: str, indices: list[int]) -> None:
         steps = TimeSteps(4, constraint=constraint)
-        with pytest.raises(ValueError, match=r"indices must be increasing numbers in 0 \.\. 3, got \["):
+        with pytest.raises(ValueError, match=r"indices must .*got \["):
             steps.keep_(indices)
         assert steps.num_steps == 4
 

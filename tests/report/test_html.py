@@ -251,6 +251,6 @@ def test_names_are_told_apart():
 def test_a_report_does_not_overwrite_other_files(make_run, tmp_path):
     settings = tmp_path / "run.toml"
     settings.write_text("format = 1")
-    with pytest.raises(ValueError, match=r"path must end in \.html, got .*run\.toml"):
+    with pytest.raises(ValueError, match=r"path must .*got .*run\.toml"):
         write_html(make_run(), settings)
     assert settings.read_text() == "format = 1"

@@ -29,7 +29,7 @@ def test_an_optimizer_from_before_a_deletion_is_refused(tmp_path: Path) -> None:
     model(X[:4]).sum().backward()
     report = prune(model, 0.01)
     assert "an optimiser made before this no longer trains tau: hand it over" in str(report)
-    with pytest.raises(ValueError, match="optimizer must hold the model's time steps, got one that holds those from"):
+    with pytest.raises(ValueError, match=r"optimizer must .*got one that holds those from"):
         run_fit(model, (X, Z), optimizer, run=tmp_path / "run")
     with pytest.raises(ValueError, match="optimizer must hold the model's time steps"):
         prune(model, 0.3, optimizer=optimizer)

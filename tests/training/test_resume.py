@@ -88,13 +88,13 @@ def test_training_again_without_resume_refuses_a_folder_with_checkpoints(tmp_pat
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     Recipe("", adam).run(tmp_path / "run", epochs=1)
-    with pytest.raises(ValueError, match="optimizer must be 'Adam' as at the start of the run, got 'SGD'"):
+    with pytest.raises(ValueError, match=r"optimizer must .*got 'SGD'"):
         Recipe("", sgd).run(tmp_path / "run", resume=True)
 
 
 def test_other_parameter_groups_are_refused(tmp_path: Path) -> None:
     Recipe("", adam).run(tmp_path / "run", epochs=1)
-    with pytest.raises(ValueError, match="optimizer must have 2 parameter groups as in the checkpoint, got 1"):
+    with pytest.raises(ValueError, match=r"optimizer must .*got 1"):
         Recipe("", lambda model: torch.optim.Adam(model.parameters())).run(tmp_path / "run", resume=True)
 
 

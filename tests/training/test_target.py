@@ -30,7 +30,7 @@ def test_the_window() -> None:
     assert window(0.6, None, 10, 100) == (60, 600, 6)
     assert window(1.0, "epoch", 4, 30) == (12, 120, 30)
     assert window(2, 7, 3, 20) == (4, 35, 7)
-    with pytest.raises(ValueError, match="by must be at most 3, the number of epochs, got 4"):
+    with pytest.raises(ValueError, match=r"by must .*got 4"):
         window(4, None, 3, 20)
     with pytest.raises(ValueError, match=r"by must leave room for one look .*got 1, which is 20 iterations.*every 50"):
         window(1, 50, 3, 20)

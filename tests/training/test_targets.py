@@ -114,9 +114,9 @@ def test_labels_out_of_range_in_a_later_batch_of_a_loader() -> None:
     labels[150] = 12
     model = network()
     loader = DataLoader(TensorDataset(X, labels), batch_size=40)
-    with pytest.raises(ValueError, match=r"train must hold labels in 0 \.\. 9, got 12 at sample 30 of a batch"):
+    with pytest.raises(ValueError, match=r"train must .*got 12 at sample 30 of a batch"):
         run_fit(model, loader, sgd(model))
-    with pytest.raises(ValueError, match=r"data must hold labels in 0 \.\. 9, got 12 at sample 30 of a batch"):
+    with pytest.raises(ValueError, match=r"data must .*got 12 at sample 30 of a batch"):
         evaluate(model, loader, loss=F.cross_entropy)
 
 

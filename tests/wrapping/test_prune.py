@@ -274,7 +274,7 @@ def test_a_block_that_others_depend_on_stays() -> None:
     with torch.no_grad():
         model.time_steps.values[:2] = 0.0
     assert [d.layer for d in prune(model).deleted] == [1]
-    with pytest.raises(ValueError, match=r"keep must contain layer 0, got .*another output without it"):
+    with pytest.raises(ValueError, match=r"keep must .*got .*another output without it"):
         prune(model, keep=[1])
 
 

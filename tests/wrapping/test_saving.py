@@ -146,7 +146,7 @@ def test_a_manifest_that_names_code_executes_none(tmp_path: Path, monkeypatch: p
     rewritten(folder, ["model", "saved_from"], "bomb.Bomb")
     with pytest.raises(ValueError, match=r"host must be given for the 'bomb.Bomb'"):
         load_model(folder)
-    with pytest.raises(ValueError, match=r"model.saved_from must be 'bomb.Bomb', got 'Sequential'"):
+    with pytest.raises(ValueError, match=r"model.saved_from must .*got 'Sequential'"):
         load_model(folder, host=sequential())
     assert "bomb" not in sys.modules
 
