@@ -85,16 +85,17 @@ def test_matrices_that_are_stacked_stay() -> None:
     torch.testing.assert_close(module(*arguments), function(*arguments), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("build", [resnet, pytest.param(fractional_dnn, marks=pytest.mark.long)])
+@pytest.mark.parametrize("build", [resnet, fractional_dnn])
 def test_a_compiled_line_search_takes_the_same_steps(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, targets = (each[:1200].double() for each in taulearn.data.load("maxwell"))
 
     def train(how: str) -> tuple[torch.nn.Module, History]:
         torch.manual_seed(0)
-        model = build(7, 5, 3, 2, activation="smooth_relu", init=1.0, dtype=torch.float64)
+        model = build(7, 5, 3, 4, activation="smooth_relu", init=1.0, dtype=torch.float64)
         optimizer = SteepestDescent(model.parameters())
-        options: dict[str, Any] = {"epochs": 3, "batch_size": 1200, "progress": False, "compile": how}
+        options: dict[str, Any] = {"epochs": 6, "batch_size": 1200, "progress": False, "compile": how}
         return model, taulearn.fit(model, (inputs, targets), loss=half_mse_loss, optimizer=optimizer, **options)
 
     by_rows: list[int] = []
