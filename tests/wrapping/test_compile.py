@@ -10,7 +10,7 @@ from taulearn import prune, summary, wrap
 from taulearn._calls import call
 from wrapping.hosts import BY_NAME, HOSTS, Block, Host, tensor
 
-LONG = ("vit", "bert", "llama")  # gpt2 stays for transformers
+LONG = ("vit", "bert", "llama", "resnet")  # gpt2 stays for transformers
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ class Chain(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("way", ["whole", "in place", "per block"])
+@pytest.mark.parametrize("way", ["whole", pytest.param("in place", marks=pytest.mark.long), "per block"])
 def test_repeated_deletions_stay_compiled(way: str) -> None:
     """torch gives up on a function after 8 versions of it, with fullgraph by an error."""
     number = 10

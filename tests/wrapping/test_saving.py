@@ -14,11 +14,17 @@ from torch import Tensor, nn
 
 from taulearn import load_model, prune, save_model, wrap
 from taulearn.wrapping import PassThrough
-from wrapping.hosts import BY_NAME, HOSTS, Block, Host, evaluated, every_host, sequential
+from wrapping.hosts import BY_NAME, HOSTS, Block, Host, evaluated, sequential
+
+ROUND_TRIPS = [
+    pytest.param(host, constraint, id=f"{constraint}-{host}", marks=[pytest.mark.long] * long)
+    for host in HOSTS
+    for constraint in ("free", "fixed", "dependent", "simplex")
+    for long in (host is not HOSTS[0] and constraint != "free",)
+]
 
 
-@every_host
-@pytest.mark.parametrize("constraint", ["free", "fixed", "dependent", "simplex"])
+@pytest.mark.parametrize(("host", "constraint"), ROUND_TRIPS)
 def test_round_trip(host: Host, constraint: str, tmp_path: Path) -> None:
     init = [0.5, 1.25, 0.25, 2.0]
     model = host.wrapped(init=init, constraint=constraint, lower_bound=0.125)
