@@ -22,8 +22,6 @@ from taulearn.nn import (
     TimeSteps,
     TimeVariableNetwork,
     activation_names,
-    densenet,
-    feedforward,
     fractional_dnn,
     learned_skips,
     resnet,
@@ -263,68 +261,9 @@ class TestOptimizeThenDiscretize:
         assert adjoint.deviation(network, *draw_batch(3, 2), mse_loss).tau_ratio.shape == (4,)
 
 
-class TestBadInput:
-    x, y = draw_batch(3, 2)
-
-    def test_unknown_method(self) -> None:
-        with pytest.raises(ValueError, match=r"method must be one of .*: did you mean 'optimize-then-discretize'\?"):
-            adjoint.gradients(resnet(3, 4, 2, 2, dtype=DOUBLE), self.x, self.y, mse_loss, "optimise-then-discretise")
-
-    @pytest.mark.parametrize("builder", [feedforward, densenet])
-    def test_scheme_without_adjoint(self, builder: Any) -> None:
-        network = builder(3, 4, 2, 2, dtype=DOUBLE)
-        for call in (adjoint.gradients, adjoint.deviation):
-            with pytest.raises(ValueError, match=f"residual or the fractional scheme, got {network.scheme.name!r}"):
-                call(network, self.x, self.y, mse_loss)
-
-    def test_no_network(self) -> None:
-        with pytest.raises(TypeError, match="network must be a TimeVariableNetwork, got Linear"):
-            adjoint.gradients(nn.Linear(3, 2), self.x, self.y, mse_loss)
-
-    def test_activation_with_parameters(self) -> None:
-        network = resnet(3, 4, 2, 2, activation="prelu", dtype=DOUBLE)
-        with pytest.raises(ValueError, match="must have no parameters, got PReLU in layer 0"):
-            adjoint.gradients(network, self.x, self.y, mse_loss)
-
-    @pytest.mark.parametrize("activation", [nn.Softmax(dim=-1), nn.RReLU()], ids=repr)
-    def test_activation_that_is_not_entrywise(self, activation: nn.Module) -> None:
-        network = resnet(3, 4, 2, 2, activation=activation, dtype=DOUBLE)
-        with pytest.raises(ValueError, match="must act entrywise and without randomness"):
-            adjoint.gradients(network, self.x, self.y, mse_loss)
-
-    def test_other_parts(self) -> None:
-        network = resnet(3, [4, 3], 2, 2, skips="learned", dtype=DOUBLE)
-        cases: list[tuple[str, Any, str]] = [
-            ("layers", nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 3)]), "must be FullyConnected"),
-            ("head", nn.Sequential(nn.Linear(3, 2)), "head of network must be"),
-            ("stem", nn.Linear(3, 3), "stem of network must be"),
-            ("skips", ComposedSkips([None, nn.Linear(4, 3)]), "must be linear maps without bias, got Linear"),
-            ("skips", ComposedSkips([None, nn.Conv1d(1, 1, 1)]), "must be linear maps without bias, got Conv1d"),
-        ]
-        for name, part, message in cases:
-            other = copy.deepcopy(network)
-            setattr(other, name, part)
-            with pytest.raises(ValueError, match=message):
-                adjoint.gradients(other, self.x, self.y, mse_loss)
-
-    def test_step_that_is_not_positive(self) -> None:
-        network = fractional_dnn(3, 4, 2, 3, dtype=DOUBLE)
-        with torch.no_grad():
-            network.time_steps.values[1] = 0.0
-        with pytest.raises(ValueError, match=r"tau must be positive and finite, got tau\[1\] = 0"):
-            adjoint.gradients(network, self.x, self.y, mse_loss)
-
-    def test_shapes(self) -> None:
-        network = resnet(4, 4, 2, 3, dtype=DOUBLE)
-        with pytest.raises(ValueError, match="inputs must have shape"):
-            adjoint.gradients(network, self.x, self.y, mse_loss)
-        network = resnet(3, 4, 2, 3, dtype=DOUBLE)
-        with pytest.raises(ValueError, match=r"loss must return a scalar, got shape \(5, 2\)"):
-            adjoint.gradients(network, self.x, self.y, nn.MSELoss(reduction="none"))
-
-    def test_skip_past_the_first_layer_counts_only_with_the_input(self) -> None:
-        network = resnet(3, 4, 2, 2, activation="tanh", dtype=DOUBLE)
-        maps = learned_skips([3, 4, 4], dtype=DOUBLE)
-        maps.maps[0] = nn.Linear(3, 4, bias=False, dtype=DOUBLE)
-        network.skips = maps
-        assert_autograd(network, self.x, self.y)
+def test_a_skip_past_the_first_layer_counts_only_with_the_input() -> None:
+    network = resnet(3, 4, 2, 2, activation="tanh", dtype=DOUBLE)
+    maps = learned_skips([3, 4, 4], dtype=DOUBLE)
+    maps.maps[0] = nn.Linear(3, 4, bias=False, dtype=DOUBLE)
+    network.skips = maps
+    assert_autograd(network, *draw_batch(3, 2))

@@ -117,39 +117,16 @@ def test_a_decision_to_keep_all_changes_nothing() -> None:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("inputs", [torch.ones(0, 1, 4, 4), (torch.ones(0, 1, 4, 4),), {"x": torch.ones(0, 1)}])
-    def test_an_empty_batch(self, inputs: Any) -> None:
-        with pytest.raises(ValueError, match="inputs must be a batch of training data, got an empty one of shape"):
-            recalibrate_(network(), inputs)
-
-    def test_an_empty_batch_for_the_profile(self) -> None:
-        model, (x, z) = network(), images()
-        with pytest.raises(
-            ValueError, match=r"calibration must be a batch of training data, got an empty one of shape"
-        ):
-            depth_profile(model, x, z, cross_entropy, calibration=x[:0])
-        with pytest.raises(ValueError, match="calibration must be a batch of training data, got an empty one"):
-            early_exit(model, x, z, calibration=x[:0])
-        with pytest.raises(ValueError, match="inputs must be a batch of training data, got an empty one"):
-            depth_statistics(model, x[:0])
-
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_numbers_that_are_not_finite(self, value: float) -> None:
         model, (x, z) = network(), images()
         before, x = copy.deepcopy(model.state_dict()), x.clone()
         x[0, 0, 0, 0] = value
-        with pytest.raises(ValueError, match="the statistics of batch normalisation must be finite, got nan or inf"):
+        with pytest.raises(ValueError, match=r"the statistics of batch normalisation must .*got nan or inf"):
             recalibrate_(model, x)
         with pytest.raises(ValueError, match="the statistics of batch normalisation must be finite"):
             depth_profile(model, images()[0], z, cross_entropy, calibration=x)
         assert all(torch.equal(found, before[name]) for name, found in model.state_dict().items())
-
-    def test_a_part_of_another_model(self) -> None:
-        model, (x, _) = network(), images()
-        with pytest.raises(ValueError, match="within must be a module of the model, got another PooledHead: take it"):
-            recalibrate_(model, x, within=network().head)
-        with pytest.raises(ValueError, match="within must be a module of the model, got 'head'"):
-            recalibrate_(model, x, within="head")  # type: ignore[arg-type]
 
     def test_statistics_that_do_not_fit_leave_no_trace(self) -> None:
         norm = nn.BatchNorm1d(3)

@@ -19,27 +19,6 @@ class TestKernel:
     def test_one_step_needs_one_node(self) -> None:
         assert len(ExponentialKernel(0.5, 2.0, 2.0, 1e-12).nodes) == 1
 
-    def test_tolerance_that_cannot_be_met(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"tolerance must be .* 8 exponentials .* at least .*, got 1e-10: allow more"
-        ):
-            ExponentialKernel(0.5, 1e-3, 1.0, 1e-10, max_nodes=8)
-
-    @pytest.mark.parametrize(
-        ("arguments", "name"),
-        [
-            ((1.0, 1, 2, 1e-3), "gamma"),
-            ((0.5, 0, 2, 1e-3), "tau_min"),
-            ((0.5, 1, 0.5, 1e-3), "horizon"),
-            ((0.5, 1, 2, 0), "tolerance"),
-        ],
-    )
-    def test_bad_input(self, arguments: tuple[float, float, float, float], name: str) -> None:
-        with pytest.raises(ValueError, match=rf"^{name} must"):
-            ExponentialKernel(*arguments)
-        with pytest.raises(ValueError, match=r"^max_nodes must"):
-            ExponentialKernel(0.5, 1.0, 2.0, 1e-3, max_nodes=0)
-
 
 class TestMemory:
     def test_error_of_the_weights_is_at_most_that_of_the_kernel(self) -> None:
@@ -61,13 +40,3 @@ class TestMemory:
         torch.testing.assert_close(fast, exact, rtol=0.0, atol=1e-8)
         gradients = [torch.autograd.grad(m.square().sum(), tau)[0] for m in (exact, fast)]
         torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
-
-    def test_bad_input(self) -> None:
-        tau = torch.ones(3)
-        kernel = ExponentialKernel(0.5, 0.5, 4.0, 1e-3)
-        with pytest.raises(ValueError, match=r"differences must have one row per step, 3, got shape \(4,\)"):
-            exponential_memory(torch.ones(4), tau, kernel)
-        with pytest.raises(ValueError, match=r"steps >= 0.5 .* smallest step 0.1 .*: build a new ExponentialKernel"):
-            exponential_memory(torch.ones(3), torch.tensor([1.0, 0.1, 1.0]), kernel)
-        with pytest.raises(ValueError, match=r"sum <= 4"):
-            exponential_memory(torch.ones(3), 2 * tau, kernel)

@@ -162,14 +162,12 @@ class TestBadInput:
                 function(n)
 
     def test_unknown_solver(self) -> None:
-        with pytest.raises(ValueError, match="solver must be one of 'cg', 'direct', got 'lu'"):
+        with pytest.raises(ValueError, match=r"solver must .*got 'lu'"):
             best_approximation_error(2, solver="lu")
 
     def test_a_mesh_too_large_for_memory_is_refused_before_it_is_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fem, "_mesh", lambda n: pytest.fail("allocated"))
-        with pytest.raises(
-            MemoryError, match=r"n must be at most 33 with 1.00 GB of memory free, got 200: .* 192.1 GB"
-        ):
+        with pytest.raises(MemoryError, match=r"n must .*got 200: .* 192.1 GB"):
             best_approximation_error(200, memory=1e9)
         with pytest.raises(MemoryError, match="n must be at most"):
             best_approximation_error(10_000)  # against what is free here
@@ -186,7 +184,7 @@ class TestBadInput:
 
     def test_a_system_that_was_not_solved(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fem, "_solve_cg", lambda matrix, load: np.zeros_like(load))
-        with pytest.raises(RuntimeError, match=r"solver 'cg' must reach .* residual .*, got 1 for n = 2: .*'direct'"):
+        with pytest.raises(RuntimeError, match=r"solver 'cg' must .*got 1 for n = 2: .*'direct'"):
             best_approximation_error(2)
 
     @pytest.mark.parametrize("field", [lambda x: x[:, :2], lambda x: x * torch.nan])

@@ -161,7 +161,3 @@ class TestHalfMSELoss:
         output, target = draw(6, 3).requires_grad_(), draw(6, 3)
         half_mse_loss(output, target).backward()
         torch.testing.assert_close(output.grad, (output.detach() - target) / 6, rtol=1e-14, atol=1e-15)
-
-    def test_shapes_that_broadcast_are_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"target must have the shape of the output \(4, 1\), got \(4,\): reshape"):
-            half_mse_loss(torch.zeros(4, 1), torch.zeros(4))

@@ -344,7 +344,3 @@ class TestKernel:
     @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
     def test_steps_that_have_no_kernel(self, value: float) -> None:
         assert kernel_for(torch.tensor([1.0, value]), 0.5, 1e-6) is None
-
-    def test_tolerance_that_cannot_be_met(self) -> None:
-        with pytest.raises(ValueError, match=r"tolerance must be one that max_nodes = 64 exponentials can meet"):
-            kernel_for(torch.tensor([1e-3, 1.0]), 0.5, 1e-17)

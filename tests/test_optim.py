@@ -79,10 +79,6 @@ class TestParameterGroups:
         for name, p in model.named_parameters():
             assert torch.equal(p, before[name]) == (name == "time_steps.values")
 
-    def test_a_model_without_steps(self) -> None:
-        with pytest.raises(TypeError, match="model must have time steps, got Linear"):
-            parameter_groups(nn.Linear(1, 1), lr=0.1)
-
     def test_public_name(self) -> None:
         assert taulearn.parameter_groups is parameter_groups
 
@@ -165,3 +161,13 @@ class TestProjection:
         expected = moved.sign() * (moved.abs() - lr * alpha).clamp(min=0.0)
         assert torch.equal(model.time_steps.tau.detach(), expected)
         assert model.time_steps.tau.tolist() == [0.1875, 0.0625, 0.0, 0.3125]
+
+
+def test_a_single_penalty_of_a_projection_needs_no_list() -> None:
+    model = resnet(2, 3, 1, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    register_projection(optimizer, model, L1(0.25, proximal=True))
+    model(torch.zeros(1, 2)).sum().backward()
+    model.time_steps.values.grad.zero_()
+    optimizer.step()
+    assert model.time_steps.tau.tolist() == [0.0] * 4

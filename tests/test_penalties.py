@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from reference import Array, array, linear_layers
 from taulearn.nn import SmoothReLU, TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
-from taulearn.nn.time_steps import time_steps_of
 from taulearn.optim import constrain_
 from taulearn.penalties import L1, L2, BiasOrdering, ElasticNet, GroupLasso, Penalty, TimeHorizon, WeightElasticNet
 
@@ -280,40 +279,3 @@ class TestCommon:
 
         compiled = torch.compile(total, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(model), total(model), rtol=1e-14, atol=1e-14)
-
-
-class TestRefusals:
-    @pytest.mark.parametrize("value", [-1.0, float("nan")], ids=repr)
-    @pytest.mark.parametrize(
-        ("make", "argument"),
-        [
-            (L1, "alpha"),
-            (L2, "weight"),
-            (ElasticNet, "weight"),
-            (WeightElasticNet, "weight"),
-            (GroupLasso, "weight"),
-            (BiasOrdering, "beta"),
-            (lambda value: TimeHorizon(weight=value), "weight"),
-        ],
-        ids=lambda x: getattr(x, "__name__", x),
-    )
-    def test_weights(self, make: Callable[[float], Penalty], argument: str, value: float) -> None:
-        with pytest.raises(ValueError, match=f"{argument} must be a finite number >= 0, got {value!r}"):
-            make(value)
-
-    @pytest.mark.parametrize("horizon", [0.0, -2.0, float("nan")], ids=repr)
-    def test_horizon(self, horizon: float) -> None:
-        with pytest.raises(ValueError, match=f"horizon must be positive, got {horizon!r}"):
-            TimeHorizon(horizon)
-
-    def test_a_model_without_steps(self) -> None:
-        with pytest.raises(TypeError, match=r"model must have time steps, got Linear: build it with taulearn\.nn"):
-            time_steps_of(nn.Linear(1, 1))
-        with pytest.raises(TypeError, match="model must have time steps, got Linear"):
-            L1(1.0)(nn.Linear(1, 1))
-
-    def test_a_model_without_layers(self) -> None:
-        model = nn.Linear(1, 1)
-        model.time_steps = network().time_steps
-        with pytest.raises(TypeError, match="model must have layers, got Linear: penalties on weights need a"):
-            GroupLasso(1.0)(model)

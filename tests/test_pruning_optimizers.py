@@ -276,13 +276,6 @@ class TestOptimizer:
         assert model.time_steps.tau.tolist() == [0.2, 0.2, 0.2]
         assert len(optimizer.state) == len(list(model.parameters())) == 7
 
-    def test_an_optimiser_of_another_model(self) -> None:
-        model, other = network(), network()
-        message = "optimizer must hold the model's parameters, got one that holds none of them: make it from this model"
-        with pytest.raises(ValueError, match=message):
-            prune(model, keep=KEEP, optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
-        assert model.time_steps.num_steps == 5
-
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.5),
@@ -342,10 +335,3 @@ class TestAveraged:
         assert int(averaged.n_averaged) == 3
         assert averaged(batch()).shape == before.shape
         assert not torch.equal(averaged(batch()), before)
-
-    def test_one_that_cannot_follow_stops_the_deletion(self) -> None:
-        model, shallow = network(), network([0.5, 0.5, 0.5])
-        before = model.state_dict()
-        with pytest.raises(ValueError, match="averaged must average this model"):
-            prune(model, keep=KEEP, averaged=AveragedModel(shallow))
-        assert_same_bits(model.state_dict(), before)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from small_networks import DOUBLE, KEEP, assert_same_bits, loss_of, network
-from taulearn import Pruning, fit, prune, wrap
-from taulearn.nn import TimeVariableNetwork, resnet
+from small_networks import KEEP, assert_same_bits, loss_of, network
+from taulearn import prune, wrap
+from taulearn.nn import TimeVariableNetwork
 from taulearn.optim import constrain_, register_projection
 from taulearn.penalties import L1
 
@@ -186,15 +186,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match="before layers were deleted without it"):
             prune(model, keep=[0, 1], optimizer=[muon, adamw])
 
-    def test_what_is_no_list_of_optimisers(self) -> None:
-        model = network()
-        with pytest.raises(ValueError, match=r"optimizer .* empty list"):
-            prune(model, keep=KEEP, optimizer=[])
-        with pytest.raises(TypeError, match="optimizer must be an optimiser"):
-            prune(model, keep=KEEP, optimizer=[torch.optim.SGD(model.parameters()), "adam"])  # type: ignore[list-item]
-        with pytest.raises(ValueError, match="none of them"):
-            prune(model, optimizer=[torch.optim.SGD(model.parameters()), torch.optim.SGD(network().parameters())])
-
     def test_a_failed_deletion_leaves_no_mark(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = network()
         optimizers = muon_and_adamw(model)
@@ -215,15 +206,6 @@ class TestProjection:
         step(model, optimizers)
         assert float(model.time_steps.tau.detach().sum()) == pytest.approx(1.0, abs=1e-12)
 
-    def test_on_one_that_lacks_them(self) -> None:
-        """It once did nothing, for ever."""
-        model = network(constraint="simplex")
-        muon, adamw = muon_and_adamw(model)
-        with pytest.raises(ValueError, match=r"optimizer must hold the model's time steps.*the one that holds them"):
-            register_projection(muon, model)
-        with pytest.raises(TypeError, match=r"optimizer must be one optimiser here, got a list of 2"):
-            register_projection([muon, adamw], model)  # type: ignore[arg-type]
-
     def test_it_notices_a_deletion_without_its_optimiser(self) -> None:
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -232,22 +214,6 @@ class TestProjection:
         with pytest.raises(ValueError, match="before layers were deleted without it"):
             step(model, [optimizer])
         constrain_(model, torch.optim.SGD(model.head.parameters(), lr=0.1))
-
-
-def test_fit_takes_one_and_says_what_to_do_with_several() -> None:
-    model = resnet(3, 4, 2, 3, dtype=DOUBLE)
-    data = torch.randn(8, 3, dtype=DOUBLE), torch.randn(8, 2, dtype=DOUBLE)
-    for given in (muon_and_adamw(model), tuple(muon_and_adamw(model))):
-        with pytest.raises(TypeError, match=r"optimizer must be one optimiser here.*parameter_groups.*attach"):
-            fit(
-                model,
-                data,
-                loss=nn.functional.mse_loss,
-                optimizer=given,  # type: ignore[arg-type]
-                epochs=1,
-                pruning=Pruning(0.01),
-                progress=False,
-            )
 
 
 def test_a_loop_by_hand_with_two_optimisers_prunes_like_one_with_groups() -> None:

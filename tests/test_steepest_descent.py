@@ -287,25 +287,6 @@ class TestTorchOptimizer:
         first, second = (float(optimizer.step(before).detach()) for _ in range(2))
         assert second < first
 
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"lr": 0.0}, "lr must be a positive number, got 0.0"),
-            ({"lr": float("nan")}, "lr must be a positive number, got nan"),
-            ({"decrease": 1.0}, r"decrease must lie in \(0, 1\), got 1.0"),
-            ({"shrink": 1.0}, r"shrink must lie in \(0, 1\), got 1.0"),
-            ({"growth": 0.9}, "growth must be a finite number >= 1, got 0.9"),
-            ({"max_trials": 0}, "max_trials must be an integer >= 1, got 0"),
-        ],
-    )
-    def test_options_outside_their_range(self, options: dict[str, float], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            SteepestDescent([parameter(1.0)], **options)
-
-    def test_a_group_with_a_bad_rate(self) -> None:
-        with pytest.raises(ValueError, match="lr must be a positive number, got -1"):
-            SteepestDescent([{"params": [parameter(1.0)], "lr": -1.0}])
-
 
 def problem(kind: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)

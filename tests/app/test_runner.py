@@ -31,7 +31,7 @@ def weights(out, name):
     return (out / name / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("engine", ["serial", "processes"])
+@pytest.mark.parametrize("engine", ["serial", pytest.param("processes", marks=pytest.mark.long)])
 def test_members_are_trained_measured_and_skipped_the_next_time(tmp_path, engine):
     members = [member("a"), member("a", 1), Member("b", 0, None, threads)]
     events = []

@@ -30,22 +30,6 @@ def test_entries_say_what_they_hold(name: str) -> None:
             assert targets.unique().tolist() == list(range(entry.classes))
 
 
-@pytest.mark.parametrize("action", [data.load, data.fetch, data.verify])
-@pytest.mark.parametrize(
-    ("wrong", "nearest"), [("minst", "mnist"), ("MNIST", "mnist"), ("fashionmnist", "fashion-mnist")]
-)
-def test_an_unknown_name_suggests_the_nearest(action, wrong: str, nearest: str) -> None:
-    with pytest.raises(ValueError, match=f"name must be one of .*, got '{wrong}': did you mean '{nearest}'") as caught:
-        action(wrong)
-    assert all(repr(name) in str(caught.value) for name in data.names())
-
-
-def test_an_unknown_split_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="split must be one of 'test', 'train', got 'validation'"):
-        data.load("mnist", "validation", root=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     "action", [lambda root: data.load("mnist", root=root, download=False), lambda root: data.verify("mnist", root=root)]
 )

@@ -119,26 +119,9 @@ class TestSamples:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("n", [0, -3, 2.5, True])
-    def test_number_of_samples_below_one(self, n) -> None:
-        with pytest.raises(ValueError, match="num_samples must be an integer >= 1"):
-            maxwell.samples(n)
-
-    def test_negative_key(self) -> None:
-        with pytest.raises(ValueError, match="key must be an integer >= 0, got -1"):
-            maxwell.samples(5, key=-1)
-
     @pytest.mark.parametrize("outside", [[0.8, 0.8, 0.5], [0.0, 0.0, 1.1], [0.0, 0.0, -0.1]])
     def test_points_outside_the_cylinder(self, outside: list[float]) -> None:
         x = torch.tensor([[0.0, 0.0, 0.5], outside])
         with pytest.raises(ValueError, match=r"points must lie in the cylinder.*got 1 of 2 outside.*extrapolate=True"):
             maxwell.samples_at(x)
         assert torch.equal(maxwell.samples_at(x, extrapolate=True).targets, maxwell.solution(x))
-
-    def test_points_of_another_shape(self) -> None:
-        with pytest.raises(ValueError, match=r"points must have shape \(\.\.\., 3\), got \(4, 2\)"):
-            maxwell.inputs_at(torch.zeros(4, 2))
-
-    def test_points_that_are_not_finite(self) -> None:
-        with pytest.raises(ValueError, match="points must be finite"):
-            maxwell.inputs_at(torch.tensor([[0.0, float("nan"), 0.0]]))

@@ -77,9 +77,3 @@ def test_the_named_spheres_are_discs() -> None:
     assert inputs.shape == (1000, 2)
     assert targets.shape == (1000,)
     assert torch.equal(inputs, nested_spheres(1000, key=1).inputs)
-
-
-@pytest.mark.parametrize("arguments", [{"num_samples": 0}, {"num_samples": 2, "dimension": 0}])
-def test_sizes_below_one_are_refused(arguments: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="must be at least 1, got 0"):
-        nested_spheres(**arguments)

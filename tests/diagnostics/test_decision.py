@@ -115,9 +115,6 @@ class TestProfile:
         profile = depth_profile(network, x, z, cross_entropy)
         assert profile.smallest(0.0) == 3
         assert profile.smallest(1.0) == 1
-        for tolerance in (-0.1, float("nan"), float("inf")):
-            with pytest.raises(ValueError, match=f"tolerance must be a finite number >= 0, got {tolerance!r}"):
-                profile.smallest(tolerance)
 
 
 class TestDecision:
@@ -165,11 +162,6 @@ class TestDecision:
         decision.apply_(model)
         assert model.time_steps.num_steps == 1
 
-    def test_by_stage_needs_layers_that_can_go(self) -> None:
-        network, (x, z) = densenet(16, 5, 3, 4, dtype=DOUBLE), data()
-        with pytest.raises(ValueError, match="in which tau = 0 is not the identity"):
-            choose_layers(network, x, z, cross_entropy, by_stage=True)
-
     @pytest.mark.parametrize("by_stage", [False, True])
     @pytest.mark.parametrize("tolerance", [0.05, 0.2])
     def test_on_a_simplex_the_steps_that_are_left_are_projected(self, tolerance: float, by_stage: bool) -> None:
@@ -186,12 +178,6 @@ class TestDecision:
         reached = (network(x).argmax(1) == z).double().mean().item()
         assert decision.reached == pytest.approx(reached)
         assert reached >= 1.0 - tolerance - 1e-9
-
-    @pytest.mark.parametrize("by_stage", [False, True])
-    def test_a_dependent_last_step_is_refused(self, by_stage: bool) -> None:
-        network, (x, z) = resnet(16, 5, 3, 4, constraint="dependent", dtype=DOUBLE), data()
-        with pytest.raises(ValueError, match="network must not have the constraint 'dependent'"):
-            choose_layers(network, x, z, cross_entropy, tolerance=0.9, by_stage=by_stage)
 
     def test_blocks_that_must_stay(self) -> None:
         """A wrapped model cannot be cut before a block that is needed elsewhere."""
@@ -216,18 +202,6 @@ class TestDecision:
         decision = choose_layers(network, x, z, loss, tolerance=0.0)
         assert decision.profile.accuracy is None
         assert (decision.figure, decision.whole) == ("loss", pytest.approx(loss(network(x), z).item()))
-
-    @pytest.mark.parametrize("by_stage", [False, True])
-    def test_a_loss_that_is_not_finite(self, by_stage: bool) -> None:
-        network, (x, _) = resnet(16, 5, 3, 4, dtype=DOUBLE), data()
-        with pytest.raises(ValueError, match="the loss of the whole network must be finite, got nan: no depth can be"):
-            choose_layers(network, x * float("nan"), torch.zeros(30, 3), mse_loss, by_stage=by_stage)
-
-    @pytest.mark.parametrize("tolerance", [None, "0.1", -1.0, float("nan")], ids=repr)
-    def test_tolerance(self, tolerance: Any) -> None:
-        network, (x, z) = resnet(16, 5, 3, 4, dtype=DOUBLE), data()
-        with pytest.raises(ValueError, match=f"tolerance must be a finite number >= 0, got {tolerance!r}"):
-            choose_layers(network, x, z, cross_entropy, tolerance=tolerance)
 
     def test_after_pruning(self) -> None:
         network = convolutional()

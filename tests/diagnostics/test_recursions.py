@@ -180,32 +180,3 @@ class TestExample68:
 def test_dense_growth_without_steps() -> None:
     G = dense_gradients(torch.ones(1, 1), [torch.zeros(1, 1)] * 6, torch.zeros(6), 1)
     assert [float(G[i]) for i in range(2, 7)] == [1, 1, 2, 4, 8]
-
-
-class TestBadInput:
-    D = [torch.eye(2)] * 3
-    tau = torch.ones(3)
-
-    def test_numbers(self) -> None:
-        with pytest.raises(ValueError, match=r"jacobians must be D_0 \.\. D_2, one per step, got 2"):
-            residual_gradients(torch.ones(2, 1), self.D[:2], self.tau, 0)
-        with pytest.raises(ValueError, match=r"layer must be a number in 0 \.\. 2, got 3"):
-            dense_gradients(torch.ones(2, 1), self.D, self.tau, 3)
-        with pytest.raises(ValueError, match=r"states must be y_0 \.\. y_3"):
-            memory_terms([torch.ones(2)] * 3, self.tau, 0)
-
-    def test_shapes(self) -> None:
-        with pytest.raises(ValueError, match=r"start must be \(\.\.\., width, parameters\), got shape \(2,\)"):
-            residual_gradients(torch.ones(2), self.D, self.tau, 0)
-        with pytest.raises(ValueError, match=r"jacobians must be 3 by 3 from layer 1 on"):
-            feedforward_gradients(torch.ones(3, 1), self.D, self.tau, 0)
-        with pytest.raises(ValueError, match="tau must be a vector"):
-            feedforward_gradients(torch.ones(2, 1), self.D, torch.ones(3, 1), 0)
-
-    def test_ranges(self) -> None:
-        with pytest.raises(ValueError, match="gamma must lie in"):
-            fractional_gradients(torch.ones(2, 1), self.D, self.tau, 0, gamma=1.0)
-        with pytest.raises(ValueError, match="memory_from must be 0 or 1, got 2"):
-            fractional_gradients(torch.ones(2, 1), self.D, self.tau, 0, memory_from=2)
-        with pytest.raises(ValueError, match=r"tau\[1\] = 0"):
-            fractional_gradients(torch.ones(2, 1), self.D, torch.tensor([1.0, 0.0, 1.0]), 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import taulearn
+from copies import copied
 from taulearn import Pruning
 from taulearn.penalties import L1
 
@@ -39,6 +40,7 @@ class Items(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"pixel_values": self.inputs[i], "labels": self.targets[i]}
 
 
+@copied
 def vit(init: Any = (1.2, 0.55, 1.3, 0.9, 1.25), **options: Any) -> Any:
     torch.manual_seed(0)
     config = transformers.ViTConfig(

@@ -178,11 +178,11 @@ def test_weight_decay_on_the_time_steps_is_said(tmp_path: Path) -> None:
 
 
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TypeError, match=r"pruning must be a Pruning policy, got 0\.1"):
+    with pytest.raises(TypeError, match=r"pruning must .*got 0\.1"):
         TimeStepsCallback(pruning=0.1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="penalties must depend on the model alone in a callback, got 'stage_cost'"):
+    with pytest.raises(ValueError, match=r"penalties must .*got 'stage_cost'"):
         TimeStepsCallback([StageCost(0.1, nn.functional.cross_entropy)])
-    with pytest.raises(TypeError, match=r"model must contain one model with time steps, got a ViTForImage.* with 0"):
+    with pytest.raises(TypeError, match=r"model must .*got a ViTForImage.* with 0"):
         trainer(taulearn.unwrap(vit(1.0)), TimeStepsCallback(), tmp_path, optimizer=torch.optim.SGD(vit().parameters()))
     callback, model = pruning_callback(), vit()
     training = trainer(model, callback, tmp_path)

@@ -15,6 +15,8 @@ from integrations.huggingface_runs import Items, Plain, TimeStepsCallback, digit
 from taulearn import Pruning
 from taulearn.integrations.huggingface import load_checkpoint
 
+LONG = pytest.mark.long
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 
 
@@ -120,7 +122,7 @@ def adapted() -> Any:
     return taulearn.wrap(model, example_inputs=digits(2)[0])
 
 
-@pytest.mark.parametrize("make", [around, inside, adapted, part])
+@pytest.mark.parametrize("make", [around, adapted, pytest.param(inside, marks=LONG), pytest.param(part, marks=LONG)])
 def test_checkpoints_of_adapters_and_wrapped_parts_hold_the_steps(make: Any, tmp_path: Path) -> None:
     """They are taken for no model, and what was saved otherwise before is again after training."""
 
@@ -144,7 +146,7 @@ def test_checkpoints_of_adapters_and_wrapped_parts_hold_the_steps(make: Any, tmp
     assert type(vars(model).get("save_pretrained")) is type(vars(fresh).get("save_pretrained"))
 
 
-@pytest.mark.parametrize("make", [Holder, compiled])
+@pytest.mark.parametrize("make", [Holder, pytest.param(compiled, marks=LONG)])
 def test_checkpoints_of_wrappers_are_resumed(make: Any, tmp_path: Path) -> None:
     def run(**resume: Any) -> Any:
         model = make()

@@ -1,7 +1,6 @@
 """The builders of the papers' networks, and activations by name."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -151,28 +150,6 @@ class TestInputs:
         assert torch.equal(network(x), network(x.reshape(5, 12)))
 
     @all_builders
-    @pytest.mark.parametrize("shape", [(5, 11), (5, 3, 4, 2), (12,)], ids=str)
-    def test_wrong_width(self, builder: Builder, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=r"inputs must have shape \(batch, \.\.\.\) with 12 values") as error:
-            builder(12, 3, 2, 2)(torch.zeros(shape))
-        assert f"got {shape}: build the network with in_features for your data" in str(error.value)
-
-    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
-    def test_integers(self, dtype: torch.dtype) -> None:
-        message = rf"inputs must be floating point, got {dtype}: convert them \(images: inputs\.float\(\) / 255\)"
-        with pytest.raises(TypeError, match=message):
-            resnet(2, 3, 1, 2)(torch.zeros(1, 2, dtype=dtype))
-
-    @all_builders
-    @pytest.mark.parametrize(
-        ("own", "given"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str
-    )
-    def test_another_floating_point_type(self, builder: Builder, own: torch.dtype, given: torch.dtype) -> None:
-        message = rf"inputs must have the network's type {own}, got {given}: convert them with inputs\.to\({own}\)"
-        with pytest.raises(TypeError, match=message):
-            builder(2, 3, 1, 2, dtype=own)(torch.zeros(1, 2, dtype=given))
-
-    @all_builders
     def test_autocast_mixes_types(self, builder: Builder) -> None:
         network, x = builder(2, 3, 1, 3), torch.randn(4, 2)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -213,11 +190,6 @@ class TestActivations:
         assert activation.eta == 1e-4
         assert repr(SmoothReLU(0.5)) == "SmoothReLU(eta=0.5)"
 
-    @pytest.mark.parametrize("eta", [0.0, -1.0, float("nan")], ids=repr)
-    def test_eta(self, eta: float) -> None:
-        with pytest.raises(ValueError, match=rf"eta must be positive, got {eta!r}: for the plain ReLU take"):
-            SmoothReLU(eta)
-
     def test_a_module_is_copied_for_each_layer(self) -> None:
         module = nn.PReLU(4)
         network = resnet(3, 4, 2, 3, activation=module)
@@ -231,61 +203,6 @@ class TestActivations:
 
         assert resnet(3, 4, 2, 3, activation=Sine())(torch.zeros(1, 3)).shape == (1, 2)
 
-    @pytest.mark.parametrize(
-        ("name", "nearest"), [("tahn", "tanh"), ("relu_6", None), ("leakyrelu", None), ("gleu", "gelu")]
-    )
-    def test_unknown_names(self, name: str, nearest: str | None) -> None:
-        if nearest is None:
-            assert isinstance(make_activation(name), nn.Module)
-            return
-        message = rf"activation must be one of 'celu', .*, got {name!r}: did you mean {nearest!r}\?"
-        with pytest.raises(ValueError, match=message):
-            resnet(3, 4, 2, 3, activation=name)
-
-
-class TestRefusals:
-    @all_builders
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ((0, 3, 1, 2), "in_features must be an integer >= 1, got 0"),
-            ((2, 0, 1, 2), "width must be an integer >= 1, got 0"),
-            ((2, [3, -1], 1, 2), "width must be an integer >= 1, got -1"),
-            ((2, [3, 3, 3], 1, 2), r"width must be one integer or 2 integers \(hidden_layers\), got \[3, 3, 3\]"),
-            ((2, 3, 0, 2), "out_features must be an integer >= 1, got 0"),
-            ((2, 3, 1, 0), "hidden_layers must be an integer >= 1, got 0"),
-            ((2.0, 3, 1, 2), r"in_features must be an integer >= 1, got 2\.0"),
-            ((2, 3, 1, True), "hidden_layers must be an integer >= 1, got True"),
-        ],
-        ids=str,
-    )
-    def test_counts(self, builder: Builder, arguments: Any, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            builder(*arguments)
-
-    @all_builders
-    def test_unknown_skips(self, builder: Builder) -> None:
-        with pytest.raises(ValueError, match="skips must be 'pad' or 'learned', got 'padd'"):
-            builder(2, 3, 1, 2, skips="padd")
-
-    @all_builders
-    def test_unknown_constraint(self, builder: Builder) -> None:
-        with pytest.raises(ValueError, match=r"constraint must be one of .* got 'fixd': did you mean 'fixed'\?"):
-            builder(2, 3, 1, 2, constraint="fixd")
-
-    @all_builders
-    def test_unknown_options(self, builder: Builder) -> None:
-        with pytest.raises(TypeError, match="activations"):
-            builder(2, 3, 1, 2, activations="relu")
-
-    @all_builders
-    def test_options_are_keywords(self, builder: Builder) -> None:
-        with pytest.raises(TypeError):
-            builder(2, 3, 1, 2, "relu")
-
-    @pytest.mark.parametrize("lower_bound", [None, 0.0, -1.0, float("nan")], ids=repr)
-    def test_fractional_networks_need_positive_steps(self, lower_bound: float | None) -> None:
-        with pytest.raises(
-            ValueError, match=rf"lower_bound must be positive for a fractional network, got {lower_bound!r}"
-        ):
-            fractional_dnn(2, 3, 1, 2, lower_bound=lower_bound)
+    @pytest.mark.parametrize("name", ["relu_6", "leakyrelu"])
+    def test_spellings(self, name: str) -> None:
+        assert isinstance(make_activation(name), nn.Module)

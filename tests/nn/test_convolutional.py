@@ -139,57 +139,13 @@ class TestConstruction:
         assert len({y.shape for y in network.states(images(), initial=True)}) == 1
         assert small((2, 3), 3).time_steps.num_steps == 5
 
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (
-                ((2, 2), 10, 3, (16, 32, 64)),
-                r"blocks_per_stage must be one integer or one for each of the 3 widths, got",
-            ),
-            (((2, 0), 10, 3, (4, 4)), "blocks_per_stage must be an integer >= 1, got 0"),
-            ((2, 10, 3, (4, -1)), "widths must be an integer >= 1, got -1"),
-            ((2, 0, 3, 4), "num_classes must be an integer >= 1, got 0"),
-            ((2, 10, 1.5, 4), "in_channels must be an integer >= 1, got 1.5"),
-            ((2, 10, 3, ()), "widths must be an integer or one for each stage, got none: give at least one"),
-        ],
-        ids=str,
-    )
-    def test_bad_sizes(self, arguments: Any, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            resnet_v2(*arguments)
-
-    def test_bad_inputs(self) -> None:
-        network = small()
-        with pytest.raises(ValueError, match=r"inputs must have shape \(batch, 1, height, width\), got \(5, 3, 7, 7\)"):
-            network(images(channels=3))
-        with pytest.raises(ValueError, match=r"got \(5, 49\): build the network with in_channels"):
-            network(images().flatten(1))
-        with pytest.raises(TypeError, match=r"inputs must be floating point, got torch\.uint8"):
-            network(torch.zeros(1, 1, 7, 7, dtype=torch.uint8))
-
-    def test_inputs_of_another_floating_point_type(self) -> None:
-        network = small()
-        with pytest.raises(
-            TypeError, match=r"inputs must be torch\.float64 as the parameters of the network, got torch\."
-        ):
-            network(images(dtype=torch.float32))
+    def test_inputs_of_another_floating_point_type_under_autocast(self) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert small(dtype=torch.float32)(images(dtype=torch.bfloat16)).dtype == torch.bfloat16
-
-    @pytest.mark.parametrize("widths", [4.0, None, True])
-    def test_widths_that_are_no_integers(self, widths: Any) -> None:
-        with pytest.raises(ValueError, match=f"widths must be an integer >= 1, got {widths!r}"):
-            resnet_v2(2, 10, 3, widths)
 
     def test_integers_of_numpy(self) -> None:
         network = resnet_v2(np.int64(2), 10, 3, np.int64(4))  # type: ignore[arg-type]
         assert (len(network.layers), network.fixed_layers()) == (2, {})
-
-    def test_no_blocks(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"blocks_per_stage must be one integer or one for each of the 1 widths, got"
-        ):
-            resnet_v2([], 10, 3, 4)
 
 
 class TestIntermediateOutputs:
@@ -288,7 +244,7 @@ class TestShrinking:
         network = small()
         network.layers[1].norm_2.eps = 1e-3
         save_model(network, tmp_path)
-        with pytest.raises(ValueError, match=r"layers\.1\.norm_2\.eps must be 1e-05, got 0\.001"):
+        with pytest.raises(ValueError, match=r"layers\.1\.norm_2\.eps must .*got 0\.001"):
             load_model(tmp_path)
 
 

@@ -93,9 +93,7 @@ def test_empty_batches(name: str) -> None:
 
 
 def test_an_empty_batch_has_no_statistics() -> None:
-    with pytest.raises(
-        ValueError, match=r"inputs must have at least one sample in training mode, got .*\(0, 3, 4, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"inputs must .*got .*\(0, 3, 4, 4\)"):
         apply_to_each(MODULES["pooled head"](), [y[:0] for y in states()])
 
 

@@ -3,13 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from matplotlib.collections import LineCollection, PathCollection
-from torch import nn
 
 import taulearn
-from taulearn.nn import Residual, TimeSteps, TimeVariableNetwork, fractional_dnn, resnet
+from taulearn.nn import fractional_dnn, resnet
 from taulearn.report import drawing
 
 
@@ -50,11 +48,3 @@ def test_a_pruned_network_keeps_the_numbers_of_its_layers() -> None:
 def test_of_wide_layers_the_largest_weights_are_drawn() -> None:
     ax = drawing.network(fractional_dnn(7, 60, 3, 2))
     assert [len(each.get_segments()) for each in collections(ax, LineCollection)] == [420, 2500, 180]
-
-
-def test_a_network_of_other_layers_is_refused() -> None:
-    other = TimeVariableNetwork([nn.Conv1d(1, 1, 1)], nn.Linear(1, 1), Residual(), TimeSteps(1))
-    with pytest.raises(TypeError, match="model must be a network of fully connected layers, got TimeVariableNetwork"):
-        drawing.network(other)
-    with pytest.raises(TypeError, match="got Linear"):
-        drawing.network(nn.Linear(1, 1))

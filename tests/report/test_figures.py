@@ -90,8 +90,6 @@ def test_thinning_keeps_order_ends_and_limit(count):
 def test_running_mean_is_the_mean_of_the_window_and_passes_over_nan():
     values = np.array([1.0, 3.0, np.nan, 5.0, np.inf])
     np.testing.assert_allclose(running_mean(values, 2), [1, 2, 3, 5, 5])
-    with pytest.raises(ValueError, match="smooth must be at least 1, got 0"):
-        running_mean(values, 0)
 
 
 def test_many_layers_keep_their_labels_and_a_short_legend(make):
@@ -131,11 +129,6 @@ def test_a_loss_that_is_not_positive_keeps_a_linear_axis():
     assert figures.losses(record, by="iteration").get_yscale() == "linear"
 
 
-def test_losses_of_unknown_unit_are_refused(record):
-    with pytest.raises(ValueError, match="by must be 'epoch' or 'iteration', got 'second'"):
-        figures.losses(record, by="second")
-
-
 def test_accuracy_over_epochs(make_run):
     run = make_run("free")
     line = figures.accuracy([run, run]).lines[1]
@@ -147,12 +140,6 @@ def test_accuracy_names_the_run_that_has_none(make_run, record):
     bare = History(record.iterations, {"layers": np.array([6])})
     with pytest.raises(ValueError, match="validation accuracy, got 'bare' without"):
         figures.accuracy([make_run("full"), make_run("bare", bare)])
-
-
-@pytest.mark.parametrize("draw", [figures.losses, figures.accuracy])
-def test_no_run_is_an_error(draw):
-    with pytest.raises(ValueError, match="at least one run, got none"):
-        draw([])
 
 
 def test_layers_and_parameters(record):
@@ -171,11 +158,6 @@ def test_draws_into_the_axes_given(draw, record, tmp_path):
     assert draw(record, ax=given) is given
     given.figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
-
-
-def test_a_record_without_iterations_is_refused():
-    with pytest.raises(ValueError, match="history must hold time steps"):
-        figures.tau_trajectories(History())
 
 
 def test_drawing_leaves_pyplot_and_importing_leaves_matplotlib_and_plotly_alone():

@@ -330,12 +330,12 @@ def test_a_refused_host_gets_its_layers_back(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="model must be a model with time steps, got Linear"):
+    with pytest.raises(TypeError, match=r"model must .*got Linear"):
         save_model(nn.Linear(2, 2), tmp_path)
     save_model(resnet(2, 3, 1, 2), tmp_path)
-    with pytest.raises(TypeError, match="host must be a model with time steps, got Linear"):
+    with pytest.raises(TypeError, match=r"host must .*got Linear"):
         load_model(tmp_path, host=nn.Linear(2, 2))
-    with pytest.raises(NotADirectoryError, match="path must be a folder, got the file"):
+    with pytest.raises(NotADirectoryError, match=r"path must .*got the file"):
         save_model(resnet(2, 3, 1, 2), tmp_path / "model.json")
 
 

@@ -156,7 +156,7 @@ class TestClosure:
     @pytest.mark.parametrize("kind", [torch.optim.LBFGS, SteepestDescent])
     def test_line_searches_are_refused(self, kind: Any) -> None:
         model = network()
-        with pytest.raises(ValueError, match=rf"optimizer must take one gradient a step, got {kind.__name__}"):
+        with pytest.raises(ValueError, match=rf"optimizer must .*got {kind.__name__}"):
             attach(model, kind(model.parameters()))
 
     def test_one_with_two_halves_of_a_step_is_refused(self) -> None:
@@ -166,7 +166,7 @@ class TestClosure:
             def second_step(self) -> None: ...
 
         model = network()
-        with pytest.raises(ValueError, match="optimizer must take one gradient a step, got SAM"):
+        with pytest.raises(ValueError, match=r"optimizer must .*got SAM"):
             attach(model, SAM(model.parameters()))
 
     @pytest.mark.parametrize("moves", [False, True], ids=["twice", "elsewhere"])
@@ -184,7 +184,7 @@ class TestClosure:
         model = network()
         optimizer = Extra(model.parameters(), lr=0.1)
         session = attach(model, optimizer)
-        with pytest.raises(ValueError, match="optimizer must take one gradient a step, got Extra"):
+        with pytest.raises(ValueError, match=r"optimizer must .*got Extra"):
             optimizer.step(lambda: LOSS(model(digits(40)[0]), digits(40)[1]))
         session.detach()
         assert session.history.num_iterations == 0
@@ -425,7 +425,7 @@ class TestWrappers:
         model = network()
         wrapper = nn.parallel.DistributedDataParallel(model)
         optimizer, pruning = adam(model), Pruning(target_blocks=3)
-        with pytest.raises(TypeError, match="model must be the model itself, got it in a DistributedDataParallel"):
+        with pytest.raises(TypeError, match=r"model must .*got it in a DistributedDataParallel"):
             attach(wrapper, optimizer, pruning=pruning, iterations=12)
         with pytest.raises(ValueError, match="pruning must be None while a DistributedDataParallel is around"):
             attach(model, optimizer, pruning=pruning, iterations=12)

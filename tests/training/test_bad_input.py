@@ -9,137 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from taulearn import Pruning
-from taulearn.nn import densenet, feedforward
 from taulearn.penalties import L1
 from taulearn.training import Diverged, History, Run
 from training.support import assert_same_weights, digits, network, run_fit, sgd
 
-
-class Endless(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        yield from zip(*digits(), strict=True)
-
-
-class Nothing(Dataset[Any]):
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, i: int) -> Any:
-        raise IndexError
-
-
 X, Z = digits()
-LABELS = Z.clone()
-LABELS[17] = 10
-NEGATIVE = Z.clone()
-NEGATIVE[3] = -1
-
-DATA: dict[str, tuple[Any, type[Exception], str]] = {
-    "width": ((X.flatten(1)[:, :63], Z), ValueError, r"64 values per sample, got \(2, 63\)"),
-    "double": (
-        (X.double(), Z),
-        TypeError,
-        r"type torch.float32, got torch.float64.*convert them with",
-    ),
-    "half": ((X.half(), Z), TypeError, "got torch.float16"),
-    "integers": ((X.long(), Z), TypeError, "must be floating point, got torch.int64"),
-    "labels": ((X, LABELS), ValueError, r"must hold labels in 0 \.\. 9, got 10 at sample 17"),
-    "negative labels": ((X, NEGATIVE), ValueError, r"must hold labels in 0 \.\. 9, got -1 at sample 3"),
-    "empty": ((X[:0], Z[:0]), ValueError, "must hold at least one sample, got none"),
-    "lengths": ((X, Z[:-1]), ValueError, "as many targets as inputs, got 200 inputs and 199 targets"),
-    "array": (X.numpy(), TypeError, "must be a pair of tensors .* got ndarray"),
-    "triple": ((X, Z, Z), TypeError, "must be a pair of tensors"),
-    "arrays": ((X.numpy(), Z.numpy()), TypeError, "must be a pair of tensors"),
-    "iterable": (Endless(), TypeError, "must have a length, got the Endless without one"),
-    "iterable loader": (DataLoader(Endless()), TypeError, "must have a length, got the Endless without one"),
-    "empty dataset": (Nothing(), ValueError, "must hold at least one batch, got an empty Nothing"),
-    "empty loader": (
-        DataLoader(TensorDataset(X, Z), batch_size=500, drop_last=True),
-        ValueError,
-        "must hold at least one batch, got an empty DataLoader",
-    ),
-}
-
-
-@pytest.mark.parametrize("argument", ["train", "validation"])
-@pytest.mark.parametrize("case", DATA)
-def test_data_that_do_not_fit(case: str, argument: str, tmp_path: Path) -> None:
-    data, error, message = DATA[case]
-    model = network()
-    before = network()
-    with pytest.raises(error, match=message) as caught:
-        run_fit(model, **{"train": (X, Z), argument: data}, optimizer=sgd(model), run=tmp_path / "run")
-    assert argument in str(caught.value) or "inputs must" in str(caught.value)
-    assert not (tmp_path / "run").exists()
-    assert_same_weights(model, before)
-
-
-OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "compile": ({"compile": "alway"}, ValueError, "compile must be one of .* got 'alway': did you mean 'always'"),
-    "precision": ({"precision": "bf17"}, ValueError, "precision must be one of .* did you mean 'bf16'"),
-    "epochs": ({"epochs": 0}, ValueError, "epochs must be an integer >= 1, got 0"),
-    "half epochs": ({"epochs": 1.5}, ValueError, "epochs must be an integer >= 1, got 1.5"),
-    "true epochs": ({"epochs": True}, ValueError, "epochs must be an integer >= 1, got True"),
-    "batch size": ({"batch_size": 0}, ValueError, "batch_size must be an integer >= 1, got 0"),
-    "accumulate": ({"accumulate": 0}, ValueError, "accumulate must be an integer >= 1, got 0"),
-    "checkpoint_every": ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be an integer >= 1, got 0"),
-    "seed": ({"seed": -1}, ValueError, "seed must be an integer >= 0, got -1"),
-    "clip_norm": ({"clip_norm": 0.0}, ValueError, "clip_norm must be positive or None, got 0.0"),
-    "clip_norm nan": ({"clip_norm": float("nan")}, ValueError, "clip_norm must be positive or None, got nan"),
-    "metrics": ({"metrics": "acc"}, ValueError, "metrics must be 'auto' or a mapping"),
-    "pruning": ({"pruning": 0.01}, TypeError, r"pruning must be a Pruning policy, got 0.01: write"),
-    "penalties": ({"penalties": [L1(0.1), L1(0.2)]}, ValueError, "penalties must have different names"),
-    "tensorboard": ({"tensorboard": True, "run": None}, ValueError, "run must be given with tensorboard=True"),
-    "resume": ({"resume": True, "run": None}, ValueError, "run must name the run's folder"),
-}
-
-
-@pytest.mark.parametrize("case", OPTIONS)
-def test_options_that_do_not_fit(case: str, tmp_path: Path) -> None:
-    options, error, message = OPTIONS[case]
-    model = network()
-    with pytest.raises(error, match=message):
-        run_fit(model, (X, Z), sgd(model), **{"run": tmp_path / "run"} | options)
-    assert not (tmp_path / "run").exists()
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
-    "dense": (lambda: densenet(64, 12, 10, 3), ValueError, "model has the dense scheme"),
-    "feedforward": (lambda: feedforward(64, 12, 10, 3), ValueError, "model has the feedforward scheme"),
-    "single layer": (lambda: network(1), ValueError, "model has a single layer"),
-    "no time steps": (lambda: nn.Linear(64, 10), TypeError, "model must have time steps, got Linear"),
-}
-
-
-@pytest.mark.parametrize("case", MODELS)
-def test_models_that_cannot_be_pruned(case: str, tmp_path: Path) -> None:
-    build, error, message = MODELS[case]
-    model = build()
-    with pytest.raises(error, match=message):
-        run_fit(model, (X, Z), sgd(model), pruning=Pruning(0.01), run=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_optimizer_of_another_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="optimizer must hold the model's parameters"):
-        run_fit(network(), (X, Z), sgd(network()), run=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_scheduler_of_another_optimizer() -> None:
-    model = network()
-    with pytest.raises(ValueError, match="scheduler must change the learning rate of optimizer"):
-        run_fit(model, (X, Z), sgd(model), scheduler=lr_scheduler.StepLR(sgd(model), 1))
-
-
-def test_lbfgs_does_not_clip() -> None:
-    model = network()
-    with pytest.raises(ValueError, match="clip_norm must be None with LBFGS"):
-        run_fit(model, (X, Z), torch.optim.LBFGS(model.parameters()), clip_norm=1.0)
 
 
 def test_tensorboard_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +99,7 @@ def test_a_record_of_another_format(tmp_path: Path) -> None:
 def test_what_orders_the_batches_must_not_change_on_resume(name: str, value: int, tmp_path: Path) -> None:
     model = network()
     run_fit(model, (X, Z), sgd(model), run=tmp_path / "run", epochs=1)
-    with pytest.raises(ValueError, match=f"{name} must be .* as at the start of the run, got {value}"):
+    with pytest.raises(ValueError, match=rf"{name} must .*got {value}"):
         run_fit(model, (X, Z), sgd(model), run=tmp_path / "run", resume=True, **{name: value})
 
 
@@ -306,20 +182,3 @@ def test_a_learning_rate_that_is_too_large_diverges_with_a_hint() -> None:
     model = network()
     with pytest.raises(Diverged, match="Lower the learning rate"):
         run_fit(model, (X, Z), sgd(model, 1e30), epochs=5)
-
-
-def test_flat_targets_of_a_network_with_one_output_are_not_broadcast() -> None:
-    from taulearn import fit
-    from taulearn.nn import resnet
-
-    model = resnet(2, 3, 1, 2)
-    x = torch.zeros(4, 2)
-    with pytest.raises(ValueError, match=r"train must hold targets \(n, 1\).*got shape \(4,\).*unsqueeze"):
-        fit(
-            model,
-            (x, x.sum(1)),
-            loss=torch.nn.functional.mse_loss,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-            epochs=1,
-            progress=False,
-        )

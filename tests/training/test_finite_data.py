@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,30 +17,6 @@ from taulearn.training.check_data import bad_tensor_sample
 from training.support import digits, network, run_fit, sgd
 
 X, Z = digits()
-
-
-def spoiled(at: int, value: float) -> Tensor:
-    inputs = X.clone()
-    inputs[at:, 0, 3, 3] = value
-    return inputs
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("argument", ["train", "validation"])
-def test_inputs_are_named_with_their_first_bad_sample(argument: str, value: float, tmp_path: Path) -> None:
-    model = network()
-    data = {"train": (X, Z), argument: (spoiled(123, value), Z)}
-    with pytest.raises(ValueError, match=f"{argument} must hold finite numbers, but the inputs of sample 123 hold "):
-        run_fit(model, data["train"], sgd(model), validation=data.get("validation"), run=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_targets_are_named() -> None:
-    model, x = resnet(1, 4, 1, 2), torch.linspace(0, 1, 50).unsqueeze(1)
-    targets = x.sin()
-    targets[31] = float("nan")
-    with pytest.raises(ValueError, match="train must hold finite numbers, but the targets of sample 31 hold nan"):
-        fit(model, (x, targets), loss=F.mse_loss, optimizer=sgd(model), epochs=1, progress=False)
 
 
 def test_sums_that_overflow_are_looked_at_again() -> None:
@@ -66,13 +41,6 @@ def test_a_loader_is_searched_when_its_loss_is_no_number(position: int, tmp_path
         fit(model, loader, loss=F.mse_loss, optimizer=sgd(model), epochs=2, progress=False, run=tmp_path / "run")
     assert "learning rate" not in str(caught.value)
     assert "checkpoint" in str(caught.value)
-
-
-def test_validation_data_of_a_loader_are_searched_before_training() -> None:
-    model = network()
-    loader: Any = DataLoader(TensorDataset(spoiled(44, float("nan")), Z), batch_size=50)
-    with pytest.raises(ValueError, match="validation must hold finite numbers, but the inputs of sample 44 hold nan"):
-        run_fit(model, (X, Z), sgd(model), validation=loader)
 
 
 def test_a_learning_rate_is_still_blamed_where_data_are_sound() -> None:

@@ -11,8 +11,6 @@ from taulearn.penalties import L1, TimeHorizon
 from taulearn.training import EpochEnd, History, StopTraining, evaluate, fit
 from training.support import LOSS, assert_same_history, digits, momentum, network, run_fit, sgd
 
-CPU = torch.device("cpu")
-
 
 def test_the_record_of_losses_and_epochs() -> None:
     data, held_out = digits(190), digits(60)

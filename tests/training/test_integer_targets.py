@@ -116,9 +116,7 @@ def test_labels_that_the_loss_does_not_ignore_are_still_refused() -> None:
     for ignored, bad in ((-1, -100), (255, -1), (-100, 255)):
         targets = torch.where(SOME, bad, CLASSES)
         model = network(3)
-        with pytest.raises(
-            ValueError, match=rf"train must hold labels in 0 \.\. 2, got {bad} at sample 0: .*ignore_index"
-        ):
+        with pytest.raises(ValueError, match=rf"train must .*got {bad} at sample 0: .*ignore_index"):
             run_fit(model, (X, targets), sgd(model), loss=nn.CrossEntropyLoss(ignore_index=ignored))
 
 
@@ -136,7 +134,7 @@ def test_a_byte_is_a_class_whatever_it_is_as_a_signed_number() -> None:
 def test_labels_of_tokens_out_of_range_are_named() -> None:
     targets, model = TOKENS.clone(), network(15)
     targets[7, 2] = 3
-    with pytest.raises(ValueError, match=r"train must hold labels in 0 \.\. 2, got 3 at sample 7"):
+    with pytest.raises(ValueError, match=r"train must .*got 3 at sample 7"):
         run_fit(model, (X, targets), sgd(model), loss=lambda y, z: F.cross_entropy(y.unflatten(1, (3, 5)), z))
 
 

@@ -149,27 +149,6 @@ def test_a_run_goes_on_to_the_bit(data: Any, tmp_path: Path) -> None:
     assert_same_history(history, expected)
 
 
-REFUSED = {
-    "loader": (
-        DataLoader(Pairs(), batch_size=10),
-        {},
-        r"train .* batch of 1, got 41 samples in batches of 10.*drop_last",
-    ),
-    "batch size": ((X, Z), {"batch_size": 1}, "batch_size must be at least 2, got 1: batch normalisation"),
-    "one sample": ((X[:1], Z[:1]), {}, "train must hold at least 2 samples, got 1: batch normalisation"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_joined_is_refused_before_the_first_step(case: str, tmp_path: Path) -> None:
-    data, options, message = REFUSED[case]
-    model = normalised()
-    with pytest.raises(ValueError, match=message):
-        run_fit(model, data, sgd(model), run=tmp_path / "run", **options)
-    assert not (tmp_path / "run").exists()
-    assert_same_weights(model, normalised())
-
-
 def test_loaders_that_leave_the_sample_out() -> None:
     for loader in (DataLoader(Pairs(), batch_size=10, drop_last=True), DataLoader(Pairs(), batch_size=41)):
         model = normalised()

@@ -85,8 +85,9 @@ def test_matrices_that_are_stacked_stay() -> None:
     torch.testing.assert_close(module(*arguments), function(*arguments), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("build", [resnet, pytest.param(fractional_dnn, marks=pytest.mark.long)])
+@pytest.mark.parametrize("build", [resnet, fractional_dnn])
 def test_a_compiled_line_search_takes_the_same_steps(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, targets = (each[:1200].double() for each in taulearn.data.load("maxwell"))
 

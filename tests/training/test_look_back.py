@@ -100,7 +100,7 @@ def test_steps_are_undone_in_these_tests(undone: list[bool]) -> None:
     assert [i for i, each in enumerate(undone) if each] == [0, 1, 4, 5]  # until they end where a layer goes
 
 
-@pytest.mark.parametrize("at", range(1, 30, 2))
+@pytest.mark.parametrize("at", range(1, 30, 4))
 def test_a_run_goes_on_with_the_same_bits_wherever_it_stopped(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undone: list[bool]
 ) -> None:

@@ -108,7 +108,7 @@ def test_labels_out_of_range_are_named(kind: str, tmp_path: Path) -> None:
         return F.cross_entropy(logits(output), target)
 
     model = host(answer)
-    with pytest.raises(ValueError, match=r"train must hold labels in 0 \.\. 3, got 4 at sample 25"):
+    with pytest.raises(ValueError, match=r"train must .*got 4 at sample 25"):
         run_fit(model, (X, labels), sgd(model), loss=loss, run=tmp_path / "run")
     assert_same_weights(model, host(answer))
     loader = DataLoader(TensorDataset(X, labels), batch_size=15)

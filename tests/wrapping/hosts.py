@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from copies import copied
 from taulearn import wrap
 from taulearn._calls import call
 
@@ -52,7 +53,7 @@ class Host:
         return self.name
 
     def wrapped(self, **options: Any) -> Any:
-        return wrap(self.make(), example_inputs=self.inputs(), **options)
+        return wrapped_host(self.name, **options)
 
 
 def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -177,6 +178,13 @@ HOSTS = [
     ),
 ]
 BY_NAME = {str(host): host for host in HOSTS}
+
+
+@copied
+def wrapped_host(name: str, **options: Any) -> Any:
+    return wrap(BY_NAME[name].make(), example_inputs=BY_NAME[name].inputs(), **options)
+
+
 LANGUAGE = [BY_NAME["gpt2"], BY_NAME["llama"]]
 PRETRAINED = HOSTS[2:]
 every_host = pytest.mark.parametrize("host", HOSTS, ids=str)

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from taulearn import prune, summary, wrap
 from taulearn._calls import call
-from wrapping.hosts import BY_NAME, Block, Host, every_host, tensor
+from wrapping.hosts import BY_NAME, HOSTS, Block, Host, tensor
+
+LONG = ("vit", "bert", "llama", "resnet")  # gpt2 stays for transformers
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +18,9 @@ def fresh() -> None:
     torch.compiler.reset()
 
 
-@every_host
+@pytest.mark.parametrize(
+    "host", [pytest.param(host, id=str(host), marks=[pytest.mark.long] * (str(host) in LONG)) for host in HOSTS]
+)
 def test_compiled_is_eager_before_and_after_a_deletion(host: Host) -> None:
     model = host.wrapped(init=0.7).eval()
     compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -52,10 +56,10 @@ class Chain(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("way", ["whole", "in place", "per block"])
+@pytest.mark.parametrize("way", ["whole", pytest.param("in place", marks=pytest.mark.long), "per block"])
 def test_repeated_deletions_stay_compiled(way: str) -> None:
     """torch gives up on a function after 8 versions of it, with fullgraph by an error."""
-    number = 14
+    number = 10
     model = wrap(Chain(number), example_inputs=torch.ones(1, 4), init=0.5).eval()
     runs: list[int] = []
 

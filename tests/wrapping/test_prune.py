@@ -274,7 +274,7 @@ def test_a_block_that_others_depend_on_stays() -> None:
     with torch.no_grad():
         model.time_steps.values[:2] = 0.0
     assert [d.layer for d in prune(model).deleted] == [1]
-    with pytest.raises(ValueError, match=r"keep must contain layer 0, got .*another output without it"):
+    with pytest.raises(ValueError, match=r"keep must .*got .*another output without it"):
         prune(model, keep=[1])
 
 
@@ -338,5 +338,3 @@ def test_summary_of_a_wrapped_model() -> None:
 def test_check_prunable_gives_the_wrapping() -> None:
     model = HOSTS[0].wrapped()
     assert check_prunable(model) is prunable_of(model) is wrapping_of(model)
-    with pytest.raises(ValueError, match="single layer"):
-        prune(wrap(sequential(), "1"))

@@ -437,7 +437,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         ids(),
     ),
 }
-SHORT = ("distilbert", "longformer", "dinov2 backbone", "mixture, dense by number", "vitdet", "gpt2, scaled by number")
+SHORT = ("distilbert", "dinov2 backbone", "mixture, dense by number", "vitdet", "gpt2, scaled by number")
 
 
 def made(name: str) -> Any:
@@ -503,6 +503,7 @@ def test_list_of_a_stage_gets_shorter_though_one_member_must_stay() -> None:
     assert not summary(built).not_saved
 
 
+@pytest.mark.long
 def test_detr_with_a_backbone_of_convolutions(tmp_path: Path) -> None:
     def make() -> Any:
         torch.manual_seed(0)

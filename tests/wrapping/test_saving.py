@@ -12,13 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taulearn import load_model, prune, save_model, unwrap, wrap
+from taulearn import load_model, prune, save_model, wrap
 from taulearn.wrapping import PassThrough
-from wrapping.hosts import BY_NAME, HOSTS, Block, Host, evaluated, every_host, sequential
+from wrapping.hosts import BY_NAME, HOSTS, Block, Host, evaluated, sequential
+
+ROUND_TRIPS = [
+    pytest.param(host, constraint, id=f"{constraint}-{host}", marks=[pytest.mark.long] * long)
+    for host in HOSTS
+    for constraint in ("free", "fixed", "dependent", "simplex")
+    for long in (host is not HOSTS[0] and constraint != "free",)
+]
 
 
-@every_host
-@pytest.mark.parametrize("constraint", ["free", "fixed", "dependent", "simplex"])
+@pytest.mark.parametrize(("host", "constraint"), ROUND_TRIPS)
 def test_round_trip(host: Host, constraint: str, tmp_path: Path) -> None:
     init = [0.5, 1.25, 0.25, 2.0]
     model = host.wrapped(init=init, constraint=constraint, lower_bound=0.125)
@@ -99,12 +105,6 @@ def test_another_host_is_refused_and_left_as_it_was(make: Callable[[], Any], mes
     ]
 
 
-def test_an_unwrapped_model_is_not_saved(tmp_path: Path) -> None:
-    model = HOSTS[0].wrapped()
-    with pytest.raises(TypeError, match=r"model must be a model with time steps, got Sequential.*taulearn.wrap"):
-        save_model(unwrap(model), tmp_path)
-
-
 def rewritten(folder: Path, keys: list[str | int], value: object) -> None:
     manifest = json.loads((folder / "model.json").read_text())
     part = manifest
@@ -152,7 +152,7 @@ def test_a_manifest_that_names_code_executes_none(tmp_path: Path, monkeypatch: p
     rewritten(folder, ["model", "saved_from"], "bomb.Bomb")
     with pytest.raises(ValueError, match=r"host must be given for the 'bomb.Bomb'"):
         load_model(folder)
-    with pytest.raises(ValueError, match=r"model.saved_from must be 'bomb.Bomb', got 'Sequential'"):
+    with pytest.raises(ValueError, match=r"model.saved_from must .*got 'Sequential'"):
         load_model(folder, host=sequential())
     assert "bomb" not in sys.modules
 

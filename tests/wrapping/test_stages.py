@@ -264,10 +264,10 @@ class Backwards(nn.Module):
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="model must be wrapped, got Linear"):
+    with pytest.raises(ValueError, match=r"model must .*got Linear"):
         intermediate_outputs(nn.Linear(2, 2), torch.ones(1, 2))
     model, x = wrap(sequential(), ["1", "2", "4"]), torch.randn(5, 2)
-    with pytest.raises(ValueError, match=r"states must be y_0 \.\. y_3, got 3 tensors: take those of"):
+    with pytest.raises(ValueError, match=r"states must .*got 3 tensors"):
         intermediate_outputs(model, x, states=record_states(model, x)[1][1:])
     with pytest.raises(ValueError, match="model must call its blocks one after the other in the order of their steps"):
         record_states(wrap(Backwards(), "blocks.*"), torch.randn(5, 3))

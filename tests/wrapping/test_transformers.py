@@ -73,7 +73,7 @@ def test_pruned_and_annealed_it_is_saved_for_plain_loading(host: Host, tmp_path:
     assert [d.layer for d in prune(model).deleted] == [2]
     anneal_to_one(model, 0.5)
     torch.testing.assert_close(model.time_steps.tau.tolist(), [1.0, 0.85, 1.15])
-    with pytest.raises(ValueError, match=r"steps must all be 1 for save_pretrained, got \[1.0, 0.85, 1.15\]: plain"):
+    with pytest.raises(ValueError, match=r"steps must .*got \[1.0, 0.85, 1.15\]"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     anneal_to_one(model, 1.0)

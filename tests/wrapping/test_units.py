@@ -194,8 +194,6 @@ def test_averaged_weights_are_folded_and_annealed_alike() -> None:
     averaged.update_parameters(model)
     anneal_to_one(model, 1.0, averaged=averaged)
     assert bool((averaged.module.time_steps.tau == 1.0).all())
-    with pytest.raises(TypeError, match="averaged must be torch's AveragedModel of the model, got a "):
-        anneal_to_one(model, 0.5, averaged=model)
 
 
 def test_annealing_makes_plain_steps() -> None:
@@ -286,20 +284,3 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(bad: float, earlier: int) ->
         found.append(units.squares)
     assert torch.equal(*found)
     assert float(units.gains()[1]) < 1.0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"units": "displacment"}, "units must be one of 'displacement', 'steps'.*did you mean 'displacement'"),
-        ({"units": "displacement", "constraint": "simplex"}, "units must be 'steps' with constraint 'simplex'"),
-        ({"units": "displacement", "lower_bound": 0.1}, "units must be 'steps' with lower_bound 0.1"),
-    ],
-)
-def test_bad_input(options: Any, message: str) -> None:
-    model = nn.Sequential(Block(4), Block(4))
-    with pytest.raises(ValueError, match=message):
-        wrap(model, "[01]", **options)
-    assert not hasattr(model, "time_steps")
-    with pytest.raises(ValueError, match="model must be wrapped"):
-        fold_units(model)
