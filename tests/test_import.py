@@ -1,8 +1,10 @@
 """What `import taulearn` costs and offers."""
 
 import importlib.metadata
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +101,12 @@ def test_what_needs_the_app_names_the_extra(program):
     done = without_the_app(program)
     assert done.returncode == 1
     assert "pip install 'taulearn[app]'" in done.stderr.splitlines()[-1]
+
+
+CLOSURE = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "import_closure.py"))
+
+
+@pytest.mark.parametrize("call", CLOSURE["CALLS"])
+def test_calls_load_no_more_of_the_package_than_they_may(call):
+    _, lines = CLOSURE["loaded"](CLOSURE["CALLS"][call])
+    assert lines <= (CLOSURE["BUDGETS"] | CLOSURE["TODAY"])[call]
