@@ -44,8 +44,8 @@ def needs(extra: str, purpose: str) -> Iterator[None]:
     """
     try:
         yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("", "taulearn"):
+    except ImportError as error:
+        package = (error.name or "a package").partition(".")[0]
+        if package == "taulearn":
             raise
         raise ImportError(f"{package} must be installed for {purpose}: pip install 'taulearn[{extra}]'") from error
