@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from contract import gradients
 from reference import array, network_output, network_states
+from taulearn import prune
 from taulearn.nn import (
     ComposedSkips,
     Dense,
@@ -280,3 +281,18 @@ class TestNetwork:
     def test_schemes_by_name(self) -> None:
         assert set(SCHEMES) == {"feedforward", "residual", "dense", "fractional"}
         assert {scheme.name for scheme in ALL if scheme.deletes_exactly} == {"residual", "fractional"}
+
+
+def test_a_scheme_of_second_order_is_pruned_by_its_own_power():
+    class Squared(Residual):
+        name = "squared"
+        step_power = 2.0
+
+        def prepare(self, tau):
+            return tau.square().unbind()
+
+    layers = [nn.Linear(3, 3) for _ in range(3)]
+    steps = TimeSteps(3, init=[0.5, 0.01, 0.5])
+    network = TimeVariableNetwork(layers, nn.Linear(3, 1), Squared(), steps, stem=nn.Linear(2, 3))
+    (gone,) = prune(network, 0.01).deleted
+    assert (gone.layer, gone.factor) == (1, pytest.approx(1e-4))

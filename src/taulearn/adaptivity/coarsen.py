@@ -4,10 +4,9 @@ Rule (Herberg, Herzog, Koehne 2023, section 3): layer l goes when abs(tau_l)^p <
 p = 1 for the residual and p = gamma for the fractional scheme (whose increment is proportional to tau^gamma); smallest
 share first, shares recomputed after each deletion.
 
-Three stages, one function each: the shares (:func:`shares`), the plan (:func:`plan`), the transaction (:func:`prune`).
+Three stages: shares (estimate.py), the plan (mark.py), the transaction (transaction.py); :func:`prune` joins them.
 """
 
-import math
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,18 +19,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._distributed import expire, refuse_distributed, wrappers_around
 from ..nn.following import WRAPPING, prunable_of
-from .estimate import (
-    Criterion as Criterion,
-    as_criterion,
-    contribution as contribution,
-    normalised,
-    scores_of,
-    shares as shares,
-)
-from .mark import Budget, plan as plan, within_budget
+from .estimate import Criterion, as_criterion, normalised, scores_of, shares
+from .mark import Budget, plan, within_budget
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in
-from .policies import THRESHOLD, Pruning as Pruning, check_one_decides, check_threshold
-from .transaction import Prunable as Prunable, Snapshot, check_averaged, delete
+from .policies import THRESHOLD, check_one_decides, check_threshold
+from .transaction import Prunable, Snapshot, check_averaged, delete
 
 _ALL_OF_THEM = (
     "hand over all that train this model, optimizer=[muon, adamw], the one that holds the time steps among them; or "
@@ -263,19 +255,17 @@ def _choose(
 
 
 def _deleted(prunable: Prunable, chosen: Iterable[tuple[int, float]]) -> tuple[DeletedLayer, ...]:
-    steps, power = prunable.time_steps, prunable.scheme.step_power
-    tau, gain = steps.tau.detach().double().abs().tolist(), math.gamma(2.0 - power)
+    steps = prunable.time_steps
+    factors = prunable.scheme.factor(steps.tau.detach().double()).tolist()
     layers, own = cast(Any, prunable).layers, int(isinstance(steps.values, nn.Parameter))
-    return tuple(
-        DeletedLayer(steps.origin[i], share, gain * tau[i] ** power, own + _count(layers[i])) for i, share in chosen
-    )
+    return tuple(DeletedLayer(steps.origin[i], share, factors[i], own + _count(layers[i])) for i, share in chosen)
 
 
 def _cautions(prunable: Prunable, deleted: Iterable[DeletedLayer], *, given: bool) -> Iterator[str]:
     """Notes for the report: accuracy, and an optimiser that was not given."""
-    if prunable.scheme.step_power != 1.0:
+    if (power := prunable.scheme.step_power) != 1.0:
         size = sum(d.factor for d in deleted)
-        yield f"error of the order tau^gamma, here {size:.2g} times the size of the deleted layers' values"
+        yield f"error of the order tau^{power:g}, here {size:.2g} times the size of the deleted layers' values"
     if not given and prunable.time_steps.values.grad is not None:
         yield "an optimiser made before this no longer trains tau: hand it over (optimizer=...) or make a new one"
 

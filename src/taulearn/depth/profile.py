@@ -256,8 +256,7 @@ def _pass(
         recorded = [_Recorded(layer, values, l) for l, layer in enumerate(network.layers)]
         states = [start, *network.scheme.states(start, recorded, network.skips, tau)]
         output = network.head(states[-1])
-        power = network.scheme.step_power
-        factors = tau.abs() ** power * math.gamma(2.0 - power)
+        factors = network.scheme.factor(tau)
         added = [factors[l].to(value.dtype) * value for l, value in values.items()]
     return outputs_at(network, x, states, output, own), states[-number:], added
 

@@ -8,7 +8,6 @@ References:
 """
 
 import copy
-import math
 
 from torch import nn
 
@@ -83,10 +82,10 @@ def check_cuts(argument: str, steps: TimeSteps, depth: int) -> None:
 
 def _deleted(network: TimeVariableNetwork, depth: int) -> tuple[DeletedLayer, ...]:
     steps, power = network.time_steps, network.scheme.step_power
-    share, tau = shares(steps, power).tolist(), steps.tau.double().abs().tolist()
-    own, gain = int(isinstance(steps.values, nn.Parameter)), math.gamma(2.0 - power)
+    share, factors = shares(steps, power).tolist(), network.scheme.factor(steps.tau.detach().double()).tolist()
+    own = int(isinstance(steps.values, nn.Parameter))
     return tuple(
-        DeletedLayer(steps.origin[l], share[l], gain * tau[l] ** power, own + _count(network.layers[l]))
+        DeletedLayer(steps.origin[l], share[l], factors[l], own + _count(network.layers[l]))
         for l in reversed(range(depth, steps.num_steps))
     )
 

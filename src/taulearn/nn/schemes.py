@@ -1,6 +1,6 @@
 """The four schemes: how the states y_1 .. y_N follow from layers, skips and time steps, one step at a time.
 
-Each is one class whose ``step`` is the recursion of MATH, written with the formulas of :mod:`taulearn.functional`:
+Each is one class whose ``step`` is the recursion, written with the formulas of :mod:`taulearn.functional`:
 
     Feedforward   y_{l+1} = tau_l f_l(y_l)
     Residual      y_{l+1} = P y_l + tau_l f_l(y_l)
@@ -75,6 +75,17 @@ class Scheme(nn.Module):
                 DeprecationWarning,
                 stacklevel=2,
             )
+
+    def factor(self, tau: Tensor) -> Tensor:
+        """What multiplies the layer function in a step, by itself abs(tau)^p.
+
+        Args:
+            tau: Time steps, any shape.
+
+        Returns:
+            Factors >= 0, shaped like tau.
+        """
+        return tau.abs() ** self.step_power
 
     def prepare(self, tau: Tensor) -> Any:
         """All that the steps take from tau, once per forward pass; nothing in it has a batch axis.
@@ -260,6 +271,9 @@ class Fractional(Scheme):
         self.tolerance = float(tolerance)
         self.kernel_error: float | None = None
         self.step_power = self.caputo_order = self.gamma
+
+    def factor(self, tau: Tensor) -> Tensor:
+        return tau.abs() ** self.gamma * math.gamma(2.0 - self.gamma)
 
     def prepare(self, tau: Tensor) -> _Coefficients:
         return _Coefficients(tau, self.gamma)

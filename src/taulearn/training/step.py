@@ -2,8 +2,8 @@
 
     plain      forward, backward, ``optimizer.step()``: any model, any optimiser, any option
     objective  the same with forward and backward compiled
-    values     the objective, and the objective with its gradient, compiled (training/line_search.py): for a line search
-    fused      gradient, SGD update, projection and record of some steps in one compiled call (training/fused.py)
+    values     the objective, and the objective with its gradient, compiled (fast/line_search.py): for a line search
+    fused      gradient, SGD update, projection and record of some steps in one compiled call (fast/fused.py)
 
 All of them compute the same iterates up to rounding; :class:`Engine` chooses per batch.
 """
