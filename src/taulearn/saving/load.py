@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..adaptivity.coarsen import prune
 from ..adaptivity.transaction import all_or_nothing
 from ..files import read_tensors
+from ..nn.constraints import CONSTRAINTS
 from ..nn.following import prunable_of, wrapping_of
 from ..nn.network import TimeVariableNetwork
 from ..wrapping.wrap_model import rewrap
@@ -103,7 +104,12 @@ def _wrap_as_saved(host: nn.Module, manifest: dict[str, Any], folder: Path) -> N
         drop_units(wrapping)
     if saved["kind"] != "wrapped" or hasattr(host, "time_steps"):
         return
-    options = {key: value for key, value in manifest["time_steps"].items() if key != "origin"}
+    if (constraint := manifest["time_steps"]["constraint"]) not in CONSTRAINTS:
+        raise ValueError(
+            f"host must be wrapped with the constraint {short(constraint)} of your own first, got a plain model: "
+            "call taulearn.wrap(host, constraint=...) with an object of it, and load then"
+        )
+    options = {key: manifest["time_steps"][key] for key in ("constraint", "horizon", "lower_bound")}
     try:
         rewrap(host, saved["blocks"], saved["shortened"], **options)
     except ValueError as error:
