@@ -183,7 +183,8 @@ class TimeSteps(nn.Module):
             vars(self.rule).update(held)
             kind = type(self.rule).__name__
             raise ValueError(
-                f"{kind}.tau must have {len(kept)} entries, one a layer, got {found}: let {kind}.keep follow the deletion"
+                f"{kind}.tau must have {len(kept)} entries, one a layer, got {found}: "
+                f"let {kind}.keep follow the deletion"
             )
         if isinstance(self.values, nn.Parameter):
             left = nn.Parameter(left, requires_grad=self.values.requires_grad)
