@@ -128,7 +128,7 @@ def test_a_plain_host_of_a_model_wrapped_with_an_own_constraint_is_told_what_to_
 
     model = wrapped()
     taulearn.save_model(model, tmp_path)
-    with pytest.raises(ValueError, match=r"host must be wrapped with the constraint 'line' of your own first"):
+    with pytest.raises(ValueError, match=r"got 'line'.*: wrap the host with that constraint of your own first"):
         taulearn.load_model(tmp_path, host=host())
     loaded = taulearn.load_model(tmp_path, host=wrapped())
     assert torch.equal(loaded(torch.ones(2, 4)), model(torch.ones(2, 4)))

@@ -167,7 +167,7 @@ def test_a_network_that_does_more_than_its_builders_needs_a_host(
 def test_a_network_in_training_is_still_its_builders(tmp_path: Path) -> None:
     network = resnet(2, 3, 1, 4)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    pruning = taulearn.Pruning(target_blocks=3, criterion="contribution")
+    pruning = taulearn.Pruning(1e-9, criterion="contribution")
     session = taulearn.attach(network, optimizer, pruning=pruning, iterations=10, iterations_per_epoch=2)
     network(X).sum().backward()
     optimizer.step()

@@ -104,18 +104,16 @@ def _wrap_as_saved(host: nn.Module, manifest: dict[str, Any], folder: Path) -> N
         drop_units(wrapping)
     if saved["kind"] != "wrapped" or hasattr(host, "time_steps"):
         return
-    if (constraint := manifest["time_steps"]["constraint"]) not in CONSTRAINTS:
-        raise ValueError(
-            f"host must be wrapped with the constraint {short(constraint)} of your own first, got a plain model: "
-            "call taulearn.wrap(host, constraint=...) with an object of it, and load then"
-        )
     options = {key: manifest["time_steps"][key] for key in ("constraint", "horizon", "lower_bound")}
     try:
         rewrap(host, saved["blocks"], saved["shortened"], **options)
     except ValueError as error:
+        remedy = "build the same model, not pruned"
+        if options["constraint"] not in CONSTRAINTS:
+            remedy = "wrap the host with that constraint of your own first, taulearn.wrap(host, constraint=...)"
         raise ValueError(
             f"host must be a model like the {short(saved['saved_from'])} in {folder}, got one that cannot be wrapped "
-            f"as it was ({error}): build the same model, not pruned"
+            f"as it was ({error}): {remedy}"
         ) from error
 
 

@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"the file must have a format, got {short(content)}")
         if content["format"] in (1, FORMAT):
             manifest = as_format_2(content) if content["format"] == 1 else content
-            model = manifest.get("model")
+            model: Any = manifest.get("model")
             kind: Any = model.get("kind") if type(model) is dict else model
             check("model.kind", kind, frozenset(_MODELS))
             if kind != "network":
