@@ -79,6 +79,29 @@ def test_entry_point_that_cannot_be_loaded_is_named_and_the_others_go_on(install
     assert OTHER.asked[-1].seeds == 5
 
 
+def test_suite_or_engine_whose_import_exits_is_named_and_the_others_go_on(installed, tmp_path, monkeypatch):
+    (tmp_path / "leaves_at_import.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    installed("taulearn.suites", sick="leaves_at_import:SUITE", two=of("OTHER"))
+    with pytest.warns(UserWarning, match=r"suite 'sick' is left out: .*\(SystemExit: 3\)"):
+        assert list(installed_suites()) == ["two"]
+    installed("taulearn.engines", sick="leaves_at_import:run")
+    with pytest.raises(ImportError, match="engine 'sick' cannot be loaded"):
+        engine_named("sick")
+
+
+def test_of_two_suites_of_one_name_the_first_is_taken_and_both_are_named(monkeypatch):
+    class Distribution:
+        def __init__(self, name):
+            self.name = name
+
+    points = [importlib.metadata.EntryPoint("one", of(name), "taulearn.suites") for name in ("SUITE", "OTHER")]
+    points = [point._for(Distribution(name)) for point, name in zip(points, ("good", "bad"), strict=True)]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: points)
+    with pytest.warns(UserWarning, match=r"'one' is .*SUITE of good; that .*OTHER of bad is left out"):
+        assert installed_suites() == {"one": SUITE}
+
+
 @pytest.mark.parametrize("name", ["vmap", "ray"])
 def test_engines_of_the_papers_say_what_to_install(installed, capsys, tmp_path, name):
     installed("taulearn.engines")

@@ -6,11 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taulearn import prune
 from taulearn.diagnostics import depth_statistics, early_exit
-from taulearn.nn import TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet, resnet_v2
+from taulearn.nn import (
+    Scheme,
+    Skips,
+    TimeSteps,
+    TimeVariableNetwork,
+    densenet,
+    feedforward,
+    fractional_dnn,
+    resnet,
+    resnet_v2,
+)
 
 DOUBLE = torch.float64
 BUILDERS: dict[str, Callable[[], TimeVariableNetwork]] = {
@@ -172,3 +182,50 @@ class TestStatistics:
             match=r"of this network as it is now, with 3 layers, got some for 4 layers: call .*depth_statist",
         ):
             network.predict(x, 0.6, statistics=found)
+
+
+class Shared(Scheme):
+    """A scheme that carries something which all samples share."""
+
+    name = "shared"
+
+    def __init__(self, carry: Any) -> None:
+        super().__init__()
+        self.carry = carry
+
+    def init(self, y_0: Tensor) -> Any:
+        return self.carry
+
+    def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> Any:
+        return y + coefficients[l] * f(y), carry
+
+
+@pytest.mark.parametrize(
+    ("carry", "found"),
+    [
+        (torch.linspace(0, 1, 6), r"one of shape \(6,\)"),
+        ((torch.zeros(5, 6), {"sum": torch.zeros(())}), r"one of shape \(\)"),
+        ((torch.zeros(5, 6), 0.5), "a float"),
+    ],
+)
+def test_a_carry_that_is_not_batch_first_is_refused(carry: Any, found: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5)]
+    network = TimeVariableNetwork(layers, nn.Linear(6, 3), Shared(carry), TimeSteps(5), stem=nn.Linear(4, 6))
+    x = torch.randn(5, 4)
+    with pytest.raises(ValueError, match=rf"the carry of Shared must hold tensors .* \(5, \.\.\.\), got {found}"):
+        network.predict(x, 0.4)
+    assert torch.equal(network.predict(x, 1.0).outputs, network(x))
+
+
+def test_a_step_that_forgets_the_carry_says_what_it_must_return() -> None:
+    class Forgets(Shared):
+        def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> Any:
+            return y + coefficients[l] * f(y)
+
+    layers = [nn.Linear(6, 6) for _ in range(2)]
+    network = TimeVariableNetwork(layers, nn.Linear(6, 3), Forgets(None), TimeSteps(2), stem=nn.Linear(4, 6))
+    for number in (2, 5):  # two samples would pass for state and carry
+        for call in (network, network.predict):
+            with pytest.raises(TypeError, match=r"Forgets.step must return .*\(y, carry\), got a Tensor"):
+                call(torch.randn(number, 4))

@@ -304,4 +304,9 @@ def test_a_model_of_ones_own_may_have_another_recipe(tmp_path: Path) -> None:
 
     cake = Cake()
     save_model(cake, tmp_path)
-    assert model_in(tmp_path) == {"kind": "host", "saved_from": Cake.__qualname__, "because": "the model is a Cake"}
+    assert model_in(tmp_path) == {
+        "kind": "host",
+        "saved_from": Cake.__qualname__,
+        "because": "the model is a Cake",
+        "modules": {"the model": "Cake", "scheme": "Residual"},
+    }

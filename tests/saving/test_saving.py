@@ -35,7 +35,8 @@ FILES = {"model.safetensors", "model.json"}
 
 def arguments(module: nn.Module) -> dict[str, Any]:
     hidden = ("training", "recipe")
-    return {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in hidden}
+    found = {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in hidden}
+    return {key: (type(value), vars(value)) if key == "rule" else value for key, value in found.items()}
 
 
 @st.composite

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -10,18 +10,17 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._undisturbed import Contents
 from ..nn.following import REPLACED, prunable_of, retire
+from ..nn.schemes import Scheme
+from ..nn.skips import Skips
 from ..nn.time_steps import TimeSteps
 from .optimizer_state import Change, follow, optimizers_in, with_inner
-
-if TYPE_CHECKING:
-    from ..nn.schemes import Scheme
 
 
 class Prunable(Protocol):
     """The attributes and methods of a model that can be pruned."""
 
     time_steps: TimeSteps
-    scheme: "Scheme"
+    scheme: Scheme
 
     def fixed_layers(self) -> dict[int, str]:
         """Positions that must stay, with the reason."""
@@ -52,8 +51,11 @@ class Snapshot:
     def __init__(self, models: Sequence[nn.Module], optimizers: Sequence[Any] = ()) -> None:
         self._models, self._differentiating = models, torch.is_grad_enabled()
         parts = [module for model in models for module in model.modules()]
+        # what steps, schemes and skips keep in plain objects, a constraint's own state among it
+        ours = [each for each in parts if isinstance(each, TimeSteps | Scheme | Skips)]
+        own = [vars(each) for part in ours for each in vars(part).values() if _is_plain(each)]
         kept = [[vars(each), each.param_groups, getattr(each, "state", {})] for each in with_inner(optimizers)]
-        self._contents = Contents([*parts, *kept])
+        self._contents = Contents([*parts, *own, *kept])
 
     def restore(self) -> None:
         """Put everything back, into the objects that held it."""
@@ -62,6 +64,12 @@ class Snapshot:
             for parameter in model.parameters():
                 vars(parameter).pop(REPLACED, None)
         torch.set_grad_enabled(self._differentiating)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether this is an object of some class that holds attributes, and no tensor, module, class or function."""
+    other = isinstance(value, torch.Tensor | nn.Module | type) or callable(value)
+    return hasattr(value, "__dict__") and not other
 
 
 @contextmanager

@@ -142,7 +142,7 @@ def engine_named(name: str) -> Engine:
     assert entry is not None
     try:
         loaded: Engine = entry.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ImportError(f"engine {name!r} cannot be loaded ({entry.value}): {error}") from error
     return loaded
 

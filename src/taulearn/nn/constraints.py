@@ -27,7 +27,7 @@ class Constraint:
     By itself the steps are the stored values, which train and are projected onto the lower bound.
 
     Attributes:
-        name: In ``TimeSteps.constraint``, records and manifests.
+        name: In ``TimeSteps.constraint``, records and manifests; a subclass must have one.
         trains: Whether the values are a parameter; a buffer otherwise.
         adds_up: Whether the steps always add up to the horizon.
         deletion_note: What a deletion does to the steps that are left, for reports; empty: nothing.
@@ -53,9 +53,6 @@ class Constraint:
     deletion_note = ""
     horizon = 1.0
     lower_bound: float | None = None
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and vars(other) == vars(self)
 
     def check(self, steps: Float[Tensor, " num_steps"]) -> None:
         """Refuse steps to start with that it excludes, with a ValueError about ``init``."""
@@ -185,6 +182,8 @@ def constraint_of(constraint: str | Constraint, horizon: float, lower_bound: flo
         rule = CONSTRAINTS[constraint]()
     else:
         raise unknown_name("constraint", constraint, CONSTRAINTS)
+    if not isinstance(getattr(rule, "name", None), str):
+        raise TypeError(f"{type(rule).__name__} must have a name, by which files and records call it: write name = ...")
     if type(rule) is not CONSTRAINTS.get(rule.name, type(rule)):
         raise ValueError(f"constraint must have a name of its own, got {type(rule).__name__} with {rule.name!r}")
     rule.horizon, rule.lower_bound = horizon, lower_bound

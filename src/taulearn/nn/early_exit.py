@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from .._errors import is_number
 from ..calibration import Statistics, norms_in, using
+from .schemes import Scheme, pair_of
 
 if TYPE_CHECKING:
     from .network import TimeVariableNetwork
@@ -101,22 +102,31 @@ def _predict(
             done = confident(output, confidence) if k < N else torch.ones_like(left, dtype=torch.bool)
             gone = left[done]
             outputs[gone], found[gone] = output[done], k
-            if len(gone):
+            if len(gone) and k < N:
                 stay = (~done).nonzero().squeeze(1)
-                left, y, carry = tree_map(partial(_samples, index=stay), (left, y, carry))
+                left, y, carry = tree_map(partial(_samples, scheme, len(left), stay), (left, y, carry))
         if k == N or (len(left) == 0 and outputs is not None and len(inputs) > 0):
             break
         if whole is None:
-            y, carry = scheme.step(k, network.layers[k], y, carry, network.skips, coefficients)
+            y, carry = pair_of(scheme, scheme.step(k, network.layers[k], y, carry, network.skips, coefficients))
         else:
             y = whole[k][left]
     assert outputs is not None
     return Prediction(outputs, found)
 
 
-def _samples(leaf: Any, index: Tensor) -> Any:
-    """The samples of these numbers in a part of a carry."""
-    return None if leaf is None else leaf.index_select(0, index)
+def _samples(scheme: Scheme, number: int, index: Tensor, leaf: Any) -> Any:
+    """Some of a number of samples in a part of a carry, which must have one entry for each of them first."""
+    if leaf is None:
+        return None
+    shape = getattr(leaf, "shape", (number,))  # a fractional memory has none
+    if not hasattr(leaf, "index_select") or shape[:1] != (number,):
+        found = f"one of shape {tuple(shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+        raise ValueError(
+            f"the carry of {type(scheme).__name__} must hold tensors with the batch first, here ({number}, ...), "
+            f"got {found}: early exit drops samples from it; what all samples share belongs into prepare"
+        )
+    return leaf.index_select(0, index)
 
 
 def check_confidence(argument: str, value: object) -> None:

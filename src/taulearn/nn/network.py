@@ -176,7 +176,8 @@ class TimeVariableNetwork(nn.Module):
 
         Raises:
             ValueError: If confidence or depths lie outside their range, the outputs are not (batch, classes) with at
-                least two classes, or the statistics are those of another network or of this one before a deletion.
+                least two classes, the statistics are those of another network or of this one before a deletion, or
+                the scheme carries something that has not the batch first.
             TypeError: If depths are no collection, or statistics no mapping.
 
         Example:

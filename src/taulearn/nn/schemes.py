@@ -142,9 +142,19 @@ class Scheme(nn.Module):
         states: list[Tensor] = []
         y, carry, coefficients = x, self.init(x), self.prepare(tau)
         for l, f in enumerate(layers):
-            y, carry = self.step(l, f, y, carry, skips, coefficients)
+            y, carry = pair_of(self, self.step(l, f, y, carry, skips, coefficients))
             states.append(y)
         return states
+
+
+def pair_of(scheme: Scheme, result: Any) -> tuple[Tensor, Any]:
+    """The result of a step, refused where it is no pair of state and carry."""
+    if isinstance(result, tuple) and len(result) == 2:
+        return result
+    raise TypeError(
+        f"{type(scheme).__name__}.step must return the next state and the carry, (y, carry), got a "
+        f"{type(result).__name__}: write return y, carry"
+    )
 
 
 class Feedforward(Scheme):

@@ -167,7 +167,8 @@ class TimeSteps(nn.Module):
             indices: Current positions, in increasing order.
 
         Raises:
-            ValueError: If they are not increasing positions, or leave out a step that the constraint fixes.
+            ValueError: If they are not increasing positions, or leave out a step that the constraint fixes, or if a
+                constraint of your own has not one step a layer afterwards; nothing is changed then.
         """
         kept = list(indices)
         if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= self.num_steps:
@@ -175,7 +176,16 @@ class TimeSteps(nn.Module):
         for layer, reason in self.rule.fixed(self.num_steps).items():
             if layer not in kept:
                 raise ValueError(f"indices must contain step {layer}, got {kept}: {reason}")
+        held = vars(self.rule).copy()
         left = self.rule.keep(self.values, kept)
+        if (found := len(self.rule.tau(left))) != len(kept):
+            vars(self.rule).clear()
+            vars(self.rule).update(held)
+            kind = type(self.rule).__name__
+            raise ValueError(
+                f"{kind}.tau must have {len(kept)} entries, one a layer, got {found}: "
+                f"let {kind}.keep follow the deletion"
+            )
         if isinstance(self.values, nn.Parameter):
             left = nn.Parameter(left, requires_grad=self.values.requires_grad)
         self.values = left

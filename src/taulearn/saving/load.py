@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from ..adaptivity.coarsen import prune
 from ..adaptivity.transaction import all_or_nothing
 from ..files import read_tensors
+from ..nn.constraints import CONSTRAINTS
 from ..nn.following import prunable_of, wrapping_of
 from ..nn.network import TimeVariableNetwork
 from ..wrapping.wrap_model import rewrap
 from ..wrapping.wrapped_model import drop_units, take_states
 from .manifest import MANIFEST, WEIGHTS, read_manifest, short
-from .recipe import build, differences, modules_of, tensors_of
+from .recipe import build, classes_of, differences, modules_of, tensors_of
 from .save import describe, with_steps
 
 M = TypeVar("M", bound=nn.Module)
@@ -103,13 +104,16 @@ def _wrap_as_saved(host: nn.Module, manifest: dict[str, Any], folder: Path) -> N
         drop_units(wrapping)
     if saved["kind"] != "wrapped" or hasattr(host, "time_steps"):
         return
-    options = {key: value for key, value in manifest["time_steps"].items() if key != "origin"}
+    options = {key: manifest["time_steps"][key] for key in ("constraint", "horizon", "lower_bound")}
     try:
         rewrap(host, saved["blocks"], saved["shortened"], **options)
     except ValueError as error:
+        remedy = "build the same model, not pruned"
+        if options["constraint"] not in CONSTRAINTS:
+            remedy = "wrap the host with that constraint of your own first, taulearn.wrap(host, constraint=...)"
         raise ValueError(
             f"host must be a model like the {short(saved['saved_from'])} in {folder}, got one that cannot be wrapped "
-            f"as it was ({error}): build the same model, not pruned"
+            f"as it was ({error}): {remedy}"
         ) from error
 
 
@@ -136,12 +140,24 @@ def _differences(host: nn.Module, manifest: dict[str, Any], tensors: dict[str, T
     if manifest["model"]["kind"] == "network":
         there, here = (modules_of(model) for model in (_built(manifest, folder), host))
     else:
-        parts = ["time_steps", "scheme"] + ["model"] * (manifest["model"]["kind"] == "wrapped")
-        there, here = (
-            {f"{part}.{key}": value for part in parts for key, value in each[part].items() if key != "states"}
-            for each in (manifest, describe(host))
-        )
-    return differences(there, here) + differences(tensors_of(host.state_dict()), tensors_of(tensors))
+        own = describe(host)
+        there, here = _said(manifest), _said(own)
+        for where, (saved, given) in {
+            "scheme": (manifest["scheme"]["options"], own["scheme"]["options"]),
+            "constraint": (manifest["time_steps"]["options"], own["time_steps"].get("options", {})),
+        }.items():
+            both = saved.keys() & given.keys()
+            there |= {f"{where}.{key}": value for key, value in saved.items() if key in both}
+            here |= {f"{where}.{key}": value for key, value in given.items() if key in both}
+    found = differences(there, here) + differences(tensors_of(host.state_dict()), tensors_of(tensors))
+    return found or differences(manifest["model"].get("modules") or classes_of(host), classes_of(host))
+
+
+def _said(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of steps, scheme and blocks, but for options and what is only followed."""
+    parts = ["time_steps", "scheme"] + ["model"] * (manifest["model"]["kind"] == "wrapped")
+    followed = ("states", "options", "modules")
+    return {f"{part}.{key}": value for part in parts for key, value in manifest[part].items() if key not in followed}
 
 
 def _refuse(what: str, found: list[str], folder: Path) -> None:

@@ -24,14 +24,22 @@ _DTYPES = frozenset(("float16", "bfloat16", "float32", "float64"))
 _STATE = [(None, str, int)]
 _MODELS: dict[str, Any] = {
     "network": {"kind": str, "dtype": _DTYPES, **RECIPE},
-    "host": {"kind": str, "saved_from": str, "because": str},
-    "wrapped": {"kind": str, "saved_from": str, "blocks": [str, ...], "shortened": [str], "states": [_STATE]},
+    "host": {"kind": str, "saved_from": str, "because": str, "modules": dict},
+    "wrapped": {
+        "kind": str,
+        "saved_from": str,
+        "blocks": [str, ...],
+        "shortened": [str],
+        "states": [_STATE],
+        "modules": dict,
+    },
 }
+_STEPS = {"origin": [range(2**28), ...], "constraint": str, "horizon": float, "lower_bound": (None, float)}
 _CONTENT = {
     "format": int,
     "taulearn": str,
     "weights_sha256": str,
-    "time_steps": {"origin": [range(2**28), ...], "constraint": str, "horizon": float, "lower_bound": (None, float)},
+    "time_steps": _STEPS | {"options": dict},
     "scheme": NAMED,
 }
 
@@ -68,9 +76,13 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"the file must have a format, got {short(content)}")
         if content["format"] in (1, FORMAT):
             manifest = as_format_2(content) if content["format"] == 1 else content
-            model = manifest.get("model")
+            model: Any = manifest.get("model")
             kind: Any = model.get("kind") if type(model) is dict else model
             check("model.kind", kind, frozenset(_MODELS))
+            if kind != "network":
+                model.setdefault("modules", {})  # which older files have not
+            if type(manifest.get("time_steps")) is dict:
+                manifest["time_steps"].setdefault("options", {})
             check("", manifest, _CONTENT | {"model": _MODELS[kind]})
             return manifest
     except (ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ memory is spent on it.
 """
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -17,6 +18,7 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from .._errors import unknown_name
 from ..depth.truncate import cut
 from ..nn.activations import activation_names, make_activation
 from ..nn.builders import BUILDERS, FlattenInput, FullyConnected
+from ..nn.constraints import Constraint
 from ..nn.convolutional import ConvolutionalStem, PointwiseSkip, PooledHead, PreActivationBlock, resnet_v2
 from ..nn.network import TimeVariableNetwork
 from ..nn.schemes import SCHEMES, Residual, Scheme
@@ -83,6 +86,8 @@ _SHAPES: dict[str, Any] = {
     "blocks_per_stage": [LAYERS, ...],
 }
 """The JSON values of arguments, where they are not counts."""
+_ELSEWHERE = {"training", "horizon", "lower_bound", "kernel_error"}
+"""Attributes of schemes and constraints that are no options of theirs alone."""
 
 
 class NoRecipe(Exception):
@@ -121,8 +126,8 @@ def _json_value(where: str, key: str, value: Any) -> Any:
     if isinstance(value, nn.Module):
         return recipe_of_parts(value, where)
     if isinstance(value, tuple):
-        return value[0] if key == "stride" else list(value)
-    return value
+        return value[0] if key == "stride" else list(_of_python(value))
+    return _of_python(value)
 
 
 def _name_of(where: str, module: nn.Module, known: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -142,7 +147,20 @@ def name_of_scheme(scheme: nn.Module) -> dict[str, Any]:
     try:
         return _name_of("scheme", scheme, _schemes())
     except NoRecipe:
-        return {"name": type(scheme).__qualname__, "options": {}}
+        return {"name": type(scheme).__qualname__, "options": plain_options(scheme)}
+
+
+def plain_options(own: Scheme | Constraint | nn.Module) -> dict[str, Any]:
+    """The public attributes of a scheme or constraint of the user's that JSON can hold, as it holds them."""
+    options = {}
+    for name, value in vars(own).items():
+        if not name.startswith("_") and name not in _ELSEWHERE:
+            try:
+                text = json.dumps(_of_python(value))
+                options[name] = json.loads(text, parse_constant=str)  # inf and nan as words
+            except (TypeError, ValueError):
+                continue
+    return options
 
 
 def build(manifest: Mapping[str, Any]) -> TimeVariableNetwork:
@@ -239,8 +257,23 @@ _signature: Callable[[type], inspect.Signature] = cache(inspect.signature)
 
 def _arguments(module: nn.Module) -> dict[str, Any]:
     """The arguments that a module was made with, as far as it keeps them as plain values of the same name."""
-    values = {name: getattr(module, name, ...) for name in _signature(type(module)).parameters}
+    values = {name: _of_python(getattr(module, name, ...)) for name in _signature(type(module)).parameters}
     return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | tuple | None)}
+
+
+def _of_python(value: Any) -> Any:
+    """A number of numpy as one of Python's, also in lists and tuples."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_of_python, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def classes_of(model: nn.Module) -> dict[str, str]:
+    """The names of the classes of a model's modules but for its time steps, by the modules' names."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {
+        name or "the model": type(each).__name__ for name, each in modules if name.partition(".")[0] != "time_steps"
+    }
 
 
 def modules_of(model: nn.Module) -> dict[str, Any]:
@@ -250,6 +283,27 @@ def modules_of(model: nn.Module) -> dict[str, Any]:
         found[name or "the model"] = type(module)
         found |= {f"{name}.{key}": value for key, value in _arguments(module).items()}
     return found
+
+
+def besides(model: nn.Module) -> dict[str, bool]:
+    """What single modules have that neither their classes nor the state dict tell, named as an error names it."""
+    found: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        where, inside = name or "the model", f"{name}." if name else ""
+        found += [f"{inside}{key} of its own" for key in vars(module) if callable(getattr(type(module), key, None))]
+        hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+        found += [f"a hook of {where}" for each in hooks for hook in each.values() if not _is_ours(hook)]
+        found += [f"{inside}{buffer}, outside the state dict," for buffer in module._non_persistent_buffers_set]
+    first: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(parameter, name) != name:
+            found.append(f"{name}, tied to {first[parameter]},")
+    return dict.fromkeys(found, True)
+
+
+def _is_ours(hook: object) -> bool:
+    """Whether a hook is this package's, which watches and changes nothing."""
+    return (getattr(hook, "__module__", None) or "").partition(".")[0] == __name__.partition(".")[0]
 
 
 def tensors_of(state: Mapping[str, Tensor]) -> dict[str, str]:

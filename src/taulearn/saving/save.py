@@ -20,13 +20,29 @@ from ..nn.following import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps, time_steps_of
 from ..wrapping.folding import folded_state
 from .manifest import ASIDE, FORMAT, MANIFEST, WEIGHTS
-from .recipe import NoRecipe, build, differences, modules_of, name_of_scheme, noted_recipe, recipe_of_parts, tensors_of
+from .recipe import (
+    NoRecipe,
+    besides,
+    build,
+    classes_of,
+    differences,
+    modules_of,
+    name_of_scheme,
+    noted_recipe,
+    plain_options,
+    recipe_of_parts,
+    tensors_of,
+)
 
 
 def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Save a model, also a pruned one, as a folder with model.safetensors and model.json.
 
     A model that was saved there before is replaced: whatever happens meanwhile, one of the two can be loaded.
+
+    Of a scheme or a constraint of your own the public attributes that JSON can hold are saved too, and a host must have
+    the same; what changes from call to call needs a name that begins with an underscore. ``requires_grad`` and memory
+    formats such as channels_last are not kept.
 
     Args:
         model: A model with time steps.
@@ -81,17 +97,18 @@ def describe(model: nn.Module) -> dict[str, Any]:
     prunable, wrapping = prunable_of(model), wrapping_of(model)
     steps = prunable.time_steps
     options = {name: getattr(steps, name) for name in ("constraint", "horizon", "lower_bound")}
+    own = plain_options(steps.rule)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "taulearn": __version__,
-        "time_steps": {"origin": list(steps.origin), **options},
+        "time_steps": {"origin": list(steps.origin), **options, **({"options": own} if own else {})},
         "scheme": name_of_scheme(prunable.scheme),
     }
     if wrapping is None:
         return manifest | {"model": _network_or_host(model, manifest)}
     names, lists, states = list(wrapping.names), sorted(wrapping.shorten), [list(pair) for pair in wrapping.states()]
     wrapped = {"kind": "wrapped", "saved_from": type(model).__qualname__, "blocks": names, "shortened": lists}
-    return manifest | {"model": wrapped | {"states": states}}
+    return manifest | {"model": wrapped | {"states": states, "modules": classes_of(model)}}
 
 
 def _network_or_host(model: nn.Module, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -104,8 +121,8 @@ def _network_or_host(model: nn.Module, manifest: dict[str, Any]) -> dict[str, An
         except (NoRecipe, ValueError) as error:
             because = str(error)
             continue
-        there, here = (modules_of(each) | tensors_of(each.state_dict()) for each in (rebuilt, model))
+        there, here = (modules_of(each) | tensors_of(each.state_dict()) | besides(each) for each in (rebuilt, model))
         if there == here:
             return network
         because = differences(there, here)[0]
-    return {"kind": "host", "saved_from": type(model).__qualname__, "because": because}
+    return {"kind": "host", "saved_from": type(model).__qualname__, "because": because, "modules": classes_of(model)}

@@ -24,21 +24,34 @@ class Suite(Protocol):
 
 
 def installed_suites() -> dict[str, Suite]:
-    """The suites of all distributions, by name; one that cannot be loaded is left out with a warning."""
+    """The suites of all distributions, by name; what cannot be loaded, or has a name again, is left out."""
     found: dict[str, Suite] = {}
+    first: dict[str, importlib.metadata.EntryPoint] = {}
     for entry in importlib.metadata.entry_points(group="taulearn.suites"):
+        if entry.name in found:
+            warnings.warn(
+                f"suite {entry.name!r} is {_of(first[entry.name])}; that {_of(entry)} is left out: "
+                "uninstall one of the two",
+                stacklevel=2,
+            )
+            continue
         try:
             suite = entry.load()
             if not callable(getattr(suite, "reproduce", None)):
                 raise TypeError(f"it must have a method reproduce, got {type(suite).__name__}")
-        except Exception as error:  # noqa: BLE001  whatever is wrong with one, the others go on
+        except (Exception, SystemExit) as error:  # noqa: BLE001  whatever is wrong with one, the others go on
             warnings.warn(
                 f"suite {entry.name!r} is left out: {entry.value} cannot be loaded ({type(error).__name__}: {error})",
                 stacklevel=2,
             )
         else:
-            found[entry.name] = suite
+            found[entry.name], first[entry.name] = suite, entry
     return dict(sorted(found.items()))
+
+
+def _of(entry: importlib.metadata.EntryPoint) -> str:
+    """Where an entry point is from, for warnings."""
+    return f"{entry.value} of {'an unknown distribution' if entry.dist is None else entry.dist.name}"
 
 
 @dataclass(frozen=True)
