@@ -190,6 +190,50 @@ class TestClosure:
         assert session.history.num_iterations == 0
 
 
+class CallsItsParent(torch.optim.SGD):
+    """torch calls the hooks in both steps once an SGD was made."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+class TestAnOptimiserThatCallsTheStepOfItsParent:
+    @pytest.mark.parametrize("penalty", [L1(0.3), L1(0.3, proximal=True)])
+    @pytest.mark.parametrize("closes", [False, True])
+    def test_penalties_act_once_a_step(self, penalty: Any, closes: bool) -> None:
+        models = [network(), network()]
+        for kind, model in zip((torch.optim.SGD, CallsItsParent), models, strict=True):
+            optimizer = kind(model.parameters(), lr=0.1)
+            session = attach(model, optimizer, penalties=penalty)
+            for _ in range(3):
+                optimizer.zero_grad()
+
+                def closure(model: Any = model) -> torch.Tensor:
+                    loss = LOSS(model(digits(40)[0]), digits(40)[1])
+                    loss.backward()
+                    return loss
+
+                optimizer.step(closure) if closes else (closure(), optimizer.step())
+            assert session.history.num_iterations == 3
+        assert_same_weights(*models)
+
+    def test_penalties_of_the_batch_count_once(self) -> None:
+        model = network()
+        optimizer = CallsItsParent(model.parameters(), lr=0.1)
+        session = attach(model, optimizer, penalties=StageCost(0.3, LOSS))
+        inputs, targets = digits(40)
+        step(model, optimizer, lambda loss: session.loss(loss, inputs=inputs, targets=targets))
+        assert session.history.num_iterations == 1
+
+    def test_a_registered_projection_acts_once(self) -> None:
+        models = [network(), network()]
+        for kind, model in zip((torch.optim.SGD, CallsItsParent), models, strict=True):
+            optimizer = kind(model.parameters(), lr=0.1)
+            register_projection(optimizer, model, L1(0.3, proximal=True))
+            step(model, optimizer)
+        assert_same_weights(*models)
+
+
 FUSED = [{"fused": True}, {"fused": False, "foreach": False}]
 
 

@@ -18,6 +18,7 @@ from ..adaptivity.optimizer_state import bare
 from ..adaptivity.policies import Pruning
 from ..files import write_tensors
 from ..nn.following import ORIGIN, Follower, follower_of
+from ..optim.projections import steps_under_way
 from ..penalties import Penalty
 from ..training.history import History
 from ..training.plain import from_plain, to_plain
@@ -162,7 +163,12 @@ class TimeStepsCallback(TrainerCallback):
         """Let the step add the penalties' gradients before it, and end with the projection."""
         session = self._companion.session
         (optimizer,) = session.optimizers
-        self._step.callback(optimizer.register_step_pre_hook(lambda *_: session.before_step()).remove)
+
+        def before(stepping: torch.optim.Optimizer, *_: Any) -> None:
+            if steps_under_way(stepping) < 2:
+                session.before_step()
+
+        self._step.callback(optimizer.register_step_pre_hook(before).remove)
         self._companion.constrained(self._step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 """The hooks on an optimiser that act on time steps: nobody does their work twice."""
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,15 @@ from ..adaptivity.optimizer_state import bare
 
 if TYPE_CHECKING:
     from ..penalties import Penalty
+
+
+_STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__  # of every step that calls hooks
+
+
+def steps_under_way(optimizer: Any) -> int:
+    """How many steps of an optimiser are under way: two in the hooks of a ``super().step()``, which torch may call."""
+    frames = (frame for frame, _ in traceback.walk_stack(None))
+    return sum(frame.f_code is _STEP and frame.f_locals.get("self") is optimizer for frame in frames)
 
 
 def constrains_trials(optimizer: Any) -> bool:
@@ -29,8 +39,9 @@ class Projection:
     def __init__(self, model: nn.Module, penalties: "Sequence[Penalty]", act: Callable[[Any], None]) -> None:
         self.model, self.penalties, self._act = model, tuple(penalties), act
 
-    def __call__(self, _optimizer: Any = None, _args: Any = (), options: Mapping[str, Any] | None = None) -> None:
-        self._act((options or {}).get("grad_scaler"))
+    def __call__(self, optimizer: Any = None, _args: Any = (), options: Mapping[str, Any] | None = None) -> None:
+        if steps_under_way(optimizer) < 2:
+            self._act((options or {}).get("grad_scaler"))
 
 
 class Attached:

@@ -21,7 +21,7 @@ from ..adaptivity.optimizer_state import LACKING, check_holds, check_holds_steps
 from ..adaptivity.policies import Pruning
 from ..adaptivity.transaction import check_averaged
 from ..optim.groups import check_calls_hooks
-from ..optim.projections import Attached, check_unattached, projections_of, searches
+from ..optim.projections import Attached, check_unattached, projections_of, searches, steps_under_way
 from ..penalties import Penalty
 from .check_arguments import check_pruning
 from .objective import as_penalties
@@ -131,6 +131,8 @@ class _Hooks(Attached):
         A round that an optimiser leaves unfinished, as its step was skipped, begins anew with the next step.
         """
         session = self.session
+        if steps_under_way(optimizer) > 1:
+            return None
         if session.pruner is not None and not self._looked:
             _refuse_wrapped(session.model)
             self._looked = True

@@ -29,6 +29,7 @@ from ..adaptivity.transaction import all_or_nothing
 from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
 from ..optim.groups import overflows
+from ..optim.projections import steps_under_way
 from ..penalties import Penalty
 from .history import Array, Deletion, History, Recorder, Row
 
@@ -247,7 +248,7 @@ class Session:
         Returns:
             Whether this ended an iteration: all optimisers have taken their step since :meth:`before_step`.
         """
-        if any(bool(found.any()) for found in overflows(optimizer, scaler)):
+        if steps_under_way(optimizer) > 1 or any(bool(found.any()) for found in overflows(optimizer, scaler)):
             return False
         constrain_(self.model, optimizer, self.penalties)
         self._stepped.append(optimizer)
