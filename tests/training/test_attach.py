@@ -394,6 +394,52 @@ class TestSeveralOptimisers:
                 optimizers[1].step()
         assert session.history.num_iterations == 2
 
+    @pytest.mark.parametrize("skipped", [0, 1])
+    def test_after_a_skip_penalties_act_on_and_rounds_begin_with_the_first(self, skipped: int) -> None:
+        model = network()
+        optimizers = [torch.optim.SGD([model.time_steps.values], lr=0.1), sgd(model.layers, lr=0.0)]
+        session = attach(model, optimizers, penalties=L1(0.1))
+        for iteration in range(5):
+            (0.0 * model(digits(40)[0])).sum().backward()
+            before = model.time_steps.values.detach().clone()
+            counted = session.iteration
+            session.loss(torch.tensor(float(iteration)))
+            for number, each in enumerate(optimizers):
+                if (iteration, number) != (1, skipped):
+                    each.step()
+                each.zero_grad()
+            moved = model.time_steps.values.detach() - before
+            assert bool((moved != 0).all()) == ((iteration, skipped) != (1, 0))
+            assert session.iteration - counted == (iteration != 1)
+        np.testing.assert_array_equal(session.history.iterations["loss"], [0.0, 1.5, 3.0, 4.0])
+
+    def test_penalties_act_where_each_has_its_own_backward(self) -> None:
+        model, plain = network(), network()
+        for net in (model, plain):
+            optimizers = muon_and_adamw(net)
+            if net is model:
+                attach(net, optimizers, penalties=[L1(0.3), WeightElasticNet(0.01)])
+            for _ in range(3):
+                for each in optimizers:
+                    for one in optimizers:
+                        one.zero_grad()
+                    loss = LOSS(net(digits(40)[0]), digits(40)[1])
+                    loss = loss if net is model else loss + L1(0.3)(net) + WeightElasticNet(0.01)(net)
+                    loss.backward()
+                    each.step()
+        torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+    def test_one_that_steps_twice_a_round_gets_penalties_each_time(self) -> None:
+        model = network()
+        optimizers = [torch.optim.SGD([model.time_steps.values], lr=0.1), sgd(model.layers)]
+        session = attach(model, optimizers, penalties=L1(0.1))
+        for each in (0, 0, 1, 0, 0, 1):
+            (0.0 * model(digits(40)[0])).sum().backward()
+            optimizers[each].step()
+            optimizers[0].zero_grad()
+        torch.testing.assert_close(network().time_steps.tau - model.time_steps.tau, torch.full((5,), 0.04))
+        assert session.iteration == 2
+
     def test_a_closure_is_refused(self) -> None:
         model = network()
         optimizers = muon_and_adamw(model)
@@ -516,6 +562,33 @@ class TestDeletionInTheLoop:
         assert model.time_steps.num_steps == 4
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             late.backward()
+
+
+class TestAStepThatFails:
+    @pytest.mark.parametrize("registered", ["before", "after"])
+    def test_tried_again_it_is_one(self, registered: str) -> None:
+        models = [network(), network()]
+        for fails, model in zip((True, False), models, strict=True):
+            optimizer, left = torch.optim.SGD(model.parameters(), lr=0.1), [fails]
+
+            def fail(*_: Any, left: list[bool] = left) -> None:
+                if left[0]:
+                    left[0] = False
+                    raise KeyError
+
+            if registered == "before":
+                optimizer.register_step_pre_hook(fail)
+            session = attach(model, optimizer, penalties=[L1(0.3), WeightElasticNet(0.01)])
+            if registered == "after":
+                optimizer.register_step_pre_hook(fail)
+            for _ in range(2):  # gradients of the second step join those of the first
+                session.loss(LOSS(model(digits(40)[0]), digits(40)[1])).backward()
+                if left[0]:
+                    with pytest.raises(KeyError):
+                        optimizer.step()
+                optimizer.step()
+            assert session.history.num_iterations == 2
+        assert_same_weights(*models)
 
 
 class TestDetach:

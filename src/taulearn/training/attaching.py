@@ -2,7 +2,7 @@
 
 Of the optimisers, one or several, each steps once a round, which is an iteration:
 
-    before the first step    the penalties' gradients join those of the loss
+    before each step         the penalties' gradients, of the parameters that it moves, join those of the loss
     after each               proximal step and projection, where the optimiser holds the time steps
     after the last           the record, and what the policy of pruning deletes
 """
@@ -45,7 +45,8 @@ def attach(
     in the model and in the optimiser, whose other state stays as it is. Gradients that are left over stay, too.
 
     A step that GradScaler skips is none. An iteration is a step of the optimiser, however many batches went into it;
-    of several optimisers, one step of each. Contributions of layers are measured in the forward passes that record
+    of several optimisers, one step of each, which gets the penalties' gradients of its own parameters right before its
+    step. Contributions of layers are measured in the forward passes that record
     gradients.
 
     Args:
@@ -126,10 +127,7 @@ class _Hooks(Attached):
         self.session, self.per_epoch, self._looked = session, per_epoch, False
 
     def before(self, optimizer: Any, args: Sequence[Any], options: dict[str, Any]) -> Any:
-        """Add the penalties' gradients before the first step of a round, or behind those that the closure makes.
-
-        A round that an optimiser leaves unfinished, as its step was skipped, begins anew with the next step.
-        """
+        """Add the penalties' gradients before a step, or behind those that the closure makes."""
         session = self.session
         if steps_under_way(optimizer) > 1:
             return None
@@ -147,8 +145,7 @@ class _Hooks(Attached):
             if "closure" in options:
                 return args, options | {"closure": evaluate}
             return (args[0], evaluate, *args[2:]), options
-        if not session._stepped or any(each is optimizer for each in session._stepped):
-            session.before_step(self._scale(optimizer, options))
+        session.before_step(optimizer, self._scale(optimizer, options))
         return None
 
     def _once(self, optimizer: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -165,7 +162,7 @@ class _Hooks(Attached):
                 )
             loss = closure()
             calls.append(1)
-            self.session.before_step()
+            self.session.before_step(optimizer)
             return loss
 
         return evaluate

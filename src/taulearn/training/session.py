@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..adaptivity.coarsen import PruneReport, prune
 from ..adaptivity.controller import Pruner
-from ..adaptivity.optimizer_state import optimizers_in
+from ..adaptivity.optimizer_state import optimizers_in, parameters_held
 from ..adaptivity.transaction import all_or_nothing
 from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
@@ -99,7 +99,10 @@ class Session:
         self._losses, self._pending = dict[int, float](), dict[int, float | Tensor]()
         self._measuring: ExitStack | None = None
         self._taken: Tensor | None = None
+        self._begun: list[Any] = []
         self._stepped: list[Any] = []
+        self._leader: Any = None  # with it the last iteration began
+        self._added: dict[int, tuple[Tensor, int]] = {}
         self._told: dict[str, list[Tensor]] = {}
         self._hooks = ExitStack()
 
@@ -193,29 +196,50 @@ class Session:
             self._measuring.close()
             self._measuring = None
 
-    def before_step(self, scale: Tensor | float | None = None) -> None:
-        """Add the penalties' gradients to those of the loss, which are complete, and take the row of the record.
+    def before_step(self, optimizer: torch.optim.Optimizer | None = None, scale: Tensor | float | None = None) -> None:
+        """Add the penalties' gradients to those of the loss, which are complete; the first takes the record's row.
+
+        Each optimiser gets those of its own parameters. An iteration begins with the one that the last began with, and
+        where one steps again before the others: what they left unfinished is none.
 
         Args:
+            optimizer: The one that steps. None: the only one.
             scale: What the gradients of the loss are multiplied by, as GradScaler does; None: 1.
 
         Raises:
             RuntimeError: If a penalty needs the batch, and :meth:`loss` was not called since the last step.
         """
         self.stop_measuring()
-        self._stepped.clear()
+        optimizer = self.optimizers[0] if optimizer is None else optimizer
+        if optimizer is self._leader or optimizer in self._begun:
+            self._begin()
         with torch.enable_grad():
             columns = self._columns()
             values = [columns[f"penalty.{p.name}"] for p in self.penalties if p.differentiated]
             enter = [value for value in values if value.requires_grad]
-            if enter:
-                parameters = [p for p in self.model.parameters() if p.requires_grad]
+            held = {id(p) for p in parameters_held([optimizer])}
+            parameters = [p for p in self.model.parameters() if p.requires_grad and id(p) in held]
+            if enter and parameters:
                 gradients = torch.autograd.grad(torch.stack(enter).sum(), parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
-                        gradient = gradient if scale is None else gradient * scale
-                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        self._taken = self.row.pack(columns).unsqueeze(0)
+                        self._add(parameter, gradient if scale is None else gradient * scale)
+        self._begun.append(optimizer)
+        if self._taken is None:
+            self._taken = self.row.pack(columns).unsqueeze(0)
+
+    def _begin(self) -> None:
+        """Forget the iteration that is under way."""
+        self._taken, self._begun, self._stepped = None, [], []
+
+    def _add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Add a gradient to the parameter's, once for each step: one that fails and is tried again has it already."""
+        old = parameter.grad
+        added, version = self._added.get(id(parameter), (None, 0))
+        if old is not None and old is added and old._version == version:
+            return
+        parameter.grad = gradient if old is None else old + gradient
+        self._added[id(parameter)] = (parameter.grad, parameter.grad._version)
 
     def _columns(self) -> dict[str, Tensor]:
         """The columns of the row; of penalties that need the batch they are what :meth:`loss` was told."""
@@ -246,10 +270,11 @@ class Session:
             scaler: The GradScaler that was handed to the step, if it was.
 
         Returns:
-            Whether this ended an iteration: all optimisers have taken their step since :meth:`before_step`.
+            Whether this ended an iteration: all optimisers have taken their step since it began.
         """
         if steps_under_way(optimizer) > 1 or any(bool(found.any()) for found in overflows(optimizer, scaler)):
             return False
+        self._added.clear()
         constrain_(self.model, optimizer, self.penalties)
         self._stepped.append(optimizer)
         if self._taken is None or len(self._stepped) < len(self.optimizers):
@@ -257,7 +282,8 @@ class Session:
         self.take(self._taken)
         if "loss" in self._told:
             self.note(torch.stack(self._told["loss"]).mean())
-        self._taken, self._told = None, {}
+        self._leader, self._told = self._begun[0], {}
+        self._begin()
         if self.iteration % _FLUSH_EVERY == 0:
             self.flush()
         return True
