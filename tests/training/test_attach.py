@@ -305,6 +305,16 @@ class TestGradScaler:
         with pytest.raises(ValueError, match="optimizer must find the scale of the gradients in its grad_scale"):
             scaler.step(optimizer)
 
+    def test_float16_with_a_fused_optimiser_is_refused_before_anything_moves(self) -> None:
+        model = network().half()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+        attach(model, optimizer, penalties=L1(1.0))
+        scaler, before = torch.amp.GradScaler("cpu"), copy.deepcopy(model.state_dict())
+        scaler.scale(0.0 * model(digits(40)[0].half()).float().sum()).backward()
+        with pytest.raises(ValueError, match="optimizer must hold no float16 parameters where a GradScaler"):
+            scaler.step(optimizer)
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
 
 class TestPenaltiesOfTheBatch:
     def test_they_enter_by_the_loss(self) -> None:
@@ -345,6 +355,83 @@ class TestPenaltiesOfTheBatch:
         session = attach(model, sgd(model), penalties=StageCost(0.3, LOSS))
         with pytest.raises(ValueError, match=r"inputs must be given to session.loss with 'stage_cost'"):
             session.loss(torch.zeros((), requires_grad=True))
+
+    def test_running_statistics_take_each_batch_once(self) -> None:
+        models = [network(), network()]
+        for model in models:
+            model.head = nn.Sequential(model.head, nn.BatchNorm1d(model.head.out_features))
+        inputs, targets = digits(40)
+        session = attach(models[0], sgd(models[0]), penalties=StageCost(0.3, LOSS))
+        for model in models:
+            loss = LOSS(model(inputs), targets)
+            if model is models[0]:
+                session.loss(loss, inputs=inputs, targets=targets)
+        assert models[0].head[1].running_mean.any()
+        assert_same_weights(*models)
+
+
+class TestLossesThatAreTold:
+    def test_a_batch_that_is_left_out_leaves_no_loss(self) -> None:
+        model = network()
+        session = attach(model, optimizer := sgd(model), penalties=StageCost(0.3, LOSS))
+        inputs, targets = digits(40)
+        for factor in (1.0, float("nan"), 1.0):
+            optimizer.zero_grad()
+            x = factor * inputs
+            loss = session.loss(LOSS(model(x), targets), inputs=x, targets=targets)
+            if loss.isfinite():
+                loss.backward()
+                optimizer.step()
+        assert session.history.num_iterations == 2
+        for name in ("loss", "penalty.stage_cost", "total"):
+            assert np.isfinite(session.history.iterations[name]).all()
+
+    def test_a_step_that_was_taken_keeps_what_is_not_finite(self) -> None:
+        model = network()
+        session = attach(model, optimizer := sgd(model))
+        step(model, optimizer, lambda loss: session.loss(float("inf") * loss))
+        assert np.isinf(session.history.iterations["loss"][0])
+
+    def test_a_call_that_is_refused_tells_nothing(self) -> None:
+        model = network()
+        session = attach(model, optimizer := sgd(model), penalties=StageCost(0.3, LOSS))
+        inputs, targets = digits(40)
+        loss = LOSS(model(inputs), targets)
+        with pytest.raises(ValueError, match="inputs must be given"):
+            session.loss(100.0 * loss)
+        session.loss(loss, inputs=inputs, targets=targets).backward()
+        optimizer.step()
+        np.testing.assert_allclose(session.history.iterations["loss"], [loss.item()], rtol=1e-6)
+
+    def test_a_number_is_refused(self) -> None:
+        model = network()
+        with pytest.raises(TypeError, match="loss must be a tensor.*got 0.5"):
+            attach(model, sgd(model)).loss(0.5)  # type: ignore[arg-type]
+
+
+class TestFrozenSteps:
+    @pytest.mark.parametrize("by_fit", [False, True])
+    def test_neither_proximal_maps_nor_projections_move_them(self, by_fit: bool) -> None:
+        model = network(constraint="simplex")
+        optimizer = sgd(model)
+        with torch.no_grad():
+            model.time_steps.values.requires_grad_(False).mul_(2.0)
+        before = model.time_steps.values.clone()
+        if by_fit:
+            run_fit(model, digits(80), optimizer)
+        else:
+            attach(model, optimizer)
+            step(model, optimizer)
+        assert torch.equal(model.time_steps.values, before)
+        model = network()
+        optimizer = sgd(model)
+        before = model.time_steps.values.requires_grad_(False).clone()
+        if by_fit:
+            run_fit(model, digits(80), optimizer, penalties=L1(0.3, proximal=True))
+        else:
+            attach(model, optimizer, penalties=L1(0.3, proximal=True))
+            step(model, optimizer)
+        assert torch.equal(model.time_steps.values, before)
 
 
 def muon_and_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:

@@ -75,7 +75,7 @@ def constrain_(
 ) -> None:
     """The end of an optimiser step, in place: the penalties' proximal maps, then the projection onto the constraint.
 
-    In a step that GradScaler lets a fused optimiser skip by itself, nothing moves.
+    In a step that GradScaler lets a fused optimiser skip by itself, nothing moves, and frozen time steps never do.
 
     Args:
         model: A model with time steps.
@@ -100,6 +100,8 @@ def constrain_(
         check_current(parameters_held([optimizer]))
         return
     values = steps.values
+    if not values.requires_grad:
+        return
     for penalty in penalties:
         values = penalty.proximal(values, group["lr"])
     values = steps.projected(values)

@@ -168,14 +168,22 @@ class _Hooks(Attached):
         return evaluate
 
     def _scale(self, optimizer: Any, options: Mapping[str, Any]) -> Any:
-        """The scale of the gradients that a fused optimiser takes off in its step, or None."""
-        if options.get("grad_scaler") is not None and any(p.differentiated for p in self.session.penalties):
+        """The scale of the gradients that a fused optimiser takes off in its step; None where nothing is added."""
+        if not any(p.differentiated for p in self.session.penalties):
+            return None
+        if options.get("grad_scaler") is not None:
             raise ValueError(
                 "optimizer must find the scale of the gradients in its grad_scale, as torch's own do, got a "
                 f"{type(optimizer).__name__} that is handed the GradScaler: call scaler.unscale_(optimizer) and "
                 "optimizer.step() yourself, or use proximal penalties"
             )
-        return getattr(optimizer, "grad_scale", None)
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None and any(p.dtype == torch.float16 for p in parameters_held([optimizer])):
+            raise ValueError(
+                "optimizer must hold no float16 parameters where a GradScaler leaves the scale to it, got some: scaled "
+                "penalties would overflow unnoticed; keep the model in float32 and compute in torch.autocast"
+            )
+        return scale
 
     def __call__(self, optimizer: Any, _args: Any, options: Mapping[str, Any]) -> None:
         session = self.session

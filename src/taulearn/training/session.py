@@ -26,6 +26,7 @@ from ..adaptivity.coarsen import PruneReport, prune
 from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import optimizers_in, parameters_held
 from ..adaptivity.transaction import all_or_nothing
+from ..nn.each import running_statistics_held
 from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
 from ..optim.groups import overflows
@@ -44,6 +45,14 @@ def active_penalties(penalties: tuple[Penalty, ...], pruner: Pruner | None) -> t
 def needs_batch(penalty: Penalty) -> bool:
     """Whether a penalty is a function of more than the model."""
     return penalty.needs_states or penalty.needs_outputs
+
+
+def _mean(told: Sequence[Tensor]) -> Tensor:
+    """The mean of what was told for a step, without what is not finite before the last: its batch was left out."""
+    values = torch.stack(list(told))
+    counts = values.isfinite()
+    counts[-1] = True
+    return values.where(counts, 0.0).sum(0) / counts.sum(0)
 
 
 class Session:
@@ -121,8 +130,10 @@ class Session:
     def loss(self, loss: Tensor, *, outputs: Any = None, inputs: Any = None, targets: Any = None) -> Tensor:
         """Record the loss of a batch, and add the penalties to it that need the batch; to be called before backward.
 
-        Penalties that look at the states of the forward pass cost another one here. Where gradients accumulate over
-        several batches, divide what this returns by their number; the mean of the losses is recorded.
+        Penalties that look at the states of the forward pass cost another one here, which leaves the running statistics
+        of normalisations alone. Where gradients accumulate over several batches, divide what this returns by their
+        number; the mean of the losses is recorded. A batch that the loop leaves out looks like one of several: of the
+        losses before a step, those that are not finite count only where they come last.
 
         Args:
             loss: The loss, a scalar.
@@ -134,14 +145,17 @@ class Session:
             What is to be differentiated: the loss, and those penalties. All others enter the gradient in the step.
 
         Raises:
+            TypeError: If the loss is no tensor.
             ValueError: If a penalty needs what is not given.
         """
-        self._told.setdefault("loss", []).append(loss.detach().mean())
-        states = None
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a tensor, of which backward is called, got {loss!r}")
+        told, states = {"loss": loss.detach().mean()}, None
         if inputs is not None and any(p.needs_states for p in self.penalties):
             from ..depth.states import forward_with_states
 
-            states = forward_with_states(self.model, inputs)[1]
+            with running_statistics_held(self.model):
+                states = forward_with_states(self.model, inputs)[1]
         for penalty in filter(needs_batch, self.penalties):
             if inputs is None:
                 raise ValueError(
@@ -149,9 +163,10 @@ class Session:
                     "session.loss(loss, outputs=outputs, inputs=inputs, targets=targets)"
                 )
             value, columns = penalty.measured(self.model, inputs, targets, states, outputs)
-            for name, column in {f"penalty.{penalty.name}": value, **columns}.items():
-                self._told.setdefault(name, []).append(column.detach())
+            told |= {name: each.detach() for name, each in {f"penalty.{penalty.name}": value, **columns}.items()}
             loss = loss + value if penalty.differentiated else loss
+        for name, number in told.items():
+            self._told.setdefault(name, []).append(number)
         return loss
 
     def detach(self) -> None:
@@ -246,7 +261,7 @@ class Session:
         steps = self.steps
         unknown = steps.values.new_full((), float("nan"))
         found = {"loss": unknown, "total": unknown, "tau": steps.tau}
-        found |= {name: torch.stack(parts).mean(0) for name, parts in self._told.items()}
+        found |= {name: _mean(parts) for name, parts in self._told.items()}
         if steps.bounded:
             found["raw_tau"] = steps.raw_tau
         for penalty in self.penalties:
@@ -281,7 +296,7 @@ class Session:
             return False
         self.take(self._taken)
         if "loss" in self._told:
-            self.note(torch.stack(self._told["loss"]).mean())
+            self.note(_mean(self._told["loss"]))
         self._leader, self._told = self._begun[0], {}
         self._begin()
         if self.iteration % _FLUSH_EVERY == 0:
