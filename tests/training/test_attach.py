@@ -405,7 +405,7 @@ class TestLossesThatAreTold:
 
     def test_a_number_is_refused(self) -> None:
         model = network()
-        with pytest.raises(TypeError, match="loss must be a tensor.*got 0.5"):
+        with pytest.raises(TypeError, match=r"loss must be a tensor.*got 0\.5"):
             attach(model, sgd(model)).loss(0.5)  # type: ignore[arg-type]
 
 
@@ -554,6 +554,30 @@ class TestMeasuring:
         ours, theirs = (session.pruner.criterion.values for session in sessions)  # type: ignore[union-attr]
         assert ours.min() > 0
         assert torch.equal(ours, theirs)
+
+    @pytest.mark.parametrize("pickled", [False, True])
+    def test_a_copy_of_the_model_does_not_measure(self, pickled: bool, tmp_path: Path) -> None:
+        """A copy is called with other inputs, while the model's forward passes are measured."""
+        measured = []
+        for copies in (True, False):
+            model = network()
+            session = attach(model, optimizer := adam(model), pruning=Pruning(0.01, every=8, criterion="contribution"))
+            for _ in range(3):
+                optimizer.zero_grad()
+                LOSS(model(digits(40)[0]), digits(40)[1]).backward()
+                if copies:
+                    copied = copy.deepcopy(model)
+                    torch.save(model, tmp_path / "model.pt")
+                    if pickled:
+                        copied = torch.load(tmp_path / "model.pt", weights_only=False)
+                    assert torch.equal(copied(digits(40)[0]), model(digits(40)[0]))
+                    copied(100.0 * digits(80)[0])
+                optimizer.step()
+            assert session.pruner is not None
+            assert session.pruner.running is not None
+            measured.append(session.pruner.running.values)
+        assert measured[1].min() > 0
+        assert torch.equal(*measured)
 
     def test_nothing_is_left_in_the_model(self) -> None:
         model = network()

@@ -274,7 +274,7 @@ class Contribution(Criterion):
                 hook.remove()
             self._take(found)
 
-    def _hook(self, l: int, found: dict[int, Tensor]) -> Callable[..., None]:
+    def _hook(self, l: int, found: dict[int, Tensor]) -> "_Hook":
         prunable, wrapping = prunable_of(self.model), wrapping_of(self.model)
         form = Form() if wrapping is None else wrapping.forms[l]
         power = prunable.scheme.step_power
@@ -296,7 +296,7 @@ class Contribution(Criterion):
                 size = _mean_norm(value) * gain * prunable.time_steps.tau[l].abs().float() ** power
             found[l] = size
 
-        return measure
+        return _Hook(measure)
 
     def _take(self, found: dict[int, Tensor]) -> None:
         if not found:
@@ -324,6 +324,20 @@ class Contribution(Criterion):
     def average_(self, mean: Callable[[Tensor], Tensor]) -> None:
         if self.number:
             self.values = mean(self.values)
+
+
+class _Hook:
+    """A hook that measures; in a copy of the model, pickled or not, one that does nothing."""
+
+    def __init__(self, measure: Callable[..., None] | None = None) -> None:
+        self.measure = measure
+
+    def __call__(self, *args: Any) -> None:
+        if self.measure is not None:
+            self.measure(*args)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Hook, ()
 
 
 def _mean_norm(values: Tensor) -> Tensor:
