@@ -674,6 +674,21 @@ class TestDeletionInTheLoop:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             late.backward()
 
+    def test_by_hand_it_is_refused_until_detached(self) -> None:
+        model = network()
+        optimizer = sgd(model)
+        session = attach(model, optimizer)
+        step(model, optimizer)
+        with pytest.raises(ValueError, match=r"model must have no session of taulearn.attach.*detach\(\)"):
+            taulearn.prune(model, keep=[0, 2], optimizer=optimizer)
+        assert model.time_steps.num_steps == 5
+        session.detach()
+        taulearn.prune(copy.deepcopy(model), keep=[0, 2])
+        taulearn.prune(model, keep=[0, 2], optimizer=optimizer)
+        session = attach(model, optimizer)
+        step(model, optimizer)
+        assert session.history.iterations["tau"].shape[0] == 1
+
 
 class TestAStepThatFails:
     @pytest.mark.parametrize("registered", ["before", "after"])
@@ -808,6 +823,25 @@ class TestOptimisersThatAreRefused:
                 left.detach()
             elif hasattr(left, "remove"):
                 left.remove()
+
+    def test_any_whose_model_has_a_session_with_another(self) -> None:
+        model = network()
+        session = attach(model, sgd(model), pruning=Pruning(0.1, every=2))
+        acts: list[Callable[[], Any]] = [
+            lambda: attach(model, momentum(model)),
+            lambda: register_projection(momentum(model), model),
+            lambda: run_fit(model, digits(40), momentum(model)),
+        ]
+        for act in acts:
+            with pytest.raises(ValueError, match=r"model must have no session of taulearn.attach.*detach\(\)"):
+                act()
+        session.detach()
+        attach(model, momentum(model))
+
+    def test_a_session_that_is_gone_is_none(self) -> None:
+        model = network()
+        attach(model, sgd(model))
+        attach(model, sgd(model)).detach()
 
     def test_one_with_a_registered_projection(self) -> None:
         model, other = network(), network(seed=1)

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._distributed import expire, refuse_distributed, wrappers_around
 from ..nn.following import WRAPPING, prunable_of
+from ..optim.projections import has_session
 from .estimate import Criterion, as_criterion, normalised, scores_of, shares
 from .mark import Budget, plan, within_budget
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in
@@ -188,6 +189,11 @@ def prune(
         check_holds_steps(optimizers, model, _ALL_OF_THEM)
     if averaged is not None:
         check_averaged(averaged, model)
+    if has_session(model):
+        raise ValueError(
+            "model must have no session of taulearn.attach, got one that has, whose record and policy would not "
+            "follow: hand attach a Pruning, or call session.detach() before, and attach again"
+        )
     models = [model] if averaged is None else [model, averaged.module]
     before = Snapshot([])  # of no module yet, only whether gradients are recorded: most calls delete nothing
     asked = as_criterion(criterion, model)

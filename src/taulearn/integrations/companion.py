@@ -94,7 +94,7 @@ class Companion:
             )
         check_holds(optimizer, model)
         check_holds_steps(optimizer, model)
-        check_unattached(optimizer)
+        check_unattached(optimizer, model)
         _averages_of(model, averages())
         warn_of_frozen(model)
         if self.policy is not None:

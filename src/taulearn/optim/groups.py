@@ -152,7 +152,7 @@ def register_projection(
     optimizer = bare(optimizer)
     check_holds(optimizer, model)
     check_holds_steps(optimizer, model, f"register on the one that holds them; else {LACKING}")
-    check_unattached(optimizer)
+    check_unattached(optimizer, model)
     several = penalties if isinstance(penalties, Iterable) else [penalties]
     hook = Projection(model, several, lambda scaler: constrain_(model, optimizer, several, scaler=scaler))
     if constrains_trials(optimizer):

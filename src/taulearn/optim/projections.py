@@ -1,9 +1,11 @@
 """The hooks on an optimiser that act on time steps: nobody does their work twice."""
 
+import gc
 import traceback
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -48,19 +50,47 @@ class Attached:
     """A hook of ``taulearn.attach``."""
 
 
-def check_unattached(optimizer: Any) -> None:
-    """Refuse an optimiser whose steps end with what ``taulearn.attach`` does."""
+SESSIONS: WeakSet[Any] = WeakSet()
+"""The sessions of ``taulearn.attach`` that are at work."""
+
+
+def has_session(model: nn.Module) -> bool:
+    """Whether a session of ``taulearn.attach`` trains the model's time steps; one that nobody holds any more is none."""
+    if any(part is each.steps for each in SESSIONS for part in model.modules()):
+        gc.collect()  # a session and its optimiser hold each other
+    return any(part is each.steps for each in SESSIONS for part in model.modules())
+
+
+@contextmanager
+def resting(session: Any) -> Iterator[None]:
+    """Let a session, where it is at work, not count as such while it deletes layers itself."""
+    attached = session in SESSIONS
+    SESSIONS.discard(session)
+    try:
+        yield
+    finally:
+        if attached:
+            SESSIONS.add(session)
+
+
+def check_unattached(optimizer: Any, model: nn.Module) -> None:
+    """Refuse an optimiser whose steps end with what ``taulearn.attach`` does, and a model that is trained by another's."""
     hooks = getattr(bare(optimizer), "_optimizer_step_post_hooks", {})
     if any(isinstance(hook, Attached) for hook in hooks.values()):
         raise ValueError(
             "optimizer must have no session of taulearn.attach, got one that has: its steps would end twice with the "
             "proximal step and the projection; call session.detach() before"
         )
+    if has_session(model):
+        raise ValueError(
+            "model must have no session of taulearn.attach, got one that has: call session.detach() before; several "
+            "optimisers are handed to attach as one list"
+        )
 
 
 def check_projections(optimizer: torch.optim.Optimizer, model: nn.Module, penalties: "Sequence[Penalty]") -> None:
     """Refuse a registered projection that does more than ``fit`` would with these penalties."""
-    check_unattached(optimizer)
+    check_unattached(optimizer, model)
     for _, _, hook in projections_of(optimizer, model):
         for penalty in hook.penalties:
             if not penalty.differentiated and all(penalty is not each for each in penalties):

@@ -21,7 +21,7 @@ from ..adaptivity.optimizer_state import LACKING, check_holds, check_holds_steps
 from ..adaptivity.policies import Pruning
 from ..adaptivity.transaction import check_averaged
 from ..optim.groups import check_calls_hooks
-from ..optim.projections import Attached, check_unattached, projections_of, searches, steps_under_way
+from ..optim.projections import SESSIONS, Attached, check_unattached, projections_of, searches, steps_under_way
 from ..penalties import Penalty
 from .check_arguments import check_pruning
 from .objective import as_penalties
@@ -66,7 +66,7 @@ def attach(
     Raises:
         TypeError: If the model is in a wrapper of data parallel training, or the optimiser calls no hooks.
         ValueError: If an optimiser does not hold the model's parameters, none holds the time steps, one evaluates
-            the loss several times a step (LBFGS, SAM), has a session or a registered projection, or a number is missing
+            the loss several times a step (LBFGS, SAM), it or the model has a session, it has a registered projection, or a number is missing
             that the policy or a penalty needs.
 
     Example:
@@ -117,6 +117,8 @@ def attach(
     for each in optimizers:
         session._hooks.callback(each.register_step_pre_hook(hooks.before).remove)
         session._hooks.callback(each.register_step_post_hook(hooks).remove)
+    SESSIONS.add(session)
+    session._hooks.callback(SESSIONS.discard, session)
     return session
 
 
@@ -205,7 +207,7 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
     """Refuse what no session can be hung on."""
     check_holds(optimizer, model)
     check_calls_hooks(optimizer, "train with an optimiser that derives from torch.optim.Optimizer")
-    check_unattached(optimizer)
+    check_unattached(optimizer, model)
     if projections_of(optimizer, model):
         raise ValueError(
             "optimizer must have no projection of register_projection, got one: attach takes the proximal step and "
