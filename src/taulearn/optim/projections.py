@@ -21,6 +21,8 @@ _STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__  # of eve
 
 def steps_under_way(optimizer: Any) -> int:
     """How many steps of an optimiser are under way: two in the hooks of a ``super().step()``, which torch may call."""
+    if torch.compiler.is_compiling():
+        return 1  # there are no frames to be looked at
     frames = (frame for frame, _ in traceback.walk_stack(None))
     return sum(frame.f_code is _STEP and frame.f_locals.get("self") is optimizer for frame in frames)
 
@@ -55,7 +57,7 @@ SESSIONS: WeakSet[Any] = WeakSet()
 
 
 def has_session(model: nn.Module) -> bool:
-    """Whether a session of ``taulearn.attach`` trains the model's time steps; one that nobody holds any more is none."""
+    """Whether a session of ``taulearn.attach`` trains the model; one that nobody holds any more is none."""
     if any(part is each.steps for each in SESSIONS for part in model.modules()):
         gc.collect()  # a session and its optimiser hold each other
     return any(part is each.steps for each in SESSIONS for part in model.modules())
@@ -74,7 +76,7 @@ def resting(session: Any) -> Iterator[None]:
 
 
 def check_unattached(optimizer: Any, model: nn.Module) -> None:
-    """Refuse an optimiser whose steps end with what ``taulearn.attach`` does, and a model that is trained by another's."""
+    """Refuse an optimiser, and a model, that have a session of ``taulearn.attach``."""
     hooks = getattr(bare(optimizer), "_optimizer_step_post_hooks", {})
     if any(isinstance(hook, Attached) for hook in hooks.values()):
         raise ValueError(

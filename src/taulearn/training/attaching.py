@@ -66,8 +66,8 @@ def attach(
     Raises:
         TypeError: If the model is in a wrapper of data parallel training, or the optimiser calls no hooks.
         ValueError: If an optimiser does not hold the model's parameters, none holds the time steps, one evaluates
-            the loss several times a step (LBFGS, SAM), it or the model has a session, it has a registered projection, or a number is missing
-            that the policy or a penalty needs.
+            the loss several times a step (LBFGS, SAM) or has a registered projection, it or the model has a session,
+            or a number is missing that the policy or a penalty needs.
 
     Example:
         >>> from taulearn import Pruning
