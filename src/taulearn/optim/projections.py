@@ -63,18 +63,6 @@ def has_session(model: nn.Module) -> bool:
     return any(part is each.steps for each in SESSIONS for part in model.modules())
 
 
-@contextmanager
-def resting(session: Any) -> Iterator[None]:
-    """Let a session, where it is at work, not count as such while it deletes layers itself."""
-    attached = session in SESSIONS
-    SESSIONS.discard(session)
-    try:
-        yield
-    finally:
-        if attached:
-            SESSIONS.add(session)
-
-
 def check_unattached(optimizer: Any, model: nn.Module) -> None:
     """Refuse an optimiser, and a model, that have a session of ``taulearn.attach``."""
     hooks = getattr(bare(optimizer), "_optimizer_step_post_hooks", {})

@@ -195,7 +195,11 @@ class _Hooks(Attached):
         ends = per_epoch is not None and iteration % per_epoch == 0
         epoch = 1 if per_epoch is None else -(-iteration // per_epoch)
         if session.due(epoch_ends=ends):
-            session.change_grid(epoch)
+            SESSIONS.discard(session)  # what the policy deletes, the session follows
+            try:
+                session.change_grid(epoch)
+            finally:
+                SESSIONS.add(session)
         if ends:
             session.record_epoch()
             if epoch < session.epochs:

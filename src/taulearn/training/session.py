@@ -30,7 +30,7 @@ from ..nn.each import running_statistics_held
 from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
 from ..optim.groups import overflows
-from ..optim.projections import resting, steps_under_way
+from ..optim.projections import steps_under_way
 from ..penalties import Penalty
 from .history import Array, Deletion, History, Recorder, Row
 
@@ -345,7 +345,7 @@ class Session:
         """Let the policy delete layers, in the model and its averages or in none of them."""
         assert self.pruner is not None
         averages = self.averages()
-        with resting(self), all_or_nothing([self.model, *averages], self.optimizers):
+        with all_or_nothing([self.model, *averages], self.optimizers):
             report = self.pruner.prune(self.iteration, None)
             if report is not None:
                 for each in averages:
