@@ -5,7 +5,6 @@ says little about a layer whose function is large or small; in a network with no
 other. The contribution is what the next layers see. In a wrapped block it is norm(tau (B(x) - x)).
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -277,8 +276,6 @@ class Contribution(Criterion):
     def _hook(self, l: int, found: dict[int, Tensor]) -> "_Hook":
         prunable, wrapping = prunable_of(self.model), wrapping_of(self.model)
         form = Form() if wrapping is None else wrapping.forms[l]
-        power = prunable.scheme.step_power
-        gain = math.gamma(2.0 - power)
 
         def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if torch.is_grad_enabled() or not self.recording:
@@ -293,7 +290,7 @@ class Contribution(Criterion):
                 x = form.arriving(args, kwargs)
                 size = _mean_norm(value if x is None else value - x.to(value.dtype))
             else:
-                size = _mean_norm(value) * gain * prunable.time_steps.tau[l].abs().float() ** power
+                size = _mean_norm(value) * prunable.scheme.factor(prunable.time_steps.tau[l].float())
             found[l] = size
 
         return _Hook(measure)
