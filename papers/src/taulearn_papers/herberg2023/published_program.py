@@ -33,11 +33,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from taulearn import caputo
+from taulearn import caputo, functional
 from taulearn.adaptivity.policies import Pruning
 from taulearn.app.config import TrainConfig
 from taulearn.nn.network import TimeVariableNetwork
 from taulearn.nn.schemes import Fractional
+from taulearn.nn.skips import Skips
 from taulearn.nn.time_steps import TimeSteps
 
 
@@ -89,12 +90,14 @@ class PublishedFractional(Fractional):
     """
 
     def prepare(self, tau: Tensor) -> Any:
-        coefficients = super().prepare(tau)
-        coefficients.weights = caputo.l1_weights(tau.detach(), self.gamma, validate=False)
-        return coefficients
+        return tau, caputo.l1_weights(tau.detach(), self.gamma, validate=False)
 
-    def _recall(self, *_: Any) -> None:
-        return None
+    def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> tuple[Tensor, Any]:
+        tau, weights = coefficients
+        states = (*carry[0], y)
+        memory = self._memory(weights[l], states, skips) if l else None
+        carried = skips(y, l, l + 1)
+        return functional.fractional_step(carried, memory, f(y), tau[l], self.gamma), (states, None)
 
 
 @dataclass(frozen=True)
