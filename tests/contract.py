@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from taulearn import prune
 from taulearn.adaptivity.coarsen import check_prunable
 from taulearn.nn import TimeSteps
-from taulearn.nn.following import prunable_of
+from taulearn.nn.pruned_models import prunable_of
 
 CONSTRAINTS = ("free", "fixed", "dependent", "simplex")
 DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))

@@ -16,7 +16,7 @@ from taulearn.adaptivity.optimizer_state import (
 )
 from taulearn.adaptivity.transaction import Snapshot, check_averaged
 from taulearn.nn import resnet
-from taulearn.nn.following import retire
+from taulearn.nn.pruned_models import retire
 
 
 def test_one_several_none_and_one_inside_another() -> None:

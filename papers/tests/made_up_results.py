@@ -6,7 +6,7 @@ import numpy as np
 
 from taulearn.app.results import NotMeasured
 from taulearn.training import History
-from taulearn.training.thinning import thinned
+from taulearn.training.thinned_records import thinned
 
 ITERATIONS, EPOCHS = 12_000, 20
 I = np.arange(1, ITERATIONS + 1)[:, None]

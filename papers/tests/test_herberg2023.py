@@ -9,7 +9,7 @@ from made_up_results import GROWN, I, MadeUp, changed, of, record
 from taulearn.app.results import NotMeasured, Results
 from taulearn.training import History
 from taulearn.training.history import Deletion
-from taulearn.training.thinning import numbers, thinned
+from taulearn.training.thinned_records import numbers, thinned
 from taulearn_papers.herberg2023 import SUITE, claims, statistics as q
 from taulearn_papers.herberg2023.trainings import DATA, NETWORKS, TREATMENTS, setting
 

@@ -19,7 +19,7 @@ from taulearn.app.run_members import run_members
 from taulearn.experiments import TrainConfig
 from taulearn.saving import load_model
 from taulearn.training import History
-from taulearn.training.thinning import numbers
+from taulearn.training.thinned_records import numbers
 
 
 def member(setting="a", seed=0, measure=None, **settings):

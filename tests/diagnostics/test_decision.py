@@ -14,7 +14,7 @@ from taulearn.depth.choose_layers import stages_of
 from taulearn.depth.truncate import truncate
 from taulearn.diagnostics import choose_layers, depth_profile
 from taulearn.nn import densenet, fractional_dnn, resnet, resnet_v2
-from taulearn.nn.following import WRAPPING, wrapping_of
+from taulearn.nn.pruned_models import WRAPPING, wrapping_of
 from wrapping.hosts import Block
 
 DOUBLE = torch.float64

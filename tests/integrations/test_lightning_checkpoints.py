@@ -26,7 +26,7 @@ from integrations.lightning_runs import (
 from taulearn import Pruning
 from taulearn.integrations.checkpoints import follow_states, mark_, mark_states, models_with_time_steps
 from taulearn.integrations.lightning import TimeStepsCallback
-from taulearn.nn.following import ORIGIN
+from taulearn.nn.pruned_models import ORIGIN
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,7 +12,7 @@ from small_networks import assert_same_bits
 from taulearn import prune, summary, wrap
 from taulearn._calls import call
 from taulearn.adaptivity.coarsen import check_prunable
-from taulearn.nn.following import prunable_of
+from taulearn.nn.pruned_models import prunable_of
 from taulearn.wrapping import PassThrough, wrapping_of
 from wrapping.hosts import BY_NAME, HOSTS, Block, Host, evaluated, every_host, sequential, tensor
 

@@ -11,7 +11,7 @@ import numpy as np
 from taulearn.app.config import TrainConfig
 from taulearn.app.members import Member
 from taulearn.app.results import Results
-from taulearn.report.bands import epoch_bands
+from taulearn.report.seed_bands import epoch_bands
 
 from .herberg2023 import statistics as q
 from .herberg2023.claims import SIMILAR

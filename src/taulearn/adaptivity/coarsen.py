@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._distributed import expire, refuse_distributed, wrappers_around
-from ..nn.following import WRAPPING, prunable_of
+from ..nn.pruned_models import WRAPPING, prunable_of
 from ..optim.projections import has_session
 from .estimate import Criterion, as_criterion, normalised, scores_of, shares
 from .mark import Budget, plan, within_budget

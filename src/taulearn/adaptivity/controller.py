@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._calls import layer_milliseconds
-from ..nn.following import prunable_of
+from ..nn.pruned_models import prunable_of
 from ..optim import group_of
 from .coarsen import PruneReport, check_prunable, prune
 from .estimate import Criterion, Power, as_criterion, scores_of, shares, shares_of

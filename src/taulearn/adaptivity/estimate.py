@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._calls import call
 from .._errors import unknown_name
 from .._undisturbed import undisturbed
-from ..nn.following import prunable_of, wrapping_of
+from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps
 from ..wrapping.state_argument import Form
 

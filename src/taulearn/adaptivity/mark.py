@@ -10,7 +10,7 @@ from torch import nn
 from .._calls import milliseconds
 from .._errors import positive_integer
 from .._undisturbed import Before
-from ..nn.following import prunable_of
+from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import TimeSteps
 from .estimate import normalised, shares
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.following import REPLACED
+from ..nn.pruned_models import REPLACED
 
 _KNOWN = {"state", "param_groups", "defaults"}
 """Attributes of every optimiser."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._undisturbed import Contents
-from ..nn.following import REPLACED, prunable_of, retire
+from ..nn.pruned_models import REPLACED, prunable_of, retire
 from ..nn.schemes import Scheme
 from ..nn.skips import Skips
 from ..nn.time_steps import TimeSteps

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from ..files import write_bytes
 from ..training.history import Array, History
-from ..training.thinning import thinned
+from ..training.thinned_records import thinned
 from .config import TrainConfig, explain, split_hooks
 
 FORMAT = 1

@@ -77,7 +77,7 @@ def curves(sweep: Sweep, results: Results) -> "Figure":
     """Accuracy (or the loss on the validation data) over the epochs, mean and range over the seeds of each setting."""
     from matplotlib.figure import Figure
 
-    from ..report.bands import epoch_bands
+    from ..report.seed_bands import epoch_bands
 
     finished = [setting for setting in sweep.points if setting in results.settings][:CURVES]
     if not finished:

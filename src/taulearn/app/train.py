@@ -21,7 +21,7 @@ from ..report import write_html
 from ..training import EpochEnd, History, Run, evaluate, fit
 from ..training.checkpoint import read_start
 from ..training.distributed import check_batch_size, join
-from ..training.thinning import thinned
+from ..training.thinned_records import thinned
 from . import build
 from .config import TrainConfig, explain, split_hooks
 from .memory_estimate import check_memory

@@ -23,10 +23,10 @@ from .._counting import Mean, right_of, watched
 from .._undisturbed import evaluation
 from ..adaptivity.coarsen import PruneReport, prune
 from ..calibration import recalibrate_
-from ..nn.following import prunable_of
 from ..nn.network import TimeVariableNetwork
+from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import time_steps_of
-from .layers import layers_of
+from .layers_and_states import layers_of
 from .profile import DepthProfile, Loss, check_tolerance, depth_profile, within
 from .states import check_has_stages, scalar
 from .truncate import check_cuts, truncate

@@ -13,7 +13,7 @@ from .._undisturbed import evaluation
 from ..calibration import check_calibration
 from ..nn.early_exit import check_classes, check_confidence, confident
 from ..nn.time_steps import time_steps_of
-from .layers import check_batch
+from .layers_and_states import check_batch
 from .profile import depth_statistics, outputs_at
 from .states import check_has_stages, forward_with_states
 

@@ -21,8 +21,8 @@ from ..calibration import Statistics, check_calibration, statistics_of, using
 from ..nn.early_exit import has_classes, tail_of
 from ..nn.network import TimeVariableNetwork
 from ..nn.time_steps import time_steps_of
-from .cuts import parameters, times
-from .layers import check_batch
+from .cut_size_and_speed import parameters, times
+from .layers_and_states import check_batch
 from .states import check_has_stages, scalar, stage_outputs
 from .wrapped_states import record_states
 

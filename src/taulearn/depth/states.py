@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from ..nn.following import wrapping_of
 from ..nn.network import TimeVariableNetwork
+from ..nn.pruned_models import wrapping_of
 from ..nn.time_steps import TimeSteps
 from .wrapped_states import intermediate_outputs, record_states
 

@@ -15,8 +15,8 @@ from .._errors import positive_integer
 from ..adaptivity.coarsen import DeletedLayer, PruneReport, prune
 from ..adaptivity.estimate import shares
 from ..adaptivity.transaction import Snapshot
-from ..nn.following import retire, wrapping_of
 from ..nn.network import TimeVariableNetwork
+from ..nn.pruned_models import retire, wrapping_of
 from ..nn.time_steps import TimeSteps
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .._calls import call, forwards
 from .._undisturbed import undisturbed
-from ..nn.each import mixing, running_statistics_held
-from ..nn.following import wrapping_of
+from ..nn.module_on_states import mixing, running_statistics_held
+from ..nn.pruned_models import wrapping_of
 from ..wrapping.state_argument import Form
 
 if TYPE_CHECKING:

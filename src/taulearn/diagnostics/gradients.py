@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .._errors import unknown_name
 from .._table import format_table
 from .._undisturbed import evaluation
-from ..depth.layers import check_batch, differentiable, layers_of, scheme_of, states_of
-from ..nn.following import prunable_of
+from ..depth.layers_and_states import check_batch, differentiable, layers_of, scheme_of, states_of
+from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import time_steps_of
 from .jacobian_products import Graph, by_matrices, by_products
 

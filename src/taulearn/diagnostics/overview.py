@@ -8,9 +8,9 @@ from torch import nn
 
 from .._calls import layer_milliseconds
 from .._table import format_table
-from ..depth.layers import layers_of, scheme_of
+from ..depth.layers_and_states import layers_of, scheme_of
 from ..nn.builders import FullyConnected
-from ..nn.following import wrapping_of
+from ..nn.pruned_models import wrapping_of
 from ..nn.time_steps import time_steps_of
 
 

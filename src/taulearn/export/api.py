@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .._distributed import refuse_distributed
 from .._errors import unknown_name
 from ..files import move, write_bytes
-from ..nn.following import prunable_of
+from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import time_steps_of
 from ..saving import load_model, save_model
 from .arguments import answers, arguments, inference_copy

@@ -2,7 +2,7 @@
 
 A trainer saves ``state_dict()`` and loads it into a model that was built anew, with all layers. So the numbers of the
 layers that are left travel among the tensors, and the model deletes the others before it loads them
-(:mod:`taulearn.nn.following`). Where the trainer has no place for the record, it travels there, too.
+(:mod:`taulearn.nn.pruned_models`). Where the trainer has no place for the record, it travels there, too.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..adaptivity.coarsen import prune
 from ..files import tensor_bytes
-from ..nn.following import ORIGIN, RECORD, Follower, prunable_of, set_follower
+from ..nn.pruned_models import ORIGIN, RECORD, Follower, prunable_of, set_follower
 from ..nn.time_steps import TimeSteps, time_steps_of
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ..adaptivity.optimizer_state import bare
 from ..adaptivity.policies import Pruning
 from ..files import write_tensors
-from ..nn.following import ORIGIN, Follower, follower_of
+from ..nn.pruned_models import ORIGIN, Follower, follower_of
 from ..optim.projections import steps_under_way
 from ..penalties import Penalty
 from ..training.history import History
-from ..training.plain import from_plain, to_plain
+from ..training.state_without_pickle import from_plain, to_plain
 from ..wrapping.configurations import is_pretrained
 from ..wrapping.save_pretrained import SavePretrained, guard_of
 from .checkpoints import OptimizerFollower, follow_states, mark_

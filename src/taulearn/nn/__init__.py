@@ -25,8 +25,8 @@ if TYPE_CHECKING:
         PreActivationBlock as PreActivationBlock,
         resnet_v2 as resnet_v2,
     )
-    from .each import apply_to_each as apply_to_each
     from .early_exit import Prediction as Prediction
+    from .module_on_states import apply_to_each as apply_to_each
     from .network import TimeVariableNetwork as TimeVariableNetwork
     from .schemes import (
         Dense as Dense,
@@ -51,7 +51,7 @@ __getattr__, __dir__, __all__ = lazily(
         ".builders": ("FlattenInput", "FullyConnected", "densenet", "feedforward", "fractional_dnn", "resnet"),
         ".constraints": ("Constraint",),
         ".convolutional": ("ConvolutionalStem", "PooledHead", "PreActivationBlock", "resnet_v2"),
-        ".each": ("apply_to_each",),
+        ".module_on_states": ("apply_to_each",),
         ".early_exit": ("Prediction",),
         ".network": ("TimeVariableNetwork",),
         ".schemes": ("Dense", "Feedforward", "Fractional", "Residual", "Scheme"),

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .each import apply_to_each
-from .following import Follower, set_follower
+from .module_on_states import apply_to_each
+from .pruned_models import Follower, set_follower
 from .schemes import Scheme
 from .skips import IdentitySkips, Skips
 from .time_steps import TimeSteps

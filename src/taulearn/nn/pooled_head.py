@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .activations import make_activation
-from .each import mixing, running_statistics_held
+from .module_on_states import mixing, running_statistics_held
 
 
 class PooledHead(nn.Module):

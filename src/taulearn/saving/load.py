@@ -10,8 +10,8 @@ from ..adaptivity.coarsen import prune
 from ..adaptivity.transaction import all_or_nothing
 from ..files import read_tensors
 from ..nn.constraints import CONSTRAINTS
-from ..nn.following import prunable_of, wrapping_of
 from ..nn.network import TimeVariableNetwork
+from ..nn.pruned_models import prunable_of, wrapping_of
 from ..wrapping.wrap_model import rewrap
 from ..wrapping.wrapped_model import drop_units, take_states
 from .manifest import MANIFEST, WEIGHTS, read_manifest, short

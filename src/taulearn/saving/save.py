@@ -16,7 +16,7 @@ from torch import nn
 from .. import __version__
 from .._distributed import refuse_distributed
 from ..files import check_tensors, move, tensor_bytes, write_bytes
-from ..nn.following import prunable_of, wrapping_of
+from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps, time_steps_of
 from ..wrapping.folding import folded_state
 from .manifest import ASIDE, FORMAT, MANIFEST, WEIGHTS

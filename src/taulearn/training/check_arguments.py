@@ -13,7 +13,7 @@ from ..adaptivity.optimizer_state import bare, check_holds, check_holds_steps, w
 from ..adaptivity.policies import Pruning
 from ..adaptivity.target import SteeredL1
 from ..adaptivity.transaction import check_averaged
-from ..nn.following import prunable_of
+from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import time_steps_of
 from ..optim.projections import searches
 from ..penalties import Penalty

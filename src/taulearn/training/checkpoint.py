@@ -23,11 +23,11 @@ from ..adaptivity.coarsen import prune
 from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import check_follows, with_inner
 from ..files import check_tensors, read_tensors, write_tensors
-from ..nn.following import wrapping_of
+from ..nn.pruned_models import wrapping_of
 from ..nn.time_steps import time_steps_of
 from .check_arguments import disagreements
 from .history import History
-from .plain import from_plain, to_plain
+from .state_without_pickle import from_plain, to_plain
 
 FORMAT = 1
 KEPT = 2

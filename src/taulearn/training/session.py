@@ -26,7 +26,7 @@ from ..adaptivity.coarsen import PruneReport, prune
 from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import optimizers_in, parameters_held
 from ..adaptivity.transaction import all_or_nothing
-from ..nn.each import running_statistics_held
+from ..nn.module_on_states import running_statistics_held
 from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
 from ..optim.groups import overflows

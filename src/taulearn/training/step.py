@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adaptivity.controller import Pruner
-from ..nn.following import wrapping_of
+from ..nn.pruned_models import wrapping_of
 from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
 from ..optim.projections import constrains_trials, searches

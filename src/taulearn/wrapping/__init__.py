@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazily
 
 if TYPE_CHECKING:
-    from ..nn.following import wrapping_of as wrapping_of
+    from ..nn.pruned_models import wrapping_of as wrapping_of
     from .block import PassThrough as PassThrough
     from .folding import anneal_to_one as anneal_to_one, fold_units as fold_units
     from .wrap_model import unwrap as unwrap, wrap as wrap
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
-        "..nn.following": ("wrapping_of",),
+        "..nn.pruned_models": ("wrapping_of",),
         ".block": ("PassThrough",),
         ".folding": ("anneal_to_one", "fold_units"),
         ".wrap_model": ("unwrap", "wrap"),

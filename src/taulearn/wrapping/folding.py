@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._errors import is_number
 from ..adaptivity.transaction import check_averaged
-from ..nn.following import wrapping_of
+from ..nn.pruned_models import wrapping_of
 from .wrapped_model import drop_units
 
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import all_or_nothing
-from ..nn.following import WRAPPING
+from ..nn.pruned_models import WRAPPING
 from .comparison import STEPS, Description, in_short, other_outputs, other_values
 from .configurations import is_pretrained
 from .wrapped_model import ExampleInputs, Wrapping

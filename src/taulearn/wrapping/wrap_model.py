@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._distributed import refuse_distributed
 from .._errors import unknown_name
 from ..nn.constraints import Constraint, constraint_of
-from ..nn.following import WRAPPING, wrapping_of
+from ..nn.pruned_models import WRAPPING, wrapping_of
 from ..nn.time_steps import TimeSteps
 from . import remove_blocks as structure, try_deletion as trial
 from .block import NESTED, PassingTimeSteps, Step

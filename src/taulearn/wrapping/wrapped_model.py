@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..nn.following import WRAPPING, Follower, set_follower
+from ..nn.pruned_models import WRAPPING, Follower, set_follower
 from ..nn.time_steps import TimeSteps
 from . import remove_blocks as structure
 from .block import Step

@@ -30,7 +30,7 @@ from taulearn import data
 from taulearn._undisturbed import evaluation
 from taulearn.app.members import Member
 from taulearn.caputo import l1_weights
-from taulearn.depth.layers import differentiable
+from taulearn.depth.layers_and_states import differentiable
 from taulearn.diagnostics import (
     dense_gradients,
     feedforward_gradients,

@@ -31,7 +31,7 @@ from taulearn.training.fast.compiler import worth_compiling
 from taulearn.training.fast.fused import why_not_pure
 from taulearn.training.history import Deletion, Recorder
 from taulearn.training.objective import Objective, StepOptions
-from taulearn.training.thinning import thinned
+from taulearn.training.thinned_records import thinned
 
 from .stacked_networks import GRAPH_STEPS, Stack, Trainee
 

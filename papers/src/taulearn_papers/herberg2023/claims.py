@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from taulearn.app.results import Results
 from taulearn.training import History
-from taulearn.training.thinning import numbers
+from taulearn.training.thinned_records import numbers
 
 from ..intervals import interval_of
 from ..suite import Verdict

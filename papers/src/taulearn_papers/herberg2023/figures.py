@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from taulearn.app.results import NotMeasured, Results
-from taulearn.report.bands import epoch_bands, tau_bands
 from taulearn.report.figures import PALETTE
+from taulearn.report.seed_bands import epoch_bands, tau_bands
 from taulearn.training import History
 
 from . import statistics as q

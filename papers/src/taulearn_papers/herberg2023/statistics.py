@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from taulearn.app.results import Results
 from taulearn.training import History
-from taulearn.training.thinning import numbers
+from taulearn.training.thinned_records import numbers
 
 from ..intervals import Interval, paired_interval
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import taulearn
 from taulearn.integrations.checkpoints import mark_
-from taulearn.nn.following import ORIGIN, follower_of
+from taulearn.nn.pruned_models import ORIGIN, follower_of
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 from taulearn.report import figures
 from taulearn.report.charts import loss_curves
 from taulearn.report.records import count_iterations, tau_lines
-from taulearn.training.thinning import thinned
+from taulearn.training.thinned_records import thinned
 
 
 @pytest.fixture

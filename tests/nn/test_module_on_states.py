@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from taulearn.nn import apply_to_each
 from taulearn.nn.convolutional import PointwiseSkip, PooledHead
-from taulearn.nn.each import mixing, running_statistics_held
+from taulearn.nn.module_on_states import mixing, running_statistics_held
 
 DOUBLE = torch.float64
 

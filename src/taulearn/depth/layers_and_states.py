@@ -1,4 +1,4 @@
-"""What the diagnostics ask of a model, and the conditions under which they look at it."""
+"""Layers, states and scheme of any model with time steps, and the conditions under which the diagnostics look at it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..nn.constraints import Free
-from ..nn.following import prunable_of, wrapping_of
+from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps, time_steps_of
 from .wrapped_states import record_states
 

@@ -11,7 +11,7 @@ from ..nn.constraints import Free
 from ..nn.early_exit import tail_of
 from ..nn.network import TimeVariableNetwork
 from ..nn.time_steps import time_steps_of
-from .layers import layers_of
+from .layers_and_states import layers_of
 from .truncate import truncate
 from .wrapped_states import skipping
 

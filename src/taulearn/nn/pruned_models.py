@@ -1,4 +1,4 @@
-"""State dicts of pruned models: a model that was built anew, with all its layers, deletes those that a state lacks.
+"""Marks on models that are pruned, and their state dicts: a model built anew deletes the layers that a state lacks.
 
 The state must say which layers are left; the integrations mark those that trainers save. The mark travels among the
 tensors, so that whatever saves and loads these carries it.
