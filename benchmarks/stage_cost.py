@@ -1,4 +1,4 @@
-"""What a stage cost costs: a training step with the loss at every depth against one without; and what early exit saves.
+"""Price of a stage cost: a training step with the loss at every depth against one without; and what early exit saves.
 
 (a) ResNet-v2 of 27 blocks (depth 56), images 28 x 28, batch 100: plain steps
 (b) the papers' network, 6 layers of width 100, batch 100: plain steps, and fused compiled ones

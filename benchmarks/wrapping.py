@@ -1,4 +1,4 @@
-"""What time steps cost an existing model, what deleting half of its blocks saves, and what a deletion takes.
+"""Cost of time steps in an existing model, of a deletion, and what deleting half of the blocks saves.
 
 (a) a wrapped model against the bare one, nothing pruned, every step 1: a training step and a forward pass
 (b) a forward pass of a wrapped ViT-like model after half of its blocks are deleted, against before

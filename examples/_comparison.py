@@ -1,4 +1,4 @@
-"""What the comparisons share: ways to a smaller network at equal training budgets, their figures, and the table.
+"""Shared by the comparisons: ways to a smaller network at equal training budgets, their figures, and the table.
 
 unpruned        the deep network, trained as it is
 pruned          the deep network wrapped by taulearn, pruned to a small depth while it trains

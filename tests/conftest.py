@@ -1,4 +1,4 @@
-"""What several rooms' tests need."""
+"""Fixtures for the tests of several rooms."""
 
 import os
 from pathlib import Path

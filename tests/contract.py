@@ -1,4 +1,4 @@
-"""What every model with learned time steps must satisfy, whatever built it.
+"""The contract of every model with learned time steps, whatever built it.
 
 A test module subclasses :class:`TimeVariableContract` and gives it a ``case`` fixture, one :class:`Case` per model.
 """

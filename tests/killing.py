@@ -12,7 +12,7 @@ _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.sym
 
 
 class Killed(BaseException):
-    """What a process that was killed sees at its next write, and at each one after that, in ``finally`` too."""
+    """The error that a killed process sees at its next write, and at each one after that, in ``finally`` too."""
 
 
 class _Watch:

@@ -1,4 +1,4 @@
-"""What layers contribute, as a criterion of pruning."""
+"""The contribution of layers, as a criterion of pruning."""
 
 from typing import Any
 

@@ -16,14 +16,14 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(name: str, *arguments: str) -> str:
-    """What the example prints in a process of its own."""
+    """The output of the example in a process of its own."""
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 @pytest.fixture
 def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What the example prints in this process, where torch need not be imported again."""
+    """The output of the example in this process, where torch need not be imported again."""
 
     def run_here(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *arguments])

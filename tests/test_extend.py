@@ -27,7 +27,7 @@ CE = nn.functional.cross_entropy
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[dict[str, Any]]:
-    """What the code of the page defines, as a module, which the compiler looks for."""
+    """The names that the code of the page defines, as a module, which the compiler looks for."""
     module = sys.modules["extend"] = types.ModuleType("extend")
     for cell in re.findall(r"```\{code-cell\}\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL):
         exec(cell, vars(module))

@@ -1,4 +1,4 @@
-"""What `import taulearn` costs and offers."""
+"""Cost and public names of `import taulearn`."""
 
 import importlib.metadata
 import runpy

@@ -226,7 +226,7 @@ modes = pytest.mark.parametrize("tolerance", [None, 1e-8], ids=["exact", "fast"]
 
 @modes
 class TestPasses:
-    """What lives in the buffers belongs to one forward pass, and one call of backward or grad."""
+    """The contents of the buffers belong to one forward pass, and one call of backward or grad."""
 
     @pytest.mark.parametrize("last", [1, 2, 4, 5, 9, 12])
     def test_a_loss_of_an_early_state(self, tolerance: float | None, last: int) -> None:

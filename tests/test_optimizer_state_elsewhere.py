@@ -451,7 +451,7 @@ def test_a_wrapper_with_a_step_of_its_own_takes_it() -> None:
 
 
 def test_a_wrapper_with_tensors_of_its_own_is_refused() -> None:
-    """What it keeps beside its optimiser cannot follow."""
+    """The state that it keeps beside its optimiser cannot follow."""
     model = resnet(2, 3, 2, 3)
     optimizer: Any = Handing(torch.optim.SGD(model.parameters(), lr=0.1), slow=True)
     with pytest.raises(ValueError, match="got Handing with tensors in its attribute 'slow'"):

@@ -1,4 +1,4 @@
-"""What the report of a pruning says."""
+"""The report of a pruning."""
 
 import pytest
 

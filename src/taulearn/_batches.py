@@ -17,7 +17,7 @@ MASK = "attention_mask"
 
 
 def inputs_and_targets(batch: Any, argument: str = "data") -> tuple[Any, Any]:
-    """What the model is called with, and the targets; of a dictionary those are its labels, None where it has none."""
+    """The model's arguments, and the targets; of a dictionary those are its labels, None where it has none."""
     if isinstance(batch, Mapping):
         return {name: value for name, value in batch.items() if name != LABELS}, batch.get(LABELS)
     if isinstance(batch, tuple | list) and len(batch) == 2:

@@ -304,7 +304,7 @@ class _Watch(TorchFunctionMode):
         return replace(labels[-1], by="samples", summed=False) if labels else BY_SAMPLES
 
     def _picked(self, value: Any) -> tuple[tuple[Any, ...], bool] | None:
-        """What of the targets something is, and whether it has their shape but for what is left out."""
+        """The part of the targets that something is, and whether it has their shape but for what is left out."""
         return next(((picked, whole) for each, picked, whole in self.same if value is each), None)
 
     def _is_target(self, value: Any) -> bool:

@@ -39,7 +39,7 @@ def refuse_distributed(argument: str, model: nn.Module, act: str = "prune") -> N
 
 
 def _sharded(model: nn.Module) -> str | None:
-    """What shows that a model is sharded; classes that torch has not loaded cannot be in it."""
+    """The signs that a model is sharded; classes that torch has not loaded cannot be in it."""
     fsdp, tensor = sys.modules.get("torch.distributed.fsdp"), sys.modules.get("torch.distributed.tensor")
     kinds = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
     for name, module in model.named_modules():

@@ -51,7 +51,7 @@ def undisturbed(model: nn.Module, inputs: Any = None) -> Iterator[None]:
 
 
 class Contents:
-    """What lies in the containers that are reached from some objects now, to be put back into the same containers."""
+    """The present contents of the containers reached from some objects, to be put back into the same containers."""
 
     def __init__(self, objects: Iterable[Any]) -> None:
         self.containers: list[tuple[Any, Any]] = []

@@ -83,7 +83,7 @@ class TestProfile:
 
     @pytest.mark.parametrize("name", ["residual", "fractional", "convolutional", "wrapped"])
     def test_contributions(self, name: str) -> None:
-        """What a layer adds, by taking the layer away."""
+        """The part that a layer adds, by taking the layer away."""
         torch.manual_seed(0)
         network, (x, z) = NETWORKS[name](), data()
         network.eval()

@@ -1,4 +1,4 @@
-"""What both callbacks do beside a loop, where the loop is one of ours: steps that a GradScaler skips."""
+"""Both callbacks beside a loop of ours: steps that a GradScaler skips."""
 
 from contextlib import ExitStack
 from typing import Any

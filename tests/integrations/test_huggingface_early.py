@@ -1,4 +1,4 @@
-"""What Trainer could not carry out at its end is refused before its first step; the remedies work."""
+"""Requests that Trainer could not carry out at its end are refused before its first step; the remedies work."""
 
 from pathlib import Path
 from typing import Any

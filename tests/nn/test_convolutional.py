@@ -149,7 +149,7 @@ class TestConstruction:
 
 
 class TestIntermediateOutputs:
-    """What the pages on all networks test, and what is particular to normalisation and stages."""
+    """The tests of the pages on all networks, and what is particular to normalisation and stages."""
 
     @pytest.mark.parametrize("options", [{}, {"widths": 3}, {"blocks": (2, 1, 2), "widths": (2, 3, 4)}], ids=str)
     def test_are_the_networks_with_zero_steps(self, options: dict[str, Any]) -> None:

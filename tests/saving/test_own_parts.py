@@ -1,4 +1,4 @@
-"""What files tell of schemes, constraints and modules of one's own, and what makes a network its builder's no more."""
+"""Files on schemes, constraints and modules of one's own, and what makes a network its builder's no more."""
 
 import json
 from collections.abc import Callable

@@ -235,7 +235,7 @@ FORMAT_1: dict[str, Callable[[], TimeVariableNetwork]] = {
     ),
     "assembled": lambda: pruned(hand_made(), 0, 2),
 }
-"""What was saved by the version that wrote format 1, with other weights."""
+"""Files saved by the version that wrote format 1, with other weights."""
 
 
 @pytest.mark.parametrize("name", FORMAT_1)

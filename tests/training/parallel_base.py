@@ -1,4 +1,4 @@
-"""What the processes of the parallel tests share: the network, one training, and what it leaves for the tests."""
+"""Shared by the processes of the parallel tests: the network, one training, and what it leaves for the tests."""
 
 import os
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def model_and_optimizer(kind: str = "sgd", **options: Any) -> tuple[Any, torch.o
 
 
 def leave(folder: Path, model: nn.Module, history: History, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """What the tests look at: the record, all tensors of the model, and of the optimiser's state."""
+    """The results for the tests: the record, all tensors of the model, and of the optimiser's state."""
     tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
     if optimizer is not None:
         names = {id(p): name for name, p in model.named_parameters()}

@@ -80,7 +80,7 @@ def refused_at_once(folder: Path) -> None:
 
 
 def undisturbed(folder: Path) -> None:
-    """What :func:`killed` and :func:`gone_on` amount to without the kill."""
+    """The result of :func:`killed` and :func:`gone_on` without the kill."""
     train(folder, run=folder / "run")
 
 

@@ -11,7 +11,7 @@ from training.support import digits, run_fit
 
 
 def wrapped_in_ddp(folder: Path) -> None:
-    """What fit and prune say to a live DistributedDataParallel, and what a stale one says after a deletion."""
+    """The refusals of fit and prune of a live DistributedDataParallel, and that of a stale one after a deletion."""
     torch.distributed.is_initialized() or torch.distributed.init_process_group("gloo")
     model, optimizer = model_and_optimizer()
     wrapper = nn.parallel.DistributedDataParallel(model)
@@ -34,7 +34,7 @@ def wrapped_in_ddp(folder: Path) -> None:
 
 
 def sharded(folder: Path) -> None:
-    """What prune says to a model that fully_shard sharded, and that the remedy works."""
+    """The refusal by prune of a model that fully_shard sharded; the remedy works."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 

@@ -30,7 +30,7 @@ class Endless(IterableDataset[Any]):
 
 
 class Items(Dataset[Any]):
-    """What it is made of."""
+    """A data set whose items a function makes of their number."""
 
     def __init__(self, item: Callable[[int], Any], number: int = 200) -> None:
         self.item, self.number = item, number

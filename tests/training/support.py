@@ -1,4 +1,4 @@
-"""What the tests of the training room share: a small problem, and comparisons bit by bit."""
+"""Shared by the tests of the training room: a small problem, and comparisons bit by bit."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -104,7 +104,7 @@ def assert_same_weights(left: nn.Module, right: nn.Module) -> None:
 
 
 class Crash(Exception):
-    """What a test's callback raises to end a run."""
+    """The error that a test's callback raises to end a run."""
 
 
 def crash_after(epoch: int) -> Callable[[EpochEnd], None]:

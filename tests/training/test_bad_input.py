@@ -1,4 +1,4 @@
-"""What does not fit is said before anything is trained or written."""
+"""Arguments that do not fit are refused before anything is trained or written."""
 
 import builtins
 from collections.abc import Callable

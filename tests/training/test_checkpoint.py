@@ -65,7 +65,7 @@ def parts(run: Path) -> list[Path]:
 
 
 class PowerCut(BaseException):
-    """What a simulated death of the process raises, in every later file operation too."""
+    """The error of a simulated death of the process, in every later file operation too."""
 
 
 class Supply:

@@ -1,4 +1,4 @@
-"""What the record of a run holds, and what callbacks and the reader are told."""
+"""The record of a run, and what callbacks and the reader are told."""
 
 from pathlib import Path
 

@@ -76,7 +76,7 @@ def targeted(folder: Path, epochs: int = 2) -> None:
 
 
 def command(folder: Path, epochs: int = 1) -> None:
-    """What `taulearn train` and `taulearn resume` do, with all that they write after the training."""
+    """Train as `taulearn train` and `taulearn resume` do, with all that they write after the training."""
     if (folder / "run.toml").exists():
         resume(folder, progress=False, epochs=epochs)
         return

@@ -80,7 +80,7 @@ def run_all(processes: int, folder: Path, *names: str) -> Path:
 
 
 def results(folder: Path, processes: int) -> list[dict[str, Tensor]]:
-    """What each process left; seconds apart, the same to the bit."""
+    """The results of each process; seconds apart, the same to the bit."""
     found = [read_tensors(folder / f"{rank}.safetensors") for rank in range(processes)]
     for tensors, metadata in found[1:]:
         assert metadata == found[0][1]
@@ -104,7 +104,7 @@ def said(folder: Path, processes: int = 2) -> list[str]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process does."""
+    """The result of one process."""
     folder = tmp_path_factory.mktemp("one")
     parallel_run.main(folder, [*SAME, "other_weights"])
     return folder
@@ -123,7 +123,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, str]:
 
 @pytest.fixture(scope="module")
 def two(killed: tuple[Path, float, str]) -> Path:
-    """What two processes do."""
+    """The results of two processes."""
     return killed[0]
 
 

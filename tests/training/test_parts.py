@@ -224,7 +224,7 @@ def test_a_profile_over_depth_is_that_of_the_whole_data() -> None:
 
 
 def test_two_terms_are_a_mean_over_samples() -> None:
-    """What a sum of losses counts is not known: documented."""
+    """The number that a sum of losses counts is not known: documented."""
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output, target, WEIGHT) + output.square().mean()

@@ -40,7 +40,7 @@ def products(*pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
 
 
 def calls(function: Any, *arguments: Any) -> list[Any]:
-    """What a function calls after the compiler's pass."""
+    """The calls of a function after the compiler's pass."""
     module = make_fx(function, tracing_mode="fake")(*arguments)
     Layout(products=True)(module.graph)
     module.graph.lint()

@@ -1,4 +1,4 @@
-"""What a run must not be resumed with, and what it may be: nothing is trained over, and no mixture goes on silently."""
+"""Resuming with other settings, refused or allowed: nothing is trained over, and no mixture goes on silently."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the papers leave open: which horizon, which penalty, pruning the fractional network, generalisation.
+"""Questions that the papers leave open: which horizon, which penalty, pruning the fractional network, generalisation.
 
 Setting of Herberg, Herzog, Koehne (2023) on Fashion-MNIST: 6 hidden layers of width 100, batches of 100, SGD with rate
 0.01. The questions are ours, and so are the thresholds, which were written down before the trainings.

@@ -1,4 +1,4 @@
-"""What stays of a suite's results: verdicts, small figures, tables, recipe, provenance, and thinned records."""
+"""The kept part of a suite's results: verdicts, small figures, tables, recipe, provenance, and thinned records."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def keep(suite: Suite, results: Results, judged: Sequence[Judged], folder: str |
 
 
 def recipe(results: Results) -> dict[str, dict[str, Any]]:
-    """What was trained: for each setting its seeds and the options that are not at their defaults.
+    """The trainings: for each setting its seeds and the options that are not at their defaults.
 
     Example:
         >>> recipe(Results("nowhere"))

@@ -1,4 +1,4 @@
-"""What ``taulearn reproduce`` does with a suite: trains what is missing, judges, draws, reports, keeps."""
+"""``taulearn reproduce`` on a suite: trains what is missing, judges, draws, reports, keeps."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a suite is made of: members that are trained and measured, claims that are judged, figures that are drawn.
+"""Parts of a suite: members that are trained and measured, claims that are judged, figures that are drawn.
 
 A member is one training (or one measurement) with its seed. A claim is a function from the records of the members to a
 verdict, with thresholds that were written down, with their reasons, before the training. No verdict is typed in.
@@ -27,7 +27,7 @@ SEPARATOR = " — "
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the records say about a claim.
+    """The answer of the records to a claim.
 
     Args:
         outcome: "holds", "holds in part", "does not hold" or "not measured".
@@ -127,7 +127,7 @@ class Suite:
     shown: "Mapping[str, Callable[[Results], Mapping[str, Array]]]" = field(default_factory=dict)
 
     def reproduce(self, options: "Reproduce") -> None:
-        """What ``taulearn reproduce`` does: train, judge, draw.
+        """Train, judge and draw, as ``taulearn reproduce`` does.
 
         Args:
             options: Those of the command line.

@@ -31,7 +31,7 @@ def write_report(suite: Suite, results: Results, judged: Sequence[Judged], out: 
 
 
 def facets(config: TrainConfig, hooks: str | None = None) -> dict[str, str]:
-    """What the runs of a suite differ in, for the filters of its report.
+    """The settings in which the runs of a suite differ, for the filters of its report.
 
     Example:
         >>> facets(TrainConfig(l1=0.01, time_horizon=1.0))["penalty"]

@@ -179,7 +179,7 @@ class Pruner:
 
     @property
     def advice(self) -> str:
-        """What to say where a share of the steps was compared with a threshold, and nothing was ever deleted."""
+        """The advice where a share of the steps was compared with a threshold, and nothing was ever deleted."""
         if self.least is None or self.policy.threshold is None:
             return ""
         remedy = "; Pruning(target_blocks=..) finds the weight of a penalty by itself"

@@ -54,7 +54,7 @@ def within_budget(
     scores: list[float] | None,
     fixed: Mapping[int, str],
 ) -> tuple[list[tuple[int, float]], str]:
-    """What a budget deletes."""
+    """The layers that a budget deletes."""
     check_budget(budget)
     number = budget if not isinstance(budget, Mapping) else max(1, len(fixed))
     if number < len(fixed):

@@ -317,7 +317,7 @@ def check_follows(
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    """What lies in an object of the optimiser, such as an average of the weights; modules and functions are others'."""
+    """The contents of an optimiser's object, such as an average of the weights; modules and functions are others'."""
     others = (nn.Module, torch.optim.Optimizer, type)
     if hasattr(value, "__dict__") and not isinstance(value, (Tensor, *others)) and not callable(value):
         yield from _leaves(vars(value))

@@ -390,7 +390,7 @@ def check_fields(values: Mapping[str, Any]) -> None:
 
 
 def explain(error: ValidationError) -> str:
-    """What a validation error says, in one line that names each setting, what it must be and what it is.
+    """A validation error in one line that names each setting, what it must be and what it is.
 
     Example:
         >>> from taulearn.experiments import TrainConfig

@@ -1,4 +1,4 @@
-"""What a setting may hold, and which settings contradict each other, or would change nothing, and why."""
+"""Checks of settings: their values, those that contradict each other, and those that would change nothing, and why."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
@@ -274,7 +274,7 @@ def shown(value: object) -> str:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """What a message says of a setting that there is not.
+    """The message on a setting that does not exist.
 
     Example:
         >>> unknown_key("hiden_layers", ["hidden_layers"])

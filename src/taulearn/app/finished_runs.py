@@ -1,4 +1,4 @@
-"""What is made of finished runs: their networks pruned, cut, or exported as files, with figures before and after."""
+"""Networks of finished runs pruned, cut, or exported as files, with figures before and after."""
 
 import os
 from collections.abc import Collection
@@ -68,7 +68,7 @@ def finished_run(
 
 @dataclass(frozen=True)
 class Pruned:
-    """What :func:`prune_run` did.
+    """The result of :func:`prune_run`.
 
     Attributes:
         report: What was deleted.
@@ -120,7 +120,7 @@ def prune_run(
 
 @dataclass(frozen=True)
 class Cut:
-    """What :func:`cut_run` did.
+    """The result of :func:`cut_run`.
 
     Attributes:
         report: What was deleted.

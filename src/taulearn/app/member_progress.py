@@ -1,4 +1,4 @@
-"""What a run of many members says: one line each, with the time that is left."""
+"""Progress of a run of many members: one line each, with the time that is left."""
 
 import sys
 import time

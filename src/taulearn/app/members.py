@@ -86,7 +86,7 @@ class Member:
 
     @property
     def digest(self) -> str:
-        """What tells whether a finished member is this one: the settings that are not at their defaults."""
+        """The settings that are not at their defaults, by which a finished member is known to be this one."""
         return digest(self.config, None if self.hooks is None else self.hooks.name)
 
 

@@ -11,7 +11,7 @@ from .config import TrainConfig
 
 _BYTES = {"float32": 4, "float64": 8, "bf16": 4}
 _BYTES_PER_LAYER = 9_000
-"""What the modules of a layer take beside their numbers; measured: 9.4 KiB."""
+"""Bytes that the modules of a layer take beside their numbers; measured: 9.4 KiB."""
 
 _GIB = 2**30
 
@@ -95,7 +95,7 @@ def _short(numbers: int | tuple[int, ...] | None) -> str:
 
 
 def _of_the_group() -> list[int]:
-    """What is left of the limit of a container."""
+    """The memory left within the limit of a container."""
     folder = Path("/sys/fs/cgroup")
     try:
         return [int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())]

@@ -121,7 +121,7 @@ def _listen(
 
 
 def _work(pipe: Connection, out: str, threads: int) -> None:
-    """What a worker does: members from the pipe, events into it."""
+    """The work of one process: members from the pipe, events into it."""
     os.setpgid(0, 0)  # the terminal's Ctrl-C is for the parent, who passes it on
     try:
         import torch

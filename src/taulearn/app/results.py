@@ -118,7 +118,7 @@ class Results:
         return self._histories[setting, seed]
 
     def measurements(self, setting: str, seed: int) -> dict[str, Any]:
-        """What was measured on a member after its training.
+        """The figures measured on a member after its training.
 
         Raises:
             NotMeasured: If it is not finished, or nothing was measured.
@@ -126,7 +126,7 @@ class Results:
         return self._source.content(self._name(setting, seed), MEASUREMENTS)
 
     def done(self, setting: str, seed: int) -> dict[str, Any]:
-        """What was noted when the member was finished: settings, figures on the test data, versions, seconds.
+        """The note on a finished member: settings, figures on the test data, versions, seconds.
 
         Raises:
             NotMeasured: If it is not finished, or by another version.
@@ -187,7 +187,7 @@ class Results:
         return [(setting, seed) for setting, seed in names if self._name(setting, seed) not in self.unreadable]
 
     def arrays(self, figure: str, compute: "Callable[[Results], Mapping[str, Array]]") -> dict[str, Array]:
-        """What a figure shows besides records, rounded to 16 bit numbers: networks, fields.
+        """Arrays that a figure shows besides records, rounded to 16 bit numbers: networks, fields.
 
         Args:
             figure: Its number.
@@ -268,10 +268,10 @@ class Source(ABC):
 
     @abstractmethod
     def content(self, name: str, file: str) -> dict[str, Any]:
-        """What a member's file DONE or MEASUREMENTS holds."""
+        """The contents of a member's file DONE or MEASUREMENTS."""
 
     def arrays(self, figure: str, compute: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]:
-        """What a figure shows besides records, by name."""
+        """Arrays that a figure shows besides records, by name."""
         return compute()
 
 

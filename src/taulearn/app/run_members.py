@@ -102,7 +102,7 @@ def run_members(
 
 @dataclass(frozen=True)
 class Options:
-    """What engines are told besides the members.
+    """Options of engines, besides the members.
 
     Attributes:
         workers: Number of processes; None: one per core.
@@ -119,7 +119,7 @@ Engine = Callable[[Sequence[Member], Path, Report, Options], None]
 
 BUILT_IN = ("processes", "serial")
 FROM_PAPERS = ("ray", "vmap")
-"""What the package ``taulearn-papers`` brings."""
+"""The engines that the package ``taulearn-papers`` brings."""
 
 INSTALL_PAPERS = "pip install taulearn-papers (in a clone: pip install ./papers)"
 

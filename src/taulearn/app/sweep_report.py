@@ -1,4 +1,4 @@
-"""What a sweep leaves: one table with a row for each member, figures, and a report."""
+"""Results of a sweep: one table with a row for each member, figures, and a report."""
 
 import csv
 import importlib.util

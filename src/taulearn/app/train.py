@@ -35,14 +35,14 @@ _SCHEDULES = ("cosine", "onecycle", "step")
 
 
 class Hooks(Protocol):
-    """What a caller changes in a training that no setting stands for.
+    """Changes to a training that no setting stands for.
 
     The run notes them as a setting of their name that is true, and is resumed with them alone.
     """
 
     @property
     def name(self) -> str:
-        """What the run calls them, unlike the name of any setting."""
+        """The name of the hooks in the run, unlike that of any setting."""
 
     def check(self, config: TrainConfig) -> None:
         """Raise a ValueError for settings that they do not go with."""
@@ -59,7 +59,7 @@ class Hooks(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """What a training leaves.
+    """The result of a training.
 
     Attributes:
         run: Its folder.
@@ -198,7 +198,7 @@ def settings_of(run: Run, **changes: int) -> TrainConfig:
 
 
 def record_of(config: TrainConfig, hooks: Hooks | None) -> dict[str, Any]:
-    """What a run notes of its settings and hooks."""
+    """The note of a run on its settings and hooks."""
     return config.record() | ({} if hooks is None else {hooks.name: True})
 
 

@@ -1,4 +1,4 @@
-"""What the functions of the package share: checks of their arguments, their precision, own gradients."""
+"""Shared by the functions of the package: checks of their arguments, their precision, own gradients."""
 
 import math
 from typing import Any, cast

@@ -73,7 +73,7 @@ def fast_weights(
     *,
     block: int = LAYERS_PER_BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a :class:`FastMemory` needs, computed in float64 from the steps; differentiable in tau.
+    """The arrays of a :class:`FastMemory`, computed in float64 from the steps; differentiable in tau.
 
     Args:
         tau: Steps within the range of the kernel, (N,).

@@ -107,7 +107,7 @@ class Memory(ABC):
 
     @abstractmethod
     def buffers(self, rows: Tensor, *, keep: bool) -> tuple[Tensor, ...]:
-        """What :meth:`enter` needs besides the rows; ``keep`` if a backward pass may follow."""
+        """Prepare :meth:`enter`, which needs more than the rows; ``keep`` if a backward pass may follow."""
 
     @abstractmethod
     def enter(self, start: int, stop: int, rows: Tensor, *buffers: Tensor) -> None:
@@ -138,7 +138,7 @@ class Adjoint(ABC):
         self.factors = torch.zeros_like(memory.factors)
 
     def step(self, l: int, g: Tensor) -> Tensor:
-        """What y_l gets from y_{l+1} .. y_N through the memory, flat, given g = dJ/dy_{l+1}, flat."""
+        """The part of dJ/dy_l that comes from y_{l+1} .. y_N through the memory, flat, given g = dJ/dy_{l+1}, flat."""
         start = l - l % self.block
         stop = min(start + self.block, self.last + 1)
         if l == stop - 1:
@@ -155,7 +155,7 @@ class Adjoint(ABC):
         return gradient
 
     def _collect(self, i: int) -> Tensor:
-        """What the i-th state of the block gets."""
+        """The part of the i-th state of the block."""
         near, weights = self.window[i:].t(), self.weights[i:, i]
         return torch.mv(near, weights) if self.later is None else torch.addmv(self.later[i], near, weights)
 

@@ -190,7 +190,7 @@ def verify(name: str, *, root: str | Path | None = None) -> tuple[Path, ...]:
 
 
 def describe(*, root: str | Path | None = None) -> tuple[Description, ...]:
-    """What there is and where it lies; whether the files are in order is for `verify` to say.
+    """The data sets that are there and where they lie; whether the files are in order is for `verify` to say.
 
     Args:
         root: As in `load`.

@@ -105,7 +105,7 @@ class _Limited:
 
 
 class _Bar:
-    """What pooch asks of a progress bar, drawn by rich on stderr; a plain line where that is no terminal."""
+    """A progress bar for pooch, drawn by rich on stderr; a plain line where that is no terminal."""
 
     def __init__(self, url: str) -> None:
         from rich.console import Console

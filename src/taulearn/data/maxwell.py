@@ -119,7 +119,7 @@ def inside(points: Float[Tensor, "*n 3"]) -> Bool[Tensor, "*n"]:
 
 
 def inputs_at(points: Float[Tensor, "*n 3"]) -> Float[Tensor, "*n 7"]:
-    """What the network gets at each point: x, f(x), phi(x).
+    """The network's inputs at each point: x, f(x), phi(x).
 
     Args:
         points: x, (..., 3), anywhere: outside the cylinder the network extrapolates.

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the package: a name, its splits, and a pair of tensors for each of them."""
+"""Data sets as the rest of the package sees them: a name, its splits, and a pair of tensors for each of them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping

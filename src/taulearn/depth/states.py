@@ -71,7 +71,7 @@ def check_has_stages(model: nn.Module, argument: str = "model") -> None:
 
 
 def scalar(value: object) -> Tensor:
-    """What a loss answered, without dimensions.
+    """The value of a loss, without dimensions.
 
     Example:
         >>> import torch

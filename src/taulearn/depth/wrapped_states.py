@@ -31,7 +31,7 @@ _SEEN = "_time_steps_seen"
 
 @dataclass
 class Seen:
-    """What forward passes showed of a host; forgotten after a deletion."""
+    """Facts that forward passes showed of a host; forgotten after a deletion."""
 
     blocks: list[nn.Module] = field(default_factory=list)  # the blocks, in the order of their calls
     forms: list[Form] = field(default_factory=list)  # how each one's output holds the state
@@ -231,7 +231,7 @@ def _apart(y: Tensor) -> Tensor:
 
 
 def _seen(model: nn.Module, wrapping: "Wrapping") -> Seen:
-    """What is known of a host: what it showed, or what it showed when it was wrapped."""
+    """The facts known of a host: those it showed since, or those it showed when it was wrapped."""
     found = vars(model).get(_SEEN)
     blocks = list(wrapping.layers)
     if isinstance(found, Seen) and found.blocks == blocks:

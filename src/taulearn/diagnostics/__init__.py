@@ -1,4 +1,4 @@
-"""What a network does with its steps: propagation of gradients, use of its depth, a summary.
+"""Looks at a network and its steps: propagation of gradients, use of its depth, a summary.
 
 Results are dataclasses that print as tables; figures are drawn from them alone.
 """

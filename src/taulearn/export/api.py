@@ -58,7 +58,7 @@ class Signature:
 
 @dataclass(frozen=True)
 class Exported:
-    """What :func:`export_model` left; prints as a few lines.
+    """The result of :func:`export_model`; prints as a few lines.
 
     Attributes:
         path: The folder.

@@ -103,7 +103,7 @@ def with_constant_steps(
 
 
 def output_of(model: nn.Module, inputs: Arguments) -> Any:
-    """What the model returns, without gradients."""
+    """The output of the model, without gradients."""
     with torch.no_grad():
         return model(*inputs.args, **inputs.kwargs)
 

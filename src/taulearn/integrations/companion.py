@@ -1,4 +1,4 @@
-"""What the callbacks for other trainers share: the model and its averages are found, a session trains its steps."""
+"""Shared by the callbacks for other trainers: the model and its averages are found, a session trains its steps."""
 
 import sys
 import warnings

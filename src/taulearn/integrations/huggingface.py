@@ -201,7 +201,7 @@ class TimeStepsCallback(TrainerCallback):
             mark_(model, state, prefix, record=record, lifted=self._lifted)
 
     def _write_guarded(self, guard: SavePretrained, folder: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the model's own method writes, of steps other than 1, too."""
+        """The files that the model's own method writes, of steps other than 1, too."""
         state, model = dict(kwargs.pop("state_dict", None) or guard.model.state_dict()), self._companion.session.model
         if guard.model is model:
             prefix = "_orig_mod." if "_orig_mod.time_steps.values" in state else ""  # Trainer has it compiled

@@ -22,7 +22,7 @@ from .._errors import unknown_name
 
 
 class Constraint:
-    """What :class:`TimeSteps` asks of its constraint; a subclass changes what is different in it.
+    """The base class of constraints on :class:`TimeSteps`; a subclass changes what is different in it.
 
     By itself the steps are the stored values, which train and are projected onto the lower bound.
 

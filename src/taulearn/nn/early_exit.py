@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Prediction(NamedTuple):
-    """What early exit answers.
+    """The answer of early exit.
 
     Attributes:
         outputs: The output each sample stopped at, (batch, classes).
@@ -227,7 +227,7 @@ def _check_statistics(network: "TimeVariableNetwork", statistics: object, depths
 
 
 def tail_of(network: "TimeVariableNetwork", depth: int) -> list[nn.Module]:
-    """What lies between a state and its output: the remaining skips that are no identities, and the head.
+    """The modules between a state and its output: the remaining skips that are no identities, and the head.
 
     Args:
         network: The network.

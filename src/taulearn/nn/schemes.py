@@ -77,7 +77,7 @@ class Scheme(nn.Module):
             )
 
     def factor(self, tau: Tensor) -> Tensor:
-        """What multiplies the layer function in a step, by itself abs(tau)^p.
+        """The factor of the layer function in a step, by itself abs(tau)^p.
 
         Args:
             tau: Time steps, any shape.
@@ -99,7 +99,7 @@ class Scheme(nn.Module):
         return tau.unbind()
 
     def init(self, y_0: Tensor) -> Any:
-        """What the first step is handed beside the state; by itself None.
+        """The carry that the first step is handed beside the state; by itself None.
 
         Args:
             y_0: The input state, (batch, ...).

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Skips(nn.Module):
-    """What a scheme asks of its skip maps.
+    """The base class of a scheme's skip maps.
 
     Args:
         num_steps: Number N of layers; states are numbered 0 (the input) to N.

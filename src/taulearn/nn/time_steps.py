@@ -192,7 +192,7 @@ class TimeSteps(nn.Module):
         self.origin = tuple(self.origin[i] for i in kept)
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """The line of ``print(model)``."""
         parts = [f"{self.num_steps}", f"constraint={self.constraint!r}", f"horizon={self.horizon:g}"]
         if self.lower_bound is not None:
             parts.append(f"lower_bound={self.lower_bound:g}")

@@ -1,4 +1,4 @@
-"""What a penalty is, and what penalties ask of a model."""
+"""The interface of penalties, and what they ask of a model."""
 
 import math
 from abc import ABC, abstractmethod

@@ -17,7 +17,7 @@ _MOST_LINES = 2500
 
 
 class Parts(NamedTuple):
-    """What is drawn of a network.
+    """The drawn parts of a network.
 
     Attributes:
         weights: Of the hidden layers and of the output, each (outputs, inputs).
@@ -33,7 +33,7 @@ class Parts(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """What stands above the columns."""
+        """The texts above the columns."""
         pairs = zip(self.origin, self.tau, strict=True)
         return ["input", *(f"layer {number}\n$\\tau$ = {tau:.2f}" for number, tau in pairs), "output"]
 
@@ -115,7 +115,7 @@ def _heights(neurons: int) -> NDArray[np.float64]:
 
 
 def parts(model: "nn.Module") -> Parts:
-    """What is drawn of a network.
+    """The drawn parts of a network.
 
     Args:
         model: A network of fully connected layers.

@@ -1,4 +1,4 @@
-"""What the pictures need of a record, and the arithmetic they share: naming, thinning, smoothing, the lines of tau."""
+"""Columns of a record for pictures, and the arithmetic they share: naming, thinning, smoothing, the lines of tau."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -11,7 +11,7 @@ _BUILDERS = {
     frozenset(("in_channels", "channels", "stride")): "ConvolutionalStem",
     frozenset(("channels", "num_classes", "activation")): "PooledHead",
 }
-"""What a description without a name is of, by its keys."""
+"""The kind of a description without a name, by its keys."""
 _UNITS = {"fully_connected": "features", "pre_activation_block": "channels"}
 
 

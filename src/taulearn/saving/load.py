@@ -154,7 +154,7 @@ def _differences(host: nn.Module, manifest: dict[str, Any], tensors: dict[str, T
 
 
 def _said(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest says of steps, scheme and blocks, but for options and what is only followed."""
+    """A manifest's entries on steps, scheme and blocks, but for options and what is only followed."""
     parts = ["time_steps", "scheme"] + ["model"] * (manifest["model"]["kind"] == "wrapped")
     followed = ("states", "options", "modules")
     return {f"{part}.{key}": value for part in parts for key, value in manifest[part].items() if key not in followed}

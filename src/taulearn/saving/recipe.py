@@ -286,7 +286,7 @@ def modules_of(model: nn.Module) -> dict[str, Any]:
 
 
 def besides(model: nn.Module) -> dict[str, bool]:
-    """What single modules have that neither their classes nor the state dict tell, named as an error names it."""
+    """Settings of single modules that neither their classes nor the state dict tell, named as an error names them."""
     found: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         where, inside = name or "the model", f"{name}." if name else ""

@@ -1,4 +1,4 @@
-"""What ``fit`` asks of its arguments, other than data: options, optimiser, scheduler, averaged weights."""
+"""Checks of the arguments of ``fit``, other than data: options, optimiser, scheduler, averaged weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -127,7 +127,7 @@ def terms(
     pruning: Pruning | None,
     **plain: int | float | str | bool | None,
 ) -> dict[str, Any]:
-    """What a run is started with and must be resumed with, as plain data for its checkpoints."""
+    """The settings that a run is started with and must be resumed with, as plain data for its checkpoints."""
     found = list(penalties)
     policy = None if pruning is None else {name: _plain(value) for name, value in vars(pruning).items()}
     by_share = pruning is not None and pruning.targeted and isinstance(pruning.by, float)
@@ -143,7 +143,7 @@ def terms(
 
 
 def _described(model: nn.Module) -> str:
-    """What of a model its weights do not tell."""
+    """The settings of a model that its weights do not tell."""
     steps, scheme = time_steps_of(model), getattr(prunable_of(model), "scheme", None)
     bound = "" if steps.lower_bound is None else f", lower_bound={steps.lower_bound:g}"
     return f"{scheme!r} with constraint={steps.constraint!r}, horizon={steps.horizon:g}{bound}"
@@ -163,7 +163,7 @@ def _plain(value: Any) -> Any:
 
 
 def disagreements(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a resumed run is asked to do otherwise than at its start, in words; more epochs are none of it."""
+    """The differences between a resumed run and its start, in words; more epochs are none of them."""
     said = [
         f"{name} must be {began[name]!r} as at the start of the run, got {value!r}"
         for name, value in now.items()

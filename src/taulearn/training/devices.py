@@ -26,7 +26,7 @@ def usable_device(argument: str, device: torch.device | str) -> torch.device:
 
 
 def machine() -> str:
-    """What computes: system, processor, cores, GPU."""
+    """The machine that computes: system, processor, cores, GPU."""
     parts = [f"{platform.system()} {platform.machine()}", _processor(), f"{os.cpu_count()} cores"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())

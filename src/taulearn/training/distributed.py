@@ -194,7 +194,7 @@ class Ranks:
             t.copy_(received)
 
     def _gathered(self, value: object) -> list[Any]:
-        """What each process has."""
+        """The objects of all processes, in the order of their ranks."""
         found: list[Any] = [value] * self.size
         if self.size > 1:
             self._meet(dist.all_gather_object, found, value, self._control)
@@ -253,7 +253,7 @@ def _initialise() -> None:
 
 
 def _sampler(batches: LoaderBatches) -> Any:
-    """What decides the order, also within a batch sampler, beside which ``loader.sampler`` is a mere placeholder."""
+    """The sampler that decides the order: that of a batch sampler, beside which ``loader.sampler`` is a placeholder."""
     return getattr(batches.loader.batch_sampler, "sampler", batches.loader.sampler)
 
 

@@ -1,4 +1,4 @@
-"""What training tells the outside: the end of an epoch, an interruption, a divergence."""
+"""Events of a training: the end of an epoch, an interruption, a divergence."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class StopTraining(Exception):
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """What a callback is handed after each epoch.
+    """The argument of callbacks, which are called after each epoch.
 
     Attributes:
         epoch: Number of finished epochs.

@@ -40,7 +40,7 @@ class Deletion:
 
 @dataclass
 class History:
-    """What a run leaves; figures and verdicts are drawn from this alone.
+    """The record of a run; figures and verdicts are drawn from this alone.
 
     Attributes:
         iterations: Columns with one row per iteration: "loss", "total", "penalty.NAME", "weight.l1" (the penalty's

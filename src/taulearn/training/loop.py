@@ -36,7 +36,7 @@ _FLUSH_EVERY = 1000
 
 @dataclass(frozen=True)
 class Settings:
-    """What the loop needs besides the objects it works on; see ``fit`` for the meaning."""
+    """Options of the loop, besides the objects it works on; see ``fit`` for the meaning."""
 
     epochs: int
     validation: Any

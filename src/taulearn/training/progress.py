@@ -1,4 +1,4 @@
-"""What a run says while it runs: one bar on a terminal, one line per epoch elsewhere."""
+"""Progress of a run: one bar on a terminal, one line per epoch elsewhere."""
 
 import sys
 import time

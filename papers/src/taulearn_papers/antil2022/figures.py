@@ -232,7 +232,7 @@ def _networks(results: Results) -> dict[str, NDArray[Any]]:
 
 
 def _parts(arrays: Mapping[str, NDArray[Any]], which: str) -> drawing.Parts:
-    """What :func:`_networks` noted of one of the two networks."""
+    """The note of :func:`_networks` on one of the two networks."""
     origin = [int(number) for number in arrays[f"{which}/origin"]]
     weights = [arrays[f"{which}/weight.{number}"] for number in range(len(origin) + 1)]
     biases = [arrays[f"{which}/bias.{number}"] for number in range(len(origin))]
@@ -240,7 +240,7 @@ def _parts(arrays: Mapping[str, NDArray[Any]], which: str) -> drawing.Parts:
 
 
 SHOWN = {"2": _networks, "4": _error_fields, "5": _difference}
-"""What makes the arrays that figures show besides records."""
+"""The functions that make the arrays that figures show besides records."""
 
 
 def _disc(ax: "Axes", colour: str) -> None:

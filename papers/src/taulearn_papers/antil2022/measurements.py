@@ -1,4 +1,4 @@
-"""What is measured on a trained surrogate: errors in the cube, on the square, in the cylinder; and after a reduction.
+"""Measurements on a trained surrogate: errors in the cube, on the square, in the cylinder; and after a reduction.
 
 Measurements take a member's folder and return figures as JSON takes them. u is the exact solution, u^NN the network.
 """

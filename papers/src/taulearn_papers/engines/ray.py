@@ -66,7 +66,7 @@ def _result(ray: Any, reference: Any, member: Member) -> Event:
 
 
 def _work(member: Member, out: str, threads: int) -> Event:
-    """What a worker does with a member."""
+    """The work of one process on a member."""
     import torch
 
     from taulearn.app.run_members import attempt

@@ -1,4 +1,4 @@
-"""What the judges look at: numbers and arrays of one record, a :class:`~taulearn.training.History`, and of all seeds.
+"""Numbers and arrays that the judges look at: of one record, a :class:`~taulearn.training.History`, and of all seeds.
 
 Records are thinned, so each row stands for the iterations up to the next one: shares of iterations are weighted so.
 """

@@ -32,7 +32,7 @@ TREATMENTS: dict[str, dict[str, Any]] = {
     "dependent": {"constraint": "dependent"},
     "l1-horizon": {"l1": 0.01, "time_horizon": 1.0},
 }
-"""What is done to the time steps, by the name that settings carry."""
+"""Treatments of the time steps, by the name that settings carry."""
 
 LEARNED = ("free", "l1", "horizon", "dependent")
 """The four treatments that figures 4.2 and 4.3 compare."""
@@ -55,7 +55,7 @@ PUBLISHED = (
     ("fashion-mnist", "fractional", "dependent"),
     ("mnist", "resnet", "fixed"),
 )
-"""What is trained once more with the faults of the published program: data, network, treatment."""
+"""Trainings that are done once more with the faults of the published program: data, network, treatment."""
 
 THRESHOLD = 0.01
 

@@ -1,4 +1,4 @@
-"""What a network does at each depth, with and without stage cost; and tables beside the published figures.
+"""Figures of a network at each depth, with and without stage cost; and tables beside the published figures.
 
 Lines are means, bands reach from the least to the largest. Tables: the first M blocks against the whole, early exit,
 both sides of the bound.

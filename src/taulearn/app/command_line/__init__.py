@@ -74,7 +74,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """What an error says; that of a fault of ours says what it is, too."""
+    """The message of an error; that of a fault of ours names its type, too."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (ValueError, TypeError, OSError, ArithmeticError, ImportError)) and str(error):

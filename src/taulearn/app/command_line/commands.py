@@ -20,7 +20,7 @@ RunFolder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", he
 
 
 class Command(Protocol):
-    """What every command is."""
+    """The interface of every command."""
 
     def __call__(self) -> None:
         """Do it."""

@@ -15,7 +15,7 @@ from .options import UsageError
 
 _OWN = ("help", "tyro-print-completion", "tyro-write-completion")
 _SIDES, _RULES = "│┃| ", "─━╰╯-+"
-"""What tyro draws boxes with, in ASCII too where the terminal has nothing else."""
+"""The characters that tyro draws boxes with, in ASCII too where the terminal has nothing else."""
 
 
 def check_names(argv: Sequence[str], commands: Mapping[str, type]) -> None:
@@ -64,7 +64,7 @@ def in_one_line() -> typing.Iterator[None]:
 
 
 def _condensed(box: str) -> str:
-    r"""What stands between the title and the first rule of a box, in one line.
+    r"""The text between the title and the first rule of a box, in one line.
 
     Example:
         >>> _condensed("╭─ Missing ─╮\n│ No value. │\n│ ───────── │\n│ See help  │\n╰───────────╯")

@@ -17,7 +17,7 @@ from .sweep import Address, EngineChoice, Workers, about, check_engine
 
 
 class Suite(Protocol):
-    """What entry points of the group name."""
+    """A suite, as entry points of the group name it."""
 
     def reproduce(self, options: "Reproduce") -> None:
         """Train, judge and draw as the command line says."""

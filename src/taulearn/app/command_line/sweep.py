@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def about(text: str, metavar: str | None = None) -> object:
-    """What the help says of an option."""
+    """The help text of an option."""
     return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="")
 
 

@@ -73,7 +73,7 @@ def used_parameters(objective: Objective, batch: Batch) -> set[int]:
 
 
 def fingerprint(objective: Objective) -> tuple[Any, ...]:
-    """What is compiled in and a callback may change: options of modules and penalties, what trains."""
+    """Values that are compiled in and that a callback may change: options of modules and penalties, what trains."""
     plain = (bool, int, float, str)
     parts = (*objective.penalties, *objective.modules(), time_steps_of(objective.model).rule)
     options = [
@@ -108,7 +108,7 @@ class FusedSGD:
         self._call = compile_once(self._steps, fused=True, fallback=self._plain_steps, failed=failed)
 
     def _forms(self) -> list[tuple[bool, ...]]:
-        """What decides the form of the update, group by group; the numbers are inputs of the compiled function."""
+        """Options that decide the form of the update, group by group; numbers are inputs of the compiled function."""
         forms = ("momentum", "weight_decay", "dampening", "nesterov", "maximize")
         return [tuple(bool(group[name]) for name in forms) for group in self.optimizer.param_groups]
 
@@ -125,7 +125,7 @@ class FusedSGD:
         )
 
     def undo(self) -> Callable[[], None]:
-        """What puts parameters, momentum and random numbers back to where they are now."""
+        """A function that puts parameters, momentum and random numbers back to where they are now."""
         state = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in self.parameters.values()]
         changing = [*(p.detach() for p in self.parameters.values()), *(b for b in state if b is not None)]
         copies = [(tensor, tensor.clone()) for tensor in changing]

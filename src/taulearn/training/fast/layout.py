@@ -35,7 +35,7 @@ _FOLLOWING = (
     _ATEN.scatter.src,
     torch.ops.prims.convert_element_type.default,
 )
-"""What reads a matrix in any order, besides elementwise functions; others (cat, reshape) would copy it back."""
+"""Functions that read a matrix in any order, besides elementwise ones; others (cat, reshape) would copy it back."""
 
 
 class Layout(CustomGraphPass):
@@ -53,7 +53,7 @@ class Layout(CustomGraphPass):
             small_products.call_small_products(graph)
 
     def uuid(self) -> Any:
-        """What the compiler's cache tells this pass by."""
+        """The key by which the compiler's cache knows this pass."""
         return get_hash_for_files(
             (__file__, small_products.__file__, str(small_products.SOURCE)), str((self.by_columns, self.products))
         )
@@ -117,7 +117,7 @@ def _transpose(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """What a matrix is the transpose of, or itself."""
+    """The matrix of which this is the transpose, or itself."""
     while node.op == "call_function" and node.target is _ATEN.permute.default:
         node = cast(fx.Node, node.args[0])
     return node

@@ -1,4 +1,4 @@
-"""What a line search asks for, compiled: the objective alone, and the objective with its gradient.
+"""The functions of a line search, compiled: the objective alone, and the objective with its gradient.
 
 Two pure functions of the parameters, one call each; a step of ``taulearn.optim.SteepestDescent`` takes one gradient and
 a value or two. As in fused.py, torch.func differentiates the objective and inductor makes the code.

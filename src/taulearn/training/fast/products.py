@@ -45,7 +45,7 @@ def _shims() -> _Shims:
 
 @functools.cache
 def options() -> dict[str, Any]:
-    """What torch.compile must be told to call products.cpp, which is compiled here unless it was before."""
+    """Options of torch.compile that let it call products.cpp, which is compiled here unless it was before."""
     from torch._inductor import config
 
     if not hasattr(config.aot_inductor, "custom_ops_to_c_shims"):
