@@ -19,13 +19,6 @@ SMALL = ["--hidden-layers", "4", "--width", "8", "--epochs", "1", "--batch-size"
 STEPS = ["--init", "0.5,0.2,0.2,0.05", "--prune", "0.1"]
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TAULEARN_DEBUG", raising=False)
-    monkeypatch.setenv("COLUMNS", "100")
-
-
 @pytest.fixture
 def call(capsys):
     """Runs a command in this process; gives its exit code, output and errors."""
@@ -56,6 +49,8 @@ def test_help_and_refusals_come_without_torch():
     program = """
 import contextlib, io, sys
 from taulearn.app.command_line import main
+
+pytestmark = pytest.mark.usefixtures("own_folder")
 lines = ["--help", "--version", "train --help", "resume --help", "prune --help", "report --help", "data --help",
          "train --prune 2", "train --network resnt", "train --config nowhere.toml", "train --nonsense", "data fetch"]
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

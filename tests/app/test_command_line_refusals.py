@@ -9,19 +9,15 @@ from taulearn.app.command_line import main
 from taulearn.app.command_line.one_line_errors import check_names
 from taulearn.app.command_line.options import UsageError
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 SMALL = ["--hidden-layers", "2", "--width", "8", "--epochs", "1", "--batch-size", "100"]
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TAULEARN_DEBUG", raising=False)
-    monkeypatch.setenv("COLUMNS", "60")
-
-
 @pytest.fixture
-def call(capsys):
+def call(capsys, own_folder, monkeypatch):
     """Runs a command in this process; gives its exit code and errors, and checks that it printed nothing else."""
+    monkeypatch.setenv("COLUMNS", "60")
 
     def run(*arguments):
         code = main([str(argument) for argument in arguments])

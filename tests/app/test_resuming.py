@@ -10,12 +10,9 @@ from taulearn.app.command_line import main
 from taulearn.experiments import TrainConfig, resume, train
 from taulearn.training import Run
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 SMALL = {"hidden_layers": 4, "width": 8, "epochs": 2, "batch_size": 100}
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from taulearn.nn import resnet
 from taulearn.saving import load_model
 from taulearn.training import Run
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 SMALL = {"hidden_layers": 4, "width": 8, "epochs": 1, "batch_size": 100}
 
 
@@ -19,11 +21,6 @@ def small(path, **settings):
 
 def weights(path):
     return (path / "model.safetensors").read_bytes()
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def test_result_agrees_with_what_was_written(tmp_path):

@@ -160,7 +160,7 @@ def test_progress_is_plain_lines_without_a_terminal(capsys: pytest.CaptureFixtur
 
 
 def test_a_long_epoch_is_flushed_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taulearn.training.loop._FLUSH_EVERY", 3)
+    monkeypatch.setattr("taulearn.training.loop.FLUSH_EVERY", 3)
     ours, theirs = network(), network()
     flushed = run_fit(ours, digits(), sgd(ours), batch_size=7)
     monkeypatch.undo()

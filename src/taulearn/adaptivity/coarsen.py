@@ -11,7 +11,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +202,8 @@ def prune(
         if measured:
             before = Snapshot(models, optimizers)  # a criterion or a clock calls the model
         chosen, note = _choose(prunable, model, threshold, keep, asked, budget)
-        number, parameters, deleted = prunable.time_steps.num_steps, _count(model), _deleted(prunable, chosen)
+        number, parameters = prunable.time_steps.num_steps, number_of_variables(model)
+        deleted = deleted_layers(prunable, chosen)
         gone = {i for i, _ in chosen}
         kept = tuple(i for i in range(number) if i not in gone)
         state, notes, wrappers = "unchanged" if optimizers else "none", [note], []
@@ -219,7 +220,7 @@ def prune(
             number,
             len(kept),
             parameters,
-            _count(model),
+            number_of_variables(model),
             state,
             "; ".join(each for each in notes if each),
         )
@@ -260,11 +261,14 @@ def _choose(
     return chosen, note
 
 
-def _deleted(prunable: Prunable, chosen: Iterable[tuple[int, float]]) -> tuple[DeletedLayer, ...]:
-    steps = prunable.time_steps
+def deleted_layers(prunable: Prunable, chosen: Iterable[tuple[int, float]]) -> tuple[DeletedLayer, ...]:
+    """The layers at these positions, with their shares, as the report names them."""
+    steps, layers = prunable.time_steps, prunable.layers
     factors = prunable.scheme.factor(steps.tau.detach().double()).tolist()
-    layers, own = cast(Any, prunable).layers, int(isinstance(steps.values, nn.Parameter))
-    return tuple(DeletedLayer(steps.origin[i], share, factors[i], own + _count(layers[i])) for i, share in chosen)
+    own = int(isinstance(steps.values, nn.Parameter))
+    return tuple(
+        DeletedLayer(steps.origin[i], share, factors[i], own + number_of_variables(layers[i])) for i, share in chosen
+    )
 
 
 def _cautions(prunable: Prunable, deleted: Iterable[DeletedLayer], *, given: bool) -> Iterator[str]:
@@ -295,5 +299,6 @@ def _forget_compiled() -> None:
         torch.compiler.reset()
 
 
-def _count(module: nn.Module) -> int:
+def number_of_variables(module: nn.Module) -> int:
+    """Numbers in all parameters of a module."""
     return sum(p.numel() for p in module.parameters())

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class Pruner:
 
     def _check_optimizer(self) -> None:
         """Refuse now, rather than at the first deletion, an optimiser that could not follow it."""
-        layers, fixed = cast(Any, self.prunable).layers, self.prunable.fixed_layers()
+        layers, fixed = self.prunable.layers, self.prunable.fixed_layers()
         gone = {id(p) for l, layer in enumerate(layers) if l not in fixed for p in layer.parameters()}
         gone.add(id(self.prunable.time_steps.values))
         named = {p: name for name, p in self.model.named_parameters()}
@@ -100,7 +100,7 @@ class Pruner:
                 "example_inputs must be given with target_latency_ms outside fit, which knows the data: write "
                 "Pruning(target_latency_ms=.., example_inputs=inputs)"
             )
-        return layer_milliseconds(self.model, cast(Any, self.prunable).layers, inputs)
+        return layer_milliseconds(self.model, tuple(self.prunable.layers), inputs)
 
     def _excess(self, costs: tuple[float, ...], whole: float, fixed: Mapping[int, str]) -> float:
         limit = self.policy.target_latency_ms

@@ -22,6 +22,10 @@ class Prunable(Protocol):
     time_steps: TimeSteps
     scheme: Scheme
 
+    @property
+    def layers(self) -> nn.ModuleList | tuple[nn.Module, ...]:
+        """Those that are left, in their order."""
+
     def fixed_layers(self) -> dict[int, str]:
         """Positions that must stay, with the reason."""
 

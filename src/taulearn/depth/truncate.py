@@ -12,7 +12,7 @@ import copy
 from torch import nn
 
 from .._errors import positive_integer
-from ..adaptivity.coarsen import DeletedLayer, PruneReport, prune
+from ..adaptivity.coarsen import PruneReport, deleted_layers, number_of_variables, prune
 from ..adaptivity.estimate import shares
 from ..adaptivity.transaction import Snapshot
 from ..nn.network import TimeVariableNetwork
@@ -59,11 +59,14 @@ def truncate(model: nn.Module, depth: int) -> PruneReport:
     check_cuts("model", model.time_steps, depth)
     before = Snapshot([model])
     try:
-        deleted, parameters = _deleted(model, depth), _count(model)
+        share = shares(model.time_steps, model.scheme.step_power).tolist()
+        deleted = deleted_layers(model, ((l, share[l]) for l in reversed(range(depth, number))))
+        parameters = number_of_variables(model)
         note = model.time_steps.rule.deletion_note if depth < number else ""
         if depth < number:
             cut(model, depth)
-        return PruneReport(deleted, tuple(range(depth)), number, depth, parameters, _count(model), "none", note)
+        left = number_of_variables(model)
+        return PruneReport(deleted, tuple(range(depth)), number, depth, parameters, left, "none", note)
     except BaseException:
         before.restore()
         raise
@@ -80,16 +83,6 @@ def check_cuts(argument: str, steps: TimeSteps, depth: int) -> None:
             )
 
 
-def _deleted(network: TimeVariableNetwork, depth: int) -> tuple[DeletedLayer, ...]:
-    steps, power = network.time_steps, network.scheme.step_power
-    share, factors = shares(steps, power).tolist(), network.scheme.factor(steps.tau.detach().double()).tolist()
-    own = int(isinstance(steps.values, nn.Parameter))
-    return tuple(
-        DeletedLayer(steps.origin[l], share[l], factors[l], own + _count(network.layers[l]))
-        for l in reversed(range(depth, steps.num_steps))
-    )
-
-
 def cut(network: TimeVariableNetwork, depth: int) -> None:
     """Let a network end after its first ``depth`` layers; the skips past the others come before the head."""
     number, skips = len(network.layers), copy.deepcopy(network.skips)
@@ -102,7 +95,3 @@ def cut(network: TimeVariableNetwork, depth: int) -> None:
     network.time_steps.keep_(kept)
     network.skips.keep_(kept)
     network.layers = nn.ModuleList(network.layers[l] for l in kept)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

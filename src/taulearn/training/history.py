@@ -17,6 +17,8 @@ from ..penalties.base import Penalty
 Array = NDArray[np.floating | np.integer]
 
 FORMAT = 1
+FLUSH_EVERY = 1000
+"""Iterations whose rows stay on the device at most."""
 
 
 @dataclass(frozen=True)

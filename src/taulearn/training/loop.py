@@ -22,7 +22,7 @@ from .distributed import CHANGED, Ranks, prune_alike
 from .divergence import cause_in, diverged
 from .events import Diverged, EpochEnd, Interrupted, StopTraining
 from .fast.compiler import worth_compiling
-from .history import History
+from .history import FLUSH_EVERY, History
 from .interruption import deferred
 from .metrics import Metric, evaluate
 from .objective import Objective, StepOptions
@@ -30,8 +30,6 @@ from .progress import Progress, epoch_line, layers_left
 from .run_folder import Run
 from .session import Session
 from .step import Engine
-
-_FLUSH_EVERY = 1000
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ class Loop:
             if pruner is not None and self.session.due(epoch_ends=ends):
                 self._prune(pruner, epoch, trusting=looked)
                 looked = True
-            if pending >= _FLUSH_EVERY:
+            if pending >= FLUSH_EVERY:
                 self._flush()
                 pending = 0
             self.progress.advance(

@@ -32,9 +32,7 @@ from ..optim import constrain_
 from ..optim.groups import overflows
 from ..optim.projections import steps_under_way
 from ..penalties import Penalty
-from .history import Array, Deletion, History, Recorder, Row
-
-_FLUSH_EVERY = 1000
+from .history import FLUSH_EVERY, Array, Deletion, History, Recorder, Row
 
 
 def active_penalties(penalties: tuple[Penalty, ...], pruner: Pruner | None) -> tuple[Penalty, ...]:
@@ -299,7 +297,7 @@ class Session:
             self.note(_mean(self._told["loss"]))
         self._leader, self._told = self._begun[0], {}
         self._begin()
-        if self.iteration % _FLUSH_EVERY == 0:
+        if self.iteration % FLUSH_EVERY == 0:
             self.flush()
         return True
 
