@@ -15,6 +15,8 @@ from taulearn.app.command_line import main
 from taulearn.app.config import TrainConfig
 from taulearn.saving import load_model
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 SMALL = ["--hidden-layers", "4", "--width", "8", "--epochs", "1", "--batch-size", "100"]
 STEPS = ["--init", "0.5,0.2,0.2,0.05", "--prune", "0.1"]
 
@@ -49,8 +51,6 @@ def test_help_and_refusals_come_without_torch():
     program = """
 import contextlib, io, sys
 from taulearn.app.command_line import main
-
-pytestmark = pytest.mark.usefixtures("own_folder")
 lines = ["--help", "--version", "train --help", "resume --help", "prune --help", "report --help", "data --help",
          "train --prune 2", "train --network resnt", "train --config nowhere.toml", "train --nonsense", "data fetch"]
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
