@@ -9,24 +9,21 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel
 
 from ..adaptivity.coarsen import prune
-from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import check_follows, with_inner
 from ..files import check_tensors, read_tensors, write_tensors
 from ..nn.pruned_models import wrapping_of
 from ..nn.time_steps import time_steps_of
 from .check_arguments import disagreements
 from .history import History
+from .parts import Parts, Position, Start
 from .state_without_pickle import from_plain, to_plain
 
 FORMAT = 1
@@ -36,61 +33,6 @@ _KEEPER = "model, optimizer and scheduler"
 
 _SHAPE = ("T_0", "T_max", "T_mult", "eta_min", "gamma", "power", "step_size", "total_iters", "total_steps")
 """Settings in the state of torch's schedulers, which they do not change as they step."""
-
-
-@dataclass
-class Position:
-    """Where a run stands.
-
-    Attributes:
-        epoch: Number of finished epochs.
-        batch: Number of batches taken of the epoch under way.
-        iteration: Number of iterations taken.
-        compiled: Whether the steps are compiled now.
-        seconds: Time spent in the epoch under way.
-        stopped: Whether a callback ended the training.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    iteration: int = 0
-    compiled: bool = False
-    seconds: float = 0.0
-    stopped: bool = False
-
-
-@dataclass
-class Parts:
-    """The objects that a checkpoint saves and restores.
-
-    Attributes:
-        model: The model with time steps.
-        optimizer: Its optimiser.
-        scheduler: Learning rate scheduler, or None.
-        averaged: Averaged weights, or None.
-        generator: The generator of a DataLoader's order, or None.
-        pruner: The pruning policy at work, or None.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler | None = None
-    averaged: AveragedModel | None = None
-    generator: torch.Generator | None = None
-    pruner: Pruner | None = None
-
-
-@dataclass(frozen=True)
-class Start:
-    """The terms and the configuration with which a run was started.
-
-    Attributes:
-        terms: What must be the same when it is resumed (``training.checks.terms``).
-        config: The configuration in its run.toml.
-    """
-
-    terms: Mapping[str, Any]
-    config: Mapping[str, Any]
 
 
 def save_checkpoint(folder: Path, parts: Parts, position: Position, history: History, start: Start) -> Path:

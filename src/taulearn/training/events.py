@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .history import Deletion
-from .run_folder import Run
+
+if TYPE_CHECKING:
+    from .run_folder import Run
 
 
 class Diverged(ArithmeticError):
@@ -25,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
         run: The run to resume, or None.
     """
 
-    def __init__(self, run: Run | None, detail: str = "") -> None:
+    def __init__(self, run: "Run | None", detail: str = "") -> None:
         remedy = (
             f"go on with `taulearn resume {run.path}` (or fit(..., run=..., resume=True))"
             if run

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,8 +29,6 @@ from .check_arguments import (
     terms,
 )
 from .check_data import check_data, check_loss
-from .checkpoint import Parts, check_contents
-from .devices import usable_device
 from .distributed import begin_pruning, check_shares, has_whole_batches, join
 from .events import EpochEnd
 from .history import History
@@ -38,9 +36,11 @@ from .interruption import announced
 from .loop import Loop, Settings
 from .metrics import Metric, choose_metrics
 from .objective import Loss, Objective, StepOptions, as_float, as_penalties, input_dtype, losses_of
-from .run_folder import Run, tidy
+from .parts import Parts
 from .session import active_penalties
-from .tensorboard import TensorBoard
+
+if TYPE_CHECKING:
+    from .run_folder import Run
 
 
 def fit(
@@ -54,7 +54,7 @@ def fit(
     penalties: Penalty | Sequence[Penalty] = (),
     pruning: Pruning | None = None,
     validation: Any = None,
-    run: Run | str | os.PathLike[str] | None = None,
+    run: "Run | str | os.PathLike[str] | None" = None,
     resume: bool = False,
     callbacks: Sequence[Callable[[EpochEnd], None]] = (),
     metrics: str | Mapping[str, Metric] = "auto",
@@ -141,7 +141,7 @@ def fit(
         >>> history.num_iterations, history.iterations["tau"].shape
         (20, (20, 3))
     """
-    with announced(run if isinstance(run, Run) else None), ExitStack() as until_failure:
+    with announced(run), ExitStack() as until_failure:
         ranks = until_failure.enter_context(join())
         refuse_distributed("model", model)
         optimizer, scheduler = bare(optimizer), bare_scheduler(scheduler)
@@ -176,6 +176,8 @@ def fit(
                 validation = held_out.inputs, held_out.targets
         choose_metrics(metrics, sample[1])
         if tensorboard and ranks.first:
+            from .tensorboard import TensorBoard
+
             callbacks = (*callbacks, TensorBoard(run))
         if pruner is not None and not (resume and _has_checkpoints(run)):
             begin_pruning(ranks, pruner, as_float(batches.sample()[0][:1], input_dtype(model)))
@@ -206,6 +208,8 @@ def fit(
         config = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
         parts = Parts(model, optimizer, scheduler, averaged, pruner=pruner)
         if run is not None:
+            from .checkpoint import check_contents
+
             check_contents(parts)
         folder = ranks.told(lambda: _open_run(run, config, resume=resume, overwrite=overwrite))
         options = StepOptions(clip_norm, accumulate, precision, averaged, seen.least)
@@ -216,6 +220,8 @@ def fit(
 
 def _put_on(device: torch.device | str | None, model: nn.Module) -> None:
     if device is not None:
+        from .devices import usable_device
+
         try:
             model.to(usable_device("device", device))
         except NotImplementedError as error:
@@ -224,21 +230,25 @@ def _put_on(device: torch.device | str | None, model: nn.Module) -> None:
             ) from error
 
 
-def _has_checkpoints(run: Run | str | os.PathLike[str] | None) -> bool:
+def _has_checkpoints(run: "Run | str | os.PathLike[str] | None") -> bool:
     if run is None:
         return False
+    from .run_folder import Run
+
     folder = run.checkpoints if isinstance(run, Run) else Path(run) / "checkpoint"
     return any(folder.glob("*.safetensors"))
 
 
 def _open_run(
-    run: Run | str | os.PathLike[str] | None, config: Mapping[str, Any], *, resume: bool, overwrite: bool
-) -> Run | None:
+    run: "Run | str | os.PathLike[str] | None", config: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> "Run | None":
     """The run's folder, made or found; what decides the order of the batches must not have changed."""
     if run is None:
         if resume:
             raise ValueError("run must name the run's folder when resume=True, got None")
         return None
+    from .run_folder import Run, tidy
+
     if not resume:
         if not isinstance(run, Run):
             return Run.create(run, config, overwrite=overwrite)

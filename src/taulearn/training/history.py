@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._errors import unknown_name
-from ..files import read_tensors, write_tensors
 from ..penalties.base import Penalty
 
 Array = NDArray[np.floating | np.integer]
@@ -98,6 +97,8 @@ class History:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
+        from ..files import write_tensors
+
         write_tensors(Path(path), self.tensors(), {"format": str(FORMAT), "kind": "taulearn history"})
 
     @classmethod
@@ -108,6 +109,8 @@ class History:
             FileNotFoundError: If there is none.
             ValueError: If it is damaged or of another format.
         """
+        from ..files import read_tensors
+
         named, metadata = read_tensors(Path(path))
         if metadata.get("kind") != "taulearn history" or metadata.get("format") != str(FORMAT):
             raise ValueError(

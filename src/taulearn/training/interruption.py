@@ -4,9 +4,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from .events import Interrupted
-from .run_folder import Run
 
 
 @contextmanager
@@ -31,11 +31,13 @@ def deferred() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def announced(run: Run | None) -> Iterator[None]:
-    """Let Ctrl-C before the first iteration say so."""
+def announced(run: Any) -> Iterator[None]:
+    """Let Ctrl-C before the first iteration say so, and name the run, where one is given."""
     try:
         yield
     except Interrupted:
         raise
     except KeyboardInterrupt:
-        raise Interrupted(run, " before its first iteration") from None
+        from .run_folder import Run
+
+        raise Interrupted(run if isinstance(run, Run) else None, " before its first iteration") from None

@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -17,19 +17,20 @@ from ..optim.projections import suspended_projections
 from .batches import LoaderBatches, TensorBatches
 from .check_arguments import steps_each_iteration
 from .check_data import check_validation
-from .checkpoint import Parts, Position, Start, drop_old, load_checkpoint, save_checkpoint
 from .distributed import CHANGED, Ranks, prune_alike
-from .divergence import cause_in, diverged
 from .events import Diverged, EpochEnd, Interrupted, StopTraining
 from .fast.compiler import worth_compiling
 from .history import FLUSH_EVERY, History
 from .interruption import deferred
 from .metrics import Metric, evaluate
 from .objective import Objective, StepOptions
+from .parts import Parts, Position, Start
 from .progress import Progress, epoch_line, layers_left
-from .run_folder import Run
 from .session import Session
 from .step import Engine
+
+if TYPE_CHECKING:
+    from .run_folder import Run
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Loop:
         parts: Parts,
         options: StepOptions,
         settings: Settings,
-        folder: Run | None,
+        folder: "Run | None",
         ranks: Ranks,
     ) -> None:
         self.objective, self.batches, self.parts, self.options = objective, batches, parts, options
@@ -108,6 +109,7 @@ class Loop:
         """Write what a finished run leaves; also what one killed behind its last checkpoint did not come to."""
         if self.folder is not None:
             from ..saving import save_model
+            from .checkpoint import drop_old
 
             if not self.fresh:
                 drop_old(self.folder.checkpoints)
@@ -121,6 +123,8 @@ class Loop:
         past = None
         self.position, epochs = Position(), self.settings.epochs
         if resume and self.source is not None and any(self.source.checkpoints.glob("*.safetensors")):
+            from .checkpoint import load_checkpoint
+
             self.position, past, began, complaints = load_checkpoint(
                 self.source.checkpoints, self.parts, self.settings.terms
             )
@@ -280,6 +284,8 @@ class Loop:
             raise self._diverged(f"the loss is not finite from iteration {at + 1} on", at, self._cause(at))
 
     def _cause(self, at: int) -> str | None:
+        from .divergence import cause_in
+
         return cause_in(self.batches, at, self.objective.countings[0])
 
     def _check(self, tensors: Iterable[Tensor]) -> None:
@@ -289,6 +295,8 @@ class Loop:
             raise self._diverged(f"the weights are not finite after iteration {at}", at)
 
     def _diverged(self, what: str, at: int, cause: str | None = None) -> Diverged:
+        from .divergence import diverged
+
         checkpoints = None if self.source is None else self.source.checkpoints
         return diverged(what, at, self.recorder.history(), self.objective.row.numbers, checkpoints, cause)
 
@@ -311,6 +319,8 @@ class Loop:
 
     def _write_checkpoint(self) -> None:
         if self.folder is not None:
+            from .checkpoint import save_checkpoint
+
             history = self.recorder.history()
             start = Start(self.settings.terms, self.folder.config)
             save_checkpoint(self.folder.checkpoints, self.parts, self.position, history, start)
