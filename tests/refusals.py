@@ -43,7 +43,17 @@ from taulearn.nn import (
 from taulearn.nn.builders import BUILDERS
 from taulearn.nn.time_steps import time_steps_of
 from taulearn.optim import SteepestDescent, parameter_groups, register_projection
-from taulearn.penalties import L1, L2, BiasOrdering, ElasticNet, GroupLasso, StageCost, TimeHorizon, WeightElasticNet
+from taulearn.penalties import (
+    L1,
+    L2,
+    BiasOrdering,
+    Distillation,
+    ElasticNet,
+    GroupLasso,
+    StageCost,
+    TimeHorizon,
+    WeightElasticNet,
+)
 from taulearn.report import drawing, figures, write_html
 from taulearn.report.catalogue import write_catalogue
 from taulearn.report.records import running_mean
@@ -456,6 +466,16 @@ def at_half(schedule: Any) -> None:
     StageCost(1.0, mse_loss, schedule=schedule).start_epoch(0, 1)
 
 
+def distil(model: Any, teacher: nn.Module, **options: Any) -> Tensor:
+    return Distillation(teacher, 1.0, **options)(model, X3, outputs=model(X3))
+
+
+def without_the_second() -> nn.Module:
+    model = three()
+    prune(model, keep=[0, 2])
+    return model
+
+
 PENALTIES = [
     *[
         refusal
@@ -487,6 +507,30 @@ PENALTIES = [
     R(TypeError, "model", lambda: StageCost(1.0, mse_loss)(compiled(three()), X3, Y2), ("torch.compile",)),
     R(TypeError, "model", lambda: StageCost(1.0, mse_loss)(nn.Linear(1, 1), X3, Y2), ("Linear",)),
     R(ValueError, "inputs", on(three, StageCost(1.0, mse_loss)), ("targets", "None")),
+    *each(TypeError, "teacher", lambda teacher: Distillation(teacher, 1.0), None, "bert"),
+    R(TypeError, "teacher", lambda: Distillation(nn.Linear, 1.0), ("Linear",)),  # type: ignore[arg-type]
+    *each(ValueError, "weight", lambda weight: Distillation(nn.Linear(1, 2), weight), -1.0, NAN, INF, "a lot", None),
+    *each(ValueError, "temperature", lambda t: Distillation(nn.Linear(1, 2), 1.0, t), 0, -1.0, NAN, INF, "hot"),
+    *each(ValueError, "hidden", lambda hidden: Distillation(nn.Linear(1, 2), 1.0, hidden=hidden), -1.0, NAN, "some"),
+    R(TypeError, "teacher", lambda: Distillation(nn.Linear(1, 2), 1.0, hidden=1.0), ("Linear", "taulearn.wrap")),
+    R(ValueError, "inputs", on(three, lambda m: Distillation(three(), 1.0)(m, X3)), ("outputs", "None")),
+    R(ValueError, "teacher", on(three, lambda m: distil(m, m)), ("copy",)),
+    R(ValueError, "teacher", on(three, lambda m: distil(m, resnet(3, 4, 5, 3, dtype=DOUBLE))), ("2", "5")),
+    R(
+        ValueError,
+        "teacher",
+        on(three, lambda m: distil(m, nn.Sequential(three(), nn.Unflatten(0, (3, 2))))),
+        ("(6, 2)",),
+    ),
+    R(ValueError, "teacher", on(three, lambda m: distil(m, without_the_second(), hidden=1.0)), ("[0, 1, 2]", "[1]")),
+    R(
+        ValueError,
+        "teacher",
+        on(three, lambda m: distil(m, resnet(3, 5, 2, 3, dtype=DOUBLE), hidden=1.0)),
+        ("(6, 4)", "(6, 5)"),
+    ),
+    R(TypeError, "outputs", on(three, lambda m: Distillation(three(), 1.0)(m, X3, outputs=[1.0])), ("list",)),
+    R(ValueError, "outputs", on(three, lambda m: Distillation(three(), 1.0)(m, X3, outputs=Y2[:, :1])), ("(6, 1)",)),
 ]
 
 WEIGHT = nn.Parameter(torch.ones(2))

@@ -214,8 +214,6 @@ class TestPenalty:
         np.testing.assert_array_equal(np.isnan(found["norms"]), np.isnan(found["tau"]))
         assert np.isnan(found["norms"][-1, deleted.layer])
         assert found["weight.l1"].max() > 0.0, "that of the target is recorded like any other"
-        with pytest.raises(ValueError, match="penalties must depend on the model alone in a callback, got 'watchful'"):
-            Companion([Watchful()], None, progress=False)
 
     def test_a_record_that_lacks_a_column_is_gone_on_with(self) -> None:
         """As one that was begun without the penalty."""

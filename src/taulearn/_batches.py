@@ -54,3 +54,15 @@ def loss_on(
         f"loss must be given with this {argument}, got None, and the model returns no loss of its own: give a function "
         "(outputs, targets) -> scalar, or batches that are dictionaries with 'labels'"
     )
+
+
+def logits_of(outputs: Any, argument: str = "outputs") -> Tensor:
+    """The logits that a model answers: a tensor, or what an output of transformers or a dictionary holds as such.
+
+    Raises:
+        TypeError: If there are none.
+    """
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{argument} must be a tensor or hold 'logits', got {type(outputs).__name__}")
+    return found

@@ -24,7 +24,7 @@ from integrations.huggingface_runs import (
     vit,
 )
 from taulearn import Pruning
-from taulearn.penalties import L1, ElasticNet, Penalty, StageCost
+from taulearn.penalties import L1, ElasticNet, Penalty
 
 
 def test_layers_go_and_the_optimizer_follows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,8 +180,6 @@ def test_weight_decay_on_the_time_steps_is_said(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match=r"pruning must .*got 0\.1"):
         TimeStepsCallback(pruning=0.1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"penalties must .*got 'stage_cost'"):
-        TimeStepsCallback([StageCost(0.1, nn.functional.cross_entropy)])
     with pytest.raises(TypeError, match=r"model must .*got a ViTForImage.* with 0"):
         trainer(taulearn.unwrap(vit(1.0)), TimeStepsCallback(), tmp_path, optimizer=torch.optim.SGD(vit().parameters()))
     callback, model = pruning_callback(), vit()

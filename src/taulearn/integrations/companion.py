@@ -1,5 +1,6 @@
 """Shared by the callbacks for other trainers: the model and its averages are found, a session trains its steps."""
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .._batches import LABELS
 from .._distributed import refuse_distributed
 from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import check_holds, check_holds_steps
@@ -62,17 +64,14 @@ class Companion:
 
     def __init__(self, penalties: Penalty | Sequence[Penalty], pruning: Pruning | None, *, progress: bool) -> None:
         self.penalties, self.policy, self.progress = as_penalties(penalties), pruning, progress
-        for penalty in self.penalties:
-            if needs_batch(penalty):
-                raise ValueError(
-                    f"penalties must depend on the model alone in a callback, got {penalty.name!r}, which needs the "
-                    "states or the outputs of the forward pass: train with taulearn.fit, or add it to the loss yourself"
-                )
+        self.of_batches = [penalty.name for penalty in self.penalties if needs_batch(penalty)]
         check_pruning(pruning, self.penalties)
         self.past = History()
         self.state: Mapping[str, Any] | None = None
         self.pruner: Pruner | None = None
         self._seen = 0
+        self._call: tuple[Any, Any] | None = None  # inputs and outputs of the model's last forward pass
+        self._adding = False
 
     def begin(
         self,
@@ -126,6 +125,46 @@ class Companion:
 
         until.callback(optimizer.register_step_post_hook(after).remove)
 
+    def watch(self, until: ExitStack) -> None:
+        """Know what the model is called with and answers in training, for penalties that need the batch."""
+        self._call = None
+        if not self.of_batches:
+            return
+
+        def after(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], outputs: Any) -> None:
+            if module.training and torch.is_grad_enabled() and not self._adding:
+                names = inspect.signature(module.forward).parameters if options else ()
+                given = dict(zip(names, args, strict=False)) | options
+                given.pop("num_items_in_batch", None)  # for the loss alone
+                self._call = (given or (args[0] if len(args) == 1 else args)), outputs
+
+        until.callback(self.session.model.register_forward_hook(after, with_kwargs=True).remove)
+
+    def added(self, loss: Any, batch: Any, where: str, share: float = 1.0) -> Tensor:
+        """The loss that a model or a module returned, with the penalties that need the batch.
+
+        Args:
+            loss: What was returned.
+            batch: The batch, for its targets.
+            where: What returned it.
+            share: What a mean over the batch is multiplied by to be added, as the loss was.
+        """
+        if not isinstance(loss, Tensor) or self._call is None:
+            found = f"a loss of type {type(loss).__name__}" if self._call else "one without a forward pass of the model"
+            raise ValueError(
+                f"{where} must return the loss with {self.of_batches[0]!r} among the penalties, which is added to it, "
+                f"got {found}: let it return the loss, or train with taulearn.fit"
+            )
+        (inputs, outputs), self._call, self._adding = self._call, None, True
+        try:
+            targets = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+            if isinstance(batch, Mapping):
+                targets = batch.get(LABELS)
+            # the mean of losses that were multiplied by their share of several batches is that of all
+            return self.session.loss(loss / share, outputs=outputs, inputs=inputs, targets=targets) * share
+        finally:
+            self._adding = False
+
     def warn_of_decay(self, remedy: str) -> None:
         """Say that the optimiser shrinks the time steps, and what to write instead."""
         group = group_of(self.session.optimizers, self.session.steps.values)
@@ -138,7 +177,7 @@ class Companion:
         if self.session.iteration == self._seen:
             return  # gradients accumulate, or a GradScaler skipped the step
         self._seen = self.session.iteration
-        if loss is not None:
+        if loss is not None and not self.of_batches:  # else the session was told the loss without penalties
             self.session.note(loss)
         if self.pruner is not None and self.pruner.every is not None:
             self._prune(epoch, epoch_ends=False)

@@ -4,7 +4,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,8 @@ class TimeStepsCallback(TrainerCallback):
     :func:`load_checkpoint`; ``taulearn.save_model`` writes the model itself.
 
     Args:
-        penalties: Added to the loss; those that need the states of the forward pass are not possible here.
+        penalties: Added to the loss. Those that need the batch, as distillation does, are added to the loss that the
+            model returns; hidden states cost another forward pass.
         pruning: When and which layers are deleted. None: none.
         progress: Whether deletions are printed.
 
@@ -64,10 +65,10 @@ class TimeStepsCallback(TrainerCallback):
             last log), layers of each epoch, deletions.
 
     Raises:
-        ValueError: If a penalty needs data; when training starts, if the model cannot be pruned, several processes are
-            to prune it, the best model is to be loaded at the end of pruning, DeepSpeed is used, it is trained in
-            float16 without clipping, Trainer writes checkpoints and did not have the callback when it was made, or one
-            is resumed that was written without it.
+        ValueError: If the model returns no loss that a penalty could be added to; when training starts, if the model
+            cannot be pruned, several processes are to prune it, the best model is to be loaded at the end of pruning,
+            DeepSpeed is used, it is trained in float16 without clipping, Trainer writes checkpoints and did not have
+            the callback when it was made, or one is resumed that was written without it.
 
     Example:
         >>> from taulearn import Pruning
@@ -123,6 +124,17 @@ class TimeStepsCallback(TrainerCallback):
         )
         self._training.callback(companion.end)
         self._training.callback(self._step.close)
+        companion.watch(self._training)
+        if companion.of_batches:
+            if args.torch_compile:
+                raise ValueError(
+                    f"torch_compile must be False with {companion.of_batches[0]!r} among the penalties, which is added "
+                    "after each forward pass, got True"
+                )
+            share = args.gradient_accumulation_steps
+            share *= args.world_size if args.average_tokens_across_devices else 1
+            hook = partial(self._add, 1 / share)
+            self._training.callback(whole.register_forward_hook(hook, with_kwargs=True).remove)
         self._lifted = bool(getattr(whole, "peft_config", None)) or (is_pretrained(whole) and whole is not model)
         writers: dict[nn.Module, Callable[..., Any]] = {}
         for module in whole.modules():
@@ -141,6 +153,16 @@ class TimeStepsCallback(TrainerCallback):
         companion.warn_of_decay(
             "hand Trainer optimizers=(torch.optim.AdamW(taulearn.parameter_groups(model, lr, weight_decay=...)), None)"
         )
+
+    def _add(self, share: float, module: nn.Module, _: Any, batch: dict[str, Any], outputs: Any) -> Any:
+        """Add penalties that need the batch to the loss that the model returns for training."""
+        companion = self._companion
+        if module.training and torch.is_grad_enabled() and not companion._adding:
+            loss = outputs.get("loss") if isinstance(outputs, MutableMapping) else None
+            counted = batch.get("num_items_in_batch") is not None  # the loss is a sum over all, divided by that number
+            where = f"{type(module).__name__}'s forward"
+            outputs["loss"] = companion.added(loss, batch, where, share if counted else 1.0)
+        return outputs
 
     def _replace_saving(self, module: nn.Module, saving: Callable[..., Any]) -> None:
         """Let the module save in another way until training ends."""
@@ -187,7 +209,7 @@ class TimeStepsCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Note the loss."""
-        if logs is not None and "loss" in logs:
+        if logs is not None and "loss" in logs and not self._companion.of_batches:
             self._companion.session.note(float(logs["loss"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -37,7 +37,8 @@ class TimeStepsCallback(Callback):
     Averages that torch's AveragedModel or Lightning's callbacks keep of the weights lose the same layers.
 
     Args:
-        penalties: Added to the loss; those that need the states of the forward pass are not possible here.
+        penalties: Added to the loss. Those that need the batch, as distillation does, are added to the loss that
+            training_step returns, of the model's last forward pass in it; hidden states cost another one.
         pruning: When and which layers are deleted. None: none.
         progress: Whether deletions are printed.
 
@@ -45,8 +46,9 @@ class TimeStepsCallback(Callback):
         history: The record: loss, steps and penalties of each iteration, layers of each epoch, deletions.
 
     Raises:
-        ValueError: If a penalty needs data; when training starts, if the model cannot be pruned, several processes are
-            to prune it, the module steps its optimisers by hand, or an optimiser searches along lines (LBFGS).
+        ValueError: If training_step returns no loss that a penalty could be added to; when training starts, if the
+            model cannot be pruned, several processes are to prune it, the module steps its optimisers by hand, or an
+            optimiser searches along lines (LBFGS).
 
     Example:
         >>> from taulearn import Pruning
@@ -117,7 +119,23 @@ class TimeStepsCallback(Callback):
             mark_states(each)
         self._training.callback(self._companion.end)
         self._companion.constrained(self._training)
+        self._companion.watch(self._training)
+        if self._companion.of_batches:
+            self._add_to(pl_module)
         self._companion.warn_of_decay("let configure_optimizers use taulearn.parameter_groups(model, lr, ...)")
+
+    def _add_to(self, pl_module: Any) -> None:
+        """Let training_step return the loss with the penalties that need the batch, until training ends."""
+        step = pl_module.training_step
+
+        def training_step(batch: Any, *args: Any, **options: Any) -> Any:
+            returned = step(batch, *args, **options)
+            loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+            total = self._companion.added(loss, batch, "training_step")
+            return {**returned, "loss": total} if isinstance(returned, Mapping) else total
+
+        pl_module.training_step = training_step
+        self._training.callback(vars(pl_module).pop, "training_step", None)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Tell the penalties the epoch."""

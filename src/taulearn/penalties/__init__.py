@@ -8,6 +8,7 @@
     GroupLasso         weight sum_l norm((W_l, b_l))_2
     BiasOrdering       (beta/2) sum_l sum_j max(0, b_j - b_{j+1})^2                         [1], section 7
     StageCost          weight sum_{k<N} loss(yhat_k)                                        [3]
+    Distillation       weight T^2 KL(teacher || model), and the mean square of hidden states [4]
 
 Called as ``penalty(model, inputs, targets, states)``; ``fit`` adds the values to the data loss and records each.
 
@@ -15,6 +16,7 @@ References:
     [1] Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks.
     [2] Herberg, Herzog, Koehne (2023), Time regularization in optimal time variable learning.
     [3] Püttschneider, Heilig, Fischer, Faulwasser (2025), Towards an optimal control perspective of ResNet training.
+    [4] Hinton, Vinyals, Dean (2015), Distilling the knowledge in a neural network.
 """
 
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazily
 
 if TYPE_CHECKING:
+    from ..depth.distillation import Distillation as Distillation
     from ..depth.stage_cost import StageCost as StageCost
     from ..nn.time_steps import time_steps_of as time_steps_of
     from .base import Penalty as Penalty
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
+        "..depth.distillation": ("Distillation",),
         "..depth.stage_cost": ("StageCost",),
         "..nn.time_steps": ("time_steps_of",),
         ".base": ("Penalty",),

@@ -42,6 +42,7 @@ class Penalty(ABC):
         columns: What it records besides its value, by the name in the record: a "number"; "layers", a number for each
             layer; or "depths", a number for each intermediate output (the last place, that of the final output, is
             the data loss where there is a ``loss``, else NaN).
+        only_eager: Why an objective with it is not compiled; empty: it is.
         scheduled: Whether it changes over training with the share of the epochs done: then a resumed run cannot have
             another number of epochs.
     """
@@ -52,6 +53,7 @@ class Penalty(ABC):
     needs_outputs = False
     loss: Callable[[Any, Tensor], Tensor] | None = None
     columns: Mapping[str, str] = {}
+    only_eager = ""
     scheduled = False
 
     def start_epoch(self, epoch: int, epochs: int) -> None:  # noqa: B027  most have nothing to do
@@ -61,6 +63,26 @@ class Penalty(ABC):
             epoch: Number of the epoch, from 0.
             epochs: Number of epochs in all.
         """
+
+    def check(self, model: nn.Module, inputs: Any, targets: Any, outputs: Any) -> None:  # noqa: B027
+        """Refuse what does not fit, before training starts; most find it at the first step.
+
+        Args:
+            model: The model.
+            inputs: A few samples.
+            targets: Their targets.
+            outputs: What the model makes of them.
+        """
+
+    def counts(self, model: nn.Module, inputs: Any, targets: Any) -> Tensor | None:
+        """How much a part of a batch counts in the value; None: as its ``loss`` counts, or the samples.
+
+        Args:
+            model: The model.
+            inputs: The part's inputs.
+            targets: The part's targets.
+        """
+        return None
 
     @abstractmethod
     def __call__(

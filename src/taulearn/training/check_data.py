@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .._counting import BY_SAMPLES, Counting, UnfitTargets, watched
 from .._errors import first_line
 from .._undisturbed import undisturbed
+from ..penalties import Penalty
 from .batches import Batch, LoaderBatches, TensorBatches, make_batches
 from .objective import Loss, as_float, autocast_of, input_dtype
 
@@ -56,6 +57,7 @@ def check_data(
     *,
     differentiated: bool,
     precision: str = "float32",
+    penalties: Iterable[Penalty] = (),
 ) -> "Seen":
     """One forward pass on a few samples, so that data that do not fit are named before training starts."""
     inputs, targets = sample
@@ -74,6 +76,8 @@ def check_data(
         with torch.set_grad_enabled(differentiated), autocast_of(precision, inputs.device):
             output = _output(argument, model, inputs)
             found = [_loss_value(argument, each, output, targets, known) for each in losses if each is not None]
+            for penalty in penalties:
+                penalty.check(model, as_float(inputs, input_dtype(model)), targets, output)
         differentiable = differentiated and any(p.requires_grad for p in model.parameters())
         if differentiable and not found[0][0].requires_grad:
             raise ValueError(

@@ -162,7 +162,9 @@ def fit(
         check_shares(ranks, batches, batch_size, resumed=resume)
         sample = batches.sample()
         losses = losses_of(loss, penalties)
-        seen = check_data("train", model, losses, sample, batches, differentiated=True, precision=precision)
+        seen = check_data(
+            "train", model, losses, sample, batches, differentiated=True, precision=precision, penalties=penalties
+        )
         if seen.least > 1:
             batches.join_last(seen.least * (ranks.size if has_whole_batches(batches) else 1))
         check_parts(model, optimizer, scheduler, averaged, epochs * len(batches))

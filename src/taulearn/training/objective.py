@@ -83,20 +83,29 @@ class Objective(nn.Module):
     def only_eager(self) -> str:
         """Why the objective cannot be compiled; empty if nothing is known to be in the way."""
         looks = any(p.needs_states for p in self.penalties) and not isinstance(self.model, TimeVariableNetwork)
-        return "a penalty looks at the states of a wrapped model" if looks else ""
+        states = "a penalty looks at the states of a wrapped model" if looks else ""
+        return next(filter(None, [states, *(p.only_eager for p in self.penalties)]), "")
 
-    def weights(self, parts: Sequence[Tensor], add: Callable[[Tensor], Tensor], *, counts: bool = True) -> list[Tensor]:
+    def weights(
+        self, parts: Sequence[tuple[Any, Tensor]], add: Callable[[Tensor], Tensor], *, counts: bool = True
+    ) -> list[Tensor]:
         """For each part of a batch the weights of means over samples, of the loss, and of each penalty."""
         kinds = [BY_SAMPLES, *self.countings]
         device = time_steps_of(self.model).values.device
-        counted = torch.stack([torch.stack([kind.of(part, device) for kind in kinds]) for part in parts])
+
+        def of(inputs: Any, targets: Tensor) -> Tensor:
+            own = [None, None, *(each.counts(self.model, inputs, targets) for each in self.penalties)]
+            found = [k.of(targets, device) if o is None else o.double() for k, o in zip(kinds, own, strict=True)]
+            return torch.stack(found)
+
+        counted = torch.stack([of(*part) for part in parts])
         counted = counted if counts else torch.zeros_like(counted)  # (parts, kinds)
         whole = add(counted.sum(0))  # of all processes
         columns = []
         for i, kind in enumerate(kinds):
             weights = counted[:, i] if kind.summed else counted[:, i] / whole[i]
             # a mean over something else than labels is 0/0, too, where no label of a part counts
-            empty = [] if kind.by == "labels" else [e for part in parts if (e := kind.empty(part)) is not None]
+            empty = [] if kind.by == "labels" else [e for _, z in parts if (e := kind.empty(z)) is not None]
             columns.append(weights.masked_fill(torch.stack(empty).to(device), 0) if empty else weights)
         return list(torch.stack(columns, 1))
 
@@ -124,7 +133,7 @@ class Objective(nn.Module):
         if steps.bounded:
             row["raw_tau"] = weighted(steps.raw_tau, 0)
         for i, penalty in enumerate(self.penalties, start=1):
-            own, its_targets = (0, targets) if penalty.loss is None else (i + 1, labels(i))
+            own, its_targets = i + 1, targets if penalty.loss is None else labels(i)
             value, columns = penalty.measured(self.model, inputs, its_targets, states, output)
             value = weighted(value, own)
             row |= {f"penalty.{penalty.name}": value, **{name: weighted(c, own) for name, c in columns.items()}}

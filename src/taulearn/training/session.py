@@ -14,7 +14,7 @@ trainers call them one by one; :func:`taulearn.attach` hangs them on the optimis
 import math
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._batches import inputs_and_targets
 from ..adaptivity.coarsen import PruneReport, prune
 from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import optimizers_in, parameters_held
@@ -136,7 +137,8 @@ class Session:
         Args:
             loss: The loss, a scalar.
             outputs: What the model returned, for penalties that compare outputs.
-            inputs: What the model was given, for penalties that need the batch.
+            inputs: What the model was given, for penalties that need the batch; of a dictionary its labels are the
+                targets.
             targets: The batch's targets, for penalties that contain a loss.
 
         Returns:
@@ -149,6 +151,9 @@ class Session:
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a tensor, of which backward is called, got {loss!r}")
         told, states = {"loss": loss.detach().mean()}, None
+        if isinstance(inputs, Mapping):
+            inputs, labels = inputs_and_targets(inputs)
+            targets = labels if targets is None else targets
         if inputs is not None and any(p.needs_states for p in self.penalties):
             from ..depth.states import forward_with_states
 

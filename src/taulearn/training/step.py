@@ -97,7 +97,8 @@ class PlainStep:
         if number == 1 and self.ranks.size == 1:
             return [(inputs, targets, None)]
         xs, zs = inputs.tensor_split(number), targets.tensor_split(number)
-        return list(zip(xs, zs, self.objective.weights(zs, self.ranks.add, counts=samples > 0), strict=True))
+        weights = self.objective.weights(list(zip(xs, zs, strict=True)), self.ranks.add, counts=samples > 0)
+        return list(zip(xs, zs, weights, strict=True))
 
     @torch.no_grad()
     def _value(self, evaluate: Callable[..., Any], parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
