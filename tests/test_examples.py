@@ -1,6 +1,7 @@
 """Every example, run with the arguments that a user would give, with one number of each."""
 
 import csv
+import importlib
 import json
 import re
 import runpy
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -27,6 +29,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
     def run_here(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *arguments])
+        monkeypatch.syspath_prepend(str(EXAMPLES))
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
 
@@ -133,6 +136,91 @@ def test_prune_a_transformer(tmp_path: Path) -> None:
     check_comparison("prune_a_transformer.py", tmp_path)
 
 
+def shortened_by(ways: tuple[str, ...], name: str, out: Path, run_here: Callable[..., str]) -> dict[str, Any]:
+    """The cells that an example of shortening writes in its quick mode, by way; the page holds them all."""
+    pytest.importorskip("transformers", reason="pip install 'taulearn[huggingface]'")
+    arguments = ("run", "--quick", "--save", "--seeds", "0", "--out", str(out), "--ways", *ways)
+    run_here(name, *arguments)
+    files = {path: path.read_text() for path in (out / "cells").glob("*.json")}
+    times = [path.stat().st_mtime_ns for path in files]
+    run_here(name, *arguments)
+    assert [path.stat().st_mtime_ns for path in files] == times, "cells that are there are not trained again"
+    cells = {cell["way"]: cell for cell in map(json.loads, files.values())}
+    assert cells.keys() == set(ways)
+    page = out / "page"
+    for place in (out, page):  # from the cells, and from the page alone
+        table = run_here(name, "report", "--quick", "--seeds", "0", "--cells", str(place), "--out", str(page))
+        assert table.strip() == (page / "README.md").read_text().strip()
+        for way, cell in cells.items():
+            figures = [each["test"] for each in cell["figures"]]
+            row = next(line for line in table.splitlines() if line.startswith(f"| {way} |"))
+            assert [float(entry) for entry in row.split("|")[4:9]] == pytest.approx(figures, abs=0.006)
+    assert (page / "figure.png").stat().st_size > 10_000
+    return cells
+
+
+def check_plain(folder: Path, blocks: int) -> None:
+    """A checkpoint of so many blocks, without time steps."""
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == blocks
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert {int(number) for name in names for number in re.findall(r"layers?\.(\d+)\.", name)} == set(range(blocks))
+    assert not any("time_steps" in name for name in names)
+
+
+def test_shorten_minilm(run_here: Callable[..., str], tmp_path: Path) -> None:
+    ways = ("whole", "every-other", "random")
+    cells = shortened_by(ways, "shorten_minilm.py", tmp_path, run_here)
+    assert cells["every-other"]["blocks"] == [0, 2]
+    for way in ways:
+        assert cells[way]["figures"][-1]["test"] > 85
+    check_plain(tmp_path / "models" / "toy-2-every-other-0", 2)
+
+
+def test_shorten_language_model(run_here: Callable[..., str], tmp_path: Path) -> None:
+    ways = ("whole", "top")
+    cells = shortened_by(ways, "shorten_language_model.py", tmp_path, run_here)
+    before, after = (cells["top"]["figures"][k]["test"] for k in (0, -1))
+    assert cells["whole"]["figures"][0]["test"] < before
+    assert after < before - 0.2
+    check_plain(tmp_path / "models" / "text-2-top-0", 2)
+
+
+def test_intervals_of_shortening(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    shortening = importlib.import_module("_shortening")
+    figures = {"top": (80.0, 82.0, 84.0), "influence": (70.0, 71.0, 99.0), "sensitivity-faded": (82.0, 83.0, 87.0)}
+    figures["influence+teacher"] = (90.0, 90.0, 90.0)
+    cells = [
+        {"task": "t", "kept": 3, "way": way, "seed": seed, "figures": [{"budget": 2.0, "test": value}]}
+        for way, values in figures.items()
+        for seed, value in enumerate(values)
+    ]
+    table = shortening.Table(cells)
+    quantile = 4.302652729911275  # of Student's distribution with two degrees of freedom, at 0.975
+    values = figures["sensitivity-faded"]
+    mean, half = shortening.interval(values)
+    assert mean == pytest.approx(84.0)
+    assert half == pytest.approx(quantile * 7**0.5 / 3**0.5)
+    assert table.best_simple("sensitivity-faded", 2.0, higher=True) == "top"
+    assert table.best_simple("sensitivity-faded", 2.0, higher=False) == "influence"
+    assert table.best_simple("influence+teacher", 2.0, higher=True) == "influence+teacher"
+    differences = table.differences("sensitivity-faded", "top", 2.0)
+    assert differences == [2.0, 1.0, 3.0]
+    assert shortening.shown(differences, 2, signed=True) == f"+2.00 ± {quantile / 3**0.5:.2f}"
+    lack = shortening.missing(cells, {"t": (3,)}, ["top", "loss", "whole"], [0, 1, 2, 3])
+    assert lack == [
+        "- t, 3 kept, top: seeds 3",
+        "- t, 3 kept, loss: seeds 0, 1, 2, 3",
+        "- t, 3 kept, whole: seeds 0, 1, 2, 3",
+    ]
+
+
 def test_every_example_is_run() -> None:
-    tested = set(re.findall(r'(?:run|run_here|check_comparison)\("(\w+\.py)"', Path(__file__).read_text()))
+    tested = set(
+        re.findall(
+            r'(?:run|run_here|check_comparison|shortened_by)\((?:ways, )?"(\w+\.py)"', Path(__file__).read_text()
+        )
+    )
     assert tested == {path.name for path in EXAMPLES.glob("[!_]*.py")}

@@ -1,0 +1,496 @@
+"""What the two examples of shortening share: the ways, one loop that heals all of them, the cells, and the page.
+
+A way is how blocks are chosen, how they go, and what the rest is healed by:
+
+    whole                    nothing goes; the fine-tuned model is also the teacher
+    random                   as many blocks with random weights, with the best of some learning rates
+    top, every-other         the last blocks go, or equally spaced ones
+    influence, loss, ..      the blocks go at once, before healing, by this criterion of ``taulearn.prune``
+    sensitivity-faded, ..    they are faded out one after the other early in healing: ``taulearn.Pruning``
+    ..+teacher               healed with ``taulearn.penalties.Distillation`` from the whole model of the same seed
+
+Everybody starts from the same trained model, and gets the same batches in the same order, the same optimiser and the
+same number of steps. One training gives the figures of all budgets: 0 (nothing was trained: for faded ways the blocks
+went at once), 1/4, 1/2, 1 and 2 epochs. Each cell (task, blocks kept, way, seed) is a small JSON file, written when
+it is done; cells that are there are not trained again.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import t as student
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from taulearn import Pruning, attach, parameter_groups, prune, unwrap, wrap
+
+Batch = dict[str, torch.Tensor]
+Cell = dict[str, Any]
+
+BUDGETS = (0.0, 0.25, 0.5, 1.0, 2.0)
+SIMPLE = ("top", "every-other", "influence", "loss")
+FADED = ("contribution-faded", "sensitivity-faded")
+BEFORE = 0.1
+"""Faded blocks are gone after this share of the training, which is 0.2 epochs: before the first budget."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trained model and a task: all that differs between the examples.
+
+    Attributes:
+        task: Its name in the cells.
+        measure: What is measured on data that was not trained on.
+        higher: Whether more of it is better.
+        layers: Number of blocks of the trained model.
+        blocks: Their names, as ``taulearn.wrap`` takes them.
+        trained: The trained model, from which all ways start; a fresh copy.
+        random: A model of so many blocks with random weights.
+        load: A model that ``save_pretrained`` wrote.
+        epoch: The batches of one epoch in the order that a generator says.
+        calibration: Some training batches for the criteria, drawn by a number.
+        evaluate: The measure on the "dev" and the "test" part; choices are made on the first.
+        sample: So many inputs, for example inputs and times.
+        lr: Learning rate of healing.
+        random_lrs: Those tried for random weights.
+        batches: Number of batches of an epoch.
+    """
+
+    task: str
+    measure: str
+    higher: bool
+    layers: int
+    blocks: str
+    trained: Callable[[], nn.Module]
+    random: Callable[[int], nn.Module]
+    load: Callable[[Path], nn.Module]
+    epoch: Callable[[torch.Generator], list[Batch]]
+    calibration: Callable[[int], list[Batch]]
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    sample: Callable[[int], Batch]
+    lr: float
+    random_lrs: tuple[float, ...]
+    batches: int
+    weight_decay: float = 0.01
+    tau_lr: float = 5e-3
+    teacher_weight: float = 1.0
+    temperature: float = 2.0
+
+
+def without_labels(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def wrapped(case: Case, model: nn.Module) -> nn.Module:
+    return wrap(model, case.blocks, example_inputs=without_labels(case.sample(2)))
+
+
+def chosen(case: Case, choice: str, kept: int, seed: int) -> list[int]:
+    """The blocks that a choice keeps of the trained model."""
+    if choice == "top":
+        return list(range(kept))
+    if choice == "every-other":
+        return [i * case.layers // kept for i in range(kept)]
+    if choice[0].isdigit():  # named: 0.2.5
+        return [int(position) for position in choice.split(".")]
+    model = wrapped(case, case.trained())
+    return list(prune(model, budget=kept, criterion=choice, data=case.calibration(seed)).kept)
+
+
+def shortened(case: Case, positions: Sequence[int]) -> nn.Module:
+    """The trained model without the other blocks: a plain model."""
+    model = wrapped(case, case.trained())
+    prune(model, keep=positions)
+    return unwrap(model)
+
+
+def heal(
+    case: Case,
+    model: nn.Module,
+    seed: int,
+    *,
+    lr: float | None = None,
+    pruning: Pruning | None = None,
+    teacher: nn.Module | None = None,
+) -> tuple[list[Cell], list[int]]:
+    """Train a plain model, with ``pruning`` a wrapped one; its figures at the budgets above 0, and the blocks left."""
+    steps = round(BUDGETS[-1] * case.batches)
+    moments = {round(budget * case.batches): budget for budget in BUDGETS[1:]}
+    lr, found, penalties = lr or case.lr, [], []
+    if teacher is not None:
+        from taulearn.penalties import Distillation
+
+        penalties = [Distillation(teacher, case.teacher_weight, temperature=case.temperature)]
+    torch.manual_seed(seed)
+    order = torch.Generator().manual_seed(seed)
+    if pruning is None:
+        groups = [{"params": list(model.parameters()), "lr": lr, "weight_decay": case.weight_decay}]
+    else:
+        groups = parameter_groups(model, lr, case.tau_lr, case.weight_decay)
+    optimizer = torch.optim.AdamW(groups)
+    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps)))
+    session = None
+    if pruning is not None:
+        session = attach(model, optimizer, pruning=pruning, penalties=penalties, iterations=steps)
+
+    step = 0
+    while step < steps:
+        for batch in case.epoch(order):
+            model.train()
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = model(**batch)
+            loss, inputs = outputs.loss, without_labels(batch)
+            if session is not None:
+                loss = session.loss(loss, outputs=outputs, inputs=inputs, targets=batch["labels"])
+            else:
+                loss = loss + sum(p.measured(model, inputs, batch["labels"], None, outputs)[0] for p in penalties)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if step in moments:
+                found.append({"budget": moments[step], **case.evaluate(model)})
+    if session is None:
+        return found, list(range(case.layers))
+    session.detach()
+    return found, list(model.time_steps.origin)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The cells of a case, in a folder."""
+
+    case: Case
+    out: Path
+    save: bool = False  # whether the shortened models are kept
+
+    def path(self, kept: int, way: str, seed: int) -> Path:
+        kept = self.case.layers if way == "whole" else kept
+        return self.out / "cells" / f"{self.case.task}-{kept}-{way}-{seed}.json"
+
+    def cell(self, kept: int, way: str, seed: int) -> Cell:
+        """The figures of one training; those of a finished one are read."""
+        path = self.path(kept, way, seed)
+        if path.exists():
+            return json.loads(path.read_text())
+        began = time.process_time()
+        figures = self._train(self.case.layers if way == "whole" else kept, way, seed)
+        figures = {
+            "task": self.case.task,
+            "kept": self.case.layers if way == "whole" else kept,
+            "way": way,
+            "seed": seed,
+            **figures,
+            "processor_seconds": round(time.process_time() - began),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(figures))
+        part.replace(path)
+        return figures
+
+    def _train(self, kept: int, way: str, seed: int) -> Cell:
+        case, teacher = self.case, None
+        first, _, taught = way.partition("+")
+        choice, faded = first.removesuffix("-faded"), first.endswith("-faded")
+        if way == "random":
+            return self._random(kept, seed)
+        if taught:
+            teacher = self.teacher(seed)
+        if way == "whole":
+            model, positions = case.trained(), list(range(case.layers))
+        else:
+            positions = chosen(case, choice, kept, seed)
+            model = shortened(case, positions)
+        start = [{"budget": 0.0, **case.evaluate(model)}]
+        if faded:
+            model = wrapped(case, case.trained())
+            data = case.calibration(seed) if choice == "loss" else None
+            policy = Pruning(target_blocks=kept, criterion=choice, data=data, by=BEFORE, survivors="one")
+            figures, left = heal(case, model, seed, pruning=policy, teacher=teacher)
+            unwrap(model)
+        else:
+            figures, left = heal(case, model, seed, teacher=teacher)
+            left = positions
+        folder = self.out / "models" / f"{case.task}-{kept}-{way}-{seed}"
+        if self.save or way == "whole":
+            model.save_pretrained(folder)
+        return {"blocks": left, "blocks_at_0": positions, "lr": case.lr, "figures": start + figures}
+
+    def _random(self, kept: int, seed: int) -> Cell:
+        """Random weights; the learning rate is the best on the dev part with seed 0."""
+        case = self.case
+        tried = {lr: self._random_with(kept, 0, lr) for lr in case.random_lrs}
+        best = (max if case.higher else min)(tried, key=lambda lr: tried[lr]["figures"][-1]["dev"])
+        return tried[best] if seed == 0 else self._random_with(kept, seed, best)
+
+    def _random_with(self, kept: int, seed: int, lr: float) -> Cell:
+        path = self.out / "cells" / f"{self.case.task}-{kept}-random-{seed}-lr{lr:g}.tried"
+        if not path.exists():
+            torch.manual_seed(seed)
+            model = self.case.random(kept)
+            start = [{"budget": 0.0, **self.case.evaluate(model)}]
+            figures, _ = heal(self.case, model, seed, lr=lr)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"blocks": [], "lr": lr, "figures": start + figures}))
+        return json.loads(path.read_text())
+
+    def teacher(self, seed: int) -> nn.Module:
+        """The whole model that was fine-tuned with this seed."""
+        case = self.case
+        self.cell(case.layers, "whole", seed)
+        return case.load(self.out / "models" / f"{case.task}-{case.layers}-whole-{seed}")
+
+    @torch.no_grad()
+    def times(self, depths: Sequence[int], repeats: int = 60) -> Cell:
+        """Milliseconds of a forward pass by depth, in float32: the median of interleaved repetitions."""
+        models = {depth: self.case.random(depth).eval() for depth in depths}
+        result: Cell = {"threads": torch.get_num_threads(), "machine": platform.machine()}
+        for size in (1, 32):
+            inputs, taken = without_labels(self.case.sample(size)), {depth: list[float]() for depth in depths}
+            for _ in range(repeats):
+                for depth, model in models.items():
+                    began = time.perf_counter()
+                    model(**inputs)
+                    taken[depth].append(1e3 * (time.perf_counter() - began))
+            result[f"batch {size}"] = {str(d): round(statistics.median(values[5:]), 3) for d, values in taken.items()}
+        path = self.out / "times" / f"{self.case.task}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result))
+        return result
+
+
+def default_ways() -> list[str]:
+    return ["whole", *SIMPLE[:2], "random", *SIMPLE[2:], *FADED, *(f"{way}+teacher" for way in (*FADED, *SIMPLE))]
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """The options that both examples have."""
+    options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--ways", nargs="+", default=default_ways())
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--keep", type=int, nargs="+", help="blocks that stay")
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--out", type=Path, help="folder for cells and models; of the page for report")
+    options.add_argument("--cells", type=Path, nargs="+", help="report: folders with cells, or pages made before")
+    options.add_argument("--save", action="store_true", help="keep the shortened models")
+    options.add_argument("--quick", action="store_true", help="a tiny model, some seconds")
+    return options
+
+
+def run(study: Study, given: argparse.Namespace) -> None:
+    """Train what is missing, cell by cell; by seed first, so that an interrupted run has whole seeds."""
+    for kept in given.keep:
+        for seed in given.seeds:
+            for way in given.ways:
+                figures = study.cell(kept, way, seed)
+                last = ", ".join(f"{each['test']:.4f}" for each in figures["figures"])
+                print(f"{study.case.task}, {kept} of {study.case.layers}, {way}, seed {seed}: {last}", flush=True)
+
+
+def read_cells(places: Sequence[Path]) -> tuple[list[Cell], dict[str, Cell]]:
+    """Cells and times from folders of runs, and from pages made of them."""
+    cells: dict[tuple[Any, ...], Cell] = {}
+    times: dict[str, Cell] = {}
+    for place in places:
+        found = [path.read_text() for path in sorted((place / "cells").glob("*.json"))]
+        page = place / "cells.jsonl"
+        for line in [*found, *(page.read_text().splitlines() if page.exists() else [])]:
+            cell = json.loads(line)
+            cells[cell["task"], cell["kept"], cell["way"], cell["seed"]] = cell
+        times |= {path.stem: json.loads(path.read_text()) for path in sorted((place / "times").glob("*.json"))}
+    return [cells[key] for key in sorted(cells, key=str)], times
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of the 95 % t-interval (NaN for a single value)."""
+    n = len(values)
+    half = math.nan if n < 2 else student.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    return statistics.fmean(values), half
+
+
+def shown(values: Sequence[float], digits: int, signed: bool = False) -> str:
+    if not values:
+        return ""
+    mean, half = interval(values)
+    text = f"{mean:{'+' if signed else ''}.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The cells of one task and one depth: figures by way, budget and seed."""
+
+    cells: list[Cell]
+
+    def figures(self, way: str, budget: float) -> dict[int, float]:
+        return {
+            cell["seed"]: figure["test"]
+            for cell in self.cells
+            if cell["way"] == way
+            for figure in cell["figures"]
+            if figure["budget"] == budget
+        }
+
+    def ways(self) -> list[str]:
+        there = {cell["way"] for cell in self.cells}
+        return [w for w in default_ways() if w in there] + sorted(there - set(default_ways()))
+
+    def differences(self, way: str, other: str, budget: float) -> list[float]:
+        mine, others = self.figures(way, budget), self.figures(other, budget)
+        return [mine[seed] - others[seed] for seed in sorted(mine.keys() & others.keys())]
+
+    def best_simple(self, way: str, budget: float, higher: bool) -> str | None:
+        """The best of the simple ways, those with a teacher among them if this one has one, on this one's seeds."""
+        others = [*SIMPLE, *(f"{each}+teacher" for each in SIMPLE if way.endswith("+teacher"))]
+        seeds = self.figures(way, budget).keys()
+        found = {other: self.figures(other, budget) for other in others}
+        means = {o: statistics.fmean(f[s] for s in seeds) for o, f in found.items() if seeds and seeds <= f.keys()}
+        return (max if higher else min)(means, key=means.__getitem__) if means else None
+
+
+def kept_blocks(cells: Sequence[Cell], way: str) -> str:
+    """The blocks that stayed, of each seed where they differ."""
+    seen = [" ".join(map(str, c["blocks"])) for c in cells if c["way"] == way]
+    return ", ".join(dict.fromkeys(seen)) or "new"
+
+
+def section(table: Table, times: Cell | None, measure: str, higher: bool) -> list[str]:
+    """The two tables of one task and depth."""
+    digits = 2 if higher else 4
+    first = next(cell for cell in table.cells if cell["way"] != "whole")
+    budgets = [figure["budget"] for figure in first["figures"]]
+    head = " | ".join(f"{budget:g} epochs" for budget in budgets)
+    lines = [
+        f"| way | blocks | seeds | {head} | ms, batch 1 | ms, batch 32 |",
+        "|---|---|---|" + "---|" * (len(budgets) + 2),
+    ]
+    for way in table.ways():
+        mine = [cell for cell in table.cells if cell["way"] == way]
+        figures = [shown(list(table.figures(way, budget).values()), digits) for budget in budgets]
+        depth = str(mine[0]["kept"])
+        taken = [
+            f"{times[size][depth]:.1f}" if times and depth in times[size] else "" for size in ("batch 1", "batch 32")
+        ]
+        row = [way, kept_blocks(mine, way), str(len(mine)), *figures, *taken]
+        lines.append("| " + " | ".join(row) + " |")
+    lines += [
+        "",
+        f"Paired differences in {measure} to the best simple way at that budget "
+        f"({'more' if higher else 'less'} is better):",
+        "",
+        f"| way | {head} |",
+        "|---|" + "---|" * len(budgets),
+    ]
+    for way in (w for w in table.ways() if "-faded" in w or w.startswith("random")):
+        row = []
+        for budget in budgets:
+            best = table.best_simple(way, budget, higher)
+            row.append("" if best is None else f"{shown(table.differences(way, best, budget), digits, True)} ({best})")
+        lines.append(f"| {way} | " + " | ".join(row) + " |")
+    return lines
+
+
+def draw(tables: dict[str, Table], times: dict[str, Cell], measure: str, path: Path) -> None:
+    """For each task and depth: the measure over milliseconds, and over the budgets."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.6 * len(tables)), layout="tight")
+    axes = figure.subplots(len(tables), 2, squeeze=False)
+    for (name, table), (left, right) in zip(tables.items(), axes, strict=True):
+        task = table.cells[0]["task"]
+        measured = times.get(task, {}).get("batch 32", {})
+        ways = table.ways()
+        budgets = [figure["budget"] for figure in table.cells[0]["figures"]]
+        palette = colormaps["tab10"]
+        bases = list(dict.fromkeys(way.partition("+")[0] for way in ways))
+        for place, way in enumerate(ways):
+            base, _, taught = way.partition("+")
+            style = {"color": palette(bases.index(base) % 10), "marker": "s" if taught else "o"}
+            rows = [list(table.figures(way, budget).values()) for budget in budgets]
+            means, halves = zip(*(interval(row) for row in rows), strict=True)
+            right.plot(range(len(budgets)), means, linestyle="--" if taught else "-", label=way, **style, markersize=4)
+            depth = str(next(cell["kept"] for cell in table.cells if cell["way"] == way))
+            if depth in measured:
+                aside = 1 + 0.012 * (place - len(ways) / 2) * (way != "whole")
+                half = 0.0 if math.isnan(halves[-1]) else halves[-1]
+                left.errorbar(measured[depth] * aside, means[-1], yerr=half, linestyle="none", capsize=2, **style)
+        label = f"{measure}, test"
+        left.set(title=name, xlabel="milliseconds, batch of 32", ylabel=f"{label}, {budgets[-1]:g} epochs")
+        right.set(title="healing", xlabel="epochs", ylabel=label, xticks=range(len(budgets)))
+        right.set_xticklabels([f"{budget:g}" for budget in budgets])
+        shortest = [v for way in ways for b in budgets[1:] for v in table.figures(way, b).values() if way != "random"]
+        room = 0.05 * (max(shortest) - min(shortest)) + 1e-9
+        right.set_ylim(min(shortest) - room, max(shortest) + room)  # budget 0 and random weights lie far off
+        left.set_xlim(left=0)
+        for ax in (left, right):
+            ax.grid(alpha=0.3)
+        right.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def missing(
+    cells: Sequence[Cell], tasks: dict[str, Sequence[int]], ways: Sequence[str], seeds: Sequence[int]
+) -> list[str]:
+    """What of the plan has not run: task, depth and way with the seeds that lack."""
+    there = {(c["task"], c["kept"], c["way"], c["seed"]) for c in cells}
+    whole = {(c["task"], c["seed"]) for c in cells if c["way"] == "whole"}
+    lines = []
+    for task, depths in tasks.items():
+        for kept in depths:
+            for way in ways:
+                lack = [
+                    seed
+                    for seed in seeds
+                    if ((task, seed) not in whole if way == "whole" else (task, kept, way, seed) not in there)
+                ]
+                if lack:
+                    lines.append(f"- {task}, {kept} kept, {way}: seeds {', '.join(map(str, lack))}")
+    return lines
+
+
+def report(
+    given: argparse.Namespace, title: str, measure: str, higher: bool, plan: dict[str, Sequence[int]], remarks: str
+) -> str:
+    """The page: README.md, figure.png, and the cells and times of which alone it is made."""
+    cells, times = read_cells(given.cells)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    for task, figures in times.items():
+        (given.out / "times").mkdir(exist_ok=True)
+        (given.out / "times" / f"{task}.json").write_text(json.dumps(figures) + "\n")
+    whole = [cell for cell in cells if cell["way"] == "whole"]
+    tables: dict[str, Table] = {}
+    for task, kept in dict.fromkeys((c["task"], c["kept"]) for c in cells if c["way"] != "whole"):
+        mine = [c for c in cells if (c["task"], c["kept"]) == (task, kept) and c["way"] != "whole"]
+        mine += [c for c in whole if c["task"] == task]
+        tables[f"{task}, {kept} of {next((c['kept'] for c in whole if c['task'] == task), '?')} blocks"] = Table(mine)
+    lines = [f"# {title}", "", remarks, "", "![figure](figure.png)"]
+    for name, table in tables.items():
+        lines += ["", f"## {name}", "", *section(table, times.get(table.cells[0]["task"]), measure, higher)]
+    lack = missing(cells, plan, default_ways(), given.seeds)
+    lines += ["", "## Not run", "", *(lack or ["Nothing: all cells of the plan are there."])]
+    threads = {f"{t['threads']} thread{'s' * (t['threads'] > 1)}, {t['machine']}" for t in times.values()}
+    versions = {c["torch"] for c in cells}
+    lines += [
+        "",
+        f"Mean over seeds ± half of the 95 % t-interval, on the test part. Times: float32, "
+        f"{', '.join(threads) or 'not measured'}. torch {', '.join(sorted(versions))}.",
+    ]
+    draw(tables, times, measure, given.out / "figure.png")
+    text = "\n".join(lines) + "\n"
+    (given.out / "README.md").write_text(text)
+    return text
