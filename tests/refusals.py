@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
 
 import taulearn
 from small_networks import assert_same_bits, network as small
 from taulearn import Pruning, TimeSteps, adjoint, data, diagnostics, prune, unwrap, wrap
+from taulearn.adaptivity.estimate import MEASURED, Power
 from taulearn.calibration import recalibrate_
 from taulearn.caputo import ExponentialKernel, derivative, exponential_memory, l1_weights, solve
 from taulearn.data import maxwell
@@ -565,6 +567,8 @@ def wrapped() -> nn.Module:
     return wrap(sequential(), example_inputs=torch.ones(1, 4))
 
 
+PAIRS = [(torch.ones(6, 3, dtype=DOUBLE), torch.arange(6) % 2)]
+
 PRUNING = [
     *[
         refusal
@@ -590,7 +594,34 @@ PRUNING = [
     R(ValueError, "tau", lambda: prune(with_nan()), ("nan", "diverged")),
     R(ValueError, "criterion", pruned(criterion="shares"), ("'shares'", "'share'")),
     R(ValueError, "criterion", pruned(criterion="a"), ("'a'",)),
-    R(ValueError, "criterion", pruned(criterion="contribution"), ("'contribution'", "inputs")),
+    *[R(ValueError, "data", pruned(criterion=name, budget=2), (name, "None", "batches")) for name in MEASURED],
+    *[R(ValueError, "data", pruned(criterion=given, data=PAIRS), ("'loss'",)) for given in (None, "share", Power())],
+    R(ValueError, "budget", pruned(criterion="loss", data=PAIRS, loss=cross_entropy), ("'loss'", "None")),
+    R(ValueError, "budget", pruned(small, 0.1, criterion="loss", data=PAIRS, loss=cross_entropy), ("'loss'", "0.1")),
+    *[
+        R(ValueError, "data", pruned(criterion=name, budget=2, data=data(), loss=cross_entropy), ("none", "iterator"))
+        for name in MEASURED
+        for data in (list, partial(iter, ()), lambda: DataLoader(TensorDataset(torch.ones(0, 3))))
+    ],
+    *[
+        R(TypeError, "data", pruned(criterion="loss", budget=2, data=data, loss=cross_entropy), (given,))
+        for data, given in ((3, "int"), (torch.ones(6, 3), "Tensor"), ([torch.ones(6, 3)], "Tensor"), (["a"], "str"))
+    ],
+    *[
+        R(ValueError, "loss", pruned(criterion=name, budget=2, data=PAIRS), ("None",))
+        for name in ("sensitivity", "loss")
+    ],
+    R(ValueError, "data", pruned(criterion="loss", budget=2, data={"x": PAIRS[0][0]}, loss=mse_loss), ("targets",)),
+    *[
+        R(
+            TypeError,
+            "data",
+            pruned(criterion=name, budget=2, data={"x": PAIRS[0][0], "mask": 1}),
+            ("'mask'", "takes x"),
+        )
+        for name in MEASURED
+    ],
+    R(ValueError, "loss", pruned(criterion="loss", budget=2, data=PAIRS, loss=lambda y, _: y), ("scalar",)),
     R(TypeError, "criterion", pruned(criterion=3), ("3",)),
     *[
         R(ValueError, "criterion", pruned(criterion=scores), ("5", "finite"))

@@ -9,7 +9,7 @@ from torch import nn
 
 from small_networks import deleted, network
 from taulearn import Pruning, contribution, fit, parameter_groups, prune, wrap
-from taulearn.adaptivity.estimate import Contribution
+from taulearn.adaptivity.criteria import Contribution
 from taulearn.nn import fractional_dnn, resnet
 from wrapping.hosts import BY_NAME, Block, Host, every_host
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
         wrapping as wrapping,
     )
     from .adaptivity.coarsen import PruneReport as PruneReport, prune as prune
-    from .adaptivity.estimate import Criterion as Criterion, contribution as contribution
+    from .adaptivity.criteria import contribution as contribution
+    from .adaptivity.estimate import Criterion as Criterion
     from .adaptivity.policies import Pruning as Pruning
     from .depth.truncate import truncate as truncate
     from .diagnostics import summary as summary
@@ -54,7 +55,8 @@ __getattr__, __dir__, __all__ = lazily(
             *("functional", "nn", "optim", "penalties", "report", "training", "wrapping"),
         ),
         ".adaptivity.coarsen": ("PruneReport", "prune"),
-        ".adaptivity.estimate": ("Criterion", "contribution"),
+        ".adaptivity.criteria": ("contribution",),
+        ".adaptivity.estimate": ("Criterion",),
         ".adaptivity.policies": ("Pruning",),
         ".depth.truncate": ("truncate",),
         ".diagnostics": ("summary",),

@@ -4,7 +4,8 @@ A dictionary holds its targets under "labels", and which tokens count under "att
 with labels returns the loss itself.
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +32,59 @@ def inputs_and_targets(batch: Any, argument: str = "data") -> tuple[Any, Any]:
 def on_device(batch: Any, like: Tensor) -> Any:
     """The batch with all its tensors where ``like`` is."""
     return tree_map(lambda each: each.to(like.device) if isinstance(each, Tensor) else each, batch)
+
+
+def batches_of(data: Any, argument: str = "data") -> Iterable[Any]:
+    """Batches to go through several times, from a DataLoader or whatever yields batches, or from one batch.
+
+    A dictionary, and a pair with a tensor as targets, are one batch. An iterator, which yields once, is read now.
+
+    Raises:
+        TypeError: If it does not yield.
+        ValueError: If it is known to be empty.
+    """
+    if isinstance(data, Mapping) or (isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)):
+        return [data]
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"{argument} must be a DataLoader, a list of batches or one batch, got {type(data).__name__}: a batch is a "
+            "pair (inputs, targets), or a dictionary"
+        )
+    found = list(data) if isinstance(data, Iterator) else data
+    if isinstance(found, list | tuple) and not found:
+        raise _no_batch(argument)
+    return found
+
+
+def each_batch(batches: Iterable[Any], model: nn.Module, like: Tensor, argument: str = "data") -> Iterator[Any]:
+    """The batches, with their tensors where ``like`` is; refused where there is none, or keys do not fit the model."""
+    batch = None
+    for batch in batches:
+        check_keys(model, batch, argument)
+        yield on_device(batch, like)
+    if batch is None:
+        raise _no_batch(argument)
+
+
+def _no_batch(argument: str) -> ValueError:
+    return ValueError(
+        f"{argument} must hold at least one batch, got none: an iterator that was used before is empty; hand over a "
+        "list or a DataLoader"
+    )
+
+
+def check_keys(model: nn.Module, batch: Any, argument: str = "data") -> None:
+    """Refuse a dictionary with keys that the model's forward does not take."""
+    if not isinstance(batch, Mapping):
+        return
+    taken = inspect.signature(model.forward).parameters.values()
+    names = {each.name for each in taken if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)}
+    unknown = sorted(str(key) for key in batch if key not in names and key != LABELS)
+    if unknown and not any(each.kind is each.VAR_KEYWORD for each in taken):
+        raise TypeError(
+            f"{argument} must have keys that {type(model).__name__} takes, got {', '.join(map(repr, unknown))}: leave "
+            f"them out; it takes {', '.join(sorted(names))}"
+        )
 
 
 def loss_on(

@@ -4,14 +4,16 @@ Rule (Herberg, Herzog, Koehne 2023, section 3): layer l goes when abs(tau_l)^p <
 p = 1 for the residual and p = gamma for the fractional scheme (whose increment is proportional to tau^gamma); smallest
 share first, shares recomputed after each deletion.
 
-Three stages: shares (estimate.py), the plan (mark.py), the transaction (transaction.py); :func:`prune` joins them.
+Three stages: scores (estimate.py, criteria.py), the plan (mark.py), the transaction (transaction.py); :func:`prune`
+joins them.
 """
 
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,12 @@ from torch.optim.swa_utils import AveragedModel
 from .._distributed import expire, refuse_distributed, wrappers_around
 from ..nn.pruned_models import WRAPPING, prunable_of
 from ..optim.projections import has_session
-from .estimate import Criterion, as_criterion, normalised, scores_of, shares
+from .criteria import as_criterion
+from .estimate import Criterion, normalised, scores_of, shares
 from .mark import Budget, plan, within_budget
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in
 from .policies import THRESHOLD, check_one_decides, check_threshold
-from .transaction import Prunable, Snapshot, check_averaged, delete
+from .transaction import Prunable, Snapshot, check_averaged, delete, taken_out
 
 _ALL_OF_THEM = (
     "hand over all that train this model, optimizer=[muon, adamw], the one that holds the time steps among them; or "
@@ -38,7 +41,7 @@ class DeletedLayer:
 
     Attributes:
         layer: Its number at the start of training, from 0.
-        share: abs(tau)^p over the sum of all layers that existed when it was chosen.
+        share: Its score, abs(tau)^p or the criterion's, over the sum of all layers that existed when it was chosen.
         factor: What multiplied its layer function: abs(tau), or tau^gamma Gamma(2-gamma); the deletion changes the
             state by this times the layer's value.
         parameters: Number of variables that went with it.
@@ -127,8 +130,10 @@ def prune(
     threshold: float | None = None,
     *,
     keep: Iterable[int] | None = None,
-    criterion: str | Criterion | Callable[[Tensor, nn.Module], Tensor] | None = None,
     budget: Budget | None = None,
+    criterion: str | Criterion | Callable[[Tensor, nn.Module], Tensor] | None = None,
+    data: Any = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     averaged: AveragedModel | None = None,
 ) -> PruneReport:
@@ -142,13 +147,20 @@ def prune(
         threshold: Layers with a smaller share of sum abs(tau)^p are deleted, see the module's text; in (0, 1). None:
             0.01, where neither ``keep`` nor ``budget`` is given; one of the three decides.
         keep: Positions (now, from 0) of the layers to keep instead of the rule.
-        criterion: What shares are taken of: "share", abs(tau); "power", abs(tau)^gamma with the scheme's gamma (1 for
-            the residual scheme); a function (tau, model) -> one score >= 0 per layer, such as
-            ``taulearn.contribution(inputs)``; or a :class:`taulearn.Criterion`. None: "power" for the fractional
-            scheme, else "share".
         budget: A number of layers to keep, or {"latency_ms": x, "example_inputs": inputs} for
             as many as a forward pass allows that takes at most x milliseconds, measured here and now in evaluation
             mode. The layers with the largest shares stay.
+        criterion: What shares are taken of. By name: "share", abs(tau); "power", abs(tau)^gamma with the scheme's gamma
+            (1 for the residual scheme); and on ``data``, in evaluation mode: "contribution", the mean norm of what a
+            layer adds to the state; "influence", the mean of 1 - cos of the states before and after it, over tokens
+            that count in the attention mask; "sensitivity", the mean over batches of abs(tau_l dJ/dtau_l), J the loss
+            of a batch; "loss", how much larger the loss is without it, taken again after each deletion, for budgets
+            alone. Or a function (tau, model) -> one score >= 0 per layer; or a :class:`taulearn.Criterion`. None:
+            "power" for the fractional scheme, else "share".
+        data: What the last four look at: batches, from a DataLoader or a list, or one batch; each a pair (inputs,
+            targets) or a dictionary of keywords, with "labels". Some hundred samples do. The loss weighs batches by
+            what they count; the others take plain means over batches, and the sensitivity depends on their size.
+        loss: Maps (output, target) to a scalar, for "sensitivity" and "loss". None: the one that the model returns.
         optimizer: The optimiser of the model's parameters, or a list of all of them where there are several (Muon for
             the matrices, AdamW for the rest). State that is kept by parameter, and has its shape, follows; what cannot
             is reset, which the report says. None: there is none; one that was made before holds the old time steps
@@ -160,15 +172,16 @@ def prune(
         What was done.
 
     Raises:
-        TypeError: If the model has no time steps, ``keep`` is no list of integers, ``optimizer`` no optimiser, or
-            ``averaged`` no AveragedModel.
+        TypeError: If the model has no time steps, ``keep`` is no list of integers, ``data`` no batches that the model
+            takes, ``optimizer`` no optimiser, or ``averaged`` no AveragedModel.
         ValueError: If the threshold lies outside (0, 1) or stands beside ``keep`` or ``budget``, the model cannot be
-            pruned, ``keep`` or ``budget`` leave out a layer that must stay, no deletion meets the latency, no optimiser
-            holds the time steps that train, or one does not hold the model's parameters or keeps its state where it
-            cannot follow.
+            pruned, ``keep`` or ``budget`` leave out a layer that must stay, ``data`` or ``loss`` are lacking, a
+            threshold is to decide with the criterion "loss", no deletion meets the latency, no optimiser holds the time
+            steps that train, or one does not hold the model's parameters or keeps its state where it cannot follow.
 
     References:
-        Herberg, Herzog, Koehne (2023), section 3, adaptive pruning.
+        Herberg, Herzog, Koehne (2023), section 3, adaptive pruning. Men et al. (2024), ShortGPT, arXiv 2403.03853,
+        block influence.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -176,6 +189,10 @@ def prune(
         >>> report = prune(network, 0.01)
         >>> [d.layer for d in report.deleted], report.parameters_before - report.parameters_after
         ([4, 2], 20202)
+        >>> batches = [(torch.rand(8, 784), torch.randint(10, (8,))) for _ in range(3)]
+        >>> report = prune(network, budget=2, criterion="loss", data=batches, loss=nn.functional.cross_entropy)
+        >>> network.time_steps.num_steps
+        2
     """
     if threshold is not None:
         check_threshold(threshold)
@@ -196,7 +213,12 @@ def prune(
         )
     models = [model] if averaged is None else [model, averaged.module]
     before = Snapshot([])  # of no module yet, only whether gradients are recorded: most calls delete nothing
-    asked = as_criterion(criterion, model)
+    asked = as_criterion(criterion, model, data=data, loss=loss)
+    if asked.greedy and keep is None and budget is None:
+        raise ValueError(
+            "budget must be given with a criterion that is taken again after each deletion, such as 'loss', got "
+            f"threshold={threshold}: say how many layers stay"
+        )
     measured = asked.power is None or isinstance(budget, Mapping)
     try:
         if measured:
@@ -242,10 +264,11 @@ def _choose(
     """Positions of what goes, with shares, and what the report says of the choice."""
     steps, fixed, note = prunable.time_steps, prunable.fixed_layers(), ""
     scores, exponent = scores_of(criterion, model)
+    again = partial(scores_without, criterion, model) if criterion.greedy else None
     if budget is not None:
         if keep is not None:
             raise ValueError("budget must be None where keep is given: keep names the layers already")
-        chosen, note = within_budget(budget, model, steps, exponent, scores, fixed)
+        chosen, note = within_budget(budget, model, steps, exponent, scores, fixed, again)
     elif keep is None:
         chosen = plan(steps, THRESHOLD if threshold is None else threshold, power=exponent, fixed=fixed, scores=scores)
     else:
@@ -259,6 +282,14 @@ def _choose(
         kept = [i for i in range(steps.num_steps) if i not in gone]
         raise ValueError(f"keep must contain layer {layer}, got {kept}: {fixed[layer]}")
     return chosen, note
+
+
+def scores_without(criterion: Criterion, model: nn.Module, gone: Sequence[int]) -> list[float]:
+    """The scores of the layers that are left when others, by their positions, are taken out."""
+    with taken_out(model, gone):
+        found = scores_of(criterion, model)[0]
+    assert found is not None
+    return found
 
 
 def deleted_layers(prunable: Prunable, chosen: Iterable[tuple[int, float]]) -> tuple[DeletedLayer, ...]:

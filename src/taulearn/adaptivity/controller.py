@@ -13,7 +13,8 @@ from .._calls import layer_milliseconds
 from ..nn.pruned_models import prunable_of
 from ..optim import group_of
 from .coarsen import PruneReport, check_prunable, prune
-from .estimate import Criterion, Power, as_criterion, scores_of, shares, shares_of
+from .criteria import as_criterion
+from .estimate import Criterion, Power, scores_of, shares, shares_of
 from .optimizer_state import check_follows, optimizers_in, with_inner
 from .policies import Pruning
 from .target import SteeredL1, Target, window
@@ -52,7 +53,7 @@ class Pruner:
             self.every = self._window[2]
         self.per_epoch = per_epoch
         named = "contribution" if policy.targeted and policy.criterion is None else policy.criterion
-        self.criterion = as_criterion(named, model, in_training=True, recording=recording)
+        self.criterion = as_criterion(named, model, watching=True, recording=recording)
         self._warned = False
         self.least: float | None = None  # smallest share at the last look, where the policy goes by the steps
 

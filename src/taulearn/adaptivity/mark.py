@@ -9,12 +9,13 @@ from torch import nn
 
 from .._calls import milliseconds
 from .._errors import positive_integer
-from .._undisturbed import Before
-from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import TimeSteps
 from .estimate import normalised, shares
+from .transaction import taken_out
 
 Budget = int | Mapping[str, Any]
+Again = Callable[[Sequence[int]], Sequence[float]]
+"""The scores of the layers that are left when some, by their positions, are gone."""
 _LATENCY = {"latency_ms", "example_inputs"}
 
 
@@ -24,12 +25,13 @@ def plan(
     *,
     power: float = 1.0,
     fixed: Iterable[int] = (),
-    scores: Sequence[float] | None = None,
+    scores: Sequence[float] | Mapping[int, float] | None = None,
     number: int | None = None,
+    again: Again | None = None,
 ) -> list[tuple[int, float]]:
     """Which layers the rule deletes: the smallest share first, while one lies below the threshold.
 
-    The shares are computed anew after each deletion.
+    The shares are computed anew after each deletion; the scores too, where ``again`` gives those of the layers left.
     """
     steps = copy.deepcopy(steps)
     positions = list(range(steps.num_steps))
@@ -42,6 +44,8 @@ def plan(
             break
         share, i = min(candidates)
         chosen.append((positions.pop(i), share))
+        if again is not None and len(positions) > (number or 1):
+            scores = dict(zip(positions, again([layer for layer, _ in chosen]), strict=True))
         steps.keep_(j for j in range(steps.num_steps) if j != i)
     return chosen
 
@@ -53,6 +57,7 @@ def within_budget(
     power: float,
     scores: list[float] | None,
     fixed: Mapping[int, str],
+    again: Again | None = None,
 ) -> tuple[list[tuple[int, float]], str]:
     """The layers that a budget deletes."""
     check_budget(budget)
@@ -68,7 +73,7 @@ def within_budget(
             f"budget must be at most {steps.num_steps}, the number of layers that there are, got {number}: "
             "there is nothing to delete"
         )
-    order = plan(steps, 0.5, power=power, fixed=fixed, scores=scores, number=int(number))
+    order = plan(steps, 0.5, power=power, fixed=fixed, scores=scores, number=int(number), again=again)
     notes = []
     if isinstance(budget, Mapping):
         deletions, taken = within_latency(model, [i for i, _ in order], steps.num_steps, budget)
@@ -109,7 +114,7 @@ def within_latency(model: nn.Module, order: Sequence[int], number: int, budget: 
     def time(deletions: int) -> float:
         if deletions not in taken:
             gone = set(order[:deletions])
-            taken[deletions] = _time_without(model, gone, number, budget["example_inputs"])
+            taken[deletions] = _time_without(model, gone, budget["example_inputs"])
         return taken[deletions]
 
     if time(len(order)) > limit:
@@ -130,8 +135,6 @@ def _smallest(fits: Callable[[int], bool], last: int) -> int:
     return high
 
 
-def _time_without(model: nn.Module, gone: set[int], number: int, inputs: Any) -> float:
-    with Before(model).kept(()):  # nothing is copied here: the passes inside put values back themselves
-        if gone:
-            prunable_of(model).keep_layers_([i for i in range(number) if i not in gone])
+def _time_without(model: nn.Module, gone: set[int], inputs: Any) -> float:
+    with taken_out(model, gone):
         return milliseconds(model, inputs)

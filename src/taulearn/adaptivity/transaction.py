@@ -1,6 +1,6 @@
 """The transaction of pruning: layers go from models and optimiser together, or everything stays as it was."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -85,6 +85,18 @@ def all_or_nothing(models: Sequence[nn.Module], optimizer: Any = None) -> Iterat
     except BaseException:
         before.restore()
         raise
+
+
+@contextmanager
+def taken_out(model: nn.Module, layers: Collection[int]) -> Iterator[None]:
+    """The model without some layers, by their positions, which come back afterwards."""
+    prunable, before = prunable_of(model), Snapshot([model])
+    try:
+        if layers:
+            prunable.keep_layers_([i for i in range(prunable.time_steps.num_steps) if i not in layers])
+        yield
+    finally:
+        before.restore()
 
 
 def delete(models: Sequence[nn.Module], kept: Sequence[int], optimizers: Sequence[Any]) -> tuple[str, list[str]]:

@@ -1,0 +1,408 @@
+"""Criteria that look at the model at work: what a layer adds to the state, how it turns it, what the loss owes to it.
+
+With z_l = tau_l^p f_l(y_l), what layer l adds to the state (B's output minus its input in a wrapped block), and J_b the
+mean data loss of batch b:
+
+    contribution   the mean over samples of norm(z_l)
+    influence      the mean over tokens that count, or samples, of 1 - cos(y_l, y_{l+1})
+    sensitivity    the mean over batches of abs(<dJ_b/dz_l, z_l>) = abs(tau_l dJ_b/dtau_l)
+    loss           J of the model without layer l   (:mod:`~taulearn.adaptivity.loss_without`)
+
+The steps say little about a layer whose function is large or small; in a network with normalisation the one makes up
+for the other. The absolute value in the sensitivity is taken before the mean, since the mean gradient vanishes where
+training has converged; so it depends on the batch size: small batches count the spread of the gradient, which does not
+vanish, large ones its mean. In the fractional scheme tau_l^gamma takes the place of tau_l, the weights of the memory
+held. A penalty that is differentiated through the states (a stage cost, a distillation) enters dJ_b/dz_l in training.
+
+References:
+    Men et al. (2024), ShortGPT: Layers in large language models are more redundant than you expect, arXiv 2403.03853
+        (influence).
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._batches import MASK, batches_of, each_batch, inputs_and_targets, loss_on
+from .._calls import call
+from .._undisturbed import undisturbed
+from ..nn.pruned_models import prunable_of, wrapping_of
+from ..wrapping.state_argument import Form, parameter_names
+from .estimate import MEASURED, Criterion, Function, Power, check_criterion
+from .loss_without import LossWithout
+
+_FORGETTING = 0.2
+_UNMEASURED = "what those are worth is unknown; give data that reach all layers, or another criterion, such as 'share'"
+
+
+class Measured(Criterion):
+    """A running mean of a figure of each layer, measured in passes that take place anyway.
+
+    The figures stay on the device. A layer that is not called keeps what is known of it.
+
+    Args:
+        model: A network with time steps, or a wrapped model.
+        recording: Whether only forward passes count that record gradients.
+        forgetting: Least weight of a new measurement in the running mean; 0: the mean of all.
+
+    Attributes:
+        values: The figures, (num_steps,), float32; 0 before the first measurement.
+        number: Number of measurements.
+        counts: In how many of them each layer was called.
+    """
+
+    name: str  # of the values in checkpoints
+
+    def __init__(self, model: nn.Module, *, recording: bool = False, forgetting: float = _FORGETTING) -> None:
+        self.model, self.recording, self.forgetting = model, recording, forgetting
+        steps = prunable_of(model).time_steps
+        self.values = torch.zeros(steps.num_steps, dtype=torch.float32, device=steps.values.device)
+        self.number = 0
+        self.counts = [0] * steps.num_steps
+
+    @abstractmethod
+    def _watch(self, found: dict[int, Tensor]) -> Iterable[Any]:
+        """Hang up hooks that put the figures of layers into ``found``, and return their handles."""
+
+    def _figure(self, value: Tensor) -> Tensor:
+        """The figure of a layer from what the hooks found for it."""
+        return value
+
+    @property
+    def unseen(self) -> list[int]:  # type: ignore[override]
+        return [l for l, count in enumerate(self.counts) if count == 0]
+
+    def scores(self, model: nn.Module) -> Tensor:
+        return self.values
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Measure the passes of the body."""
+        found: dict[int, Tensor] = {}
+        hooks = [*self._watch(found)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._take(found)
+
+    def look(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> None:
+        """Measure on a batch; the model is called in the mode in which it is."""
+        with self.measuring():
+            call(self.model, inputs_and_targets(batch)[0])
+
+    def _take(self, found: dict[int, Tensor]) -> None:
+        if not found:
+            return
+        self.number += 1
+        for l in found:
+            self.counts[l] += 1
+        seen, device = sorted(found), self.values.device
+        weights = torch.tensor([max(self.forgetting, 1.0 / self.counts[l]) for l in seen], device=device)
+        index = torch.tensor(seen, device=device)
+        now = torch.stack([self._figure(found[l]).float().to(device) for l in seen])
+        old = self.values[index]
+        # an overflow that a GradScaler skips says nothing
+        now = torch.where(now.isfinite(), now, old)
+        self.values = self.values.index_copy(0, index, torch.lerp(old, now, weights.to(now.dtype)))
+
+    def keep_(self, indices: Iterable[int]) -> None:
+        kept = list(indices)
+        self.values = self.values[torch.tensor(kept, dtype=torch.long, device=self.values.device)]
+        self.counts = [self.counts[i] for i in kept]
+
+    def state(self) -> dict[str, Any]:
+        return {self.name: self.values, "measurements": self.number, "counts": self.counts}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.values, self.number = state[self.name], state["measurements"]
+        self.counts = list(state.get("counts") or [self.number] * len(self.values))
+
+    def average_(self, mean: Callable[[Tensor], Tensor]) -> None:
+        if self.number:
+            self.values = mean(self.values)
+
+    def _counts(self) -> bool:
+        """Whether the forward pass under way is one to be measured."""
+        return torch.is_grad_enabled() or not self.recording
+
+    def _on_outputs(self, act: Callable[[int, Form, Tensor | None, Any], Any]) -> list[Any]:
+        """Hooks on the outputs of all layers, which are handed l, the form, the state that came in and the output."""
+
+        def hook(l: int, form: Form) -> "_Hook":
+            def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+                value = form.leaving(output)
+                empty = value is None or value.numel() == 0
+                return None if empty or not self._counts() else act(l, form, form.arriving(args, kwargs), output)
+
+            return _Hook(measure)
+
+        layers, wrapping = prunable_of(self.model).layers, wrapping_of(self.model)
+        forms = [Form()] * len(layers) if wrapping is None else wrapping.forms
+        return [
+            layer.register_forward_hook(hook(l, form), with_kwargs=True)
+            for l, (layer, form) in enumerate(zip(layers, forms, strict=True))
+        ]
+
+
+class Contribution(Measured):
+    """The mean over samples of the norm of what each layer adds to the state; see :class:`Measured`."""
+
+    name = "contributions"
+
+    def _watch(self, found: dict[int, Tensor]) -> Iterable[Any]:
+        prunable, wrapped = prunable_of(self.model), wrapping_of(self.model) is not None
+
+        @torch.no_grad()
+        def measure(l: int, form: Form, x: Tensor | None, output: Any) -> None:
+            size = _mean_norm(_increment(form, x if wrapped else None, output))
+            found[l] = size if wrapped else size * prunable.scheme.factor(prunable.time_steps.tau[l].float())
+
+        return self._on_outputs(measure)
+
+
+class Sensitivity(Measured):
+    """The mean over batches of abs(tau_l dJ_b/dtau_l), measured in backward passes; see :class:`Measured`.
+
+    A factor 1 + s on what layer l adds changes J by s <dJ/dz_l, z_l> to first order, which is seen where the gradient
+    passes the layer's output. Parts of a batch, whose gradients accumulate, add up before the absolute value is taken.
+    """
+
+    name = "sensitivities"
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        self._outputs: list[Tensor] = []
+
+    def look(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> None:
+        """Measure on a batch, by a backward pass that leaves no gradient."""
+        with self.measuring(), torch.enable_grad():
+            value, _ = loss_on(self.model, batch, loss)
+            if self._outputs:
+                torch.autograd.grad(value, self._outputs, allow_unused=True)
+
+    def _watch(self, found: dict[int, Tensor]) -> Iterable[Any]:
+        wrapped, self._outputs = wrapping_of(self.model) is not None, []
+
+        def measure(l: int, form: Form, x: Tensor | None, output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return None
+            added, value = _increment(form, x if wrapped else None, output).detach(), form.leaving(output)
+            assert value is not None
+            frozen = not value.requires_grad  # nothing before it trains, nor does it itself
+            value = value.detach().requires_grad_() if frozen else value
+
+            @torch.no_grad()
+            def take(gradient: Tensor) -> None:
+                dtype = torch.promote_types(gradient.dtype, torch.float32)
+                now = (gradient.to(dtype) * added.to(dtype)).sum()
+                found[l] = found[l] + now if l in found else now
+
+            value.register_hook(take)
+            self._outputs.append(value)
+            return form.replaced(output, value) if frozen else None
+
+        return self._on_outputs(measure)
+
+    def _take(self, found: dict[int, Tensor]) -> None:
+        self._outputs = []
+        super()._take(found)
+
+    def _figure(self, value: Tensor) -> Tensor:
+        return value.abs()
+
+
+class Influence(Measured):
+    """The mean of 1 - cos of the states before and after each layer; see :class:`Measured`.
+
+    Of states (batch, tokens, width) it is the mean over the tokens that count in the model's ``attention_mask``,
+    (batch, tokens); any other state is one vector a sample. A layer that changes the shape of the state has no
+    influence, and its score is 0: the skip past it is not the identity, so that it must stay.
+    """
+
+    name = "influences"
+
+    def _watch(self, found: dict[int, Tensor]) -> Iterable[Any]:
+        wrapping, mask = wrapping_of(self.model), dict[str, Any]()
+        position = dict(zip(parameter_names(self.model.forward), range(99), strict=False)).get(MASK)
+
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[position] if position is not None and position < len(args) else None
+            mask["given"] = kwargs.get(MASK, given)
+
+        @torch.no_grad()
+        def measure(l: int, form: Form, x: Tensor | None, output: Any) -> None:
+            found[l] = _turned(x, form.leaving(output), mask.get("given"))
+
+        hooks = [self.model.register_forward_pre_hook(_Hook(begin), with_kwargs=True)]
+        return hooks + (self._on_outputs(measure) if wrapping is not None else self._between_layers(found))
+
+    def _between_layers(self, found: dict[int, Tensor]) -> list[Any]:
+        """Hooks on the inputs of layers and head, which are the states of a network y_0 .. y_N."""
+        network: Any = prunable_of(self.model)
+        states: dict[int, Tensor] = {}
+
+        def arrive(l: int) -> "_Hook":
+            def measure(_: nn.Module, args: tuple[Any, ...]) -> None:
+                if not self._counts():
+                    return
+                if l == 0 and max(states, default=0) > 0:
+                    states.clear()  # another pass
+                if l not in states:  # some schemes call a layer at several points
+                    states[l] = args[0].detach()
+                    if l - 1 in states:
+                        with torch.no_grad():
+                            found[l - 1] = _turned(states[l - 1], states[l], None)
+
+            return _Hook(measure)
+
+        ends = [*network.layers, network.head]
+        return [end.register_forward_pre_hook(arrive(l)) for l, end in enumerate(ends)]
+
+
+class _Hook:
+    """A hook that measures; in a copy of the model, pickled or not, one that does nothing."""
+
+    def __init__(self, measure: Callable[..., Any] | None = None) -> None:
+        self.measure = measure
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.measure is None else self.measure(*args)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Hook, ()
+
+
+def _increment(form: Form, x: Tensor | None, output: Any) -> Tensor:
+    """The state in an output, less the one that came in, where there was one."""
+    value = form.leaving(output)
+    assert value is not None
+    return value if x is None else value - x.to(value.dtype)
+
+
+def _mean_norm(values: Tensor) -> Tensor:
+    """The mean over the batch of the norms of the samples."""
+    samples = values.float().reshape(len(values), -1) if values.ndim > 1 else values.float().reshape(1, -1)
+    return torch.linalg.vector_norm(samples, dim=1).mean()
+
+
+def _turned(x: Tensor | None, y: Tensor | None, mask: Any) -> Tensor:
+    """The mean of 1 - cos(x, y) = norm(x/norm(x) - y/norm(y))^2 / 2, which loses no digits where x is nearly y."""
+    assert y is not None
+    if x is None or x.shape != y.shape or x.numel() == 0:
+        return torch.zeros((), device=y.device)
+    if y.ndim != 3:
+        x, y = (each.reshape(len(each), -1) if each.ndim > 1 else each[None] for each in (x, y))
+    units = [nn.functional.normalize(each.float(), dim=-1) for each in (x, y)]
+    each = 0.5 * (units[0] - units[1]).square().sum(-1)
+    if y.ndim == 3 and isinstance(mask, Tensor) and mask.shape == each.shape:
+        counts = (mask != 0).to(each)
+        return (each * counts).sum() / counts.sum()
+    return each.mean()
+
+
+KINDS: dict[str, type[Measured]] = {
+    "contribution": Contribution,
+    "influence": Influence,
+    "sensitivity": Sensitivity,
+}
+
+
+def on_data(
+    name: str, data: Any, loss: Callable[[Any, Any], Tensor] | None = None
+) -> Callable[[Tensor, nn.Module], Tensor]:
+    """A measured criterion on given batches, in evaluation mode: the mean over the batches; see ``taulearn.prune``."""
+
+    def criterion(_tau: Tensor, model: nn.Module) -> Tensor:
+        running = KINDS[name](model, forgetting=0.0)
+        batches = batches_of(data)
+        with undisturbed(model, batches):
+            for batch in each_batch(batches, model, running.values):
+                running.look(batch, loss)
+        return _known(running, "data")
+
+    return criterion
+
+
+def contribution(example_inputs: Any) -> Callable[[Tensor, nn.Module], Tensor]:
+    """A criterion for ``taulearn.prune``: the mean norm of what each layer adds to the state, on these inputs.
+
+    Args:
+        example_inputs: A batch, or a tuple of arguments, or a dictionary of keywords; a few hundred samples do.
+
+    Returns:
+        A function (tau, model) -> one score per layer, from one forward pass in evaluation mode. It raises
+        ValueError if a layer is not called on any sample, as nothing is known of what it contributes.
+
+    Example:
+        >>> from taulearn import prune
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(2, 3, 1, 4)
+        >>> with torch.no_grad():
+        ...     _ = network.layers[2].linear.weight.zero_(), network.layers[2].linear.bias.zero_()
+        >>> [d.layer for d in prune(network, criterion=contribution(torch.ones(8, 2)), budget=3).deleted]
+        [2]
+    """
+
+    def criterion(_tau: Tensor, model: nn.Module) -> Tensor:
+        running = Contribution(model)
+        with undisturbed(model, example_inputs), running.measuring():
+            call(model, example_inputs)
+        return _known(running, "example_inputs")
+
+    return criterion
+
+
+def _known(running: Measured, argument: str) -> Tensor:
+    """The values, where all layers have one."""
+    if running.unseen:
+        raise ValueError(
+            f"{argument} must be such that every layer is called on at least one sample, got {argument} on which "
+            f"{running.unseen} of {len(running.counts)} layers are not: {_UNMEASURED}"
+        )
+    return running.values
+
+
+def as_criterion(
+    given: str | Criterion | Callable[[Tensor, nn.Module], Tensor] | None,
+    model: nn.Module,
+    *,
+    data: Any = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    watching: bool = False,
+    recording: bool = False,
+) -> Criterion:
+    """A criterion, as ``prune`` and ``Pruning`` take it, as an object.
+
+    Watching a training, measured criteria need no data; recording as for :class:`Measured`.
+    """
+    check_criterion(given)
+    check_given(given, data, watching=watching)
+    if isinstance(given, Criterion):
+        return given
+    if given == "loss":
+        return LossWithout(data, loss)
+    if isinstance(given, str) and given in KINDS:
+        return KINDS[given](model, recording=recording) if watching else Function(on_data(given, data, loss))
+    if callable(given):
+        return Function(given)
+    return Power(1.0 if given == "share" else prunable_of(model).scheme.step_power)
+
+
+def check_given(criterion: Any, data: Any, *, watching: bool) -> None:
+    """Refuse data that a criterion lacks, or does not look at."""
+    named = criterion if isinstance(criterion, str) else None
+    asks = named == "loss" or (named in MEASURED and not watching)
+    if asks and data is None:
+        raise ValueError(
+            f"data must be given with criterion {named!r}, got None: hand over batches on which layers are compared, "
+            "pairs (inputs, targets) or dictionaries; a few hundred samples do"
+        )
+    if data is not None and not asks:
+        allowed = "'loss' alone in training, where the others watch its own batches" if watching else MEASURED
+        raise ValueError(f"data must be left out with criterion {criterion!r}: they are for {allowed}")

@@ -1,0 +1,99 @@
+"""The loss of the model without each layer, which is the deletion itself, tried and undone.
+
+    score_l = J_l - min(J, min_k J_k),    J_l the mean loss without layer l, J that of the model as it is
+
+The smallest goes, and then all are taken again: the greedy choice. The mean weighs each batch by what its loss counts;
+of a language model it is the logarithm of the perplexity. It costs n + 1 passes over the data with n layers, for each
+deletion.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._batches import batches_of, each_batch, inputs_and_targets, loss_on
+from .._calls import call
+from .._counting import BY_SAMPLES, IGNORED, Counting, Mean, watched
+from .._undisturbed import Before
+from ..nn.pruned_models import prunable_of
+from .estimate import Criterion
+from .transaction import taken_out
+
+
+class LossWithout(Criterion):
+    """What the loss on given data becomes without each layer; taken anew when the layers are others.
+
+    Args:
+        data: Batches, or one, as for ``taulearn.prune``.
+        loss: Maps (output, target) to a scalar. None: the model's own.
+    """
+
+    greedy = True
+
+    def __init__(self, data: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> None:
+        self.data, self.loss = batches_of(data), loss
+        self.layers: list[int] | None = None  # their numbers when the scores were taken
+        self.values: Tensor | None = None
+
+    def scores(self, model: nn.Module) -> Tensor:
+        layers = list(prunable_of(model).time_steps.origin)
+        if self.layers != layers or self.values is None:
+            self.layers, self.values = layers, self._scores(model)
+        return self.values
+
+    def _scores(self, model: nn.Module) -> Tensor:
+        """The scores of the layers; 0 for those that must stay."""
+        prunable, before = prunable_of(model), Before(model)
+        number, fixed = prunable.time_steps.num_steps, prunable.fixed_layers()
+        free = [l for l in range(number) if l not in fixed and number > 1]
+        with before.kept() as written:  # the others need not look for what a pass writes
+            whole = self._mean(model)
+        found = []
+        for l in free:
+            with taken_out(model, [l]), before.kept(written):
+                found.append(self._mean(model))
+        scores = torch.zeros(number, dtype=torch.float64)
+        scores[free] = torch.tensor(found, dtype=torch.float64) - min([whole, *found])
+        return scores
+
+    def _mean(self, model: nn.Module) -> float:
+        """The mean loss over the data."""
+        mean = Mean()
+        for batch in each_batch(self.data, model, prunable_of(model).time_steps.values):
+            self._add(mean, model, batch)
+        found = float(mean.value())
+        if found != found or abs(found) == float("inf"):
+            gone = prunable_of(model).time_steps.origin
+            raise ValueError(f"loss must be finite on data, got {found} with the layers {list(gone)}")
+        return found
+
+    def _add(self, mean: Mean, model: nn.Module, batch: Any) -> None:
+        """Take the loss on a batch, weighted by what it counts."""
+        inputs, targets = inputs_and_targets(batch)
+        if not isinstance(targets, Tensor):
+            raise ValueError(
+                f"data must hold targets with criterion 'loss', got {type(targets).__name__}: let batches be pairs "
+                "(inputs, targets), or dictionaries with 'labels'"
+            )
+        if self.loss is None:
+            value, counting = loss_on(model, batch)[0], _own_counting(targets)
+        else:
+            value, counting = watched(self.loss, call(model, inputs), targets, argument="data", where="of a batch")
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(f"loss must return a scalar tensor, got {value!r:.80}: take its mean over the batch")
+        mean.add(value, counting, targets)
+
+    def state(self) -> dict[str, Any]:
+        return {"losses": self.values, "layers": self.layers}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.values, self.layers = state["losses"], state["layers"]
+
+
+def _own_counting(labels: Tensor) -> Counting:
+    """How a model's own loss counts: of class numbers those that are not -100, behind the first of a sequence."""
+    if labels.is_floating_point():
+        return BY_SAMPLES
+    return Counting("labels", ignored=IGNORED, picked=((..., slice(1, None)),) if labels.ndim > 1 else ())
