@@ -22,8 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from .._distributed import expire, refuse_distributed, wrappers_around
 from ..nn.pruned_models import WRAPPING, prunable_of
 from ..optim.projections import has_session
-from .criteria import as_criterion
-from .estimate import Criterion, normalised, scores_of, shares
+from .estimate import Criterion, as_criterion, normalised, scores_of, shares
 from .mark import Budget, plan, within_budget
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in
 from .policies import THRESHOLD, check_one_decides, check_threshold

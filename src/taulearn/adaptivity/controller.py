@@ -13,8 +13,7 @@ from .._calls import layer_milliseconds
 from ..nn.pruned_models import prunable_of
 from ..optim import group_of
 from .coarsen import PruneReport, check_prunable, prune
-from .criteria import as_criterion
-from .estimate import Criterion, Power, scores_of, shares, shares_of
+from .estimate import Criterion, Power, as_criterion, scores_of, shares, shares_of
 from .optimizer_state import check_follows, optimizers_in, with_inner
 from .policies import Pruning
 from .target import SteeredL1, Target, window

@@ -32,8 +32,7 @@ from .._calls import call
 from .._undisturbed import undisturbed
 from ..nn.pruned_models import prunable_of, wrapping_of
 from ..wrapping.state_argument import Form, parameter_names
-from .estimate import MEASURED, Criterion, Function, Power, check_criterion
-from .loss_without import LossWithout
+from .estimate import Criterion
 
 _FORGETTING = 0.2
 _UNMEASURED = "what those are worth is unknown; give data that reach all layers, or another criterion, such as 'share'"
@@ -366,43 +365,3 @@ def _known(running: Measured, argument: str) -> Tensor:
             f"{running.unseen} of {len(running.counts)} layers are not: {_UNMEASURED}"
         )
     return running.values
-
-
-def as_criterion(
-    given: str | Criterion | Callable[[Tensor, nn.Module], Tensor] | None,
-    model: nn.Module,
-    *,
-    data: Any = None,
-    loss: Callable[[Any, Any], Tensor] | None = None,
-    watching: bool = False,
-    recording: bool = False,
-) -> Criterion:
-    """A criterion, as ``prune`` and ``Pruning`` take it, as an object.
-
-    Watching a training, measured criteria need no data; recording as for :class:`Measured`.
-    """
-    check_criterion(given)
-    check_given(given, data, watching=watching)
-    if isinstance(given, Criterion):
-        return given
-    if given == "loss":
-        return LossWithout(data, loss)
-    if isinstance(given, str) and given in KINDS:
-        return KINDS[given](model, recording=recording) if watching else Function(on_data(given, data, loss))
-    if callable(given):
-        return Function(given)
-    return Power(1.0 if given == "share" else prunable_of(model).scheme.step_power)
-
-
-def check_given(criterion: Any, data: Any, *, watching: bool) -> None:
-    """Refuse data that a criterion lacks, or does not look at."""
-    named = criterion if isinstance(criterion, str) else None
-    asks = named == "loss" or (named in MEASURED and not watching)
-    if asks and data is None:
-        raise ValueError(
-            f"data must be given with criterion {named!r}, got None: hand over batches on which layers are compared, "
-            "pairs (inputs, targets) or dictionaries; a few hundred samples do"
-        )
-    if data is not None and not asks:
-        allowed = "'loss' alone in training, where the others watch its own batches" if watching else MEASURED
-        raise ValueError(f"data must be left out with criterion {criterion!r}: they are for {allowed}")

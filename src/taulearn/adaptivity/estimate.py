@@ -128,6 +128,50 @@ class Function(Criterion):
         return self.function(prunable_of(model).time_steps.tau.detach(), model)
 
 
+def as_criterion(
+    given: str | Criterion | Callable[[Tensor, nn.Module], Tensor] | None,
+    model: nn.Module,
+    *,
+    data: Any = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    watching: bool = False,
+    recording: bool = False,
+) -> Criterion:
+    """A criterion, as ``prune`` and ``Pruning`` take it, as an object.
+
+    Watching a training, measured criteria need no data; recording, only forward passes count that record gradients.
+    """
+    check_criterion(given)
+    check_given(given, data, watching=watching)
+    if isinstance(given, Criterion):
+        return given
+    if given == "loss":
+        from .loss_without import LossWithout
+
+        return LossWithout(data, loss)
+    if isinstance(given, str) and given in MEASURED:
+        from .criteria import KINDS, on_data
+
+        return KINDS[given](model, recording=recording) if watching else Function(on_data(given, data, loss))
+    if callable(given):
+        return Function(given)
+    return Power(1.0 if given == "share" else prunable_of(model).scheme.step_power)
+
+
+def check_given(criterion: Any, data: Any, *, watching: bool) -> None:
+    """Refuse data that a criterion lacks, or does not look at."""
+    named = criterion if isinstance(criterion, str) else None
+    asks = named == "loss" or (named in MEASURED and not watching)
+    if asks and data is None:
+        raise ValueError(
+            f"data must be given with criterion {named!r}, got None: hand over batches on which layers are compared, "
+            "pairs (inputs, targets) or dictionaries; a few hundred samples do"
+        )
+    if data is not None and not asks:
+        allowed = "'loss' alone in training, where the others watch its own batches" if watching else MEASURED
+        raise ValueError(f"data must be left out with criterion {criterion!r}: they are for {allowed}")
+
+
 def check_criterion(given: Any) -> None:
     """Refuse what is no criterion."""
     if isinstance(given, str):
