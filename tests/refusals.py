@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import taulearn
 from small_networks import assert_same_bits, network as small
-from taulearn import Pruning, TimeSteps, adjoint, data, diagnostics, prune, unwrap, wrap
+from taulearn import Pruning, TimeSteps, adjoint, attach, data, diagnostics, prune, unwrap, wrap
 from taulearn.adaptivity.estimate import MEASURED, Power
 from taulearn.calibration import recalibrate_
 from taulearn.caputo import ExponentialKernel, derivative, exponential_memory, l1_weights, solve
@@ -567,6 +567,11 @@ def wrapped() -> nn.Module:
     return wrap(sequential(), example_inputs=torch.ones(1, 4))
 
 
+def surviving(model: nn.Module) -> None:
+    """A target whose survivors are 1, for a model that may not allow it."""
+    attach(model, sgd(model), pruning=Pruning(target_blocks=2, survivors="one"), iterations=50)
+
+
 PAIRS = [(torch.ones(6, 3, dtype=DOUBLE), torch.arange(6) % 2)]
 
 PRUNING = [
@@ -663,6 +668,28 @@ PRUNING = [
     R(ValueError, "penalised", lambda: Pruning(target_blocks=3, penalised="last"), ("'last'", "'next'")),
     R(TypeError, "criterion", lambda: Pruning(criterion=5), ("5",)),
     R(ValueError, "criterion", lambda: Pruning(criterion="contributions"), ("'contribution'",)),
+    R(ValueError, "data", lambda: Pruning(target_blocks=3, criterion="loss"), ("'loss'", "None")),
+    R(ValueError, "data", lambda: Pruning(target_blocks=3, criterion="loss", data=iter(())), ("none", "iterator")),
+    R(
+        ValueError,
+        "data",
+        lambda: Pruning(target_blocks=3, criterion="influence", data=PAIRS),
+        ("'influence'", "'loss'"),
+    ),
+    R(ValueError, "criterion", lambda: Pruning(0.1, criterion="loss", data=PAIRS), ("'loss'", "0.1", "target_blocks")),
+    R(ValueError, "loss", lambda: Pruning(target_blocks=3, loss=mse_loss), ("criterion",)),
+    R(ValueError, "survivors", lambda: Pruning(target_blocks=3, survivors="ones"), ("'ones'", "'one'")),
+    R(ValueError, "survivors", lambda: Pruning(survivors="one"), ("target", "'one'")),
+    R(ValueError, "survivors", lambda: Pruning(target_blocks=3, penalised="all", survivors="one"), ("'all'",)),
+    *[
+        R(ValueError, "survivors", on(make, surviving), says)
+        for make, says in (
+            (small, ("0.2",)),
+            (lambda: small([1.0] * 5, constraint="simplex"), ("'simplex'",)),
+            (lambda: small([1.0] * 5, constraint="dependent"), ("'dependent'",)),
+            (lambda: wrap(sequential(), example_inputs=torch.ones(1, 4), units="displacement"), ("displacement",)),
+        )
+    ],
     R(ValueError, "by", lambda: Pruning(by=3), ("target", "3")),
     R(ValueError, "penalised", lambda: Pruning(penalised="all"), ("target",)),
     R(ValueError, "example_inputs", lambda: Pruning(example_inputs=3), ("target",)),

@@ -1,7 +1,7 @@
 """Pruning inside the loop: what a policy asks for, carried out on model, optimiser and record together."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch.optim.swa_utils import AveragedModel
 from .._calls import layer_milliseconds
 from ..nn.pruned_models import prunable_of
 from ..optim import group_of
-from .coarsen import PruneReport, check_prunable, prune
+from .coarsen import PruneReport, check_prunable, prune, scores_without
 from .estimate import Criterion, Power, as_criterion, scores_of, shares, shares_of
 from .optimizer_state import check_follows, optimizers_in, with_inner
-from .policies import Pruning
+from .policies import TARGET_CRITERION, Pruning
 from .target import SteeredL1, Target, window
 from .transaction import Prunable
 
@@ -26,7 +26,10 @@ _ENOUGH = 20
 
 
 class Pruner:
-    """A policy at work on one model; recording, only forward passes are measured that record gradients."""
+    """A policy at work on one model; recording, only forward passes are measured that record gradients.
+
+    The loss is that of the training, where it is known.
+    """
 
     def __init__(
         self,
@@ -37,6 +40,7 @@ class Pruner:
         per_epoch: int,
         *,
         recording: bool = False,
+        loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         self.policy, self.model, self.optimizer = policy, model, optimizer
         check_prunable(model)
@@ -47,12 +51,13 @@ class Pruner:
         if policy.targeted:
             check_penalised(policy, self.prunable, optimizer)
             if policy.penalised != "none":
-                self.penalty = SteeredL1(self.prunable.time_steps.values)
+                self.penalty = SteeredL1(self.prunable.time_steps.values, policy.survivors)
             self._window = window(policy.by, policy.every, epochs, per_epoch)
             self.every = self._window[2]
         self.per_epoch = per_epoch
-        named = "contribution" if policy.targeted and policy.criterion is None else policy.criterion
-        self.criterion = as_criterion(named, model, watching=True, recording=recording)
+        named = TARGET_CRITERION if policy.targeted and policy.criterion is None else policy.criterion
+        loss = loss if policy.loss is None else policy.loss
+        self.criterion = as_criterion(named, model, data=policy.data, loss=loss, watching=True, recording=recording)
         self._warned = False
         self.least: float | None = None  # smallest share at the last look, where the policy goes by the steps
 
@@ -70,6 +75,8 @@ class Pruner:
         if not self.policy.targeted:
             return
         steps, fixed = self.prunable.time_steps, self.prunable.fixed_layers()
+        if self.policy.survivors == "one":
+            check_survivors(self.prunable)
         number, wanted, whole = steps.num_steps, self.policy.target_blocks, 0.0
         if wanted is not None:
             if wanted >= number:
@@ -229,19 +236,32 @@ class Pruner:
     def _reach(self, iteration: int, options: Mapping[str, Any]) -> PruneReport | None:
         """Delete what the target wants gone now."""
         assert self.target is not None
-        steps, fixed = self.prunable.time_steps, list(self.prunable.fixed_layers())
-        scores = self._scores()
-        gone = self.target.deletions(iteration, steps.origin, scores, fixed)
+        if iteration < self.target.begin:
+            return None
+        steps, greedy = self.prunable.time_steps, self._criterion.greedy
+        fixed, left = self.prunable.fixed_layers(), list(range(steps.num_steps))
+        first = scores = self._scores()
+        while found := self.target.deletions(
+            iteration,
+            [steps.origin[i] for i in left],
+            scores,
+            [place for place, i in enumerate(left) if i in fixed],
+            most=1 if greedy else None,
+        ):
+            gone_now = [left[place] for place in found]
+            left = [i for i in left if i not in gone_now]
+            if not greedy or len(left) == 1 or self.target.reached:
+                break
+            scores = scores_without(self.criterion, self.model, [i for i in range(steps.num_steps) if i not in left])
         if iteration == self.target.deadline and not self.target.reached:
             warnings.warn(
                 f"the target of pruning is not reached at its time, iteration {iteration}: {self.target.gone:g} of "
                 f"{self.target.excess:g} went, and the layers that are left must stay",
                 stacklevel=2,
             )
-        if not gone:
+        if len(left) == steps.num_steps:
             return None
-        kept = [i for i in range(steps.num_steps) if i not in gone]
-        return prune(self.model, keep=kept, criterion=lambda *_: torch.tensor(scores, dtype=torch.float64), **options)
+        return prune(self.model, keep=left, criterion=lambda *_: torch.tensor(first, dtype=torch.float64), **options)
 
     def _waits(self, iteration: int) -> bool:
         """Whether to put off deletions, since nothing is known yet of what some layers contribute."""
@@ -268,7 +288,9 @@ class Pruner:
         group = group_of(self.optimizer, steps.values)
         assert group is not None
         tau = steps.tau.detach().double().tolist()
-        self.target.steer(iteration, steps.origin, tau, self._scores(), fixed, float(group["lr"]))
+        steers = iteration >= self.target.begin and not self.target.reached
+        scores = self._scores() if steers else [0.0] * steps.num_steps
+        self.target.steer(iteration, steps.origin, tau, scores, fixed, float(group["lr"]))
         self._set_penalty()
 
     def _set_penalty(self) -> None:
@@ -294,21 +316,23 @@ class Pruner:
 
     def state(self) -> dict[str, Any]:
         """Plain data and tensors for a checkpoint."""
-        unmeasured = {"contributions": None, "measurements": 0, "counts": None}
-        target = None if self.target is None else self.target.state()
-        return {"target": target, **unmeasured, **self.criterion.state()}
+        return {"target": None if self.target is None else self.target.state(), "criterion": self.criterion.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state`, of a run whose layers the model has now."""
-        needed = self.criterion.state().keys() - {"counts"}  # which checkpoints of earlier versions lack
-        known = all(state.get(name) is not None for name in needed)
-        others = state["contributions"] is not None and "contributions" not in needed
-        if (state["target"] is None) == self.policy.targeted or others or not known:
+        if "criterion" in state:
+            saved = state["criterion"]
+        else:  # of earlier versions
+            saved = {name: value for name, value in state.items() if name != "target" and value is not None}
+            if "contributions" not in saved:
+                saved.pop("measurements", None)
+        kinds = [set(each) - {"counts"} for each in (saved, self.criterion.state())]
+        if (state["target"] is None) == self.policy.targeted or kinds[0] != kinds[1]:
             raise ValueError("pruning must be as at the start of the run, got another kind of target or criterion")
         if state["target"] is not None:
             self.target = Target(**state["target"])
             self.every = self.target.every
-        self.criterion.load_state(state)
+        self.criterion.load_state(saved)
         if self.penalty is not None:
             self.penalty.resize_(self.prunable.time_steps.values)
             self._set_penalty()
@@ -336,4 +360,25 @@ def check_penalised(
         raise ValueError(
             "optimizer must hold the time steps where a penalty on them leads to the target, got one that does "
             f"not: make it from taulearn.parameter_groups(model, lr), {remedy}"
+        )
+
+
+def check_survivors(prunable: Prunable) -> None:
+    """Refuse a model whose steps are not all 1, or cannot stay so."""
+    steps, units = prunable.time_steps, getattr(prunable, "units", None)
+    if units is not None:
+        raise ValueError(
+            "survivors must be 'free' with units of displacement, got 'one': there a step of 1 is no plain one; wrap "
+            "with units='steps'"
+        )
+    ones = torch.ones_like(steps.tau)
+    if steps.rule.adds_up or not torch.equal(steps.projected(ones), ones):
+        raise ValueError(
+            f"survivors must be 'free' with constraint {steps.constraint!r}, got 'one': the steps that are left could "
+            "not all be 1; use constraint 'free'"
+        )
+    if not torch.equal(steps.tau, ones):
+        raise ValueError(
+            f"survivors must be 'free' where not all steps are 1 at the start, got 'one' with {steps.tau.tolist()}: "
+            "wrap with init=1.0"
         )

@@ -8,11 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._batches import batches_of
 from .._errors import positive_integer, unknown_name
-from .estimate import Criterion, check_criterion
+from .estimate import Criterion, check_criterion, check_given
 
 THRESHOLD = 0.01
+TARGET_CRITERION = "contribution"
+"""The criterion of a target, where none is given."""
 PENALISED = ("next", "all", "none")
+SURVIVORS = ("free", "one")
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,15 @@ class Pruning:
         threshold: Share of the sum of abs(tau), in (0, 1). None: 0.01; with a target it has no place.
         every: "epoch", or a number of iterations >= 1 (the paper: 1). None: each epoch, with a target a hundredth of
             the iterations until ``by``.
-        criterion: What shares are taken of: "share", abs(tau); "power"; "contribution", the mean norm of what a layer
-            adds to the state, a running mean measured while training; a function (tau, model) -> one score >= 0 per
-            layer; or a :class:`taulearn.Criterion`. None: as for ``taulearn.prune``; with a target "contribution".
+        criterion: What shares are taken of: "share", abs(tau); "power"; running means measured in some iterations of
+            the training, in every twentieth or oftener, so that there are four between two looks: "contribution", the
+            mean norm of what a layer adds to the state, "influence", the mean of 1 - cos of the states before and after
+            it, "sensitivity", the mean over batches of abs(tau_l dJ/dtau_l), see ``taulearn.prune``; "loss", with a
+            target, how much larger the loss on ``data`` is without it, in evaluation mode, taken when the first layer
+            is chosen and again after each deletion; a function (tau, model) -> one score >= 0 per layer; or a
+            :class:`taulearn.Criterion`. None: as for ``taulearn.prune``; with a target "contribution".
+        data: Batches on which "loss" compares the layers, as for ``taulearn.prune``.
+        loss: Maps (output, target) to a scalar, for "loss". None: that of ``fit``, else the one that the model returns.
         target_blocks: Number of layers to keep.
         target_latency_ms: Or milliseconds that a forward pass may take: time of the whole and of each layer are
             measured when training begins, in evaluation mode; layers go by their share per millisecond until the rest
@@ -41,6 +51,9 @@ class Pruning:
         penalised: What the penalty acts on: "next", the layer to go; "all" layers alike; "none": layers are cut off
             without a penalty, tau need not train. "all" also shrinks the steps that stay, which have to grow again
             after the target is reached.
+        survivors: "free": all steps train; "one": with a target only the step of the next layer to go moves, and all
+            others are exactly 1 after each iteration, so that a wrapped model ends as a plain one. They must be 1 at
+            the start.
 
     Raises:
         ValueError: If an argument lies outside its range or contradicts another one.
@@ -55,17 +68,20 @@ class Pruning:
     threshold: float | None = None
     every: str | int | None = None
     criterion: str | Criterion | Callable[[Tensor, nn.Module], Tensor] | None = field(default=None, kw_only=True)
+    data: Any = field(default=None, kw_only=True, compare=False, repr=False)
+    loss: Callable[[Any, Any], Tensor] | None = field(default=None, kw_only=True)
     target_blocks: int | None = field(default=None, kw_only=True)
     target_latency_ms: float | None = field(default=None, kw_only=True)
     example_inputs: Any = field(default=None, kw_only=True, compare=False, repr=False)
     by: float | int = field(default=0.6, kw_only=True)
     penalised: str = field(default="next", kw_only=True)
+    survivors: str = field(default="free", kw_only=True)
 
     def __post_init__(self) -> None:
         every = self.every
         if every not in ("epoch", None) and (not isinstance(every, int) or every is True or every < 1):
             raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
-        check_criterion(self.criterion)
+        self._check_criterion()
         if self.targeted:
             self._check_target()
         else:
@@ -83,6 +99,21 @@ class Pruning:
     def due(self, *, iteration: int, epoch_ends: bool) -> bool:
         """Whether to prune after this iteration, counted from 1; with a target the controller knows."""
         return epoch_ends if not isinstance(self.every, int) else iteration % self.every == 0
+
+    def _check_criterion(self) -> None:
+        check_criterion(self.criterion)
+        check_given(self.criterion, self.data, watching=True)
+        if self.data is not None:
+            object.__setattr__(self, "data", batches_of(self.data))
+        if self.loss is not None and self.criterion != "loss":
+            raise ValueError(
+                f"loss must be left out with criterion {self.criterion!r}, which watches the training's own, got one"
+            )
+        if not self.targeted and (self.criterion == "loss" or getattr(self.criterion, "greedy", False)):
+            raise ValueError(
+                f"criterion must have a target where it is taken again after each deletion, got {self.criterion!r} "
+                f"with threshold={self.threshold}: give target_blocks or target_latency_ms"
+            )
 
     def _check_target(self) -> None:
         if self.target_blocks is not None and self.target_latency_ms is not None:
@@ -114,14 +145,24 @@ class Pruning:
             )
         if self.penalised not in PENALISED:
             raise unknown_name("penalised", self.penalised, PENALISED)
+        if self.survivors not in SURVIVORS:
+            raise unknown_name("survivors", self.survivors, SURVIVORS)
+        if self.survivors == "one" and self.penalised != "next":
+            raise ValueError(
+                f"survivors must be 'free' with penalised={self.penalised!r}, got 'one': it goes with "
+                "penalised='next', where one step after the other fades"
+            )
 
     def _check_without_target(self) -> None:
-        for name, default in (("example_inputs", None), ("by", 0.6), ("penalised", "next")):
+        for name, default in _OF_TARGETS.items():
             given = getattr(self, name)
             if given is not default and not (isinstance(given, str | float) and given == default):
                 raise ValueError(
                     f"{name} must be left out without a target, got {given!r}: give target_blocks or target_latency_ms"
                 )
+
+
+_OF_TARGETS = {"example_inputs": None, "by": 0.6, "penalised": "next", "survivors": "free"}
 
 
 def check_one_decides(threshold: float | None, **others: object) -> None:

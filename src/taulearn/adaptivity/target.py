@@ -36,15 +36,20 @@ class SteeredL1(Penalty):
     """sum_l alpha_l abs(tau_l), a proximal penalty whose weights a controller changes.
 
     The weights are tensors that are changed in place, so that compiled steps see it.
+
+    Args:
+        values: The parameter of the time steps.
+        survivors: "one": the steps that alpha does not act on are put back to 1; "free": they are left alone.
     """
 
     name = "l1"
     differentiated = False
     columns: Mapping[str, str] = {"weight.l1": "number"}
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, survivors: str = "free") -> None:
+        self.survivors = survivors
         self.alpha = torch.zeros((), dtype=values.dtype, device=values.device)  # the largest, for the record
-        self.weights = torch.zeros_like(values, requires_grad=False)
+        self.resize_(values)
 
     def __call__(
         self,
@@ -56,17 +61,22 @@ class SteeredL1(Penalty):
         return (self.weights * time_steps_of(model).values.abs()).sum(), {"weight.l1": self.alpha}
 
     def proximal(self, values: Tensor, lr: float | Tensor) -> Tensor:
-        return soft_threshold(values, lr * self.weights)
+        values = soft_threshold(values, lr * self.weights)
+        return values if self.survivors == "free" else torch.where(self.fading, values, 1.0)
 
     def set(self, alpha: float, positions: Sequence[int]) -> None:
         """Let alpha act on the steps at these positions, but for a dependent last one, and nothing on the others."""
         self.alpha.fill_(alpha)
+        penalised = [i for i in positions if i < len(self.weights)]
         self.weights.zero_()
-        self.weights[[i for i in positions if i < len(self.weights)]] = alpha
+        self.weights[penalised] = alpha
+        self.fading.zero_()
+        self.fading[penalised] = True
 
     def resize_(self, values: Tensor) -> None:
         """Follow a deletion; nothing is penalised until :meth:`set` is called."""
         self.weights = torch.zeros_like(values, requires_grad=False)
+        self.fading = torch.zeros_like(values, dtype=torch.bool, requires_grad=False)
 
 
 @dataclass
@@ -121,14 +131,19 @@ class Target:
         return result
 
     def deletions(
-        self, iteration: int, origin: Sequence[int], scores: Sequence[float], fixed: Sequence[int]
+        self,
+        iteration: int,
+        origin: Sequence[int],
+        scores: Sequence[float],
+        fixed: Sequence[int],
+        most: int | None = None,
     ) -> list[int]:
-        """The positions of the layers that go now."""
+        """The positions of the layers that go now, of which there are at most so many."""
         if iteration < self.begin:
             return []
         p, total = self.progress(iteration), sum(scores)
         result: list[int] = []
-        for i in self.order(origin, scores, fixed):
+        for i in self.order(origin, scores, fixed)[:most]:
             cost = self.costs[origin[i]]
             latest = 2.0 * p - 1.0 if self.penalised == "all" else p
             late = p >= 1.0 or self.gone + cost <= self.excess * latest * (1.0 + _SLACK)

@@ -129,7 +129,7 @@ def terms(
 ) -> dict[str, Any]:
     """The settings that a run is started with and must be resumed with, as plain data for its checkpoints."""
     found = list(penalties)
-    policy = None if pruning is None else {name: _plain(value) for name, value in vars(pruning).items()}
+    policy = None if pruning is None else _policy(vars(pruning))
     by_share = pruning is not None and pruning.targeted and isinstance(pruning.by, float)
     return {
         **{name: _plain(value) for name, value in plain.items()},
@@ -140,6 +140,13 @@ def terms(
         "pruning": policy,
         _OVER_EPOCHS: [penalty.name for penalty in found if penalty.scheduled] + ["pruning"] * by_share,
     }
+
+
+def _policy(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy in plain words; checkpoints of earlier versions lack what has its default here."""
+    plain = {name: _plain(value) for name, value in options.items()}
+    late = {"data": None, "loss": None, "survivors": "free"}
+    return {name: value for name, value in plain.items() if name not in late or value != late[name]}
 
 
 def _described(model: nn.Module) -> str:

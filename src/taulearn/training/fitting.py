@@ -168,7 +168,7 @@ def fit(
         if seen.least > 1:
             batches.join_last(seen.least * (ranks.size if has_whole_batches(batches) else 1))
         check_parts(model, optimizer, scheduler, averaged, epochs * len(batches))
-        pruner = None if pruning is None else Pruner(pruning, model, optimizer, epochs, len(batches))
+        pruner = None if pruning is None else Pruner(pruning, model, optimizer, epochs, len(batches), loss=loss)
         penalties = active_penalties(penalties, pruner)
         check_projections(optimizer, model, penalties)
         if validation is not None:
