@@ -185,6 +185,7 @@ class TestLoss:
         again = copy.deepcopy(model)
         report = prune(model, budget=2, criterion="loss", data=data, loss=cross_entropy)
         assert deleted(report) == expected
+        assert report.note == "", "no layers were equal"
         assert report.deleted[0].share == pytest.approx(self.share(again, data), abs=1e-6)
 
     def share(self, model: Any, data: Any) -> float:

@@ -82,7 +82,7 @@ def within_budget(
     sizes = shares(steps, power).tolist() if scores is None else scores
     gone = {i for i, _ in order}
     left = [size for i, size in enumerate(sizes) if i not in gone and i not in fixed]
-    if gone and left and min(left) <= max(sizes[i] for i in gone) * (1.0 + 1e-9):
+    if again is None and gone and left and min(left) <= max(sizes[i] for i in gone) * (1.0 + 1e-9):
         notes.append(
             "of layers with equal shares the first went; criterion=taulearn.contribution(inputs) tells them apart"
         )
