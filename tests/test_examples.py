@@ -77,7 +77,7 @@ def test_maxwell_surrogate(run_here: Callable[..., str]) -> None:
 
 
 def test_stage_cost(run_here: Callable[..., str]) -> None:
-    output = run_here("stage_cost.py")
+    output = run_here("stage_cost.py", "--epochs", "12")
     left = int(re.findall(r"pruning: (\d+) of 12 layers left", output)[0])
     assert 2 <= left <= 8
     accuracy, depth = map(float, re.findall(r"predict: accuracy (\S+), mean depth (\S+)", output)[0])
@@ -88,9 +88,9 @@ def test_stage_cost(run_here: Callable[..., str]) -> None:
 
 def test_huggingface_trainer(run_here: Callable[..., str]) -> None:
     pytest.importorskip("accelerate", reason="pip install 'taulearn[huggingface]'")
-    output = run_here("huggingface_trainer.py", "--epochs", "3")
+    output = run_here("huggingface_trainer.py", "--epochs", "2")
     assert re.search(r"layers: 8 -> 8, those left: \[0, 1, 2, 3, 4, 5, 6, 7\]", output)
-    assert float(re.findall(r"test accuracy: (\S+)", output)[0]) > 0.5
+    assert float(re.findall(r"test accuracy: (\S+)", output)[0]) > 0.4
 
 
 def test_lightning_trainer(run_here: Callable[..., str]) -> None:
@@ -112,7 +112,7 @@ def compared(output: str, out: Path) -> dict[tuple[str, int], dict[str, Any]]:
 QUICK = ("--quick", "--seeds", "1", "--workers", "1", "--out")
 
 
-def check_comparison(name: str, out: Path) -> None:
+def check_comparison(run: Callable[..., str], name: str, out: Path) -> None:
     rows = compared(run(name, *QUICK, str(out)), out)
     whole, pruned, small = rows["unpruned", 4], rows["pruned", 2], rows["small", 2]
     assert [whole["blocks"], pruned["blocks"], small["blocks"]] == [4, 2, 2]
@@ -125,15 +125,15 @@ def check_comparison(name: str, out: Path) -> None:
 @pytest.mark.long  # test_prune_a_transformer goes the same way
 def test_prune_a_resnet(tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning", reason="pip install torch-pruning")
-    check_comparison("prune_a_resnet.py", tmp_path)
+    check_comparison(run, "prune_a_resnet.py", tmp_path)
     members = {path: path.stat().st_mtime_ns for path in (tmp_path / "members").iterdir()}
     run("prune_a_resnet.py", *QUICK, str(tmp_path))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "members").iterdir()} == members, "finished ones stay"
 
 
-def test_prune_a_transformer(tmp_path: Path) -> None:
+def test_prune_a_transformer(run_here: Callable[..., str], tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning", reason="pip install torch-pruning")
-    check_comparison("prune_a_transformer.py", tmp_path)
+    check_comparison(run_here, "prune_a_transformer.py", tmp_path)
 
 
 def shortened_by(ways: tuple[str, ...], name: str, out: Path, run_here: Callable[..., str]) -> dict[str, Any]:
@@ -218,9 +218,5 @@ def test_intervals_of_shortening(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_example_is_run() -> None:
-    tested = set(
-        re.findall(
-            r'(?:run|run_here|check_comparison|shortened_by)\((?:ways, )?"(\w+\.py)"', Path(__file__).read_text()
-        )
-    )
+    tested = set(re.findall(r'(?:run|run_here|shortened_by)(?:\(|\(ways, |, )"(\w+\.py)"', Path(__file__).read_text()))
     assert tested == {path.name for path in EXAMPLES.glob("[!_]*.py")}

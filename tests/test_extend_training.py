@@ -1,6 +1,5 @@
 """A penalty, a criterion and a data set of one's own go through all that training does."""
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,9 +173,11 @@ class TestPenalty:
         for name, column in fitted.iterations.items():
             np.testing.assert_allclose(session.history.iterations[name], column, rtol=1e-5, atol=1e-7, err_msg=name)
 
-    @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
     def test_fused_steps_record_the_same(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The function that is compiled; training/test_fused.py compiles one."""
         monkeypatch.setattr("taulearn.training.step.UNROLL", 2)
+        monkeypatch.setattr("taulearn.training.fast.compiler._compiler_found", lambda: True)
+        monkeypatch.setattr("taulearn.training.fast.fused.compile_once", lambda function, **_: function)
 
         def start(compiled: str, **options: Any) -> History:
             model = network(3, init=[0.4, 0.02, 0.3], dtype=torch.float64)

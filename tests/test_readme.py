@@ -164,12 +164,12 @@ def matrix():
     return {(row[0], column): cell for row in body for column, cell in zip(head[1:], row[1:], strict=True) if cell}
 
 
-def test_each_cell_of_the_support_matrix_has_its_tests():
+def test_each_cell_of_the_support_matrix_has_its_tests(collected):
     wanted = evidence()
     assert matrix().keys() == wanted.keys()
-    files = sorted({test.partition("::")[0] for tests in wanted.values() for test in tests})
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", *files]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    files = {test.partition("::")[0] for test in collected}
     for cell, tests in wanted.items():
         for test in tests:
-            assert any(line.startswith(test) for line in listed), f"{cell}: {test}"
+            if test.partition("::")[0] not in files:
+                pytest.skip(f"{test} is not among the files of this call: run all of tests/")
+            assert any(each.startswith(test) for each in collected), f"{cell}: {test}"

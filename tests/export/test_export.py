@@ -151,11 +151,11 @@ def test_manifest(tmp_path: Path) -> None:
 
 
 def test_onnx_file_names_the_batch_and_nothing_of_this_machine(tmp_path: Path) -> None:
-    exported = export_model(CASES["vit"][0](), tmp_path, CASES["vit"][1](), format="onnx")
+    exported = export_model(CASES["convolutional"][0](), tmp_path, CASES["convolutional"][1](), format="onnx")
     graph = onnx.load(exported.files[0]).graph
     shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)]
     assert shapes == [["batch", 1, 8, 8], ["batch", 3]]
-    assert [v.name for v in (*graph.input, *graph.output)] == ["pixel_values", "logits"]
+    assert [v.name for v in (*graph.input, *graph.output)] == ["input", "output"]
     content = exported.files[0].read_bytes()
     assert b".py" not in content
     assert str(Path(torch.__file__).parent).encode() not in content

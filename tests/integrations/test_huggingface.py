@@ -1,6 +1,8 @@
 """The callback in the real Trainer: what it does against a loop by hand, resumed runs, and what it refuses."""
 
 import copy
+import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -190,12 +192,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         callback.on_train_begin(training.args, state, None, model=model, optimizer=training.optimizer)
 
 
-def test_missing_extra() -> None:
-    import subprocess
-    import sys
-
-    program = "import sys; sys.modules['transformers'] = None; import taulearn.integrations.huggingface"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.stderr.strip().splitlines()[-1] == (
-        "ImportError: transformers must be installed for this callback: pip install 'taulearn[huggingface]'"
-    )
+def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"^transformers must be installed .*pip install 'taulearn\[huggingface\]'$"):
+        importlib.reload(sys.modules["taulearn.integrations.huggingface"])

@@ -26,7 +26,7 @@ from taulearn.penalties import L1
 from taulearn.training import History
 
 
-@pytest.mark.parametrize("make", [vit, Plain])
+@pytest.mark.parametrize("make", [vit, pytest.param(Plain, marks=pytest.mark.long)])
 def test_resumed_training_ends_with_the_same_bits(make: Any, tmp_path: Path) -> None:
     """From a checkpoint before and from one after the deletion, with models that were built anew."""
 

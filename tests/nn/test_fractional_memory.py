@@ -59,7 +59,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Any:
 class TestBothModes:
     @all_constraints
     @pytest.mark.parametrize("memory_from", [0, 1])
-    @pytest.mark.parametrize("layers", [8, 33, 70])
+    @pytest.mark.parametrize("layers", [8, 33, pytest.param(70, marks=pytest.mark.long)])
     def test_outputs_and_gradients(
         self, memory: str, constraint: str, memory_from: int, layers: int, plain: Any
     ) -> None:
@@ -105,7 +105,7 @@ class TestBothModes:
         )
         assert_near(gradients(model, x), plain(gradients, model, x), tolerance)
 
-    @pytest.mark.parametrize("gamma", [0.3, 0.5, 0.8])
+    @pytest.mark.parametrize("gamma", [0.3, pytest.param(0.5, marks=pytest.mark.long), 0.8])
     def test_error_of_pruning_falls_with_the_power_gamma_of_the_step(self, memory: str, gamma: float) -> None:
         model, x = network(memory, gamma=gamma, tolerance=1e-9), batch()
         steps = [1e-7, 1e-8, 1e-9]
@@ -200,7 +200,7 @@ class TestTransforms:
     """They see the plain contraction, which is exact."""
 
     def test_compile(self, memory: str) -> None:
-        model, x = network(memory), batch()
+        model, x = network(memory, 9), batch()
         torch._dynamo.reset()
         compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), model(x), rtol=TOLERANCE[memory], atol=TOLERANCE[memory])

@@ -238,7 +238,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_hostile_manifests_raise_nothing_else(pair: Path, data: st.DataObject) -> None:
     root = {"": json.loads((pair / "model.json").read_text())}
@@ -276,7 +276,7 @@ def refused_or_usable(folder: Path) -> None:
         assert str(folder) in message
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_damaged_files_raise_nothing_else(pair: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(FILES)))

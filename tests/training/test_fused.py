@@ -148,8 +148,9 @@ def test_adam_with_a_compiled_objective(tmp_path: Path) -> None:
         return {"penalties": [L1(0.1)], "clip_norm": 1.0}
 
     run = tmp_path / "run"
-    compiled = train(factory, "always", options=lambda optimizer: options(optimizer) | {"run": run})
-    assert_close(compiled, train(factory, "never", options=options), 1e-9)
+    small: dict[str, Any] = {"hidden_layers": 2, "init": [0.3, 0.2]}
+    compiled = train(factory, "always", options=lambda optimizer: options(optimizer) | {"run": run}, **small)
+    assert_close(compiled, train(factory, "never", options=options, **small), 1e-9)
     assert "compiled objective (the optimiser is not plain torch.optim.SGD)" in Run.open(run).decisions["step"]
 
 

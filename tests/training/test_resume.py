@@ -19,7 +19,7 @@ from training.support import (
 def test_a_crash_in_any_epoch_leaves_no_trace(recipe: Recipe, tmp_path: Path) -> None:
     model, history, options = recipe.run(tmp_path / "whole")
     assert len(history.epochs["iteration"]) == EPOCHS + 1
-    for epoch in range(1, EPOCHS + 1) if recipe is RECIPES[0] else (2, 4):
+    for epoch in range(1, EPOCHS + 1) if recipe is RECIPES[0] else (3,):
         folder = tmp_path / str(epoch)
         with pytest.raises(Crash):
             recipe.run(folder, callbacks=[crash_after(epoch)])

@@ -1,5 +1,6 @@
 """A target instead of a penalty weight: fit reaches it, or it is refused."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,18 @@ def _fractional() -> Any:
     return fractional_dnn(64, 12, 10, 8, activation="tanh")
 
 
-@pytest.mark.parametrize("penalised", ["next", "all", "none"])
-@pytest.mark.parametrize("criterion", [None, "share", lambda tau, model: tau.abs() ** 2], ids=["none", "share", "own"])
-@pytest.mark.parametrize("name", MODELS)
+def own(tau: Any, model: nn.Module) -> Any:
+    return tau.abs() ** 2
+
+
+ALL = list(itertools.product(MODELS, (None, "share", own), ("next", "all", "none")))
+QUICK = {("network", criterion, each) for _, criterion, each in ALL} | {(name, None, "next") for name in MODELS}
+
+
+@pytest.mark.parametrize(
+    ("name", "criterion", "penalised"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.long) for case in ALL],
+)
 def test_fit_reaches_the_target_by_the_epoch_and_not_below(name: str, criterion: Any, penalised: str) -> None:
     model = MODELS[name]()
     start = model.time_steps.num_steps
@@ -183,7 +193,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert history.deletions
     decisions = (tmp_path / "whole" / "run.toml").read_text()
     assert ("costs=[0.5, 1.0" in decisions) == (name == "latency")
-    for epoch in (1, 3):
+    for epoch in (1, 3) if name == "all" else (3,):
         monkeypatch.setattr(
             "taulearn.adaptivity.controller.layer_milliseconds", lambda *_: ((0.5, 1.0, 1.0, 0.5, 2.0, 0.25), 6.0)
         )
