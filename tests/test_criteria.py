@@ -287,3 +287,22 @@ def test_regression() -> None:
     data = (x.float(), x.float()[:, :1])
     for name in ("sensitivity", "loss"):
         assert len(prune(copy.deepcopy(model), budget=3, criterion=name, data=data, loss=mse_loss).deleted) == 1
+
+
+def test_a_host_that_changes_the_output_of_a_block_in_place() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+                x *= 2.0
+            return x
+
+    torch.manual_seed(0)
+    model = wrap(Shifted().double(), "blocks.*", init=[0.5, 0.7, 0.9])
+    data, of = batches(1), TestSensitivity()
+    found = scores("sensitivity", model, data, cross_entropy)
+    np.testing.assert_allclose(found, of.by_autograd(model, data, cross_entropy), rtol=1e-6)
