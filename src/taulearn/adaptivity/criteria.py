@@ -191,8 +191,10 @@ class Sensitivity(Measured):
         def measure(l: int, form: Form, x: Tensor | None, output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return None
-            added, value = _increment(form, x if wrapped else None, output).detach(), form.leaving(output)
+            value = form.leaving(output)
             assert value is not None
+            # what is changed in place later is copied
+            added = _increment(form, x, output).detach() if wrapped else value.detach().clone()
             frozen = not value.requires_grad  # nothing before it trains, nor does it itself
             value = value.detach().requires_grad_() if frozen else value
 
