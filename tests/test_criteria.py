@@ -17,7 +17,7 @@ from taulearn import Criterion, prune, wrap
 from taulearn.adaptivity.criteria import on_data
 from taulearn.adaptivity.estimate import MEASURED
 from taulearn.adaptivity.loss_without import LossWithout
-from taulearn.nn import fractional_dnn, resnet
+from taulearn.nn import Residual, fractional_dnn, resnet
 from taulearn.nn.time_steps import time_steps_of
 from wrapping.hosts import BY_NAME, Host, every_host, tensor
 
@@ -287,3 +287,34 @@ def test_regression() -> None:
     data = (x.float(), x.float()[:, :1])
     for name in ("sensitivity", "loss"):
         assert len(prune(copy.deepcopy(model), budget=3, criterion=name, data=data, loss=mse_loss).deleted) == 1
+
+
+def test_a_scheme_that_changes_the_output_of_a_layer_in_place() -> None:
+    class InPlace(Residual):
+        def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Any, coefficients: Any) -> Any:
+            increment, past = f(y).mul_(coefficients[l]), skips(y, l, l + 1)
+            return (increment if past is None else increment.add_(past)), carry
+
+    model, twin = network(INIT, activation="gelu"), network(INIT, activation="gelu")
+    twin.scheme = InPlace()
+    found = [scores("sensitivity", each, batches(), cross_entropy) for each in (model, twin)]
+    torch.testing.assert_close(*found)
+
+
+def test_a_host_that_changes_the_output_of_a_block_in_place() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+                x *= 2.0
+            return x
+
+    torch.manual_seed(0)
+    model = wrap(Shifted().double(), "blocks.*", init=[0.5, 0.7, 0.9])
+    data, of = batches(1), TestSensitivity()
+    found = scores("sensitivity", model, data, cross_entropy)
+    np.testing.assert_allclose(found, of.by_autograd(model, data, cross_entropy), rtol=1e-6)

@@ -176,7 +176,7 @@ class Sensitivity(Measured):
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **options)
-        self._outputs: list[Tensor] = []
+        self._outputs: list[Any] = []
 
     def look(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> None:
         """Measure on a batch, by a backward pass that leaves no gradient."""
@@ -191,8 +191,10 @@ class Sensitivity(Measured):
         def measure(l: int, form: Form, x: Tensor | None, output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return None
-            added, value = _increment(form, x if wrapped else None, output).detach(), form.leaving(output)
+            value = form.leaving(output)
             assert value is not None
+            # what is changed in place later is copied
+            added = _increment(form, x, output).detach() if wrapped else value.detach().clone()
             frozen = not value.requires_grad  # nothing before it trains, nor does it itself
             value = value.detach().requires_grad_() if frozen else value
 
@@ -203,7 +205,9 @@ class Sensitivity(Measured):
                 found[l] = found[l] + now if l in found else now
 
             value.register_hook(take)
-            self._outputs.append(value)
+            self._outputs.append(
+                torch.autograd.graph.get_gradient_edge(value)
+            )  # as it is before it is changed in place
             return form.replaced(output, value) if frozen else None
 
         return self._on_outputs(measure)
