@@ -18,7 +18,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,6 +109,13 @@ class UnfitTargets(ValueError):
     """Targets are not what the loss is about to take them for."""
 
 
+class _Padding(NamedTuple):
+    """What stands around the targets of each sample: models of transformers shift labels so."""
+
+    sizes: tuple[int, ...]
+    value: float
+
+
 @dataclass(frozen=True)
 class Counting:
     """How a loss counts."""
@@ -120,12 +127,12 @@ class Counting:
     weight: Tensor | None = None
     scores: Tensor | None = None  # what was compared with the class numbers when it was seen, (batch, classes, ...)
     known: bool = False  # whether the loss is one of torch's
-    picked: tuple[Any, ...] = ()  # indices, one after the other, of the targets that it compares
+    picked: tuple[Any, ...] = ()  # indices and paddings, one after the other, of the targets that it compares
 
     def pick(self, targets: Tensor) -> Tensor:
         """Those of the targets that the loss compares."""
-        for index in self.picked:
-            targets = targets[index]
+        for step in self.picked:
+            targets = F.pad(targets, step.sizes, value=step.value) if isinstance(step, _Padding) else targets[step]
         return targets
 
     def alike(self, other: "Counting") -> bool:
@@ -258,10 +265,10 @@ class _Watch(TorchFunctionMode):
         if counting is not None:
             self.calls.append((result, counting))
         elif args and (of_targets := self._picked(args[0])) is not None:
-            self._follow(func, args, of_targets, result)
+            self._follow(func, args, kwargs, of_targets, result)
         return result
 
-    def _follow(self, func: Any, args: Any, of_targets: tuple[tuple[Any, ...], bool], result: Any) -> None:
+    def _follow(self, func: Any, args: Any, kwargs: Any, of_targets: tuple[tuple[Any, ...], bool], result: Any) -> None:
         """Know the targets again in what a function makes of them."""
         name, (picked, whole) = getattr(func, "__name__", ""), of_targets
         if name in _SAME_SHAPE:
@@ -270,6 +277,10 @@ class _Watch(TorchFunctionMode):
             self.same.append((result, picked, False))
         elif name == "__getitem__" and whole and _leaves_samples(args[1], args[0].ndim):
             self.same.append((result, (*picked, args[1]), True))
+        elif func is F.pad and whole and kwargs.get("mode", "constant") == "constant":
+            sizes = tuple(args[1] if len(args) > 1 else kwargs["pad"])
+            if len(sizes) < 2 * args[0].ndim:  # of each sample
+                self.same.append((result, (*picked, _Padding(sizes, kwargs.get("value") or 0)), True))
 
     def _combined(self, func: Any, args: Any, kwargs: Any) -> Counting | None:
         """How a multiple of a loss, or a sum of several, counts; None: nothing is known of it."""

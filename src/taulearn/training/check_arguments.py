@@ -56,18 +56,14 @@ def check_pruning(pruning: Pruning | None, penalties: Iterable[Penalty]) -> None
         raise ValueError("penalties must not contain L1 where pruning has a target: the controller finds its weight")
 
 
-def check_callbacks(callbacks: Sequence[Callable[..., Any]], metrics: object) -> None:
-    """Refuse callbacks and metrics that cannot be called."""
+def check_callbacks(callbacks: Sequence[Callable[..., Any]]) -> None:
+    """Refuse callbacks that cannot be called."""
     if not isinstance(callbacks, Iterable) or isinstance(callbacks, str):
         given = "one function" if callable(callbacks) else repr(callbacks)
         raise TypeError(f"callbacks must be a sequence of functions, got {given}: write callbacks=[...]")
     for callback in callbacks:
         if not callable(callback):
             raise TypeError(f"callbacks must be functions of an EpochEnd, got {callback!r}")
-    if isinstance(metrics, Mapping):
-        for name, metric in metrics.items():
-            if not callable(metric):
-                raise TypeError(f"metrics must map names to functions of (output, target), got {metric!r} for {name!r}")
 
 
 def check_parts(

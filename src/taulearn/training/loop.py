@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ class Settings:
 
     epochs: int
     validation: Any
-    metrics: str | Mapping[str, Metric]
+    metrics: str | Sequence[str] | Mapping[str, Metric]
     callbacks: tuple[Callable[[EpochEnd], None], ...]
     compile: str
     checkpoint_every: int
