@@ -21,9 +21,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
+
+from ._batches import leading, own_loss, with_labels
+from ._calls import call
 
 IGNORED = -100
 """The label that torch's cross entropy passes over unless it is told another."""
@@ -235,6 +238,21 @@ def watched(
     with seen, _Watch(output, targets, argument, where, whole) as watch:
         value = function(output, targets)
     return value, watch.counting_of(value)
+
+
+def watched_model(
+    model: nn.Module, batch: tuple[Any, Any], *, argument: str, where: str = "", whole: Tensor | None = None
+) -> tuple[Any, Tensor | None, Counting]:
+    """The output of a model that computes its loss itself, that loss or None, and how it counts."""
+    inputs, targets = batch
+    outputs: list[Any] = []
+
+    def run(_: Any, labels: Any) -> Tensor | None:
+        outputs.append(call(model, with_labels(inputs, None if targets is None else labels)))
+        return own_loss(outputs[0])
+
+    value, counting = watched(run, None, leading(batch), argument=argument, where=where, whole=whole)
+    return outputs[0], value, counting
 
 
 class _Watch(TorchFunctionMode):

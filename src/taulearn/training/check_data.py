@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .._batches import check_keys, leading, no_loss, own_loss, with_labels
+from .._batches import check_keys, leading, no_loss, with_labels
 from .._calls import call
-from .._counting import BY_SAMPLES, Counting, UnfitTargets, watched
+from .._counting import BY_SAMPLES, Counting, UnfitTargets, watched, watched_model
 from .._errors import first_line
 from .._undisturbed import undisturbed
 from ..nn.time_steps import time_steps_of
@@ -111,21 +111,6 @@ def _watch_size(samples: int, least: list[int]) -> Callable[[nn.Module, Any], No
             least.append(math.ceil(2 * samples * args[0].shape[1] / args[0].numel()))
 
     return hook
-
-
-def watched_model(
-    model: nn.Module, batch: Batch, *, argument: str, where: str = "", whole: Tensor | None = None
-) -> tuple[Any, Tensor | None, Counting]:
-    """The output of a model that computes its loss itself, that loss or None, and how it counts."""
-    inputs, targets = batch
-    outputs: list[Any] = []
-
-    def run(_: Any, labels: Any) -> Tensor | None:
-        outputs.append(call(model, with_labels(inputs, None if targets is None else labels)))
-        return own_loss(outputs[0])
-
-    value, counting = watched(run, None, leading(batch), argument=argument, where=where, whole=whole)
-    return outputs[0], value, counting
 
 
 def _own_loss(argument: str, model: nn.Module, sample: Batch) -> tuple[Any, Tensor, Counting]:

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from .._batches import leading, logits_of
 from .._calls import call
-from .._counting import BY_SAMPLES, IGNORED, Counting, Mean, accuracy as accuracy, counted, watched
+from .._counting import BY_SAMPLES, IGNORED, Counting, Mean, accuracy as accuracy, counted, watched, watched_model
 from .._errors import unknown_name
 from .._undisturbed import evaluation
 from ..nn.time_steps import time_steps_of
 from .batches import Batch, LoaderBatches, make_batches
-from .check_data import check_loss, watched_model
+from .check_data import check_loss
 from .objective import Loss, as_float, input_dtype
 
 Metric = Callable[[Any, Tensor], Tensor]
