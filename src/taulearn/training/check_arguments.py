@@ -22,6 +22,29 @@ _OVER_EPOCHS = "laid out over all epochs"
 """Among the terms of a run: what changes its course when the number of epochs does."""
 
 
+Metric = Callable[[Any, Any], Any]
+NAMED = ("accuracy", "perplexity")
+"""The metrics that have a name."""
+
+
+def check_metrics(metrics: str | Sequence[str] | Mapping[str, Metric]) -> None:
+    """Refuse names that are unknown, and functions that cannot be called."""
+    if isinstance(metrics, Mapping):
+        for name, metric in metrics.items():
+            if not callable(metric):
+                raise TypeError(f"metrics must map names to functions of (output, target), got {metric!r} for {name!r}")
+    elif isinstance(metrics, str):
+        if metrics != "auto":
+            raise ValueError(
+                f"metrics must be 'auto', a list of {' and '.join(map(repr, NAMED))}, or a mapping of names to "
+                f"functions, got {metrics!r}"
+            )
+    else:
+        for name in metrics:
+            if name not in NAMED:
+                raise unknown_name("metrics", name, NAMED)
+
+
 def check_options(
     counts: Mapping[str, int], names: Mapping[str, tuple[str, Sequence[str]]], clip_norm: float | None, seed: int
 ) -> None:

@@ -21,8 +21,10 @@ from ..optim.projections import check_projections
 from ..penalties import Penalty
 from .batches import TensorBatches, make_batches
 from .check_arguments import (
+    Metric,
     bare_scheduler,
     check_callbacks,
+    check_metrics,
     check_optimizer,
     check_options,
     check_parts,
@@ -35,7 +37,6 @@ from .events import EpochEnd
 from .history import History
 from .interruption import announced
 from .loop import Loop, Settings
-from .metrics import Metric, check_metrics
 from .objective import Loss, Objective, StepOptions, as_float, as_penalties, input_dtype
 from .parts import Parts
 from .session import active_penalties

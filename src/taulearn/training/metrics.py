@@ -1,6 +1,6 @@
 """Figures of a model on data: the loss and any mean of a function of output and target."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,40 +9,16 @@ from torch import Tensor, nn
 from .._batches import leading, logits_of
 from .._calls import call
 from .._counting import BY_SAMPLES, IGNORED, Counting, Mean, accuracy as accuracy, counted, watched, watched_model
-from .._errors import unknown_name
 from .._undisturbed import evaluation
 from ..nn.time_steps import time_steps_of
 from .batches import Batch, LoaderBatches, make_batches
+from .check_arguments import Metric, check_metrics
 from .check_data import check_loss
 from .objective import Loss, as_float, input_dtype
 
-Metric = Callable[[Any, Tensor], Tensor]
-NAMED = ("accuracy", "perplexity")
-"""The metrics that have a name."""
 
-
-def check_metrics(metrics: str | Sequence[str] | Mapping[str, Metric]) -> None:
-    """Refuse names that are unknown, and functions that cannot be called."""
-    if isinstance(metrics, Mapping):
-        for name, metric in metrics.items():
-            if not callable(metric):
-                raise TypeError(f"metrics must map names to functions of (output, target), got {metric!r} for {name!r}")
-    elif isinstance(metrics, str):
-        if metrics != "auto":
-            raise ValueError(
-                f"metrics must be 'auto', a list of {' and '.join(map(repr, NAMED))}, or a mapping of names to "
-                f"functions, got {metrics!r}"
-            )
-    else:
-        for name in metrics:
-            if name not in NAMED:
-                raise unknown_name("metrics", name, NAMED)
-
-
-def choose_metrics(metrics: str | Mapping[str, Metric], target: Tensor, output: object = None) -> dict[str, Metric]:
-    """The metrics meant by "auto": accuracy for class numbers, none for anything else."""
-    if isinstance(metrics, Mapping):
-        return dict(metrics)
+def accuracy_of_classes(target: Tensor, output: object = None) -> dict[str, Metric]:
+    """The metric "accuracy" where targets are class numbers, and outputs, where they are given, scores of classes."""
     scores = output is None or (isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1)
     integers = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
     return {"accuracy": accuracy} if scores and integers and target.ndim == 1 else {}
@@ -128,7 +104,7 @@ def _evaluated(model: nn.Module, loss: Loss | None, batch: Batch, argument: str)
 def _auto(counting: Counting, output: Any, targets: Tensor) -> dict[str, Metric]:
     """Accuracy of what the loss compares with class numbers; where the loss is not known, of the outputs."""
     if not counting.known and counting.classes is None:
-        return choose_metrics("auto", targets, output)
+        return accuracy_of_classes(targets, output)
     scores = counting.scores
     if scores is None or scores.ndim != 2 or scores.shape[1] < 2 or not targets.numel() == len(targets) == len(scores):
         return {}
