@@ -6,10 +6,10 @@ with labels returns the loss itself.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ._calls import call
 
@@ -79,12 +79,35 @@ def check_keys(model: nn.Module, batch: Any, argument: str = "data") -> None:
         return
     taken = inspect.signature(model.forward).parameters.values()
     names = {each.name for each in taken if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)}
-    unknown = sorted(str(key) for key in batch if key not in names and key != LABELS)
-    if unknown and not any(each.kind is each.VAR_KEYWORD for each in taken):
+    for rest in (each.annotation for each in taken if each.kind is each.VAR_KEYWORD):
+        named = [getattr(each, "__annotations__", None) for each in get_args(rest)]  # Unpack[of a TypedDict]
+        if not named or named[0] is None:
+            return  # it takes any
+        names |= named[0].keys()
+    if unknown := sorted(str(key) for key in batch if key not in names and key != LABELS):
         raise TypeError(
             f"{argument} must have keys that {type(model).__name__} takes, got {', '.join(map(repr, unknown))}: leave "
             f"them out; it takes {', '.join(sorted(names))}"
         )
+
+
+def with_labels(inputs: Any, targets: Any) -> Any:
+    """The keywords of a model that computes its loss itself; inputs that are no dictionary stay as they are."""
+    return {**inputs, LABELS: targets} if isinstance(inputs, Mapping) and targets is not None else inputs
+
+
+def own_loss(outputs: Any) -> Tensor | None:
+    """The loss that a model returned, or None."""
+    found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def no_loss(argument: str) -> ValueError:
+    """The error where neither the caller nor the model has a loss."""
+    return ValueError(
+        f"loss must be given with this {argument}, got None, and the model returns no loss of its own: give a function "
+        "(outputs, targets) -> scalar, or batches that are dictionaries with 'labels'"
+    )
 
 
 def loss_on(
@@ -95,19 +118,30 @@ def loss_on(
     Raises:
         ValueError: If there is no loss: none is given, and the model returns none for the batch.
     """
-    if loss is not None:
-        inputs, targets = inputs_and_targets(batch, argument)
-        outputs = call(model, inputs)
-        return loss(outputs, targets), outputs
-    if isinstance(batch, Mapping):
-        outputs = model(**batch)
-        own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-        if isinstance(own, Tensor):
-            return own, outputs
-    raise ValueError(
-        f"loss must be given with this {argument}, got None, and the model returns no loss of its own: give a function "
-        "(outputs, targets) -> scalar, or batches that are dictionaries with 'labels'"
-    )
+    inputs, targets = inputs_and_targets(batch, argument)
+    outputs = call(model, with_labels(inputs, targets) if loss is None else inputs)
+    value = own_loss(outputs) if loss is None else loss(outputs, targets)
+    if value is None:
+        raise no_loss(argument)
+    return value, outputs
+
+
+def leading(batch: Any) -> Tensor:
+    """A tensor with one row a sample: the targets of (inputs, targets), or the first of the inputs' tensors."""
+    inputs, targets = batch
+    return next(each for each in (targets, *tree_leaves(inputs)) if isinstance(each, Tensor) and each.ndim)
+
+
+def split(batch: Any, number: int) -> list[Any]:
+    """A batch (inputs, targets) in parts along the samples; what has no row for each sample goes into all of them."""
+    size = len(leading(batch))
+
+    def parts(each: Any) -> list[Any]:
+        rows = isinstance(each, Tensor) and each.ndim > 0 and len(each) == size
+        return list(each.tensor_split(number)) if rows else [each] * number
+
+    leaves, structure = tree_flatten(batch)
+    return [tree_unflatten(part, structure) for part in zip(*map(parts, leaves), strict=True)]
 
 
 def logits_of(outputs: Any, argument: str = "outputs") -> Tensor:

@@ -18,12 +18,15 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
+
+from ._batches import leading, own_loss, with_labels
+from ._calls import call
 
 IGNORED = -100
 """The label that torch's cross entropy passes over unless it is told another."""
@@ -109,6 +112,13 @@ class UnfitTargets(ValueError):
     """Targets are not what the loss is about to take them for."""
 
 
+class _Padding(NamedTuple):
+    """What stands around the targets of each sample: models of transformers shift labels so."""
+
+    sizes: tuple[int, ...]
+    value: float
+
+
 @dataclass(frozen=True)
 class Counting:
     """How a loss counts."""
@@ -120,12 +130,12 @@ class Counting:
     weight: Tensor | None = None
     scores: Tensor | None = None  # what was compared with the class numbers when it was seen, (batch, classes, ...)
     known: bool = False  # whether the loss is one of torch's
-    picked: tuple[Any, ...] = ()  # indices, one after the other, of the targets that it compares
+    picked: tuple[Any, ...] = ()  # indices and paddings, one after the other, of the targets that it compares
 
     def pick(self, targets: Tensor) -> Tensor:
         """Those of the targets that the loss compares."""
-        for index in self.picked:
-            targets = targets[index]
+        for step in self.picked:
+            targets = F.pad(targets, step.sizes, value=step.value) if isinstance(step, _Padding) else targets[step]
         return targets
 
     def alike(self, other: "Counting") -> bool:
@@ -230,6 +240,21 @@ def watched(
     return value, watch.counting_of(value)
 
 
+def watched_model(
+    model: nn.Module, batch: tuple[Any, Any], *, argument: str, where: str = "", whole: Tensor | None = None
+) -> tuple[Any, Tensor | None, Counting]:
+    """The output of a model that computes its loss itself, that loss or None, and how it counts."""
+    inputs, targets = batch
+    outputs: list[Any] = []
+
+    def run(_: Any, labels: Any) -> Tensor | None:
+        outputs.append(call(model, with_labels(inputs, None if targets is None else labels)))
+        return own_loss(outputs[0])
+
+    value, counting = watched(run, None, leading(batch), argument=argument, where=where, whole=whole)
+    return outputs[0], value, counting
+
+
 class _Watch(TorchFunctionMode):
     """Sees the calls of torch's functions on outputs and targets."""
 
@@ -258,10 +283,10 @@ class _Watch(TorchFunctionMode):
         if counting is not None:
             self.calls.append((result, counting))
         elif args and (of_targets := self._picked(args[0])) is not None:
-            self._follow(func, args, of_targets, result)
+            self._follow(func, args, kwargs, of_targets, result)
         return result
 
-    def _follow(self, func: Any, args: Any, of_targets: tuple[tuple[Any, ...], bool], result: Any) -> None:
+    def _follow(self, func: Any, args: Any, kwargs: Any, of_targets: tuple[tuple[Any, ...], bool], result: Any) -> None:
         """Know the targets again in what a function makes of them."""
         name, (picked, whole) = getattr(func, "__name__", ""), of_targets
         if name in _SAME_SHAPE:
@@ -270,6 +295,10 @@ class _Watch(TorchFunctionMode):
             self.same.append((result, picked, False))
         elif name == "__getitem__" and whole and _leaves_samples(args[1], args[0].ndim):
             self.same.append((result, (*picked, args[1]), True))
+        elif func is F.pad and whole and kwargs.get("mode", "constant") == "constant":
+            sizes = tuple(args[1] if len(args) > 1 else kwargs["pad"])
+            if len(sizes) < 2 * args[0].ndim:  # of each sample
+                self.same.append((result, (*picked, _Padding(sizes, kwargs.get("value") or 0)), True))
 
     def _combined(self, func: Any, args: Any, kwargs: Any) -> Counting | None:
         """How a multiple of a loss, or a sum of several, counts; None: nothing is known of it."""

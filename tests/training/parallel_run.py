@@ -7,6 +7,7 @@ look at: RANK.safetensors with the record and all tensors, or RANK.error with th
 import os
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils.data import (
 import taulearn
 from taulearn import Pruning
 from taulearn.files import write_tensors
-from taulearn.penalties import L1, StageCost
+from taulearn.penalties import L1, Distillation, StageCost
 from taulearn.training.history import Recorder
 from training import parallel_faults, parallel_wrappers
 from training.parallel_base import RANK, leave, model_and_optimizer, train
@@ -114,6 +115,52 @@ def batch_sampler(folder: Path) -> None:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     parts = BatchSampler(DistributedSampler(data, size, RANK, shuffle=True, seed=1), 60 // size, drop_last=False)
     leave(folder, model, run_fit(model, DataLoader(data, batch_sampler=parts), optimizer), optimizer)
+
+
+class Speaker(nn.Module):
+    """A model of its own loss, that of the next token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.network = nn.Embedding(9, 8), taulearn.nn.resnet(8, 6, 9, 4)
+        self.double()
+        self.time_steps = self.network.time_steps
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.words(input_ids) * attention_mask[..., None]
+        logits = self.network(x.flatten(0, 1)).view(*input_ids.shape, 9)
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+class Teaching(nn.Module):
+    """A teacher of that model, which wants no labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding.from_pretrained(torch.linspace(-1, 1, 81, dtype=torch.float64).view(9, 9).sin())
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        answer: Tensor = self.words(input_ids)
+        return answer
+
+
+def text(folder: Path) -> None:
+    """Dictionaries of sentences of different lengths, the longest of which comes first; the last has one sentence."""
+    items = [{"input_ids": torch.arange(12) * (i + 2) % 9, "length": max(3, 12 - i)} for i in range(25)]
+
+    def padded(some: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = torch.stack([each["input_ids"] for each in some])[:, : max(each["length"] for each in some)]
+        mask = torch.arange(ids.shape[1]) < torch.tensor([[each["length"]] for each in some])
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask, -100)}
+
+    model = Speaker()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    batches: Any = DataLoader(items, batch_size=8, collate_fn=padded)  # type: ignore[arg-type]
+    options = {"penalties": [L1(0.05), Distillation(Teaching(), 0.5, 2.0)], "accumulate": 2, "epochs": 2}
+    history = run_fit(model, batches, optimizer, loss=None, **options)
+    leave(folder, model, history, optimizer)
 
 
 def shuffled_batches(folder: Path) -> None:

@@ -74,8 +74,9 @@ DATA: list[tuple[Any, type[Exception], tuple[str, ...]]] = [
     (DataLoader(Endless()), TypeError, ("Endless", "length")),
     (NO_ITEMS, ValueError, ("empty",)),
     (DataLoader(TensorDataset(X, Z), batch_size=500, drop_last=True), ValueError, ("empty", "DataLoader")),
-    (KEYS, TypeError, ("dict", "'x', 'y'")),
-    (DataLoader(KEYS, batch_size=5), TypeError, ("dict", "'x', 'y'")),
+    ({"x": X}, TypeError, ("dict", "DataLoader")),
+    (KEYS, TypeError, ("'y'", "it takes x")),
+    (DataLoader(KEYS, batch_size=5), TypeError, ("'y'", "it takes x")),
     (DataLoader(TensorDataset(X, Z, Z)), TypeError, ("3", "Tensor")),
     (DataLoader(TensorDataset(X)), TypeError, ("1", "Tensor")),
     (

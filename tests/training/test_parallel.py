@@ -38,6 +38,7 @@ SAME = (
     "loader",
     "sampler",
     "batch_sampler",
+    "text",
     "target",
     "measured",
 )

@@ -73,7 +73,7 @@ LOSSES: dict[str, tuple[Any, type[Exception], str]] = {
     "a name": ("cross_entropy", TypeError, r"loss must be a function .* torch\.nn\.functional\.cross_entropy"),
     "a short name": ("mse", TypeError, r"got 'mse': pass for instance torch\.nn\.functional\.mse_loss"),
     "a class": (nn.CrossEntropyLoss, TypeError, r"got a class: pass CrossEntropyLoss\(\)"),
-    "nothing": (None, TypeError, "loss must be a function .* got None"),
+    "nothing": (None, ValueError, "loss must be given with this train, got None"),
     "a float": (lambda y, z: F.cross_entropy(y, z).item(), TypeError, "loss must return a scalar tensor, got float"),
     "detached": (lambda y, z: F.cross_entropy(y, z).detach(), ValueError, "loss must be differentiable"),
     "an integer": (lambda y, z: (y.argmax(1) != z).sum(), TypeError, "loss must return a floating point scalar"),

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._batches import batches_of, each_batch, inputs_and_targets, loss_on
+from .._batches import batches_of, each_batch, inputs_and_targets, no_loss
 from .._calls import call
-from .._counting import BY_SAMPLES, IGNORED, Counting, Mean, watched
+from .._counting import Mean, watched, watched_model
 from .._undisturbed import Before
 from ..nn.pruned_models import prunable_of
 from .estimate import Criterion
@@ -78,7 +78,9 @@ class LossWithout(Criterion):
                 "(inputs, targets), or dictionaries with 'labels'"
             )
         if self.loss is None:
-            value, counting = loss_on(model, batch)[0], _own_counting(targets)
+            _, value, counting = watched_model(model, (inputs, targets), argument="data", where="of a batch")
+            if value is None:
+                raise no_loss("data")
         else:
             value, counting = watched(self.loss, call(model, inputs), targets, argument="data", where="of a batch")
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -90,10 +92,3 @@ class LossWithout(Criterion):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.values, self.layers = state["losses"], state["layers"]
-
-
-def _own_counting(labels: Tensor) -> Counting:
-    """How a model's own loss counts: of class numbers those that are not -100, behind the first of a sequence."""
-    if labels.is_floating_point():
-        return BY_SAMPLES
-    return Counting("labels", ignored=IGNORED, picked=((..., slice(1, None)),) if labels.ndim > 1 else ())

@@ -6,12 +6,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 
+from .._batches import inputs_and_targets
 from .._counting import BY_SAMPLES
 from .._errors import positive_integer
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Any]
+"""Inputs, a tensor or several in tuples and dictionaries, and targets, a tensor; None where the inputs are all."""
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
@@ -78,6 +81,7 @@ class LoaderBatches:
     Attributes:
         counting: How the loss counts, where it is known: each batch's class numbers are checked before they leave the
             host.
+        keys: Of the first batch that was seen, where batches are dictionaries; None: no batch was one.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class LoaderBatches:
     ) -> None:
         self.loader, self.device, self.argument, self.own = loader, device, argument, own
         self.counting = BY_SAMPLES
+        self.keys: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -111,18 +116,45 @@ class LoaderBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch; a loader cannot start in the middle."""
         for batch in self.loader:
-            inputs, targets = _pair(batch, self.argument, "yield")
-            if targets.device.type == "cpu":
+            inputs, targets = self._taken(batch)
+            if targets is not None and targets.device.type == "cpu":
                 self.counting.check(self.argument, targets, "of a batch")
-            yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            yield _moved((inputs, targets), self.device)
+
+    def _taken(self, batch: Any) -> Batch:
+        """Inputs and targets of what the loader yields; dictionaries must have the same keys in all batches."""
+        if not isinstance(batch, Mapping):
+            return _pair(batch, self.argument, "yield", " or a dictionary of tensors")
+        keys = sorted(batch)
+        self.keys = keys if self.keys is None else self.keys
+        if keys != self.keys:
+            raise ValueError(
+                f"{self.argument} must yield dictionaries with the same keys, got {keys} after {self.keys}: let "
+                "collate_fn give all batches the same"
+            )
+        for name, value in batch.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{self.argument} must yield dictionaries of tensors, got {type(value).__name__} for {name!r}: "
+                    "leave it out of the data set, or let collate_fn make a tensor of it"
+                )
+        return inputs_and_targets(batch, self.argument)
 
     def sample(self) -> Batch:
         """A few samples, without touching the loader's generators."""
         dataset = cast(Any, self.loader.dataset)
         whole = self.loader.batch_sampler is None  # the dataset's items are batches
         items = dataset[0] if whole else [dataset[i] for i in range(min(2, len(dataset)))]
-        inputs, targets = _pair(self.loader.collate_fn(items), self.argument, "yield")
-        return inputs.to(self.device), targets.to(self.device)
+        with torch.random.fork_rng([]):  # of which collate_fn may draw
+            return _moved(self._taken(self.loader.collate_fn(items)), self.device)
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device."""
+    if all(isinstance(each, Tensor) for each in batch):  # a tree costs as much as a small step
+        return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+    moved: Batch = tree_map(lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t, batch)
+    return moved
 
 
 class _Joined(BatchSampler):
@@ -151,22 +183,22 @@ def _check_sizes(number: int, batch_size: int, least: int, argument: str = "trai
 
 
 def _pair(data: Any, argument: str, verb: str, otherwise: str = "") -> Batch:
-    """Two tensors with a batch dimension, or an error that says what there is instead."""
+    """Inputs and targets with a batch dimension, or an error that says what there is instead."""
     what = f"{argument} must {verb} a pair of tensors (inputs, targets){otherwise}"
     if not isinstance(data, tuple | list):
-        keys = f" with the keys {', '.join(map(repr, data))}" if isinstance(data, Mapping) else ""
-        remedy = ": let item i of the data set be (inputs, targets)" if keys else _conversion([data])
-        raise TypeError(f"{what}, got {type(data).__name__}{keys}{remedy}")
-    if len(data) != 2 or not all(isinstance(t, Tensor) for t in data):
+        remedy = ": let a DataLoader yield them" if isinstance(data, Mapping) else _conversion([data])
+        raise TypeError(f"{what}, got {type(data).__name__}{remedy}")
+    # of a loader, inputs may be several tensors
+    inputs = tree_leaves(data[0]) if verb == "yield" and len(data) == 2 else data[:1]
+    if len(data) != 2 or not inputs or not all(isinstance(t, Tensor) for t in (*inputs, data[1])):
         kinds = ", ".join(type(t).__name__ for t in data[:4]) + (", ..." if len(data) > 4 else "")
         raise TypeError(f"{what}, got {type(data).__name__} of {len(data)} ({kinds}){_conversion(data)}")
-    inputs, targets = data
-    for name, tensor in (("inputs", inputs), ("targets", targets)):
-        if tensor.ndim == 0:
+    for name, tensors in (("inputs", inputs), ("targets", data[1:])):
+        if any(tensor.ndim == 0 for tensor in tensors):
             raise ValueError(
                 f"{argument} must hold {name} with one row per sample, got a single number: use shape (n, ...)"
             )
-    return inputs, targets
+    return inputs_and_targets(data)
 
 
 def _conversion(values: Sequence[Any]) -> str:

@@ -22,6 +22,29 @@ _OVER_EPOCHS = "laid out over all epochs"
 """Among the terms of a run: what changes its course when the number of epochs does."""
 
 
+Metric = Callable[[Any, Any], Any]
+NAMED = ("accuracy", "perplexity")
+"""The metrics that have a name."""
+
+
+def check_metrics(metrics: str | Sequence[str] | Mapping[str, Metric]) -> None:
+    """Refuse names that are unknown, and functions that cannot be called."""
+    if isinstance(metrics, Mapping):
+        for name, metric in metrics.items():
+            if not callable(metric):
+                raise TypeError(f"metrics must map names to functions of (output, target), got {metric!r} for {name!r}")
+    elif isinstance(metrics, str):
+        if metrics != "auto":
+            raise ValueError(
+                f"metrics must be 'auto', a list of {' and '.join(map(repr, NAMED))}, or a mapping of names to "
+                f"functions, got {metrics!r}"
+            )
+    else:
+        for name in metrics:
+            if name not in NAMED:
+                raise unknown_name("metrics", name, NAMED)
+
+
 def check_options(
     counts: Mapping[str, int], names: Mapping[str, tuple[str, Sequence[str]]], clip_norm: float | None, seed: int
 ) -> None:
@@ -56,18 +79,14 @@ def check_pruning(pruning: Pruning | None, penalties: Iterable[Penalty]) -> None
         raise ValueError("penalties must not contain L1 where pruning has a target: the controller finds its weight")
 
 
-def check_callbacks(callbacks: Sequence[Callable[..., Any]], metrics: object) -> None:
-    """Refuse callbacks and metrics that cannot be called."""
+def check_callbacks(callbacks: Sequence[Callable[..., Any]]) -> None:
+    """Refuse callbacks that cannot be called."""
     if not isinstance(callbacks, Iterable) or isinstance(callbacks, str):
         given = "one function" if callable(callbacks) else repr(callbacks)
         raise TypeError(f"callbacks must be a sequence of functions, got {given}: write callbacks=[...]")
     for callback in callbacks:
         if not callable(callback):
             raise TypeError(f"callbacks must be functions of an EpochEnd, got {callback!r}")
-    if isinstance(metrics, Mapping):
-        for name, metric in metrics.items():
-            if not callable(metric):
-                raise TypeError(f"metrics must map names to functions of (output, target), got {metric!r} for {name!r}")
 
 
 def check_parts(

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .._counting import BY_SAMPLES, Counting, UnfitTargets, watched
+from .._batches import check_keys, leading, no_loss, with_labels
+from .._calls import call
+from .._counting import BY_SAMPLES, Counting, UnfitTargets, watched, watched_model
 from .._errors import first_line
 from .._undisturbed import undisturbed
+from ..nn.time_steps import time_steps_of
 from ..penalties import Penalty
 from .batches import Batch, LoaderBatches, TensorBatches, make_batches
 from .objective import Loss, as_float, autocast_of, input_dtype
@@ -22,8 +25,10 @@ _CHUNK = 1 << 20
 _SEARCH_SECONDS = 30.0
 
 
-def check_loss(loss: Loss) -> None:
+def check_loss(loss: Loss | None) -> None:
     """Refuse what cannot be called."""
+    if loss is None:  # the model has one
+        return
     if isinstance(loss, type) and issubclass(loss, nn.Module):
         raise TypeError(f"loss must be a function of (outputs, targets), got a class: pass {loss.__name__}()")
     if not callable(loss):
@@ -39,7 +44,7 @@ class Seen:
     """Properties of losses and network that a forward pass shows.
 
     Attributes:
-        countings: How each loss counts.
+        countings: How the loss counts, and those of the penalties.
         least: Fewest samples that the network takes in training: two where batch normalisation sees one value of each
             channel per sample.
     """
@@ -51,7 +56,7 @@ class Seen:
 def check_data(
     argument: str,
     model: nn.Module,
-    losses: Sequence[Loss | None],
+    loss: Loss | None,
     sample: Batch,
     batches: TensorBatches | LoaderBatches,
     *,
@@ -60,8 +65,9 @@ def check_data(
     penalties: Iterable[Penalty] = (),
 ) -> "Seen":
     """One forward pass on a few samples, so that data that do not fit are named before training starts."""
-    inputs, targets = sample
-    known = batches.targets if isinstance(batches, TensorBatches) else targets
+    inputs, targets = as_float(sample[0], input_dtype(model)), sample[1]
+    known = batches.targets if isinstance(batches, TensorBatches) else leading(sample)
+    check_keys(model, inputs, argument)
     if isinstance(batches, TensorBatches):
         fault = bad_tensor_sample(batches)
         if fault is not None:
@@ -70,22 +76,26 @@ def check_data(
     with undisturbed(model, sample):
         model.train()
         for norm in [each for each in model.modules() if isinstance(each, _BatchNorm) and each.training]:
-            norm.register_forward_pre_hook(_watch_size(len(inputs), least))
+            norm.register_forward_pre_hook(_watch_size(len(leading(sample)), least))
         model.eval()
         # with a gradient, like the steps: a loss may ask for one, or forget to have one
-        with torch.set_grad_enabled(differentiated), autocast_of(precision, inputs.device):
-            output = _output(argument, model, inputs)
-            found = [_loss_value(argument, each, output, targets, known) for each in losses if each is not None]
-            for penalty in penalties:
-                penalty.check(model, as_float(inputs, input_dtype(model)), targets, output)
+        with torch.set_grad_enabled(differentiated), autocast_of(precision, time_steps_of(model).values.device):
+            if loss is None:
+                output, value, counting = _own_loss(argument, model, sample)
+            else:
+                output = _output(argument, model, sample[0])
+                value, counting = _loss_value(argument, loss, output, targets, known)
+            chosen = [counting]
+            for each in penalties:
+                each.check(model, inputs, targets, output)
+                own = None if each.loss is None else _loss_value(argument, each.loss, output, targets, known)[1]
+                chosen.append(BY_SAMPLES if own is None else own)
         differentiable = differentiated and any(p.requires_grad for p in model.parameters())
-        if differentiable and not found[0][0].requires_grad:
+        if differentiable and not value.requires_grad:
             raise ValueError(
                 "loss must be differentiable, got a value that does not depend on the outputs: "
                 "compute it with torch, without .item(), .detach() and argmax"
             )
-    countings = iter([counting for _, counting in found])
-    chosen = [BY_SAMPLES if each is None else next(countings) for each in losses]
     if isinstance(batches, LoaderBatches):
         batches.counting = chosen[0]
     elif (reason := nothing_counts(batches.targets, chosen[0])) is not None:
@@ -103,12 +113,31 @@ def _watch_size(samples: int, least: list[int]) -> Callable[[nn.Module, Any], No
     return hook
 
 
-def _output(argument: str, model: nn.Module, inputs: Tensor) -> Any:
+def _own_loss(argument: str, model: nn.Module, sample: Batch) -> tuple[Any, Tensor, Counting]:
+    """The model's output and its loss of a few samples, and how that counts."""
+    if not isinstance(sample[0], Mapping):
+        raise no_loss(argument)
+    try:
+        output, value, counting = watched_model(model, sample, argument=argument, whole=leading(sample))
+    except UnfitTargets:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        shapes = {name: tuple(each.shape) for name, each in with_labels(*sample).items()}
+        raise ValueError(
+            f"{argument} must hold batches that {type(model).__name__} takes, got tensors of the shapes {shapes} "
+            f"({first_line(error)})"
+        ) from error
+    if value is None:
+        raise no_loss(argument)
+    return output, value, replace(counting, scores=None)
+
+
+def _output(argument: str, model: nn.Module, inputs: Any) -> Any:
     """The network's output; where it fails for the inputs' type, an error that names the right one."""
     try:
-        return model(as_float(inputs, input_dtype(model)))
+        return call(model, as_float(inputs, input_dtype(model)))
     except (RuntimeError, TypeError, ValueError) as error:
-        floating = inputs.is_floating_point()
+        floating = isinstance(inputs, Tensor) and inputs.is_floating_point()
         for dtype in dict.fromkeys(p.dtype for p in model.parameters() if floating and p.is_floating_point()):
             if dtype == inputs.dtype:
                 continue
@@ -201,7 +230,10 @@ def bad_sample(batches: TensorBatches | LoaderBatches) -> str | None:
     for at in range(len(dataset)):
         if time.monotonic() - began > _SEARCH_SECONDS:
             return None
-        for name, value in zip(("inputs", "targets"), dataset[at], strict=False):
+        item = dataset[at]
+        for name, value in (
+            item.items() if isinstance(item, Mapping) else zip(("inputs", "targets"), item, strict=False)
+        ):
             try:
                 tensor = torch.as_tensor(value)
             except (TypeError, ValueError, RuntimeError):

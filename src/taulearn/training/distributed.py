@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
+from .._batches import leading, split
 from .._errors import first_line
 from ..adaptivity.coarsen import PruneReport
 from ..adaptivity.controller import Pruner
-from .batches import LoaderBatches, TensorBatches
+from .batches import Batch, LoaderBatches, TensorBatches
 from .objective import Objective
 
 TIMEOUT = timedelta(seconds=50)
@@ -125,17 +126,16 @@ class Ranks:
         """Give all processes the buffers of rank 0, such as the running statistics of batch normalisation."""
         self._copy_first(t for model in models for t in model.buffers())
 
-    def share(self, tensors: tuple[Tensor, ...], *, whole: bool = True) -> tuple[tuple[Tensor, ...], int]:
+    def share(self, batch: Batch, *, whole: bool = True) -> tuple[Batch, int]:
         """This process's part of a batch, unless it is no whole one, and the number of its samples that count.
 
         Where there are fewer samples than processes, some get one that does not count.
         """
+        samples = len(leading(batch))
         if self.size == 1 or not whole:
-            return tensors, len(tensors[0])
-        part = tuple(each.tensor_split(self.size)[self.rank] for each in tensors)
-        if len(part[0]) == 0:
-            return tuple(each[:1] for each in tensors), 0
-        return part, len(part[0])
+            return batch, samples
+        number = len(leading(part := split(batch, self.size)[self.rank]))
+        return (part, number) if number else (split(batch, samples)[0], 0)
 
     @torch.no_grad()
     def add_(self, objective: Objective, total: Tensor, record: Tensor) -> tuple[Tensor, Tensor]:

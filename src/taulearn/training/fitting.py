@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from .._batches import leading, split
 from .._distributed import refuse_distributed
 from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import bare
@@ -20,8 +21,10 @@ from ..optim.projections import check_projections
 from ..penalties import Penalty
 from .batches import TensorBatches, make_batches
 from .check_arguments import (
+    Metric,
     bare_scheduler,
     check_callbacks,
+    check_metrics,
     check_optimizer,
     check_options,
     check_parts,
@@ -34,8 +37,7 @@ from .events import EpochEnd
 from .history import History
 from .interruption import announced
 from .loop import Loop, Settings
-from .metrics import Metric, choose_metrics
-from .objective import Loss, Objective, StepOptions, as_float, as_penalties, input_dtype, losses_of
+from .objective import Loss, Objective, StepOptions, as_float, as_penalties, input_dtype
 from .parts import Parts
 from .session import active_penalties
 
@@ -47,7 +49,7 @@ def fit(
     model: nn.Module,
     train: Any,
     *,
-    loss: Loss,
+    loss: Loss | None = None,
     optimizer: torch.optim.Optimizer,
     epochs: int,
     batch_size: int = 100,
@@ -57,7 +59,7 @@ def fit(
     run: "Run | str | os.PathLike[str] | None" = None,
     resume: bool = False,
     callbacks: Sequence[Callable[[EpochEnd], None]] = (),
-    metrics: str | Mapping[str, Metric] = "auto",
+    metrics: str | Sequence[str] | Mapping[str, Metric] = "auto",
     device: torch.device | str | None = None,
     compile: str = "auto",  # noqa: A002  it is what torch calls it
     scheduler: LRScheduler | None = None,
@@ -79,8 +81,10 @@ def fit(
     Args:
         model: A network with time steps; trained in place.
         train: A pair of tensors (inputs, targets), a torch Dataset, or a DataLoader. uint8 inputs are images, scaled to
-            [0, 1] in the step.
-        loss: Maps (output, target) to a scalar. Torch's own losses (functions, modules, functools.partial of them, or
+            [0, 1] in the step. Batches of a DataLoader are pairs, whose inputs may be several tensors, or dictionaries
+            of the model's keywords with "labels" as targets, padded as each batch needs.
+        loss: Maps (output, target) to a scalar. None: the loss that the model itself returns when it is called with
+            labels, as models of transformers do. Torch's own losses (functions, modules, functools.partial of them, or
             a function that returns the answer of one, a multiple of a mean, or a sum of several that count alike) are
             weighted by what they count where a batch is taken in parts (``accumulate``, several processes, validation):
             labels that are not ignored, class weights, elements; sums are added up. Any other is taken for a mean over
@@ -99,7 +103,8 @@ def fit(
             (``epochs`` may have grown), and what is seen to differ is refused. The optimiser's options, learning rates
             among them, are those of the checkpoint.
         callbacks: Called with an :class:`EpochEnd` after each epoch; may raise :class:`StopTraining`.
-        metrics: "auto" (accuracy for class numbers), or names with functions (output, target) -> mean.
+        metrics: "auto" (accuracy for class numbers; perplexity, exp of the mean loss of a token, for language models),
+            "accuracy" and "perplexity" in a list, or names with functions (output, target) -> mean.
         device: Where to train. None: where the model is.
         compile: "auto" (compiled where the run is long enough to pay for it), "always" or "never".
         scheduler: A learning rate scheduler of ``optimizer``; OneCycleLR, CyclicLR and combinations that contain one
@@ -155,15 +160,14 @@ def fit(
             clip_norm,
             seed,
         )
-        check_callbacks(callbacks, metrics)
+        check_callbacks(callbacks)
         check_optimizer(optimizer, model, clip_norm)
         check_pruning(pruning, penalties)
         batches = make_batches(train, batch_size, seed, where)
         check_shares(ranks, batches, batch_size, resumed=resume)
         sample = batches.sample()
-        losses = losses_of(loss, penalties)
         seen = check_data(
-            "train", model, losses, sample, batches, differentiated=True, precision=precision, penalties=penalties
+            "train", model, loss, sample, batches, differentiated=True, precision=precision, penalties=penalties
         )
         if seen.least > 1:
             batches.join_last(seen.least * (ranks.size if has_whole_batches(batches) else 1))
@@ -173,16 +177,16 @@ def fit(
         check_projections(optimizer, model, penalties)
         if validation is not None:
             held_out = make_batches(validation, batch_size, seed, where, argument="validation")
-            check_data("validation", model, [loss], sample := held_out.sample(), held_out, differentiated=False)
+            check_data("validation", model, loss, held_out.sample(), held_out, differentiated=False)
             if isinstance(held_out, TensorBatches):
                 validation = held_out.inputs, held_out.targets
-        choose_metrics(metrics, sample[1])
+        check_metrics(metrics)
         if tensorboard and ranks.first:
             from .tensorboard import TensorBoard
 
             callbacks = (*callbacks, TensorBoard(run))
         if pruner is not None and not (resume and _has_checkpoints(run)):
-            begin_pruning(ranks, pruner, as_float(batches.sample()[0][:1], input_dtype(model)))
+            begin_pruning(ranks, pruner, as_float(split(sample, len(leading(sample)))[0][0], input_dtype(model)))
         settings = Settings(
             epochs=epochs,
             validation=validation,

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,13 @@ from ..adaptivity.controller import Pruner
 from ..nn.time_steps import time_steps_of
 from ..optim.projections import suspended_projections
 from .batches import LoaderBatches, TensorBatches
-from .check_arguments import steps_each_iteration
+from .check_arguments import Metric, steps_each_iteration
 from .check_data import check_validation
 from .distributed import CHANGED, Ranks, prune_alike
 from .events import Diverged, EpochEnd, Interrupted, StopTraining
 from .fast.compiler import worth_compiling
 from .history import FLUSH_EVERY, History
 from .interruption import deferred
-from .metrics import Metric, evaluate
 from .objective import Objective, StepOptions
 from .parts import Parts, Position, Start
 from .progress import Progress, epoch_line, layers_left
@@ -39,7 +38,7 @@ class Settings:
 
     epochs: int
     validation: Any
-    metrics: str | Mapping[str, Metric]
+    metrics: str | Sequence[str] | Mapping[str, Metric]
     callbacks: tuple[Callable[[EpochEnd], None], ...]
     compile: str
     checkpoint_every: int
@@ -268,6 +267,8 @@ class Loop:
         return row
 
     def _evaluate(self) -> dict[str, float]:
+        from .metrics import evaluate
+
         figures = evaluate(
             self.model, self.settings.validation, loss=self.objective.loss, metrics=self.settings.metrics
         )

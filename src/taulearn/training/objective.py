@@ -9,18 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .._batches import leading, no_loss, own_loss, with_labels
+from .._calls import call
 from .._counting import BY_SAMPLES, Counting
 from ..nn.network import TimeVariableNetwork
 from ..nn.time_steps import time_steps_of
 from ..penalties import Penalty
 from .history import Row
 
-Loss = Callable[[Any, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 
 
-def as_float(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+def as_float(inputs: Any, dtype: torch.dtype) -> Any:
     """Images kept as uint8 become numbers in [0, 1]; all else passes unchanged."""
-    return inputs.to(dtype) / 255 if inputs.dtype == torch.uint8 else inputs
+    return inputs.to(dtype) / 255 if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8 else inputs
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
@@ -50,18 +52,16 @@ def as_penalties(penalties: Penalty | Iterable[Penalty]) -> tuple[Penalty, ...]:
     return found
 
 
-def losses_of(loss: Loss, penalties: Iterable[Penalty]) -> list[Loss | None]:
-    """The loss, and for each penalty the loss that it takes means of; None where it takes none."""
-    return [loss, *(each.loss for each in penalties)]
-
-
 class Objective(nn.Module):
-    """J = loss(model(inputs), targets) + sum of the differentiated penalties; every kind of step differentiates it."""
+    """J = loss(model(inputs), targets) + sum of the differentiated penalties; every kind of step differentiates it.
+
+    Without a loss it is the one that the model returns when it gets the targets as labels.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        loss: Loss,
+        loss: Loss | None,
         penalties: Penalty | Iterable[Penalty],
         countings: Sequence[Counting] | None = None,
     ) -> None:
@@ -87,15 +87,16 @@ class Objective(nn.Module):
         return next(filter(None, [states, *(p.only_eager for p in self.penalties)]), "")
 
     def weights(
-        self, parts: Sequence[tuple[Any, Tensor]], add: Callable[[Tensor], Tensor], *, counts: bool = True
+        self, parts: Sequence[tuple[Any, Any]], add: Callable[[Tensor], Tensor], *, counts: bool = True
     ) -> list[Tensor]:
         """For each part of a batch the weights of means over samples, of the loss, and of each penalty."""
         kinds = [BY_SAMPLES, *self.countings]
         device = time_steps_of(self.model).values.device
 
-        def of(inputs: Any, targets: Tensor) -> Tensor:
+        def of(inputs: Any, targets: Any) -> Tensor:
+            rows = leading((inputs, targets))
             own = [None, None, *(each.counts(self.model, inputs, targets) for each in self.penalties)]
-            found = [k.of(targets, device) if o is None else o.double() for k, o in zip(kinds, own, strict=True)]
+            found = [k.of(rows, device) if o is None else o.double() for k, o in zip(kinds, own, strict=True)]
             return torch.stack(found)
 
         counted = torch.stack([of(*part) for part in parts])
@@ -105,11 +106,11 @@ class Objective(nn.Module):
         for i, kind in enumerate(kinds):
             weights = counted[:, i] if kind.summed else counted[:, i] / whole[i]
             # a mean over something else than labels is 0/0, too, where no label of a part counts
-            empty = [] if kind.by == "labels" else [e for _, z in parts if (e := kind.empty(z)) is not None]
+            empty = [] if kind.by == "labels" else [e for part in parts if (e := kind.empty(leading(part))) is not None]
             columns.append(weights.masked_fill(torch.stack(empty).to(device), 0) if empty else weights)
         return list(torch.stack(columns, 1))
 
-    def forward(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Any, targets: Any, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """J on one batch, or what a part of a batch adds to it with its :meth:`weights`; and the row of the record."""
         steps = time_steps_of(self.model)
         inputs = as_float(inputs, self.dtype)
@@ -121,14 +122,18 @@ class Objective(nn.Module):
             dtype = torch.promote_types(value.dtype, torch.float32)
             return weights[i].to(dtype) * value.to(dtype)
 
-        def labels(i: int) -> Tensor:
-            return targets if weights is None else self.countings[i].filled(targets)
+        def labels(i: int) -> Any:
+            return targets if weights is None or targets is None else self.countings[i].filled(targets)
 
+        given = inputs if self.loss is not None else with_labels(inputs, labels(0))
         if self.forward_with_states is not None:
-            output, states = self.forward_with_states(self.model, inputs)
+            output, states = self.forward_with_states(self.model, given)
         else:
-            output = self.model(inputs)
-        total = weighted(self.loss(output, labels(0)), 1)
+            output = call(self.model, given)
+        value = own_loss(output) if self.loss is None else self.loss(output, labels(0))
+        if value is None:
+            raise no_loss("train")
+        total = weighted(value, 1)
         row = {"loss": total, "tau": weighted(steps.tau, 0)}
         if steps.bounded:
             row["raw_tau"] = weighted(steps.raw_tau, 0)

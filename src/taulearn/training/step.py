@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .._batches import leading, split
 from ..adaptivity.controller import Pruner
 from ..nn.pruned_models import wrapping_of
 from ..nn.time_steps import time_steps_of
@@ -26,6 +27,9 @@ from .fast.compiler import compile_once
 from .fast.fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fused, why_not_pure
 from .fast.line_search import CompiledValues
 from .objective import Objective, StepOptions, autocast_of
+
+Part = tuple[Any, Any, Tensor | None]
+"""Inputs, targets, and what the part weighs."""
 
 
 class PlainStep:
@@ -39,11 +43,12 @@ class PlainStep:
     ) -> None:
         self.objective, self.optimizer, self.options = objective, optimizer, options
         self.ranks = Ranks() if ranks is None else ranks
+        self.device = time_steps_of(objective.model).values.device
 
     def __call__(
         self,
-        inputs: Tensor,
-        targets: Tensor,
+        inputs: Any,
+        targets: Any,
         evaluate: Callable[..., Any] | CompiledValues | None = None,
         samples: int = 1,
     ) -> Tensor:
@@ -91,28 +96,27 @@ class PlainStep:
     def _constrain(self) -> None:
         constrain_(self.objective.model, self.optimizer, self.objective.penalties)
 
-    def _parts(self, inputs: Tensor, targets: Tensor, samples: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    def _parts(self, inputs: Any, targets: Any, samples: int) -> list[Part]:
         """The parts in which a batch is taken, with what they weigh in it; None for a whole batch."""
-        number = max(1, min(self.options.accumulate, len(inputs) // self.options.least))
+        batch = inputs, targets
+        number = max(1, min(self.options.accumulate, len(leading(batch)) // self.options.least))
         if number == 1 and self.ranks.size == 1:
             return [(inputs, targets, None)]
-        xs, zs = inputs.tensor_split(number), targets.tensor_split(number)
-        weights = self.objective.weights(list(zip(xs, zs, strict=True)), self.ranks.add, counts=samples > 0)
-        return list(zip(xs, zs, weights, strict=True))
+        parts = split(batch, number)
+        weights = self.objective.weights(parts, self.ranks.add, counts=samples > 0)
+        return [(*part, each) for part, each in zip(parts, weights, strict=True)]
 
     @torch.no_grad()
-    def _value(self, evaluate: Callable[..., Any], parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+    def _value(self, evaluate: Callable[..., Any], parts: Sequence[Part]) -> Tensor:
         """The objective alone, in the parts in which :meth:`_backward` takes it."""
-        with autocast_of(self.options.precision, parts[0][0].device):
+        with autocast_of(self.options.precision, self.device):
             totals = [evaluate(*part)[0] for part in parts]
         return torch.stack(totals).sum()
 
-    def _backward(
-        self, evaluate: Callable[..., Any], parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]
-    ) -> tuple[Tensor, Tensor]:
+    def _backward(self, evaluate: Callable[..., Any], parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         totals, records = [], []
         for part in parts:
-            with autocast_of(self.options.precision, part[0].device):
+            with autocast_of(self.options.precision, self.device):
                 total, record = evaluate(*part)
             total.backward()
             totals.append(total.detach())
@@ -159,8 +163,9 @@ class Engine:
         self.kind, self.unroll = "eager", 1
         if not compiled:
             return
-        if self.objective.only_eager:
-            self.kind = f"eager ({self.objective.only_eager})"
+        keys = isinstance(self.batches, LoaderBatches) and self.batches.keys is not None
+        if keys or self.objective.only_eager:
+            self.kind = f"eager ({'batches are dictionaries' if keys else self.objective.only_eager})"
             return
         if searches(self.optimizer):
             reason = why_not_pure(self.objective, self.options, self.batches)
@@ -206,7 +211,7 @@ class Engine:
                 inputs, targets = self.batches.gather(order[batch * size : (batch + self.unroll) * size])
                 rows = self._together(self.fused, inputs, targets, iteration)
             if rows is None:
-                (index,), samples = self.ranks.share((pieces[batch],))
+                (index, _), samples = self.ranks.share((pieces[batch], None))
                 inputs, targets = self.batches.gather(index)
                 rows = self._plain(measured, inputs, targets, evaluate if batch < self.batches.full else None, samples)
             batch += len(rows)
@@ -234,8 +239,8 @@ class Engine:
     def _plain(
         self,
         measured: contextlib.AbstractContextManager[None] | None,
-        inputs: Tensor,
-        targets: Tensor,
+        inputs: Any,
+        targets: Any,
         evaluate: Callable[..., Any] | CompiledValues | None,
         samples: int,
     ) -> Tensor:

@@ -20,7 +20,7 @@ from taulearn.nn.network import TimeVariableNetwork
 from taulearn.training.batches import TensorBatches
 from taulearn.training.fast.compiler import compile_once
 from taulearn.training.history import Recorder
-from taulearn.training.metrics import choose_metrics
+from taulearn.training.metrics import accuracy_of_classes
 from taulearn.training.objective import Objective, as_float
 
 GRAPH_STEPS = 60
@@ -175,7 +175,7 @@ class Stack:
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, batch_size: int = 1000) -> list[dict[str, float]]:
         """Loss and metrics of each network, as :func:`taulearn.training.evaluate` gives them for one."""
-        functions = {"loss": self.objective.loss, **choose_metrics("auto", targets)}
+        functions = {"loss": self.objective.loss, **accuracy_of_classes(targets)}
         model = self.objective.model
         weights = {name.removeprefix("model."): value for name, value in (self.values | self.constants).items()}
         sums = {name: torch.zeros(len(self.trainees), dtype=torch.float64, device=self.device) for name in functions}
