@@ -64,7 +64,7 @@ def test_of_a_fractional_network() -> None:
 @every_host
 def test_of_a_wrapped_model(host: Host) -> None:
     """tau (B(x) - x), so that twice the step is twice the contribution of the last block."""
-    model = host.wrapped(init=[0.5, 0.25, 0.5, 0.3])
+    model = host.wrapped(init=[0.5, 0.25, 0.5, 0.3], form="whole")
     model.train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     before = contribution(host.inputs())(model.time_steps.tau, model)

@@ -79,7 +79,39 @@ def wrap_half(constraint: str) -> nn.Module:
     return wrap(sequential(), example_inputs=X4, init=0.5, constraint=constraint)
 
 
+def tied() -> nn.Module:
+    model = wrap(two_blocks(), example_inputs=X4, form="branches", init=0.5)
+    model[1].inner[3].weight = model[0].inner[3].weight  # type: ignore[index, union-attr]
+    return model
+
+
+class Rounded(nn.Module):
+    """x + W x with whole numbers in W."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Whole()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return x + y
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(16, dtype=torch.int8).view(4, 4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.to(x.dtype)
+
+
+def quantised() -> nn.Module:
+    return wrap(nn.Sequential(Rounded(), Rounded()), example_inputs=X4, form="branches", init=0.5)
+
+
 X4 = torch.ones(1, 4)
+TOKENS = {"example_inputs": BY_NAME["bert"].inputs()}
 SEEN = {"example_inputs": X4}
 
 WRAPPING = [
@@ -118,6 +150,17 @@ WRAPPING = [
     R(ValueError, "units", wrapping(two_blocks, "[01]", units="displacment"), ("'displacement'", "'steps'")),
     R(ValueError, "units", wrapping(two_blocks, "[01]", units="displacement", constraint="simplex"), ("'simplex'",)),
     R(ValueError, "units", wrapping(two_blocks, "[01]", units="displacement", lower_bound=0.1), ("lower_bound 0.1",)),
+    R(ValueError, "units", wrapping(sequential, **SEEN, form="branches", units="displacement"), ("'displacement'",)),
+    R(ValueError, "form", wrapping(sequential, **SEEN, form="branch"), ("'branch'", "'branches'")),
+    R(ValueError, "form", wrapping(BY_NAME["bert"].make, **TOKENS, form="branches"), ("layer.0'", "zeroing test")),
+    R(ValueError, "form", wrapping(BY_NAME["bert"].make, **TOKENS, per="branch"), ("layer.0'", "'whole'")),
+    R(ValueError, "per", wrapping(sequential, **SEEN, per="blocks"), ("'blocks'", "'block'")),
+    R(ValueError, "per", wrapping(sequential, **SEEN, form="whole", per="branch"), ("'whole'", "'branch'")),
+    R(ValueError, "per", wrapping(sequential, **SEEN, per="branch"), ("'1'", "'inner'")),
+    R(ValueError, "example_inputs", wrapping(sequential, "1", form="branches"), ("None", "'whole'")),
+    R(ValueError, "example_inputs", wrapping(sequential, "1", per="branch"), ("None",)),
+    R(ValueError, "steps", on(tied, unwrap), ("'0.inner.3.weight'", "'1.inner.3.weight'", "save_model")),
+    R(ValueError, "steps", on(quantised, unwrap), ("'0.inner.weight'", "quantised", "save_model")),
     R(ValueError, "model", on(two_blocks, fold_units)),
     R(ValueError, "block", on(lambda: wrap(sequential(), "0"), lambda m: m(X4)), ("'0'", "(1, 4)")),
     R(ValueError, "block", lambda: wrap(scaled(), "0")(X4[:, :3].clone()), ("'0'", "in place")),
@@ -125,7 +168,7 @@ WRAPPING = [
     R(
         ValueError,
         "steps",
-        on(lambda: wrap(sequential(), **SEEN, init=[1.0, 0.5, 1.0, 1.0]), unwrap),
+        on(lambda: wrap(sequential(), **SEEN, form="whole", init=[1.0, 0.5, 1.0, 1.0]), unwrap),
         ("[1.0, 0.5, 1.0, 1.0]", "discard_steps"),
     ),
     *each(ValueError, "fraction", lambda f: on(wrapped, lambda m: anneal_to_one(m, f))(), -0.1, 1.1, NAN, "x", None),

@@ -135,7 +135,7 @@ every_other = pytest.mark.parametrize("name", OTHERS)
 @every_other
 def test_steps_other_than_one_are_refused_by_every_class_that_saves_so(name: str, tmp_path: Path) -> None:
     make, inputs = OTHERS[name]
-    model = wrapped(make, inputs, init=0.5)
+    model = wrapped(make, inputs, init=0.5, form="whole")
     with pytest.raises(ValueError, match=r"steps must all be 1 .*load_model"):
         model.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())

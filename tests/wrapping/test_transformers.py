@@ -69,7 +69,7 @@ def test_configurations_count_what_is_left(host: Host) -> None:
 
 @every_pretrained_host
 def test_pruned_and_annealed_it_is_saved_for_plain_loading(host: Host, tmp_path: Path) -> None:
-    model = host.wrapped(init=[1.0, 0.7, 0.001, 1.3])
+    model = host.wrapped(init=[1.0, 0.7, 0.001, 1.3], form="whole")
     assert [d.layer for d in prune(model).deleted] == [2]
     anneal_to_one(model, 0.5)
     torch.testing.assert_close(model.time_steps.tau.tolist(), [1.0, 0.85, 1.15])
@@ -106,7 +106,7 @@ def test_steps_other_than_one_are_restored_by_load_model(host: Host, tmp_path: P
 
 
 def test_inner_models_are_guarded_as_well(tmp_path: Path) -> None:
-    model = BY_NAME["gpt2"].wrapped(init=0.5)
+    model = BY_NAME["gpt2"].wrapped(init=0.5, form="whole")
     with pytest.raises(ValueError, match="steps must all be 1"):
         model.transformer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="steps must all be 1"):

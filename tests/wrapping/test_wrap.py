@@ -95,7 +95,7 @@ def test_unwrap_gives_the_host_back(host: Host) -> None:
 @every_host
 def test_the_step_is_the_euler_step(host: Host) -> None:
     """Every block gets x + tau (B(x) - x), whoever looks at it from outside."""
-    model = host.wrapped(init=0.25).eval()
+    model = host.wrapped(init=0.25, form="whole").eval()
     bare = host.make().eval()
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 

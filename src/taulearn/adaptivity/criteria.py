@@ -22,7 +22,7 @@ References:
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from .._undisturbed import undisturbed
 from ..nn.pruned_models import prunable_of, wrapping_of
 from ..wrapping.state_argument import Form, parameter_names
 from .estimate import Criterion
+
+if TYPE_CHECKING:
+    from ..wrapping.wrapped_model import Branches
 
 _FORGETTING = 0.2
 _UNMEASURED = "what those are worth is unknown; give data that reach all layers, or another criterion, such as 'share'"
@@ -137,7 +140,10 @@ class Measured(Criterion):
             def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
                 value = form.leaving(output)
                 empty = value is None or value.numel() == 0
-                return None if empty or not self._counts() else act(l, form, form.arriving(args, kwargs), output)
+                if empty or not self._counts():
+                    return None
+                x = form.arriving(args, kwargs) if wrapping is None else wrapping.arriving(l, args, kwargs)
+                return act(l, form, x, output)
 
             return _Hook(measure)
 
@@ -243,7 +249,38 @@ class Influence(Measured):
             found[l] = _turned(x, form.leaving(output), mask.get("given"))
 
         hooks = [self.model.register_forward_pre_hook(_Hook(begin), with_kwargs=True)]
+        if wrapping is not None and wrapping.branches is not None and wrapping.per == "branch":
+            return hooks + self._between_branches(found, wrapping.branches, lambda: mask.get("given"))
         return hooks + (self._on_outputs(measure) if wrapping is not None else self._between_layers(found))
+
+    def _between_branches(self, found: dict[int, Tensor], branches: "Branches", mask: Callable[[], Any]) -> list[Any]:
+        """Hooks on blocks and on branches, whose state is that of the block and what those before them added to it."""
+        states: dict[nn.Module, Tensor | None] = {}
+        origin = prunable_of(self.model).time_steps.origin
+
+        def begin(form: Form) -> "_Hook":
+            def measure(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                states[block] = form.arriving(args, kwargs) if self._counts() else None
+
+            return _Hook(measure)
+
+        def add(l: int, form: Form) -> "_Hook":
+            @torch.no_grad()
+            def measure(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+                x, added = states.get(branches.blocks[l]), form.leaving(output)
+                if x is not None and added is not None and x.numel() > 0:
+                    y = x + added
+                    found[l], states[branches.blocks[l]] = _turned(x, y, mask()), y
+
+            return _Hook(measure)
+
+        forms = {block: branches.forms[branches.layer(origin[l])[0]] for l, block in enumerate(branches.blocks)}
+        starts = [block.register_forward_pre_hook(begin(form), with_kwargs=True) for block, form in forms.items()]
+        ends = [
+            site.register_forward_hook(add(l, branches.of(origin[l])[0].form))
+            for l, (site,) in enumerate(branches.sites)
+        ]
+        return [*starts, *ends]
 
     def _between_layers(self, found: dict[int, Tensor]) -> list[Any]:
         """Hooks on the inputs of layers and head, which are the states of a network y_0 .. y_N."""

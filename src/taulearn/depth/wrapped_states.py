@@ -243,4 +243,9 @@ def _wrapping(model: nn.Module) -> "Wrapping":
     wrapping = wrapping_of(model)
     if wrapping is None:
         raise ValueError(f"model must be wrapped, got {type(model).__name__} without: wrap it with taulearn.wrap")
+    if wrapping.per == "branch":
+        raise ValueError(
+            "model must be wrapped per block for the states between its layers, got one with steps per branch: wrap "
+            "it with per='block'"
+        )
     return wrapping

@@ -33,6 +33,7 @@ class Summary:
         must_stay: Of a wrapped model, the layers that cannot be deleted, with the reason.
         not_saved: Of a wrapped model, the layers without any one of which ``save_pretrained`` is refused, with the
             reason; ``save_model`` saves the model without them.
+        form: Of a wrapped model, how steps enter its blocks, and why so.
     """
 
     scheme: str
@@ -47,6 +48,7 @@ class Summary:
     model: str
     must_stay: Mapping[int, str] = field(default_factory=dict)
     not_saved: Mapping[int, str] = field(default_factory=dict)
+    form: str = ""
 
     def __str__(self) -> str:
         rest = self.total_parameters - sum(self.parameters)
@@ -67,6 +69,7 @@ class Summary:
         lines = [format_table(columns, total=total)]
         lines += [f"{which} must stay: {why}" for which, why in _by_reason(self.must_stay)]
         lines += [f"without {which}, save_pretrained is refused: {why}" for which, why in _by_reason(self.not_saved)]
+        lines += [self.form] * bool(self.form)
         return "\n".join(lines)
 
     def _deletion(self, layer: int) -> str:
@@ -136,6 +139,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         model=f"{scheme} network" if wrapping is None else type(model).__name__,
         must_stay={} if wrapping is None else {steps.origin[l]: why for l, why in wrapping.fixed_layers().items()},
         not_saved={} if wrapping is None else {l: why for l, why in wrapping.not_saved.items() if l in steps.origin},
+        form="" if wrapping is None else f"form {wrapping.form!r}, {wrapping.why}",
     )
 
 

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from .._distributed import refuse_distributed
 from .._errors import unknown_name
 from ..files import move, write_bytes
-from ..nn.pruned_models import prunable_of
+from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import time_steps_of
 from ..saving import load_model, save_model
+from ..wrapping.wrap_model import unwrap
 from .arguments import answers, arguments, inference_copy
 from .check import compare, outputs_on
 from .onnx_file import need_onnx, output_names, write_onnx
@@ -113,7 +114,8 @@ def export_model(
 ) -> Exported:
     """Write a model, pruned or not, as a file that runs without this package, and check the file on random inputs.
 
-    The model is written as it computes in evaluation mode, on the CPU; it stays as it is. Files of an earlier export in
+    The model is written as it computes in evaluation mode, on the CPU; it stays as it is. Steps that fold into weights
+    are folded in "onnx" and "torch", others are numbers there; "safetensors" keeps them. Files of an earlier export in
     the folder are replaced once the new ones have passed the check.
 
     Args:
@@ -156,6 +158,8 @@ def export_model(
         raise TypeError(f"about must hold what JSON can, got something else ({error}): use text and numbers") from error
     time_steps_of(getattr(model, "_orig_mod", model))
     twin = inference_copy(model)
+    if format != "safetensors":
+        _fold(twin)
     example = arguments(twin, example_inputs, dynamic_batch=dynamic_batch)
     returned = outputs_on(twin, example)
     if format == "onnx":
@@ -181,12 +185,23 @@ def export_model(
             difference,
             size,
         )
-        manifest = _manifest(twin, exported, {file.name: _digest(file) for file in files}, about or {})
+        manifest = _manifest(
+            getattr(model, "_orig_mod", model), exported, {file.name: _digest(file) for file in files}, about or {}
+        )
         _remove_export(exported.manifest)  # it never stands beside another's files
         for file in files:
             move(file, folder / file.name)
         write_bytes(exported.manifest, manifest)
     return exported
+
+
+def _fold(twin: nn.Module) -> None:
+    """Fold the steps of a wrapped model, where that can be done."""
+    wrapping = wrapping_of(twin)
+    if wrapping is not None and wrapping.branches is not None:
+        with suppress(ValueError):
+            unwrap(twin)
+            twin.requires_grad_(False)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from ..files import read_tensors
 from ..nn.constraints import CONSTRAINTS
 from ..nn.network import TimeVariableNetwork
 from ..nn.pruned_models import prunable_of, wrapping_of
-from ..wrapping.wrap_model import rewrap
+from ..wrapping.branches import Branch
+from ..wrapping.wrap_model import rewrap, take_form, unwrap
 from ..wrapping.wrapped_model import drop_units, take_states
 from .manifest import MANIFEST, WEIGHTS, read_manifest, short
 from .recipe import build, classes_of, differences, modules_of, tensors_of
@@ -37,8 +38,8 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
         path: The folder; a run directory is one.
         host: A fresh model: not pruned, or pruned no further than the saved one. Layers that the saved model no longer
             has are deleted from it, and the weights are copied into it. For a wrapped model it need not be wrapped:
-            then it gets its time steps here; steps in units of displacement become plain ones. None: rebuild the
-            network.
+            then it gets its time steps here; steps in units of displacement become plain ones; what was saved with
+            ``plain=True`` has none afterwards. None: rebuild the network.
 
     Returns:
         The host, or the rebuilt network (on the CPU, in training mode like every fresh module).
@@ -82,6 +83,8 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
         if saved["kind"] == "wrapped" and (wrapping := wrapping_of(inner)) is not None:
             take_states(wrapping, saved["states"])
         _refuse("host", _differences(inner, manifest, tensors, folder), folder)
+        if saved["kind"] == "wrapped" and saved["plain"]:
+            unwrap(inner, discard_steps=True)
     inner.load_state_dict(tensors)
     return host
 
@@ -102,11 +105,21 @@ def _wrap_as_saved(host: nn.Module, manifest: dict[str, Any], folder: Path) -> N
     saved, wrapping = manifest["model"], wrapping_of(host)
     if wrapping is not None and wrapping.units is not None:
         drop_units(wrapping)
+        wrapping = wrapping_of(host)
+    branches = _branches(saved, folder)
+    if saved["kind"] == "wrapped" and wrapping is not None and saved["per"] == "block":
+        try:
+            take_form(wrapping, branches)
+        except ValueError as error:
+            raise ValueError(
+                f"host must be a model like the {short(saved['saved_from'])} in {folder}, got another ({error}): build "
+                "the same model"
+            ) from error
     if saved["kind"] != "wrapped" or hasattr(host, "time_steps"):
         return
     options = {key: manifest["time_steps"][key] for key in ("constraint", "horizon", "lower_bound")}
     try:
-        rewrap(host, saved["blocks"], saved["shortened"], **options)
+        rewrap(host, saved["blocks"], saved["shortened"], branches, per=saved["per"], **options)
     except ValueError as error:
         remedy = "build the same model, not pruned"
         if options["constraint"] not in CONSTRAINTS:
@@ -115,6 +128,19 @@ def _wrap_as_saved(host: nn.Module, manifest: dict[str, Any], folder: Path) -> N
             f"host must be a model like the {short(saved['saved_from'])} in {folder}, got one that cannot be wrapped "
             f"as it was ({error}): {remedy}"
         ) from error
+
+
+def _branches(saved: dict[str, Any], folder: Path) -> list[tuple[Branch, ...]]:
+    """The branches of a saved model's blocks."""
+    written = saved.get("branches", [])
+    number = len(saved.get("blocks", ())) if saved.get("form") == "branches" else 0
+    pairs = all(len(pair) == 2 for block in written for branch in block for pair in branch["sizes"])
+    if len(written) != number or not pairs:
+        raise ValueError(
+            f"{folder / MANIFEST} must have branches for {number} blocks, got a contradiction: restore it, or save "
+            "again"
+        )
+    return [tuple(map(Branch.from_plain, block)) for block in written]
 
 
 def _delete_layers(host: nn.Module, manifest: dict[str, Any], folder: Path) -> None:
@@ -140,7 +166,7 @@ def _differences(host: nn.Module, manifest: dict[str, Any], tensors: dict[str, T
     if manifest["model"]["kind"] == "network":
         there, here = (modules_of(model) for model in (_built(manifest, folder), host))
     else:
-        own = describe(host)
+        own = describe(host, plain=manifest["model"].get("plain", False))
         there, here = _said(manifest), _said(own)
         for where, (saved, given) in {
             "scheme": (manifest["scheme"]["options"], own["scheme"]["options"]),
@@ -149,14 +175,17 @@ def _differences(host: nn.Module, manifest: dict[str, Any], tensors: dict[str, T
             both = saved.keys() & given.keys()
             there |= {f"{where}.{key}": value for key, value in saved.items() if key in both}
             here |= {f"{where}.{key}": value for key, value in given.items() if key in both}
-    found = differences(there, here) + differences(tensors_of(host.state_dict()), tensors_of(tensors))
+    state = host.state_dict()
+    if manifest["model"].get("plain"):
+        state = {name: value for name, value in state.items() if not name.startswith("time_steps.")}
+    found = differences(there, here) + differences(tensors_of(state), tensors_of(tensors))
     return found or differences(manifest["model"].get("modules") or classes_of(host), classes_of(host))
 
 
 def _said(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest's entries on steps, scheme and blocks, but for options and what is only followed."""
     parts = ["time_steps", "scheme"] + ["model"] * (manifest["model"]["kind"] == "wrapped")
-    followed = ("states", "options", "modules")
+    followed = ("states", "options", "modules", "branches", "plain")
     return {f"{part}.{key}": value for part in parts for key, value in manifest[part].items() if key not in followed}
 
 

@@ -22,6 +22,17 @@ NAMED = {"name": str, "options": dict}
 RECIPE = {"builder": str, "keywords": dict}
 _DTYPES = frozenset(("float16", "bfloat16", "float32", "float64"))
 _STATE = [(None, str, int)]
+_BRANCH = {
+    "site": str,
+    "key": (None, str, int),
+    "argument": (None, str, int),
+    "output": (None, frozenset(("tuple", "list", "other"))),
+    "size": int,
+    "sizes": [[int]],
+    "ends": [{"parameter": str, "offset": range(2)}],
+    "not_folded": str,
+    "not_deleted": str,
+}
 _MODELS: dict[str, Any] = {
     "network": {"kind": str, "dtype": _DTYPES, **RECIPE},
     "host": {"kind": str, "saved_from": str, "because": str, "modules": dict},
@@ -32,6 +43,10 @@ _MODELS: dict[str, Any] = {
         "shortened": [str],
         "states": [_STATE],
         "modules": dict,
+        "form": frozenset(("whole", "branches")),
+        "per": frozenset(("block", "branch")),
+        "branches": [[_BRANCH, ...]],
+        "plain": bool,
     },
 }
 _STEPS = {"origin": [range(2**28), ...], "constraint": str, "horizon": float, "lower_bound": (None, float)}
@@ -81,6 +96,9 @@ def _read(path: Path) -> dict[str, Any]:
             check("model.kind", kind, frozenset(_MODELS))
             if kind != "network":
                 model.setdefault("modules", {})  # which older files have not
+            if kind == "wrapped":
+                for key, value in {"form": "whole", "per": "block", "branches": [], "plain": False}.items():
+                    model.setdefault(key, value)
             if type(manifest.get("time_steps")) is dict:
                 manifest["time_steps"].setdefault("options", {})
             check("", manifest, _CONTENT | {"model": _MODELS[kind]})

@@ -11,14 +11,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import __version__
 from .._distributed import refuse_distributed
 from ..files import check_tensors, move, tensor_bytes, write_bytes
 from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps, time_steps_of
-from ..wrapping.folding import folded_state
+from ..wrapping.folding import check_plain, folded_state, try_folding, without_steps
+from ..wrapping.wrapped_model import Wrapping
 from .manifest import ASIDE, FORMAT, MANIFEST, WEIGHTS
 from .recipe import (
     NoRecipe,
@@ -35,7 +36,7 @@ from .recipe import (
 )
 
 
-def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_model(model: nn.Module, path: str | os.PathLike[str], *, plain: bool = False) -> None:
     """Save a model, also a pruned one, as a folder with model.safetensors and model.json.
 
     A model that was saved there before is replaced: whatever happens meanwhile, one of the two can be loaded.
@@ -47,11 +48,14 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: A model with time steps.
         path: The folder, made if missing. Other files in it are left alone.
+        plain: Of a wrapped model, write weights with the steps folded into them (form "branches"; of form "whole" they
+            must be 1): what ``load_model`` gives has no time steps and computes the same up to rounding. The model
+            stays as it is.
 
     Raises:
         TypeError: If the model has no time steps, or its state dict holds something other than dense tensors of numbers
             (sparse, quantized, nested, on the meta device); nothing is written then.
-        ValueError: If its parameters are sharded.
+        ValueError: If its parameters are sharded, or ``plain`` is asked for and steps can neither be folded nor are 1.
         OSError: If the files cannot be written.
 
     Example:
@@ -64,12 +68,16 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     refuse_distributed("model", model, "save")
     inner = with_steps("model", model)
-    state = folded_state(inner)
+    wrapping = wrapping_of(inner)
+    if plain:
+        state = _plain_state(inner, wrapping)
+    else:
+        state = folded_state(inner)
     check_tensors(state, "model")
-    if wrapping_of(inner) is not None:
+    if wrapping is not None:
         state = {name: value.unsqueeze(0) for name, value in state.items()}
     content = tensor_bytes(state, {"kind": "taulearn weights"}, "model")
-    manifest = describe(inner) | {"weights_sha256": hashlib.sha256(content).hexdigest()}
+    manifest = describe(inner, plain=plain) | {"weights_sha256": hashlib.sha256(content).hexdigest()}
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(
@@ -79,6 +87,19 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write_bytes(folder / ASIDE, json.dumps(manifest, indent=2, allow_nan=False).encode() + b"\n")
     write_bytes(folder / WEIGHTS, content)
     move(folder / ASIDE, folder / MANIFEST)
+
+
+def _plain_state(model: nn.Module, wrapping: Wrapping | None) -> dict[str, Tensor]:
+    """The state dict of a wrapped model without its steps."""
+    if wrapping is None:
+        raise ValueError(
+            f"plain must be False for a {type(model).__name__} that is not wrapped, got True: the steps are a part of "
+            "its formula"
+        )
+    check_plain(wrapping, "plain=True")
+    try_folding(wrapping)
+    with without_steps(wrapping):
+        return {name: value for name, value in model.state_dict().items() if not name.startswith("time_steps.")}
 
 
 def with_steps(argument: str, model: nn.Module) -> nn.Module:
@@ -92,7 +113,7 @@ def with_steps(argument: str, model: nn.Module) -> nn.Module:
     return inner
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: nn.Module, *, plain: bool = False) -> dict[str, Any]:
     """The manifest of a model, but for the digest of its weights."""
     prunable, wrapping = prunable_of(model), wrapping_of(model)
     steps = prunable.time_steps
@@ -106,9 +127,20 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
     if wrapping is None:
         return manifest | {"model": _network_or_host(model, manifest)}
-    names, lists, states = list(wrapping.names), sorted(wrapping.shorten), [list(pair) for pair in wrapping.states()]
-    wrapped = {"kind": "wrapped", "saved_from": type(model).__qualname__, "blocks": names, "shortened": lists}
-    return manifest | {"model": wrapped | {"states": states, "modules": classes_of(model)}}
+    branches = wrapping.branches
+    wrapped = {
+        "kind": "wrapped",
+        "saved_from": type(model).__qualname__,
+        "blocks": list(wrapping.names if branches is None else branches.names),
+        "shortened": sorted(wrapping.shorten),
+        "states": [list(pair) for pair in wrapping.states()],
+        "modules": classes_of(model),
+        "form": wrapping.form,
+        "per": wrapping.per,
+        "branches": [] if branches is None else [[branch.plain() for branch in each] for each in branches.found],
+        "plain": plain,
+    }
+    return manifest | {"model": wrapped}
 
 
 def _network_or_host(model: nn.Module, manifest: dict[str, Any]) -> dict[str, Any]:

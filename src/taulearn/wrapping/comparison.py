@@ -116,7 +116,7 @@ def other_outputs(loaded: nn.Module, model: nn.Module, host: nn.Module, inputs: 
         found = loaded.to(device)(*args, **kwargs)
     except Exception as error:  # noqa: BLE001  whatever the loaded model raises, it is another one
         return [f"the loaded model raises {in_short(error)}"]
-    return _other_tensors(found, expected)
+    return other_tensors(found, expected)
 
 
 def _call_of(model: nn.Module, host: nn.Module, inputs: Any) -> tuple[Any, Any, Any] | None:
@@ -141,18 +141,18 @@ def _call_of(model: nn.Module, host: nn.Module, inputs: Any) -> tuple[Any, Any, 
     return (*arguments[0], outputs[0]) if outputs else None
 
 
-def _other_tensors(output: Any, expected: Any) -> list[str]:
+def other_tensors(output: Any, expected: Any) -> list[str]:
     """How outputs differ by more than sums do that are taken in another order."""
     mine, theirs = ([v for _, v in tensors_in(each)] for each in (expected, output))
     if [t.shape for t in mine] != [t.shape for t in theirs]:
-        return ["the loaded model gives outputs of other shapes on the example inputs"]
+        return ["it gives outputs of other shapes on the example inputs"]
     for a, b in zip(mine, theirs, strict=True):
         eps = max((torch.finfo(t.dtype).eps for t in (a, b) if t.is_floating_point()), default=0.0)
         x, y = a.double().nan_to_num(), b.double().nan_to_num()
         scale = float(x.abs().amax()) if x.numel() else 0.0
         if not torch.allclose(x, y, rtol=0.0, atol=eps**0.5 * scale):
             by = float((x - y).abs().amax())
-            return [f"the loaded model gives other outputs on the example inputs, by {by:.2g} of {scale:.2g}"]
+            return [f"it gives other outputs on the example inputs, by {by:.2g} of {scale:.2g}"]
     return []
 
 

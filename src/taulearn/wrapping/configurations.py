@@ -15,12 +15,14 @@ This module does not import transformers: its classes are known by their names.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from .branches import NoBranch
 from .remove_blocks import LISTS, Shortened
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "num_hidden_groups")
@@ -85,6 +87,60 @@ def follow_deletion(host: nn.Module, shortened: Sequence[Shortened]) -> None:
         _mend_counts(around[1:2], cut)
         for module in around:
             _mend_generation(module, cut)
+
+
+def number_caches(host: nn.Module, sites: Collection[str]) -> None:
+    """Let the modules that are left of branches have consecutive numbers, under which a cache keeps what they see."""
+    for members in _lists(host):
+        for site in sites:
+            gone = 0
+            for position, block in enumerate(members):
+                module = _inside(block, site)
+                gone += isinstance(module, NoBranch)
+                for part in () if module is None or isinstance(module, NoBranch) else module.modules():
+                    for key in _numbers_of(part):
+                        vars(part)[key] = position - gone
+
+
+@contextmanager
+def numbers_kept(host: nn.Module) -> Iterator[None]:
+    """Modules have their own numbers again afterwards."""
+    own = [(part, key, vars(part)[key]) for part in host.modules() for key in _numbers_of(part)]
+    try:
+        yield
+    finally:
+        for part, key, number in own:
+            vars(part)[key] = number
+
+
+def why_not_without(host: nn.Module, name: str, site: str) -> str:
+    """Why caches do not allow that a branch is deleted and its block stays, or nothing."""
+    above, _, key = name.rpartition(".")
+    module, holder = host.get_submodule(f"{name}.{site}"), host.get_submodule(above)
+    numbers = [vars(part)[each] for part in module.modules() for each in _numbers_of(part)]
+    if not numbers:
+        return ""
+    if not isinstance(holder, LISTS) or set(numbers) != {[*holder._modules].index(key)}:
+        return f"{site!r} holds a number of its own that is not its place in a list of layers"
+    kinds = {each for config in _configs_around(host, above) for each in getattr(config, "layer_types", None) or ()}
+    return f"caches know layers of several kinds by their numbers, {sorted(kinds)}" if len(kinds) > 1 else ""
+
+
+def _numbers_of(module: nn.Module) -> list[str]:
+    return [key for key in _OWN_NUMBERS if type(vars(module).get(key)) is int]
+
+
+def _lists(host: nn.Module) -> list[list[nn.Module]]:
+    return [[*each] for each in host.modules() if isinstance(each, LISTS)]
+
+
+def _inside(block: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split("."):
+        found = block._modules.get(part)
+        if found is None:
+            return None
+        block = found
+    return block
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,27 @@
-"""The steps of a wrapped model on their way out: plain ones from units of displacement, ones at the end of training."""
+"""The steps of a wrapped model on their way out.
+
+Branch steps fold into the weights of the ends (:func:`folded`), which is tried on the example inputs before it counts.
+Steps of form "whole" can only be brought to 1 (:func:`anneal_to_one`), those in units of displacement become plain ones
+first.
+"""
 
 import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_map
 
+from .._calls import call as call_model
 from .._errors import is_number
+from .._undisturbed import undisturbed
 from ..adaptivity.transaction import check_averaged
 from ..nn.pruned_models import wrapping_of
-from .wrapped_model import drop_units
+from .branches import folded, step_of
+from .wrapped_model import Wrapping, drop_units
 
 
 @torch.no_grad()
@@ -101,3 +113,128 @@ def folded_state(model: nn.Module) -> dict[str, Tensor]:
         state = {name: value for name, value in state.items() if not name.startswith("time_steps.units.")}
         state["time_steps.values"] = wrapping.plain_steps()
     return state
+
+
+def check_plain(wrapping: Wrapping, what: str = "unwrap") -> None:
+    """Refuse steps without which the model would compute something else, as they neither fold nor are 1."""
+    tau = wrapping.plain_steps()
+    if not bool((tau != 1).any()):
+        return
+    if wrapping.branches is None:
+        raise ValueError(
+            f"the time steps must all be 1 for {what}, got {[round(t, 4) for t in tau.tolist()]}: without them the "
+            f"model computes something else, and steps of form 'whole' do not fold ({wrapping.why}). Anneal them in "
+            "the last epochs (taulearn.wrapping.anneal_to_one), pass discard_steps=True to unwrap, or save with "
+            "taulearn.save_model and load with taulearn.load_model(path, host)"
+        )
+    folded_values(wrapping)
+
+
+def folded_values(wrapping: Wrapping) -> dict[str, Tensor]:
+    """The parameters that folding changes, by name in the host, with their new values."""
+    branches, host = wrapping.branches, wrapping.host
+    assert branches is not None
+    names = {module: name for name, module in host.named_modules()}
+    parameters = dict(host.named_parameters(remove_duplicate=False))
+    places = Counter(_memory(each) for each in parameters.values())
+    values: dict[str, Tensor] = {}
+    for l, tau in enumerate(wrapping.time_steps.tau.tolist()):
+        number = wrapping.time_steps.origin[l]
+        if tau == 1.0:
+            continue
+        for branch in branches.of(number):
+            prefix = f"{names[branches.blocks[l]]}."
+            for end in branch.ends:
+                name = prefix + end.parameter
+                parameter = parameters.get(name)
+                why = branch.not_folded
+                if parameter is None:
+                    why = "it is not there any more: put adapters in before wrap, and unwrap before they are merged"
+                elif not parameter.is_floating_point():
+                    why = "it holds no floating-point numbers, as quantised weights do not"
+                elif places[_memory(parameter)] > 1:
+                    shared = [each for each in parameters if each != name and _same(parameters[each], parameter)]
+                    why = f"it is shared with {shared[0]!r}, which must not change"
+                if why or parameter is None:
+                    raise ValueError(
+                        f"the steps must fold into weights, got {wrapping.names[number]!r} with a step of "
+                        f"{tau:.4g}, which cannot fold into {name!r}: {why}. Anneal the steps to 1 "
+                        "(taulearn.wrapping.anneal_to_one), or save with taulearn.save_model"
+                    )
+                values[name] = folded(parameter.detach(), tau, end.offset)
+    return values
+
+
+def _memory(parameter: Tensor) -> tuple[int, int]:
+    with suppress(RuntimeError, NotImplementedError):
+        return parameter.untyped_storage().data_ptr(), int(parameter.storage_offset())
+    return id(parameter), 0
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return _memory(a) == _memory(b)
+
+
+@contextmanager
+def without_steps(wrapping: Wrapping | None) -> Iterator[dict[str, Tensor]]:
+    """The model with its steps folded, in new tensors, and without its own forwards; afterwards it is as it was."""
+    if wrapping is None or wrapping.branches is None:
+        yield {}
+        return
+    values = folded_values(wrapping)
+    forwards = {module: vars(module)["forward"] for module in wrapping.changed()}
+    own: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for name, value in values.items():
+            holder, _, key = name.rpartition(".")
+            module = wrapping.host.get_submodule(holder)
+            parameter = module._parameters[key]
+            assert parameter is not None
+            own.append((module, key, parameter))
+            module._parameters[key] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        for module in forwards:
+            step = step_of(module)
+            del vars(module)["forward"]
+            if step.own:
+                vars(module)["forward"] = step.inner
+        yield values
+    finally:
+        for module, key, parameter in own:
+            module._parameters[key] = parameter
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+
+
+def try_folding(wrapping: Wrapping) -> None:
+    """Refuse folding where the model answers differently on the example inputs."""
+    from .comparison import other_tensors
+
+    host, inputs = wrapping.host, wrapping.inputs.value
+    devices = {p.device for p in host.parameters()}
+    if inputs is None or wrapping.branches is None or len(devices) != 1 or devices == {torch.device("meta")}:
+        return
+    (device,) = devices
+    inputs = tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, inputs)
+    try:
+        with undisturbed(host, inputs):
+            expected = call_model(host, inputs)
+    except Exception:  # noqa: BLE001  the inputs are not what the host takes any more: nothing can be compared
+        return
+    with undisturbed(host, inputs), without_steps(wrapping):
+        found = other_tensors(call_model(host, inputs), expected)
+    if found:
+        raise ValueError(
+            f"the model must answer the same with its steps folded, but {found[0]}: anneal them to 1 "
+            "(taulearn.wrapping.anneal_to_one), or save with taulearn.save_model"
+        )
+
+
+@torch.no_grad()
+def fold_(wrapping: Wrapping, what: str = "unwrap") -> None:
+    """Fold the steps into the weights, or refuse what would change the model; the steps are to be taken off then."""
+    check_plain(wrapping, what)
+    if wrapping.branches is None:
+        return
+    try_folding(wrapping)
+    for name, value in folded_values(wrapping).items():
+        wrapping.host.get_parameter(name).copy_(value)

@@ -60,10 +60,7 @@ def remove(host: nn.Module, blocks: Mapping[nn.Module, Form], shorten: Collectio
         if not any(module in blocks for module in present.values()):
             continue
         if name not in shorten:
-            holder._modules = {
-                key: stand_ins.get(module, module) if module is not None else None
-                for key, module in holder._modules.items()
-            }
+            _put(holder, stand_ins)
             continue
         before = tuple(present.values())
         kept = tuple(i for i, module in enumerate(before) if module not in blocks)
@@ -73,6 +70,20 @@ def remove(host: nn.Module, blocks: Mapping[nn.Module, Form], shorten: Collectio
         _follow(host, name, holder, before[0])
     _mend_plain_lists(host, stand_ins, without)
     return shortened
+
+
+def put_in_place(host: nn.Module, stand_ins: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the places of some."""
+    for holder in list(host.modules()):
+        if any(module in stand_ins for module in holder._modules.values()):
+            _put(holder, stand_ins)
+    _mend_plain_lists(host, stand_ins, ())
+
+
+def _put(holder: nn.Module, stand_ins: Mapping[nn.Module, nn.Module]) -> None:
+    holder._modules = {
+        key: stand_ins.get(module, module) if module is not None else None for key, module in holder._modules.items()
+    }
 
 
 def _renumbered(present: Mapping[str, nn.Module], blocks: Collection[nn.Module]) -> dict[str, nn.Module | None]:
@@ -99,7 +110,7 @@ def _follow(host: nn.Module, name: str, holder: nn.Module, first: nn.Module) -> 
 
 
 def _mend_plain_lists(
-    host: nn.Module, stand_ins: Mapping[nn.Module, PassThrough], without: Collection[nn.Module]
+    host: nn.Module, stand_ins: Mapping[nn.Module, nn.Module], without: Collection[nn.Module]
 ) -> None:
     """Python lists and tuples of modules, which some hosts keep beside their containers."""
     for module in host.modules():

@@ -1,11 +1,11 @@
 """``save_pretrained`` of wrapped models: what it writes, plain loading loads as the same model, or nothing is written.
 
 Models of transformers, diffusers and huggingface_hub's mixin, and whatever else has such a method, are written without
-their time steps and built anew from a configuration when they are loaded. So the steps must be 1, and a model that lost
-blocks must be what its configuration describes. Whether it is cannot be read off the configuration: the model is
-written into a folder aside, loaded from there, and compared with what it is, in tensors, in what its modules hold, and
-in its outputs on the example inputs. Only then its own method writes to the folder that was asked for. A model that has
-all its blocks is what it was, and is not compared.
+their time steps and built anew from a configuration when they are loaded. So the steps must be 1, or fold into the
+weights, of which copies are written then, and a model that lost blocks must be what its configuration describes.
+Whether it is cannot be read off the configuration: the model is written into a folder aside, loaded from there, and
+compared with what it is, in tensors, in what its modules hold, and in its outputs on the example inputs. Only then its
+own method writes to the folder that was asked for. A model that has all its blocks is what it was, and is not compared.
 
 The guard stays on a pruned model when its steps are taken off, unless it is what its configuration describes.
 
@@ -14,8 +14,9 @@ A model that is built around a wrapped one later (by PEFT, say) is not known her
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,13 +24,16 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import all_or_nothing
 from ..nn.pruned_models import WRAPPING
+from .branches import NoBranch
 from .comparison import STEPS, Description, in_short, other_outputs, other_values
-from .configurations import is_pretrained
+from .configurations import is_pretrained, number_caches, numbers_kept
+from .folding import check_plain, try_folding, without_steps
+from .remove_blocks import holders
 from .wrapped_model import ExampleInputs, Wrapping
 
 _SAVE = "save_pretrained"
@@ -58,22 +62,32 @@ class SavePretrained:
         return self.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the model without its time steps."""
-        self._check_steps()
+        """Save the model without its time steps; those that fold are folded into the weights that are written."""
+        wrapping = vars(self.host).get(WRAPPING)
+        if wrapping is not None:
+            check_plain(wrapping, _SAVE)
+            try_folding(wrapping)
         given = inspect.signature(self.inner).bind(*args, **kwargs)
-        if self.has_lost_blocks():
-            found = self.why_not(held=False) or self._loaded_unlike(given)
-            if found:
-                raise ValueError(
-                    "the model must be what its configuration describes for save_pretrained, got "
-                    f"{len(found)} differences: {'; '.join(found[:5])}. {_INSTEAD}"
-                )
-        return self._write(given)
+        if _writes_adapters(self.model) and wrapping is not None and bool((wrapping.time_steps.tau != 1).any()):
+            raise ValueError(
+                "the time steps must be 1 for save_pretrained where adapters alone are written, got others, which "
+                "would fold into the weights under them, too: taulearn.unwrap folds them, then save what "
+                "merge_and_unload gives"
+            )
+        with without_steps(wrapping) as values, _zeros_for_branches(self.host):
+            if self.has_lost_blocks():
+                found = self.why_not(held=False) or self._loaded_unlike(given)
+                if found:
+                    raise ValueError(
+                        "the model must be what its configuration describes for save_pretrained, got "
+                        f"{len(found)} differences: {'; '.join(found[:5])}. {_INSTEAD}"
+                    )
+            return self._write(self._folded(given, values))
 
     def has_lost_blocks(self) -> bool:
         """Whether blocks were deleted, now or before."""
         wrapping = vars(self.host).get(WRAPPING)
-        return self.pruned or (wrapping is not None and len(wrapping.layers) < len(wrapping.names))
+        return self.pruned or (wrapping is not None and wrapping.has_lost_blocks())
 
     def why_not(self, known: dict[str, Description] | None = None, *, held: bool = True) -> list[str]:
         """Why a model that lost blocks cannot be saved, as far as it shows without saving it; empty: it may."""
@@ -91,15 +105,19 @@ class SavePretrained:
             return [f"its configuration cannot be built ({in_short(error)})"]
         return [] if expected is None else expected.differences(Description.of(self.model), held=held)
 
-    def _check_steps(self) -> None:
-        wrapping = vars(self.host).get(WRAPPING)
-        tau = torch.ones(0) if wrapping is None else wrapping.plain_steps()
-        if bool((tau != 1).any()):
-            raise ValueError(
-                f"the time steps must all be 1 for save_pretrained, got {[round(t, 4) for t in tau.tolist()]}: plain "
-                "loading would leave them out. Anneal them in the last epochs (taulearn.wrapping.anneal_to_one), or "
-                "save with taulearn.save_model and load with taulearn.load_model(path, host)"
-            )
+    def _folded(self, given: inspect.BoundArguments, values: Mapping[str, Tensor]) -> inspect.BoundArguments:
+        """The arguments, where a state dict among them has the folded values."""
+        prefix = next(name for name, module in self.host.named_modules() if module is self.model)
+        inside = f"{prefix}." if prefix else ""
+        mine = {name.removeprefix(inside): value for name, value in values.items() if name.startswith(inside)}
+        if not mine:
+            return given
+        result = copy.copy(given)
+        result.arguments = {k: dict(v) if k == _keywords(given) else v for k, v in given.arguments.items()}
+        for holder in (result.arguments, result.arguments.get(_keywords(given), {})):
+            if isinstance(holder.get("state_dict"), dict):
+                holder["state_dict"] = {k: mine.get(k, v) for k, v in holder["state_dict"].items()}
+        return result
 
     def _write(self, given: inspect.BoundArguments, folder: str | None = None) -> Any:
         """Call the model's own method without the steps, in the model and in a state dict that was handed over."""
@@ -159,6 +177,29 @@ class SavePretrained:
             if inputs is not None:
                 lines = other_outputs(loaded, self.model, self.host, inputs)
             return Description.of(loaded).differences(Description.of(self.model)) + lines
+
+
+@contextmanager
+def _zeros_for_branches(host: nn.Module) -> Iterator[None]:
+    """Weights of zero in the places of deleted branches, which a model's class cannot leave out."""
+    places = [(holder, key, part) for _, holder, key, part in holders(host) if isinstance(part, NoBranch)]
+    if places:
+        warnings.warn(
+            f"{len(places)} branches that were deleted are written as weights of zero, as no configuration can leave "
+            "them out: what is loaded computes the same, no faster than before. taulearn.save_model keeps the short "
+            "form",
+            stacklevel=3,
+        )
+    device = next((p.device for p in host.parameters()), torch.device("cpu"))
+    with numbers_kept(host) if places else nullcontext():
+        try:
+            for holder, key, part in places:
+                holder._modules[key] = part.zeros(device)
+            number_caches(host, {part.site for _, _, part in places})
+            yield
+        finally:
+            for holder, key, part in places:
+                holder._modules[key] = part
 
 
 def guard_saving(host: nn.Module, blocks: Sequence[nn.Module], inputs: ExampleInputs) -> None:

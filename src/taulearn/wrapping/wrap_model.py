@@ -1,5 +1,6 @@
 """The public ``wrap`` and ``unwrap``."""
 
+import logging
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,11 +16,12 @@ from ..nn.pruned_models import WRAPPING, wrapping_of
 from ..nn.time_steps import TimeSteps
 from . import remove_blocks as structure, try_deletion as trial
 from .block import NESTED, PassingTimeSteps, Step
+from .branches import Branch, BranchStep, WatchedBlock, step_of
 from .find_blocks import SCRIPTED, blocks_of, matching, nearest_names, refusal
 from .probe import Call, Probe, probe
 from .state_argument import Form
 from .state_path import OUTSIDE, follow_states
-from .wrapped_model import ExampleInputs, Wrapping, install, is_configured, uninstall
+from .wrapped_model import Branches, ExampleInputs, Wrapping, install, is_configured, reinstall, uninstall
 
 if TYPE_CHECKING:
     from .displacement import DisplacementUnits
@@ -43,10 +45,17 @@ def wrap(
     horizon: float | None = None,
     lower_bound: float | None = None,
     train: str | Iterable[str] = "all",
+    form: str = "auto",
+    per: str = "block",
     units: str = "steps",
     compile: str | None = None,  # noqa: A002  the name it had
 ) -> M:
-    """Give an existing model time steps: each block B becomes x + tau (B(x) - x), which is B(x) at tau = 1.
+    """Give an existing model time steps: it is what it was at tau = 1, and a block is the identity at tau = 0.
+
+    Steps have one of two forms. "branches": a block x <- x + g_1(x), x <- x + g_2(x) becomes x <- x + tau g_1(x),
+    x <- x + tau g_2(x), and the steps fold into the weights, so that ``save_pretrained`` and :func:`unwrap` give a
+    plain model that computes the same (MATH.md section 11). "whole": any block B becomes x + tau (B(x) - x), which does
+    not fold: its steps must be 1 for a plain model.
 
     The model is changed in place. Names of its parameters stay, so that its checkpoints load; ``time_steps.values`` is
     added. A Sequential gets the time steps as a last member, which returns its input. To prune, to save and to load, go
@@ -71,6 +80,11 @@ def wrap(
         lower_bound: Smallest step.
         train: What trains besides the time steps: "all" (whatever trains now), "tau" (nothing), or names and patterns
             of parameters and of modules with all they contain, such as ["head", "blocks.*.norm"].
+        form: "branches", "whole", or "auto": branches where the example inputs show those of every block, and tests
+            confirm that they can be scaled; else whole. ``summary`` and the log ("taulearn") say which, and why. Put
+            adapters (LoRA) in before. Without example inputs "auto" is "whole", as it is with units="displacement".
+        per: What has a step: "block", or "branch": attention and MLP, say, have steps of their own and are deleted
+            separately (form "branches" alone).
         units: "steps", or "displacement": tau_l is the root mean square of what block l adds to the state, over that
             on the first batch in training (:mod:`taulearn.wrapping.displacement`), so that no scaling of weights stands
             in for a step. Saved and unwrapped models have plain steps. Constraint "free" without bound only. For a
@@ -83,7 +97,8 @@ def wrap(
     Raises:
         TypeError: If ``model`` is no module, compiled, or a DistributedDataParallel.
         ValueError: If it is sharded, or has time steps already, no block is found (the message says why each module was
-            refused), a name matches nothing, a named module cannot be a block, or the steps contradict each other.
+            refused), a name matches nothing, a named module cannot be a block, the form is not one that the model
+            allows, or the steps contradict each other.
 
     Example:
         >>> import taulearn
@@ -98,6 +113,7 @@ def wrap(
     """
     _check_host(model)
     _check_units(units, constraint, lower_bound)
+    _check_form(form, per, units, example_inputs)
     if compile is not None:
         warnings.warn(
             "compile has no effect on wrap any more, as steps are torch's own operations: leave it out",
@@ -126,39 +142,144 @@ def wrap(
             forms = [call.form for call in calls]
     layers = [model.get_submodule(name) for name in names]
     _check_blocks(model, names, layers)
-    steps = _steps(layers, init, horizon, constraint, lower_bound)
     trained = _trained(model, train)
-    wrapping = Wrapping(model, steps, tuple(layers), tuple(names), tuple(forms), frozenset(), {}, {})
+    found, why = _branches(model, names, forms, example_inputs, form, per, units)
+    number = len(layers) if per == "block" else sum(map(len, found))
+    steps = _steps(layers, number, init, horizon, constraint, lower_bound)
+    of_blocks = steps if per == "block" else _steps(layers, len(layers), 1.0, None, "free", None)
+    wrapping = Wrapping(model, of_blocks, tuple(layers), tuple(names), tuple(forms), frozenset(), {}, {})
     shorten, keep = trial.ways(wrapping, example_inputs)
     wrapping = replace(
-        wrapping,
+        with_branches(wrapping, found, per, keep) if found else replace(wrapping, keep=keep),
+        time_steps=steps,
         shorten=shorten,
-        keep=keep,
         trained={p: p.requires_grad for p, flag in trained.items() if p.requires_grad != flag},
         units=_displacement_units(steps) if units == "displacement" else None,
         inputs=ExampleInputs.of(example_inputs),
+        why=why,
     )
     install(wrapping)
     if _has_save_pretrained(model):
         from .save_pretrained import find_unsaved, guard_saving
 
         guard_saving(model, layers, wrapping.inputs)
-        vars(model)[WRAPPING] = replace(wrapping, not_saved=find_unsaved(wrapping))
+        if per == "block":
+            vars(model)[WRAPPING] = replace(wrapping, not_saved=find_unsaved(wrapping))
     for parameter, flag in trained.items():
         parameter.requires_grad_(flag)
+    logging.getLogger("taulearn").info("wrap: form %r, %s", wrapping.form, why)
     return model
+
+
+def _branches(
+    model: nn.Module, names: Sequence[str], forms: Sequence[Form], inputs: Any, form: str, per: str, units: str
+) -> tuple[list[tuple[Branch, ...]], str]:
+    """The branches of all blocks, none for form "whole", and why the form is what it is."""
+    if form == "whole":
+        return [], "as asked for"
+    if inputs is None:
+        return [], "as there are no example inputs that could show branches"
+    if units == "displacement":
+        return [], "as units are 'displacement'"
+    from .find_branches import find_branches
+
+    found = find_branches(model, names, forms, inputs, alone=per == "branch")
+    if isinstance(found, str):
+        if form == "branches" or per == "branch":
+            raise ValueError(
+                f"form must be one that the model allows, got 'branches': {found}. Wrap with form='whole' (per block), "
+                "or name blocks that have branches"
+            )
+        return [], found
+    for name, branches in zip(names, found, strict=True):
+        if per == "branch" and len(branches) < 2:
+            raise ValueError(
+                f"per must be 'block' where a block has one branch, got 'branch': {name!r} has {branches[0].site!r} "
+                "alone, whose step is the block's"
+            )
+    return found, "as the branches of every block were found and verified"
+
+
+def with_branches(wrapping: Wrapping, found: Sequence[tuple[Branch, ...]], per: str, keep: dict[int, str]) -> Wrapping:
+    """A wrapping of blocks as one of branches, whose blocks are the layers, or hold them."""
+    host, blocks = wrapping.host, wrapping.layers
+    found = [
+        tuple(_placed(branch, block.get_submodule(branch.site)) for branch in branches)
+        for block, branches in zip(blocks, found, strict=True)
+    ]
+    sites = [
+        tuple(block.get_submodule(branch.site) for branch in branches)
+        for block, branches in zip(blocks, found, strict=True)
+    ]
+    branches = Branches(per, wrapping.names, wrapping.forms, tuple(found), keep, blocks, tuple(sites))
+    if per == "block":
+        return replace(wrapping, branches=branches, keep=keep)
+    whys = []
+    for name, each in zip(wrapping.names, found, strict=True):
+        for branch in each:
+            why = branch.not_deleted
+            if not why and is_configured(host):
+                from .configurations import why_not_without
+
+                why = why_not_without(host, name, branch.site)
+            whys.append(why)
+    flat = [(block, site) for block, inside in zip(blocks, sites, strict=True) for site in inside]
+    return replace(
+        wrapping,
+        layers=tuple(site for _, site in flat),
+        names=branches.layer_names(),
+        forms=tuple(branch.form for each in found for branch in each),
+        keep={l: f"it cannot be deleted alone: {why}" for l, why in enumerate(whys) if why},
+        branches=replace(branches, blocks=tuple(block for block, _ in flat), sites=tuple((site,) for _, site in flat)),
+    )
+
+
+def _check_names(names: Sequence[str], layers: Sequence[nn.Module], found: Sequence[tuple[Branch, ...]]) -> None:
+    """Refuse branches whose modules or parameters the blocks do not have."""
+    for name, layer, branches in zip(names, layers, found, strict=True):
+        inside, parameters = dict(layer.named_modules()), dict(layer.named_parameters())
+        for branch in branches:
+            if branch.site not in inside or not branch.site:
+                raise ValueError(f"it has no {f'{name}.{branch.site}'!r}{nearest_names(branch.site, inside)}")
+            for end in branch.ends:
+                if end.parameter not in parameters:
+                    raise ValueError(
+                        f"it has no {f'{name}.{end.parameter}'!r}{nearest_names(end.parameter, parameters)}"
+                    )
+
+
+def take_form(wrapping: Wrapping, found: Sequence[tuple[Branch, ...]]) -> None:
+    """Let a model that is wrapped per block, and has all of its blocks, have the form of one that was saved."""
+    if wrapping.per == "branch" or len(wrapping.layers) < len(wrapping.names) or bool(found) == bool(wrapping.branches):
+        return
+    why = "as it was when it was saved"
+    plain = replace(wrapping, branches=None, why=why)
+    if not found:
+        reinstall(wrapping, plain)
+    elif len(found) == len(wrapping.layers):
+        _check_names(wrapping.names, wrapping.layers, found)
+        reinstall(wrapping, with_branches(plain, found, "block", wrapping.keep))
+
+
+def _placed(branch: Branch, site: nn.Module) -> Branch:
+    """A branch with the position of its site's argument, which is not saved."""
+    if branch.form.argument is None:
+        return branch
+    return replace(branch, form=replace(branch.form, position=Form.taking(branch.form.argument, site.forward).position))
 
 
 def rewrap(
     model: nn.Module,
     blocks: Sequence[str],
     shortened: Iterable[str],
+    found: Sequence[tuple[Branch, ...]] = (),
     *,
+    per: str = "block",
     constraint: str | Constraint,
     horizon: float,
     lower_bound: float | None,
 ) -> None:
-    """Wrap a model as another of its kind was, without trying deletions again."""
+    """Wrap a model as another of its kind was, without trying deletions or searching for branches again."""
     _check_host(model)
     known = dict(model.named_modules())
     for name in (*blocks, *shortened):
@@ -169,12 +290,17 @@ def rewrap(
     for name in shortened:
         if not isinstance(known[name], structure.LISTS):
             raise ValueError(f"{name!r} must be a ModuleList or a Sequential, got a {type(known[name]).__name__}")
-    number = len(layers)
-    steps = _steps(layers, max(horizon / number, lower_bound or 0.0), horizon, constraint, lower_bound)
+    number = len(layers) if per == "block" else sum(map(len, found))
+    start = max(horizon / number, lower_bound or 0.0)
+    steps = _steps(layers, number, start, horizon, constraint, lower_bound)
     lists = [structure.list_of(model, layer) for layer in layers]
     keep = {l: _PLACEHOLDER for l, name in enumerate(lists) if name not in set(shortened)}
     forms = tuple(Form.taking(None, layer.forward) for layer in layers)
-    install(Wrapping(model, steps, tuple(layers), tuple(blocks), forms, frozenset(shortened), keep, {}))
+    wrapping = Wrapping(model, steps, tuple(layers), tuple(blocks), forms, frozenset(shortened), keep, {})
+    if found:
+        _check_names(blocks, layers, found)
+        wrapping = replace(with_branches(wrapping, found, per, keep), why="as it was when it was saved")
+    install(wrapping)
     if _has_save_pretrained(model):
         from .save_pretrained import guard_saving
 
@@ -184,15 +310,20 @@ def rewrap(
 def unwrap(model: M, *, discard_steps: bool = False) -> M:
     """Take the time steps off again; deleted blocks stay deleted.
 
+    Steps of form "branches" are folded into the weights: the model computes what it did, up to rounding. Those of form
+    "whole" must be 1.
+
     Args:
         model: A wrapped model, changed in place.
-        discard_steps: Whether steps other than 1 may be thrown away, which changes what the model computes.
+        discard_steps: Whether the steps are thrown away rather than folded, which changes what the model computes
+            where they are not 1.
 
     Returns:
-        The same model, as it was before :func:`wrap`.
+        The same model, as it was before :func:`wrap` but for deleted blocks and folded weights.
 
     Raises:
-        ValueError: If the model is not wrapped, or a step differs from 1 and ``discard_steps`` is false.
+        ValueError: If the model is not wrapped, or a step differs from 1, cannot be folded, and ``discard_steps`` is
+            false; the model is then as before.
 
     Example:
         >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 1))
@@ -205,12 +336,10 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
     wrapping = wrapping_of(model)
     if wrapping is None:
         raise ValueError(f"model must be wrapped, got {type(model).__name__} without: nothing is to be taken off")
-    tau = wrapping.plain_steps()
-    if not discard_steps and bool((tau != 1).any()):
-        raise ValueError(
-            f"the time steps must all be 1, got {[round(t, 4) for t in tau.tolist()]}: without them the model computes "
-            "something else. Anneal them (taulearn.wrapping.anneal_to_one), or pass discard_steps=True"
-        )
+    if not discard_steps:
+        from .folding import fold_
+
+        fold_(wrapping)
     if _has_save_pretrained(model):
         from .save_pretrained import release_saving
 
@@ -233,6 +362,23 @@ def _check_units(units: str, constraint: str | Constraint, lower_bound: float | 
             f"units must be 'steps' with {found}, got 'displacement': such steps are folded into plain ones when the "
             "model is saved, which then would not fulfil it; wrap with constraint='free' and no lower_bound"
         )
+
+
+def _check_form(form: str, per: str, units: str, inputs: Any) -> None:
+    if form not in ("auto", "branches", "whole"):
+        raise unknown_name("form", form, ("auto", "branches", "whole"))
+    if per not in ("block", "branch"):
+        raise unknown_name("per", per, ("block", "branch"))
+    if per == "branch" and form == "whole":
+        raise ValueError("per must be 'block' with form='whole', got 'branch': only form='branches' knows branches")
+    if form == "branches" or per == "branch":
+        if units == "displacement":
+            raise ValueError("units must be 'steps' with branches, got 'displacement': wrap with form='whole'")
+        if inputs is None:
+            raise ValueError(
+                "example_inputs must be given where branches are to be found by forward passes, got None: give a "
+                "batch, or wrap with form='whole'"
+            )
 
 
 def _displacement_units(steps: TimeSteps) -> "DisplacementUnits":
@@ -269,7 +415,7 @@ def _check_host(model: nn.Module) -> None:
             "the attribute"
         )
     for name, module in model.named_modules():
-        if isinstance(vars(module).get("forward"), Step) or wrapping_of(module) is not None:
+        if isinstance(step_of(module), Step | BranchStep | WatchedBlock) or wrapping_of(module) is not None:
             raise ValueError(f"model must not contain wrapped modules, got {name!r}, which is: unwrap that one first")
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
             raise ValueError(
@@ -339,13 +485,13 @@ def _check_blocks(model: nn.Module, names: Sequence[str], layers: Sequence[nn.Mo
 
 def _steps(
     layers: Sequence[nn.Module],
+    number: int,
     init: float | Sequence[float] | Tensor,
     horizon: float | None,
     constraint: str | Constraint,
     lower_bound: float | None,
 ) -> TimeSteps:
     """Steps on the device of the first block, of its type (complex: of its parts'), at least of single precision."""
-    number = len(layers)
     floating = [p for p in layers[0].parameters() if p.is_floating_point() or p.is_complex()]
     dtype = floating[0].dtype.to_real() if floating else torch.get_default_dtype()
     start = torch.as_tensor(init, dtype=torch.float64)

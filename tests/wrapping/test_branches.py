@@ -1,0 +1,513 @@
+"""Branch steps: found in which families, exact at 1 and 0, folded into the weights."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from copies import copied
+from taulearn import load_model, prune, save_model, unwrap, wrap
+from taulearn._calls import call
+from taulearn.diagnostics import summary
+from taulearn.wrapping import wrapping_of
+from wrapping.hosts import Block, sequential
+from wrapping.test_saved_families import CAUSAL, FAMILIES, IMAGE, TEXT, drawn, ids, model, pixels
+
+
+def gpt2() -> Any:
+    return model(
+        "GPT2LMHeadModel", "GPT2Config", vocab_size=64, n_positions=64, n_embd=16, n_layer=4, n_head=2, bos_token_id=0
+    )()
+
+
+def mamba() -> Any:
+    return model("MambaForCausalLM", "MambaConfig", vocab_size=64, hidden_size=16, num_hidden_layers=4, state_size=4)()
+
+
+def encoder(norm_first: bool = True) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True, norm_first=norm_first)
+    return nn.TransformerEncoder(layer, 4, norm=nn.LayerNorm(8), enable_nested_tensor=False)
+
+
+def decoder() -> nn.Module:
+    layer = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.1, batch_first=True, norm_first=True)
+    return nn.TransformerDecoder(layer, 4, norm=nn.LayerNorm(8))
+
+
+class Family(NamedTuple):
+    """A row of the table: further families go into FAMILIES of this file."""
+
+    make: Callable[[], Any]
+    inputs: Any
+    form: str = "branches"
+    ends: tuple[str, ...] = ()  # the modules of the first block into which steps fold
+    says: str = ""  # what the reason for form "whole" holds
+    long: bool = True
+    double: bool = True  # whether its kernels know double precision
+
+
+ENDS: dict[str, Family] = {
+    "gpt2": Family(gpt2, ids(), ends=("attn.c_proj", "mlp.c_proj"), long=False),
+    "llama": Family(
+        model("LlamaForCausalLM", "LlamaConfig", **CAUSAL),
+        ids(),
+        ends=("self_attn.o_proj", "mlp.down_proj"),
+        long=False,
+    ),
+    "resnet": Family(
+        model(
+            "ResNetForImageClassification",
+            "ResNetConfig",
+            embedding_size=4,
+            hidden_sizes=[4, 6],
+            depths=[3, 2],
+            layer_type="basic",
+            num_labels=3,
+        ),
+        pixels(16),
+        ends=("layer.1.normalization",),
+        long=False,
+    ),
+    "bert": Family(model("BertForMaskedLM", "BertConfig", **TEXT), ids(), "whole", says="zeroing test", long=False),
+    "vit": Family(
+        model("ViTForImageClassification", "ViTConfig", **IMAGE), pixels(), ends=("attention.o_proj", "mlp.fc2")
+    ),
+    "gpt_neox (parallel)": Family(
+        model("GPTNeoXForCausalLM", "GPTNeoXConfig", **TEXT), ids(), ends=("attention.dense", "mlp.dense_4h_to_h")
+    ),
+    "gemma2 (1 + w)": Family(
+        model("Gemma2ForCausalLM", "Gemma2Config", **CAUSAL, head_dim=8),
+        ids(),
+        ends=("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+    "mixtral (stacked experts)": Family(
+        model("MixtralForCausalLM", "MixtralConfig", **CAUSAL, num_local_experts=4),
+        ids(),
+        ends=("self_attn.o_proj", "mlp.experts"),
+        double=False,
+    ),
+    "convnext (a bare scale behind the end)": Family(
+        model(
+            "ConvNextForImageClassification",
+            "ConvNextConfig",
+            hidden_sizes=[8, 12],
+            depths=[3, 2],
+            num_stages=2,
+            layer_scale_init_value=0.5,
+        ),
+        pixels(),
+        ends=("pwconv2",),
+    ),
+    "mamba": Family(mamba, ids(), ends=("mixer.out_proj",)),
+    "swin": Family(*FAMILIES["swin"], ends=("attention.o_proj", "mlp.fc2")),
+    "torch's encoder, its fast path": Family(encoder, drawn(2, 5, 8), "whole", says="set_fastpath_enabled"),
+    "torch's encoder, post-norm": Family(lambda: encoder(False), drawn(2, 5, 8), "whole", says="layers.0"),
+    "torch's decoder": Family(
+        decoder, (drawn(2, 5, 8), drawn(2, 4, 8)), ends=("self_attn.out_proj", "multihead_attn.out_proj", "linear2")
+    ),
+}
+every_family = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * each.long) for name, each in ENDS.items()]
+)
+foldable = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.long] * each.long) for n, each in ENDS.items() if each.form == "branches"],
+)
+
+
+def bare(name: str) -> Any:
+    torch.manual_seed(0)
+    return ENDS[name].make().eval()
+
+
+@copied
+def stepped(name: str, **options: Any) -> Any:
+    return wrap(bare(name), example_inputs=ENDS[name].inputs, **options)
+
+
+def answer(host: nn.Module, inputs: Any) -> list[Tensor]:
+    with torch.no_grad():
+        found = call(host, inputs)
+    leaves = tree_leaves(found.to_tuple()[:1] if hasattr(found, "to_tuple") else found)
+    return [each for each in leaves if isinstance(each, Tensor)]
+
+
+def assert_like(found: list[Tensor], expected: list[Tensor], error: float = 1e-6) -> None:
+    """Up to an error relative to the largest entry."""
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=error * float(theirs.abs().max()))
+
+
+def set_steps(host: Any, *values: float) -> None:
+    steps = host.time_steps
+    start = torch.linspace(0.4, 1.7, steps.num_steps)
+    with torch.no_grad():
+        steps.values.copy_(torch.tensor(values) if values else start)
+
+
+@every_family
+def test_which_form(name: str) -> None:
+    family = ENDS[name]
+    host = stepped(name)
+    wrapping = wrapping_of(host)
+    assert wrapping.form == family.form
+    assert family.says in wrapping.why
+    assert wrapping.why in str(summary(host))
+    if family.form == "branches":
+        first = wrapping.branches.found[0]
+        assert (
+            tuple(dict.fromkeys(end.parameter.rpartition(".")[0] for each in first for end in each.ends)) == family.ends
+        )
+        assert not any(each.not_folded for found in wrapping.branches.found for each in found)
+    else:
+        with pytest.raises(ValueError, match=r"form must be .*'branches'") as caught:
+            wrap(bare(name), example_inputs=family.inputs, form="branches")
+        assert family.says in str(caught.value)
+
+
+@every_family
+def test_steps_of_one_change_nothing_to_the_bit(name: str) -> None:
+    inputs = ENDS[name].inputs
+    for found, expected in zip(answer(stepped(name), inputs), answer(bare(name), inputs), strict=True):
+        assert torch.equal(found, expected)
+
+
+@foldable
+def test_a_step_of_zero_is_the_identity_to_the_bit_and_can_be_pruned(name: str) -> None:
+    host, inputs = stepped(name), ENDS[name].inputs
+    set_steps(host)
+    with torch.no_grad():
+        host.time_steps.values[1:3] = 0.0
+    form, block = wrapping_of(host).forms[1], wrapping_of(host).layers[1]
+    seen: list[tuple[Tensor, Tensor]] = []
+    block.register_forward_hook(
+        lambda _m, args, kwargs, output: seen.append((form.arriving(args, kwargs), form.leaving(output))),
+        with_kwargs=True,
+    )
+    expected = answer(host, inputs)
+    assert torch.equal(*seen[0])
+    removable = [l for l in (1, 2) if l not in wrapping_of(host).fixed_layers()]
+    prune(host, keep=[l for l in range(host.time_steps.num_steps) if l not in removable])
+    assert removable
+    assert_like(answer(host, inputs), expected, 1e-5)
+
+
+@foldable
+def test_folded_is_stepped(name: str) -> None:
+    """Up to rounding, in unwrap and on the live model, which keeps its bits when it is saved."""
+    host, inputs = stepped(name), ENDS[name].inputs
+    set_steps(host)
+    expected = answer(host, inputs)
+    assert all(bool((a - b).abs().max() > 1e-4) for a, b in zip(expected, answer(bare(name), inputs), strict=True))
+    plain = unwrap(host)
+    assert plain is host
+    assert not hasattr(plain, "time_steps")
+    assert not any("forward" in vars(module) for module in plain.modules())
+    assert_like(answer(plain, inputs), expected, 2e-6)
+
+
+@foldable
+def test_the_gradient_of_a_step_is_its_slope(name: str) -> None:
+    family = ENDS[name]
+    host, dtype = stepped(name), torch.float64 if family.double else torch.float32
+    host.to(dtype)
+    set_steps(host)
+    inputs = tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, family.inputs)
+    tau = host.time_steps.values
+
+    def value() -> Tensor:
+        found = call(host, inputs)
+        first: Tensor = tree_leaves(found.to_tuple()[:1] if hasattr(found, "to_tuple") else found)[0]
+        return (first * torch.linspace(-1, 1, first.numel(), dtype=dtype).view_as(first)).sum()
+
+    step = 1e-3
+    (slope,) = torch.autograd.grad(value(), tau)
+    for l in (0, len(tau) - 1):
+        sides = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                tau[l] += sign * step
+                sides.append(float(value()))
+                tau[l] -= sign * step
+        # normalisations in single precision inside
+        assert float(slope[l]) == pytest.approx(
+            (sides[0] - sides[1]) / (2 * step), rel=1e-2 if family.double else 0.1, abs=1e-3
+        )
+
+
+def has_class_that_saves(name: str) -> bool:
+    return "torch" not in name
+
+
+@foldable
+def test_plain_transformers_loads_the_folded_model(name: str, tmp_path: Path) -> None:
+    host, inputs = stepped(name), ENDS[name].inputs
+    if not has_class_that_saves(name):
+        assert not hasattr(host, "save_pretrained")
+        return
+    set_steps(host)
+    expected, bits = answer(host, inputs), {name: value.clone() for name, value in host.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        host.save_pretrained(tmp_path)
+        loaded, info = type(host).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert_like(answer(loaded, inputs), expected, 2e-6)
+    assert all(torch.equal(value, bits[name]) for name, value in host.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(answer(host, inputs), expected, strict=True))
+
+
+@foldable
+@pytest.mark.parametrize("plain", [False, True])
+def test_load_model_restores_them(name: str, plain: bool, tmp_path: Path) -> None:
+    host, inputs = stepped(name), ENDS[name].inputs
+    set_steps(host)
+    gone = next(l for l in range(1, host.time_steps.num_steps) if l not in wrapping_of(host).fixed_layers())
+    prune(host, keep=[l for l in range(host.time_steps.num_steps) if l != gone])
+    expected = answer(host, inputs)
+    save_model(host, tmp_path, plain=plain)
+    loaded = load_model(tmp_path, host=bare(name))
+    assert hasattr(loaded, "time_steps") is not plain
+    if not plain:
+        assert wrapping_of(loaded).form == "branches"
+        assert all(torch.equal(a, b) for a, b in zip(answer(loaded, inputs), expected, strict=True))
+        unwrap(loaded)
+    assert_like(answer(loaded, inputs), expected, 2e-6)
+
+
+class Ends(nn.Module):
+    """A block whose branch ends as the argument says."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return x + y
+
+
+class Int8Linear(nn.Module):
+    """Weights as integers and a scale."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        numbers = torch.randint(-127, 128, (width, width), dtype=torch.int8)
+        self.weight = nn.Parameter(numbers, requires_grad=False)
+        self.scale: Tensor
+        self.register_buffer("scale", torch.full((width, 1), 0.003))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+def chain(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Ends(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), make())) for _ in range(3)))
+
+
+X = drawn(5, 4)
+
+
+def assert_steps_work(host: Any) -> None:
+    expected = answer(host, X)
+    wrap(host, example_inputs=X, form="branches")
+    assert torch.equal(answer(host, X)[0], expected[0])
+    set_steps(host)
+    y = X
+    with torch.no_grad():
+        for block, tau in zip(wrapping_of(host).layers, host.time_steps.tau, strict=True):
+            y = y + tau * wrapping_of(host).branches.found[0][0].form.leaving(type(block.inner).forward(block.inner, y))
+    torch.testing.assert_close(answer(host, X)[0], y)
+
+
+def test_quantised_weights_have_steps_that_do_not_fold(tmp_path: Path) -> None:
+    host = chain(lambda: Int8Linear(4))
+    assert_steps_work(host)
+    with pytest.raises(ValueError, match=r"steps must fold .*'0' .*quantised") as caught:
+        unwrap(host)
+    assert "save_model" in str(caught.value)
+    with pytest.raises(ValueError, match="quantised"):
+        save_model(host, tmp_path, plain=True)
+    assert not list(tmp_path.iterdir())
+    save_model(host, tmp_path)
+    loaded = load_model(tmp_path, host=chain(lambda: Int8Linear(4)))
+    assert torch.equal(answer(loaded, X)[0], answer(host, X)[0])
+    set_steps(host, 1.0, 1.0, 1.0)
+    assert not hasattr(unwrap(host), "time_steps")
+
+
+def test_what_is_not_linear_behind_the_end_has_steps_that_do_not_fold() -> None:
+    host = chain(lambda: nn.Sequential(nn.Linear(4, 4), nn.Softsign()))
+    assert_steps_work(host)
+    with pytest.raises(ValueError, match="not proportional"):
+        unwrap(host)
+
+
+def test_a_normalisation_behind_the_end_leaves_form_whole() -> None:
+    host = wrap(nn.Sequential(*(Normalised(nn.Linear(4, 4)) for _ in range(2))), example_inputs=X)
+    assert wrapping_of(host).form == "whole"  # type: ignore[union-attr]
+    assert "scaling test" in wrapping_of(host).why  # type: ignore[union-attr]
+
+
+class Normalised(Ends):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.layer_norm(self.inner(x), (4,))
+
+
+def test_tied_weights_do_not_fold() -> None:
+    host = chain(lambda: nn.Linear(4, 4))
+    host[2].inner[2].weight = host[0].inner[2].weight  # type: ignore[index, union-attr]
+    wrap(host, example_inputs=X, form="branches", init=[1.0, 0.5, 1.0])
+    copy.deepcopy(unwrap(copy.deepcopy(host)))
+    set_steps(host, 0.5, 1.0, 1.0)
+    before = {name: value.clone() for name, value in host.state_dict().items()}
+    with pytest.raises(ValueError, match=r"shared with '2.inner.2.weight'"):
+        unwrap(host)
+    assert all(torch.equal(value, before[name]) for name, value in host.state_dict().items())
+
+
+class Gated(nn.Module):
+    """x + alpha f(x) with alpha = 0 at the start: nothing is added before training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.alpha = nn.Linear(4, 4), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.alpha * torch.tanh(x) @ self.inner.weight.T
+
+
+class Adaptive(nn.Module):
+    """A gate that is computed, and zero at the start (adaLN-zero)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.inner = nn.Linear(4, 4), nn.Linear(4, 4)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.gate(x) * self.inner(torch.tanh(x))
+        return x + y
+
+
+def test_branches_that_are_zero_at_the_start_are_found() -> None:
+    torch.manual_seed(0)
+    host = wrap(nn.Sequential(*(Adaptive() for _ in range(3))), example_inputs=X)
+    assert wrapping_of(host).form == "branches"  # type: ignore[union-attr]
+    with torch.no_grad():
+        for parameter in host.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    set_steps(host)
+    expected = answer(host, X)
+    assert_like(answer(unwrap(host), X), expected)
+
+
+def test_a_branch_that_no_module_ends_leaves_form_whole() -> None:
+    host = wrap(nn.Sequential(Gated(), Gated()), example_inputs=X)
+    assert wrapping_of(host).form == "whole"  # type: ignore[union-attr]
+
+
+def test_code_that_leaves_a_site_out_is_noticed() -> None:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        host = wrap(encoder().eval(), example_inputs=drawn(2, 5, 8), form="branches", init=0.5)
+        expected = answer(host, drawn(2, 5, 8))
+        torch.backends.mha.set_fastpath_enabled(True)
+        with pytest.raises(ValueError, match=r"'layers.0' must run once.*set_fastpath_enabled\(False\)"):
+            answer(host, drawn(2, 5, 8))
+        assert_like(answer(unwrap(host), drawn(2, 5, 8)), expected)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def test_copies_are_independent() -> None:
+    host = stepped("gpt2")
+    for twin in (copy.deepcopy(host), pickle.loads(pickle.dumps(host))):
+        set_steps(twin)
+        expected = answer(twin, ids())
+        assert torch.equal(answer(host, ids())[0], answer(bare("gpt2"), ids())[0])
+        assert_like(answer(unwrap(twin), ids()), expected, 2e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        host = stepped("gpt2").train()
+        for module in host.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        set_steps(host)
+        if checkpointed:
+            host.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        host(**ids(), labels=ids()["input_ids"]).loss.backward()
+        gradients.append(host.time_steps.values.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert bool((gradients[0] != 0).all())
+
+
+def test_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in zip(answer(stepped("llama"), ids()), answer(bare("llama"), ids()), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_compiled_block_by_block_it_takes_one_graph_for_all() -> None:
+    """torch gives up on a function after 8 versions of it."""
+    torch.compiler.reset()
+    host = wrap(nn.Sequential(*(Block(4) for _ in range(10))), example_inputs=X, form="branches").eval()
+    set_steps(host)
+    expected, graphs = answer(host, X), []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    for block in host:
+        block.compile(backend=backend, fullgraph=True)
+    for _ in range(3):
+        assert_like(answer(host, X), expected)
+    assert len(graphs) < 5
+    torch.compiler.reset()
+
+
+def test_adapters_that_were_there_before() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=2, target_modules=["c_proj"], fan_in_fan_out=True)  # their last factors are zero
+    host = wrap(peft.get_peft_model(gpt2(), lora), example_inputs=ids(), form="branches").eval()
+    for name, parameter in host.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    set_steps(host)
+    prune(host, keep=[0, 1, 3])
+    expected = answer(host, ids())
+    merged = unwrap(host).merge_and_unload().eval()
+    assert type(merged).__name__ == "GPT2LMHeadModel"
+    assert_like(answer(merged, ids()), expected, 1e-5)
+
+
+def test_files_without_a_form_are_whole(tmp_path: Path) -> None:
+    import json
+
+    host = wrap(sequential(), example_inputs=X, form="whole", init=0.5)
+    save_model(host, tmp_path)
+    path = tmp_path / "model.json"
+    manifest = json.loads(path.read_text())
+    for key in ("form", "per", "branches", "plain"):
+        del manifest["model"][key]
+    path.write_text(json.dumps(manifest))
+    for fresh in (sequential(), wrap(sequential(), example_inputs=X, horizon=2.0)):
+        loaded = load_model(tmp_path, host=fresh)
+        assert wrapping_of(loaded).form == "whole"  # type: ignore[union-attr]
+        torch.testing.assert_close(answer(loaded.eval(), X), answer(host.eval(), X))
