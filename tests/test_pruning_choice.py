@@ -70,13 +70,18 @@ def slow() -> TimeVariableNetwork:
     )
 
 
-def test_as_many_layers_as_a_latency_allows() -> None:
+@pytest.fixture
+def four_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass takes 4 ms a layer, whatever else the machine does."""
+    monkeypatch.setattr("taulearn.adaptivity.mark.milliseconds", lambda m, _: 4.0 * m.time_steps.num_steps)
+
+
+def test_as_many_layers_as_a_latency_allows(four_a_layer: None) -> None:
     model, x = slow(), torch.ones(1, 1)
     model.train()
     before = dict(model.named_parameters())
     report = prune(model, budget={"latency_ms": 15.0, "example_inputs": x})
-    assert model.time_steps.num_steps in (2, 3)  # 4 ms each, and what the machine is busy with
-    assert deleted(report)[:3] == [0, 2, 4]
+    assert deleted(report) == [0, 2, 4]
     assert "a forward pass takes" in str(report)
     assert "allowed are 15" in str(report)
     assert all(module.training for module in model.modules())
@@ -106,12 +111,12 @@ def test_the_largest_number_within_a_latency(monkeypatch: pytest.MonkeyPatch) ->
         assert model.time_steps.num_steps == 6
 
 
-def test_a_latency_of_a_wrapped_model() -> None:
+def test_a_latency_of_a_wrapped_model(four_a_layer: None) -> None:
     model = wrap(
         nn.Sequential(*(nn.Sequential(Slow(), nn.Identity()) for _ in range(4))), "[0123]", init=[1, 0.1, 0.5, 2]
     )
     report = prune(model, budget={"latency_ms": 11.0, "example_inputs": (torch.ones(1, 1),)})
-    assert deleted(report)[:2] == [1, 2]
+    assert deleted(report) == [1, 2]
     assert len(model) == model.time_steps.num_steps + 1
 
 
