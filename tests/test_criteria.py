@@ -80,6 +80,19 @@ class TestSensitivity:
         expected = self.by_autograd(model, data, loss)
         np.testing.assert_allclose(scores("sensitivity", model, data, loss), expected, rtol=1e-6)
 
+    @pytest.mark.parametrize("host", CAUSAL, ids=str)
+    def test_of_branches(self, host: Host) -> None:
+        """Attention and MLP each, and the block as their sum before the absolute value."""
+        tau = [0.5, 0.8, 0.25, 0.7, 1.0, 0.9, 0.3, 0.6]
+        model = host.wrapped(per="branch", init=tau).double().eval()
+        data = [(host.inputs(), torch.tensor(0))]
+
+        def loss(output: Any, _: Tensor) -> Tensor:
+            return tensor(output).square().mean()
+
+        expected = self.by_autograd(model, data, loss)
+        np.testing.assert_allclose(scores("sensitivity", model, data, loss), expected, rtol=1e-6)
+
     def test_of_a_fractional_network(self) -> None:
         """The derivative in a factor on tau^gamma f, the weights of the memory held."""
         model, expected = network([abs(t) for t in INIT], builder=fractional_dnn), []

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from .coarsen import PruneReport, check_prunable, prune, scores_without
 from .estimate import Criterion, Power, as_criterion, scores_of, shares, shares_of
 from .optimizer_state import check_follows, optimizers_in, with_inner
 from .policies import TARGET_CRITERION, Pruning
-from .target import SteeredL1, Target, window
 from .transaction import Prunable
+
+if TYPE_CHECKING:
+    from .target import SteeredL1, Target
 
 _MEASURE_EVERY = 20
 """Most iterations between two measurements of contributions; one costs about a thirtieth of an iteration."""
@@ -45,10 +47,12 @@ class Pruner:
         self.policy, self.model, self.optimizer = policy, model, optimizer
         check_prunable(model)
         self._check_optimizer()
-        self.penalty: SteeredL1 | None = None
+        self.penalty: "SteeredL1 | None" = None
         self.target: Target | None = None
         self.every = policy.every if isinstance(policy.every, int) else None  # iterations; None: each epoch
         if policy.targeted:
+            from .target import SteeredL1, window
+
             check_penalised(policy, self.prunable, optimizer)
             if policy.penalised != "none":
                 self.penalty = SteeredL1(self.prunable.time_steps.values, policy.survivors)
@@ -94,6 +98,8 @@ class Pruner:
         else:
             costs, whole = self._measure(sample)
             excess = self._excess(costs, whole, fixed)
+        from .target import Target
+
         by_number = dict(zip(steps.origin, costs, strict=True))
         numbers = range(max(steps.origin) + 1)
         self.target = Target(
@@ -227,8 +233,10 @@ class Pruner:
         return report
 
     def aim(self, target: Mapping[str, Any] | None) -> None:
-        """Take over the target of another process."""
+        """Take over the target of another process, or of a checkpoint."""
         if target is not None:
+            from .target import Target
+
             self.target = Target(**target)
             if self.penalty is not None:
                 self._set_penalty()
@@ -329,13 +337,12 @@ class Pruner:
         kinds = [set(each) - {"counts"} for each in (saved, self.criterion.state())]
         if (state["target"] is None) == self.policy.targeted or kinds[0] != kinds[1]:
             raise ValueError("pruning must be as at the start of the run, got another kind of target or criterion")
-        if state["target"] is not None:
-            self.target = Target(**state["target"])
-            self.every = self.target.every
         self.criterion.load_state(saved)
         if self.penalty is not None:
             self.penalty.resize_(self.prunable.time_steps.values)
-            self._set_penalty()
+        self.aim(state["target"])
+        if self.target is not None:
+            self.every = self.target.every
 
 
 def check_penalised(

@@ -22,7 +22,7 @@ References:
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -133,26 +133,44 @@ class Measured(Criterion):
         """Whether the forward pass under way is one to be measured."""
         return torch.is_grad_enabled() or not self.recording
 
-    def _on_outputs(self, act: Callable[[int, Form, Tensor | None, Any], Any]) -> list[Any]:
-        """Hooks on the outputs of all layers, which are handed l, the form, the state that came in and the output."""
+    def _layers(self) -> "list[_Place]":
+        """The layers; of blocks the state that arrives is seen, and what they add is the difference."""
+        layers, wrapping = prunable_of(self.model).layers, wrapping_of(self.model)
+        forms = [Form()] * len(layers) if wrapping is None else wrapping.forms
+        state = wrapping is not None and wrapping.per == "block"
+        return [_Place(l, layer, form, state) for l, (layer, form) in enumerate(zip(layers, forms, strict=True))]
 
-        def hook(l: int, form: Form) -> "_Hook":
+    def _sites(self) -> "list[_Place]":
+        """The modules whose output a step multiplies: the layers, or the branches of each."""
+        wrapping = wrapping_of(self.model)
+        if wrapping is None or wrapping.branches is None:
+            return self._layers()
+        branches, origin = wrapping.branches, wrapping.time_steps.origin
+        of = [zip(sites, branches.of(origin[l]), strict=True) for l, sites in enumerate(branches.sites)]
+        return [_Place(l, site, branch.form, False) for l, pairs in enumerate(of) for site, branch in pairs]
+
+    def _on_outputs(self, places: "list[_Place]", act: Callable[[int, Form, Tensor | None, Any], Any]) -> list[Any]:
+        """Hooks on the outputs of modules, which are handed l, the form, the state that arrives or None, the output."""
+
+        def hook(place: _Place) -> "_Hook":
             def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-                value = form.leaving(output)
+                value = place.form.leaving(output)
                 empty = value is None or value.numel() == 0
-                if empty or not self._counts():
-                    return None
-                x = form.arriving(args, kwargs) if wrapping is None else wrapping.arriving(l, args, kwargs)
-                return act(l, form, x, output)
+                x = place.form.arriving(args, kwargs) if place.state else None
+                return None if empty or not self._counts() else act(place.layer, place.form, x, output)
 
             return _Hook(measure)
 
-        layers, wrapping = prunable_of(self.model).layers, wrapping_of(self.model)
-        forms = [Form()] * len(layers) if wrapping is None else wrapping.forms
-        return [
-            layer.register_forward_hook(hook(l, form), with_kwargs=True)
-            for l, (layer, form) in enumerate(zip(layers, forms, strict=True))
-        ]
+        return [place.module.register_forward_hook(hook(place), with_kwargs=True) for place in places]
+
+
+class _Place(NamedTuple):
+    """Where something is measured."""
+
+    layer: int  # its position
+    module: nn.Module
+    form: Form
+    state: bool  # whether the state passes the module, which otherwise returns what is added to it
 
 
 class Contribution(Measured):
@@ -165,17 +183,18 @@ class Contribution(Measured):
 
         @torch.no_grad()
         def measure(l: int, form: Form, x: Tensor | None, output: Any) -> None:
-            size = _mean_norm(_increment(form, x if wrapped else None, output))
+            size = _mean_norm(_increment(form, x, output))
             found[l] = size if wrapped else size * prunable.scheme.factor(prunable.time_steps.tau[l].float())
 
-        return self._on_outputs(measure)
+        return self._on_outputs(self._layers(), measure)
 
 
 class Sensitivity(Measured):
     """The mean over batches of abs(tau_l dJ_b/dtau_l), measured in backward passes; see :class:`Measured`.
 
     A factor 1 + s on what layer l adds changes J by s <dJ/dz_l, z_l> to first order, which is seen where the gradient
-    passes the layer's output. Parts of a batch, whose gradients accumulate, add up before the absolute value is taken.
+    passes the layer's output; a block with branch steps has a term for each branch. Parts of a batch, whose gradients
+    accumulate, add up before the absolute value is taken.
     """
 
     name = "sensitivities"
@@ -192,7 +211,7 @@ class Sensitivity(Measured):
                 torch.autograd.grad(value, self._outputs, allow_unused=True)
 
     def _watch(self, found: dict[int, Tensor]) -> Iterable[Any]:
-        wrapped, self._outputs = wrapping_of(self.model) is not None, []
+        self._outputs = []
 
         def measure(l: int, form: Form, x: Tensor | None, output: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -200,7 +219,7 @@ class Sensitivity(Measured):
             value = form.leaving(output)
             assert value is not None
             # what is changed in place later is copied
-            added = _increment(form, x, output).detach() if wrapped else value.detach().clone()
+            added = (value.clone() if x is None else _increment(form, x, output)).detach()
             frozen = not value.requires_grad  # nothing before it trains, nor does it itself
             value = value.detach().requires_grad_() if frozen else value
 
@@ -211,12 +230,10 @@ class Sensitivity(Measured):
                 found[l] = found[l] + now if l in found else now
 
             value.register_hook(take)
-            self._outputs.append(
-                torch.autograd.graph.get_gradient_edge(value)
-            )  # as it is before it is changed in place
+            self._outputs.append(torch.autograd.graph.get_gradient_edge(value))  # before it is changed in place
             return form.replaced(output, value) if frozen else None
 
-        return self._on_outputs(measure)
+        return self._on_outputs(self._sites(), measure)
 
     def _take(self, found: dict[int, Tensor]) -> None:
         self._outputs = []
@@ -251,7 +268,9 @@ class Influence(Measured):
         hooks = [self.model.register_forward_pre_hook(_Hook(begin), with_kwargs=True)]
         if wrapping is not None and wrapping.branches is not None and wrapping.per == "branch":
             return hooks + self._between_branches(found, wrapping.branches, lambda: mask.get("given"))
-        return hooks + (self._on_outputs(measure) if wrapping is not None else self._between_layers(found))
+        return hooks + (
+            self._on_outputs(self._layers(), measure) if wrapping is not None else self._between_layers(found)
+        )
 
     def _between_branches(self, found: dict[int, Tensor], branches: "Branches", mask: Callable[[], Any]) -> list[Any]:
         """Hooks on blocks and on branches, whose state is that of the block and what those before them added to it."""

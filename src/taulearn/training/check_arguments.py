@@ -11,7 +11,6 @@ from torch.optim.swa_utils import AveragedModel
 from .._errors import positive_integer, unknown_name
 from ..adaptivity.optimizer_state import bare, check_holds, check_holds_steps, with_inner
 from ..adaptivity.policies import Pruning
-from ..adaptivity.target import SteeredL1
 from ..adaptivity.transaction import check_averaged
 from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import time_steps_of
@@ -75,8 +74,13 @@ def check_pruning(pruning: Pruning | None, penalties: Iterable[Penalty]) -> None
         return
     if not isinstance(pruning, Pruning):
         raise TypeError(f"pruning must be a Pruning policy, got {pruning!r}: write pruning=taulearn.Pruning(0.01)")
-    if pruning.targeted and pruning.penalised != "none" and any(each.name == SteeredL1.name for each in penalties):
-        raise ValueError("penalties must not contain L1 where pruning has a target: the controller finds its weight")
+    if pruning.targeted and pruning.penalised != "none":
+        from ..adaptivity.target import SteeredL1
+
+        if any(each.name == SteeredL1.name for each in penalties):
+            raise ValueError(
+                "penalties must not contain L1 where pruning has a target: the controller finds its weight"
+            )
 
 
 def check_callbacks(callbacks: Sequence[Callable[..., Any]]) -> None:
