@@ -146,13 +146,14 @@ def heal(
     while step < steps:
         for batch in case.epoch(order):
             model.train()
-            with torch.autocast("cpu", torch.bfloat16):
+            inputs, labels = without_labels(batch), batch["labels"]
+            with torch.autocast("cpu", torch.bfloat16):  # the teacher answers in it, too
                 outputs = model(**batch)
-            loss, inputs = outputs.loss, without_labels(batch)
-            if session is not None:
-                loss = session.loss(loss, outputs=outputs, inputs=inputs, targets=batch["labels"])
-            else:
-                loss = loss + sum(p.measured(model, inputs, batch["labels"], None, outputs)[0] for p in penalties)
+                if session is not None:
+                    loss = session.loss(outputs.loss, outputs=outputs, inputs=inputs, targets=labels)
+                else:
+                    told = (p(model, inputs, labels, outputs=outputs) for p in penalties)
+                    loss = sum(told, outputs.loss)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
