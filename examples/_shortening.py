@@ -63,6 +63,7 @@ class Case:
         lr: Learning rate of healing.
         random_lrs: Those tried for random weights.
         batches: Number of batches of an epoch.
+        survivors: Of ``taulearn.Pruning``: "one" where steps do not fold into the weights (post-norm blocks).
     """
 
     task: str
@@ -80,6 +81,7 @@ class Case:
     lr: float
     random_lrs: tuple[float, ...]
     batches: int
+    survivors: str
     weight_decay: float = 0.01
     tau_lr: float = 5e-3
     teacher_weight: float = 1.0
@@ -216,7 +218,7 @@ class Study:
         if faded:
             model = wrapped(case, case.trained())
             data = case.calibration(seed) if choice == "loss" else None
-            policy = Pruning(target_blocks=kept, criterion=choice, data=data, by=BEFORE, survivors="one")
+            policy = Pruning(target_blocks=kept, criterion=choice, data=data, by=BEFORE, survivors=case.survivors)
             figures, left = heal(case, model, seed, pruning=policy, teacher=teacher)
             unwrap(model)
         else:
