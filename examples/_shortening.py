@@ -38,7 +38,7 @@ Cell = dict[str, Any]
 
 BUDGETS = (0.0, 0.25, 0.5, 1.0, 2.0)
 SIMPLE = ("top", "every-other", "influence", "loss")
-FADED = ("contribution-faded", "sensitivity-faded")
+FADED = ("contribution-faded", "sensitivity-faded", "loss-faded")
 BEFORE = 0.1
 """Faded blocks are gone after this share of the training, which is 0.2 epochs: before the first budget."""
 
@@ -63,6 +63,7 @@ class Case:
         lr: Learning rate of healing.
         random_lrs: Those tried for random weights.
         batches: Number of batches of an epoch.
+        survivors: Of ``taulearn.Pruning``: "one" where steps do not fold into the weights (post-norm blocks).
     """
 
     task: str
@@ -80,6 +81,7 @@ class Case:
     lr: float
     random_lrs: tuple[float, ...]
     batches: int
+    survivors: str
     weight_decay: float = 0.01
     tau_lr: float = 5e-3
     teacher_weight: float = 1.0
@@ -146,13 +148,14 @@ def heal(
     while step < steps:
         for batch in case.epoch(order):
             model.train()
-            with torch.autocast("cpu", torch.bfloat16):
+            inputs, labels = without_labels(batch), batch["labels"]
+            with torch.autocast("cpu", torch.bfloat16):  # the teacher answers in it, too
                 outputs = model(**batch)
-            loss, inputs = outputs.loss, without_labels(batch)
-            if session is not None:
-                loss = session.loss(loss, outputs=outputs, inputs=inputs, targets=batch["labels"])
-            else:
-                loss = loss + sum(p.measured(model, inputs, batch["labels"], None, outputs)[0] for p in penalties)
+                if session is not None:
+                    loss = session.loss(outputs.loss, outputs=outputs, inputs=inputs, targets=labels)
+                else:
+                    told = (p(model, inputs, labels, outputs=outputs) for p in penalties)
+                    loss = sum(told, outputs.loss)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -166,6 +169,17 @@ def heal(
     return found, list(model.time_steps.origin)
 
 
+def once(path: Path, make: Callable[[], Cell]) -> Cell:
+    """What the file holds; where there is none, what ``make`` returns, which is written whole or not at all."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(make()))
+        part.replace(path)
+    found: Cell = json.loads(path.read_text())
+    return found
+
+
 @dataclass(frozen=True)
 class Study:
     """The cells of a case, in a folder."""
@@ -174,41 +188,27 @@ class Study:
     out: Path
     save: bool = False  # whether the shortened models are kept
 
-    def path(self, kept: int, way: str, seed: int) -> Path:
-        kept = self.case.layers if way == "whole" else kept
-        return self.out / "cells" / f"{self.case.task}-{kept}-{way}-{seed}.json"
-
     def cell(self, kept: int, way: str, seed: int) -> Cell:
         """The figures of one training; those of a finished one are read."""
-        path = self.path(kept, way, seed)
-        if path.exists():
-            return json.loads(path.read_text())
-        began = time.process_time()
-        figures = self._train(self.case.layers if way == "whole" else kept, way, seed)
-        figures = {
-            "task": self.case.task,
-            "kept": self.case.layers if way == "whole" else kept,
-            "way": way,
-            "seed": seed,
-            **figures,
-            "processor_seconds": round(time.process_time() - began),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(figures))
-        part.replace(path)
-        return figures
+        kept = self.case.layers if way == "whole" else kept
+        path = self.out / "cells" / f"{self.case.task}-{kept}-{way}-{seed}.json"
+
+        def make() -> Cell:
+            began = time.process_time()
+            figures = self._train(kept, way, seed)
+            seconds = round(time.process_time() - began)
+            name = {"task": self.case.task, "kept": kept, "way": way, "seed": seed}
+            return {**name, **figures, "processor_seconds": seconds, "torch": torch.__version__}
+
+        return once(path, make)
 
     def _train(self, kept: int, way: str, seed: int) -> Cell:
-        case, teacher = self.case, None
-        first, _, taught = way.partition("+")
-        choice, faded = first.removesuffix("-faded"), first.endswith("-faded")
+        case = self.case
         if way == "random":
             return self._random(kept, seed)
-        if taught:
-            teacher = self.teacher(seed)
+        first, _, taught = way.partition("+")
+        choice, faded = first.removesuffix("-faded"), first.endswith("-faded")
+        teacher = self.teacher(seed) if taught else None
         if way == "whole":
             model, positions = case.trained(), list(range(case.layers))
         else:
@@ -218,15 +218,13 @@ class Study:
         if faded:
             model = wrapped(case, case.trained())
             data = case.calibration(seed) if choice == "loss" else None
-            policy = Pruning(target_blocks=kept, criterion=choice, data=data, by=BEFORE, survivors="one")
+            policy = Pruning(target_blocks=kept, criterion=choice, data=data, by=BEFORE, survivors=case.survivors)
             figures, left = heal(case, model, seed, pruning=policy, teacher=teacher)
             unwrap(model)
         else:
-            figures, left = heal(case, model, seed, teacher=teacher)
-            left = positions
-        folder = self.out / "models" / f"{case.task}-{kept}-{way}-{seed}"
+            figures, left = heal(case, model, seed, teacher=teacher)[0], positions
         if self.save or way == "whole":
-            model.save_pretrained(folder)
+            model.save_pretrained(self.out / "models" / f"{case.task}-{kept}-{way}-{seed}")
         return {"blocks": left, "blocks_at_0": positions, "lr": case.lr, "figures": start + figures}
 
     def _random(self, kept: int, seed: int) -> Cell:
@@ -237,15 +235,14 @@ class Study:
         return tried[best] if seed == 0 else self._random_with(kept, seed, best)
 
     def _random_with(self, kept: int, seed: int, lr: float) -> Cell:
-        path = self.out / "cells" / f"{self.case.task}-{kept}-random-{seed}-lr{lr:g}.tried"
-        if not path.exists():
+        def make() -> Cell:
             torch.manual_seed(seed)
             model = self.case.random(kept)
             start = [{"budget": 0.0, **self.case.evaluate(model)}]
             figures, _ = heal(self.case, model, seed, lr=lr)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"blocks": [], "lr": lr, "figures": start + figures}))
-        return json.loads(path.read_text())
+            return {"blocks": [], "lr": lr, "figures": start + figures}
+
+        return once(self.out / "tried" / f"{self.case.task}-{kept}-random-{seed}-lr{lr:g}.json", make)
 
     def teacher(self, seed: int) -> nn.Module:
         """The whole model that was fine-tuned with this seed."""
@@ -267,9 +264,8 @@ class Study:
                     taken[depth].append(1e3 * (time.perf_counter() - began))
             result[f"batch {size}"] = {str(d): round(statistics.median(values[5:]), 3) for d, values in taken.items()}
         path = self.out / "times" / f"{self.case.task}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result))
-        return result
+        path.unlink(missing_ok=True)
+        return once(path, lambda: result)
 
 
 def default_ways() -> list[str]:

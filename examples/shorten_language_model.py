@@ -125,6 +125,7 @@ def make_case(given: argparse.Namespace) -> Case:
         lr=1e-3 if given.quick else 5e-4,
         random_lrs=(1e-3, 2e-3, 4e-3),
         batches=batches,
+        survivors="free",
     )
 
 

@@ -180,6 +180,7 @@ def make_case(given: argparse.Namespace) -> Case:
         lr=1e-3 if given.quick else 5e-5,
         random_lrs=(3e-3,) if given.quick else (1e-4, 2e-4, 5e-4),
         batches=-(-len(parts["train"][0]) // 32),
+        survivors="one",
     )
 
 

@@ -170,21 +170,23 @@ def check_plain(folder: Path, blocks: int) -> None:
 
 
 def test_shorten_minilm(run_here: Callable[..., str], tmp_path: Path) -> None:
-    ways = ("whole", "every-other", "random")
+    ways = ("whole", "every-other", "random", "sensitivity-faded+teacher")
     cells = shortened_by(ways, "shorten_minilm.py", tmp_path, run_here)
     assert cells["every-other"]["blocks"] == [0, 2]
     for way in ways:
         assert cells[way]["figures"][-1]["test"] > 85
-    check_plain(tmp_path / "models" / "toy-2-every-other-0", 2)
+    for way in ("every-other", "sensitivity-faded+teacher"):
+        check_plain(tmp_path / "models" / f"toy-2-{way}-0", 2)
 
 
 def test_shorten_language_model(run_here: Callable[..., str], tmp_path: Path) -> None:
-    ways = ("whole", "top")
+    ways = ("whole", "top", "loss-faded")
     cells = shortened_by(ways, "shorten_language_model.py", tmp_path, run_here)
     before, after = (cells["top"]["figures"][k]["test"] for k in (0, -1))
     assert cells["whole"]["figures"][0]["test"] < before
     assert after < before - 0.2
-    check_plain(tmp_path / "models" / "text-2-top-0", 2)
+    assert len(cells["loss-faded"]["blocks"]) == 2
+    check_plain(tmp_path / "models" / "text-2-loss-faded-0", 2)
 
 
 def test_intervals_of_shortening(monkeypatch: pytest.MonkeyPatch) -> None:
