@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -29,9 +30,9 @@ def inputs_and_targets(batch: Any, argument: str = "data") -> tuple[Any, Any]:
     )
 
 
-def on_device(batch: Any, like: Tensor) -> Any:
-    """The batch with all its tensors where ``like`` is."""
-    return tree_map(lambda each: each.to(like.device) if isinstance(each, Tensor) else each, batch)
+def on_device(batch: Any, device: torch.device) -> Any:
+    """The batch with all its tensors on a device."""
+    return tree_map(lambda each: each.to(device, non_blocking=True) if isinstance(each, Tensor) else each, batch)
 
 
 def batches_of(data: Any, argument: str = "data") -> Iterable[Any]:
@@ -61,7 +62,7 @@ def each_batch(batches: Iterable[Any], model: nn.Module, like: Tensor, argument:
     batch = None
     for batch in batches:
         check_keys(model, batch, argument)
-        yield on_device(batch, like)
+        yield on_device(batch, like.device)
     if batch is None:
         raise _no_batch(argument)
 

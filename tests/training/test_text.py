@@ -93,6 +93,14 @@ CASES: dict[str, tuple[Any, Any]] = {
 all_cases = pytest.mark.parametrize(("make", "data"), CASES.values(), ids=CASES)
 
 
+def without_dropout(model: Any) -> Any:
+    """In double precision, too: parts of a batch differ in rounding alone."""
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    return model.double()
+
+
 def adam(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(taulearn.parameter_groups(model, lr=3e-3, weight_decay=0.01))
 
@@ -132,10 +140,7 @@ def test_parts_of_a_batch_add_up_to_it(make: Any, data: Any) -> None:
     """Sentences of other lengths have other numbers of tokens that count."""
     results = []
     for accumulate in (1, 3):
-        model = make().double()
-        for part in model.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0
+        model = without_dropout(make())
         options = {"accumulate": accumulate, "penalties": L1(0.01), "loss": None, "epochs": 1}
         results.append((run_fit(model, loader(data, 8), torch.optim.SGD(model.parameters(), 0.1), **options), model))
     (whole, model), (parts, other) = results
@@ -266,10 +271,7 @@ def test_compiling_is_left_out_and_said(tmp_path: Path) -> None:
 def test_distillation_counts_the_tokens_of_each_part() -> None:
     teacher, data, results = gpt2(seed=1), Sentences(language=True, prompt=1), []
     for accumulate in (1, 3):
-        model = gpt2().double()
-        for part in model.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0
+        model = without_dropout(gpt2())
         options = {"accumulate": accumulate, "penalties": Distillation(copy.deepcopy(teacher).double(), 0.5, 2.0, 0.1)}
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         results.append((run_fit(model, loader(data, 8), optimizer, loss=None, epochs=1, **options), model))
@@ -277,6 +279,37 @@ def test_distillation_counts_the_tokens_of_each_part() -> None:
     name = "penalty.distillation"
     np.testing.assert_allclose(parts.iterations[name], whole.iterations[name], rtol=1e-6)
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=1e-8)
+
+
+def test_distillation_of_an_encoder_with_a_decoder() -> None:
+    """The teacher wants the decoder's inputs, which are made of the labels."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=WORDS, decoder_start_token_id=0, pad_token_id=0, **sizes)
+    model, teacher = (transformers.T5ForConditionalGeneration(config) for _ in range(2))
+    inputs, labels = {"input_ids": torch.randint(1, WORDS, (2, 6))}, torch.randint(1, WORDS, (2, 4))
+    labels[1, 2:] = -100
+    answers = [each.eval()(**inputs, labels=labels).logits for each in (model, teacher)]
+    value = Distillation(teacher, 1.0)(model, inputs, labels, outputs=answers[0])
+    p, q = (each[labels != -100].log_softmax(-1) for each in reversed(answers))
+    torch.testing.assert_close(value, F.kl_div(q, p, log_target=True, reduction="batchmean"), rtol=1e-5, atol=1e-7)
+
+
+def test_answers_to_questions_have_two_labels_of_another_name() -> None:
+    items = [{"input_ids": torch.arange(6) + i, "start_positions": torch.tensor(i % 6)} for i in range(14)]
+    items = [each | {"end_positions": (each["start_positions"] + 2) % 6} for each in items]
+    batches: Any = DataLoader(items, batch_size=7)  # type: ignore[arg-type]
+    results = []
+    for accumulate in (1, 3):
+        torch.manual_seed(0)
+        model = without_dropout(bert("BertForQuestionAnswering", num_labels=2))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        results.append(
+            run_fit(model, batches, optimizer, loss=None, epochs=2, accumulate=accumulate).iterations["loss"]
+        )
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
+    whole = torch.utils.data.default_collate(items)
+    assert evaluate(model, batches)["loss"] == pytest.approx(model.eval()(**whole).loss.item(), rel=1e-5)
 
 
 class Answering(nn.Module):

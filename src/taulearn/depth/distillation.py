@@ -32,6 +32,9 @@ _NEXT_TOKEN = re.compile("CausalLM|LMHead")
 """In the names of classes of transformers whose logits at a token are compared with the label of the next one."""
 
 
+_DECODER = "decoder_input_ids"
+
+
 def divergence(logits: Tensor, teachers: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(p || q) of softmax(teachers / temperature) and softmax(logits / temperature), along the last dimension.
 
@@ -120,6 +123,7 @@ class Distillation(Penalty):
                 "teacher make of the same batch; write session.loss(loss, outputs=outputs, inputs=inputs)"
             )
         self._check_apart(model)
+        inputs = self._with_decoder(inputs, targets)
         with evaluation(self.teacher), torch.no_grad():
             answer, its_states = self._asked(self.teacher, inputs)
         logits, teachers = logits_of(outputs, "outputs"), logits_of(answer, "the teacher's outputs").detach()
@@ -146,6 +150,13 @@ class Distillation(Penalty):
     def _asked(self, model: nn.Module, inputs: Any) -> tuple[Any, list[Tensor]]:
         """What a model answers, and its states where they are compared."""
         return forward_with_states(model, inputs) if self.needs_states else (call(model, inputs), [])
+
+    def _with_decoder(self, inputs: Any, targets: Any) -> Any:
+        """The inputs, with those of the decoder, which models of transformers make of the labels."""
+        make = getattr(self.teacher, "prepare_decoder_input_ids_from_labels", None)
+        if make is None or targets is None or not isinstance(inputs, Mapping) or _DECODER in inputs:
+            return inputs
+        return {**inputs, _DECODER: make(labels=targets)}
 
     def _check_apart(self, model: nn.Module) -> None:
         """Refuse a teacher that would change with the model, or stands elsewhere."""

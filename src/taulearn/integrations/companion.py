@@ -71,7 +71,7 @@ class Companion:
         self.pruner: Pruner | None = None
         self._seen = 0
         self._call: tuple[Any, Any] | None = None  # inputs and outputs of the model's last forward pass
-        self._adding = False
+        self.adding = False
 
     def begin(
         self,
@@ -132,7 +132,7 @@ class Companion:
             return
 
         def after(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], outputs: Any) -> None:
-            if module.training and torch.is_grad_enabled() and not self._adding:
+            if module.training and torch.is_grad_enabled() and not self.adding:
                 names = inspect.signature(module.forward).parameters if options else ()
                 given = dict(zip(names, args, strict=False)) | options
                 given.pop("num_items_in_batch", None)  # for the loss alone
@@ -155,7 +155,7 @@ class Companion:
                 f"{where} must return the loss with {self.of_batches[0]!r} among the penalties, which is added to it, "
                 f"got {found}: let it return the loss, or train with taulearn.fit"
             )
-        (inputs, outputs), self._call, self._adding = self._call, None, True
+        (inputs, outputs), self._call, self.adding = self._call, None, True
         try:
             targets = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
             if isinstance(batch, Mapping):
@@ -163,7 +163,7 @@ class Companion:
             # the mean of losses that were multiplied by their share of several batches is that of all
             return self.session.loss(loss / share, outputs=outputs, inputs=inputs, targets=targets) * share
         finally:
-            self._adding = False
+            self.adding = False
 
     def warn_of_decay(self, remedy: str) -> None:
         """Say that the optimiser shrinks the time steps, and what to write instead."""

@@ -157,7 +157,7 @@ class TimeStepsCallback(TrainerCallback):
     def _add(self, share: float, module: nn.Module, _: Any, batch: dict[str, Any], outputs: Any) -> Any:
         """Add penalties that need the batch to the loss that the model returns for training."""
         companion = self._companion
-        if module.training and torch.is_grad_enabled() and not companion._adding:
+        if module.training and torch.is_grad_enabled() and not companion.adding:
             loss = outputs.get("loss") if isinstance(outputs, MutableMapping) else None
             counted = batch.get("num_items_in_batch") is not None  # the loss is a sum over all, divided by that number
             where = f"{type(module).__name__}'s forward"

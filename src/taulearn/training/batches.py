@@ -6,15 +6,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 
-from .._batches import inputs_and_targets
+from .._batches import inputs_and_targets, on_device
 from .._counting import BY_SAMPLES
 from .._errors import positive_integer
 
-Batch = tuple[Any, Any]
-"""Inputs, a tensor or several in tuples and dictionaries, and targets, a tensor; None where the inputs are all."""
+Batch = tuple[Any, Any]  # inputs, one tensor or several in tuples and dictionaries, and targets, or None
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
@@ -119,7 +118,7 @@ class LoaderBatches:
             inputs, targets = self._taken(batch)
             if targets is not None and targets.device.type == "cpu":
                 self.counting.check(self.argument, targets, "of a batch")
-            yield _moved((inputs, targets), self.device)
+            yield on_device((inputs, targets), self.device)
 
     def _taken(self, batch: Any) -> Batch:
         """Inputs and targets of what the loader yields; dictionaries must have the same keys in all batches."""
@@ -146,15 +145,8 @@ class LoaderBatches:
         whole = self.loader.batch_sampler is None  # the dataset's items are batches
         items = dataset[0] if whole else [dataset[i] for i in range(min(2, len(dataset)))]
         with torch.random.fork_rng([]):  # of which collate_fn may draw
-            return _moved(self._taken(self.loader.collate_fn(items)), self.device)
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    """A batch on a device."""
-    if all(isinstance(each, Tensor) for each in batch):  # a tree costs as much as a small step
-        return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
-    moved: Batch = tree_map(lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t, batch)
-    return moved
+            batch: Batch = on_device(self._taken(self.loader.collate_fn(items)), self.device)
+        return batch
 
 
 class _Joined(BatchSampler):

@@ -22,8 +22,7 @@ _OVER_EPOCHS = "laid out over all epochs"
 
 
 Metric = Callable[[Any, Any], Any]
-NAMED = ("accuracy", "perplexity")
-"""The metrics that have a name."""
+NAMED = ("accuracy", "perplexity")  # metrics that have a name
 
 
 def check_metrics(metrics: str | Sequence[str] | Mapping[str, Metric]) -> None:

@@ -21,7 +21,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 def as_float(inputs: Any, dtype: torch.dtype) -> Any:
-    """Images kept as uint8 become numbers in [0, 1]; all else passes unchanged."""
+    """Images kept as uint8, one tensor, become numbers in [0, 1]; all else passes unchanged."""
     return inputs.to(dtype) / 255 if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8 else inputs
 
 

@@ -28,8 +28,7 @@ from .fast.fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fus
 from .fast.line_search import CompiledValues
 from .objective import Objective, StepOptions, autocast_of
 
-Part = tuple[Any, Any, Tensor | None]
-"""Inputs, targets, and what the part weighs."""
+Part = tuple[Any, Any, Tensor | None]  # inputs, targets, and what the part weighs
 
 
 class PlainStep:
