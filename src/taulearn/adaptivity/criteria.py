@@ -133,26 +133,28 @@ class Measured(Criterion):
         """Whether the forward pass under way is one to be measured."""
         return torch.is_grad_enabled() or not self.recording
 
-    def _on_outputs(self, act: Callable[[int, Form, Tensor | None, Any], Any]) -> list[Any]:
-        """Hooks on the outputs of all layers, which are handed l, the form, the state that came in and the output."""
+    def _on_outputs(self, act: Callable[[int, Form, Tensor | None, Any], Any], *, branches: bool = False) -> list[Any]:
+        """Hooks on the outputs of all layers, which are handed l, the form, the state that came in and the output.
+
+        With ``branches`` they are on those of the branches of layers that have some, where no state comes in.
+        """
+        layers, wrapping = prunable_of(self.model).layers, wrapping_of(self.model)
+        forms = [Form()] * len(layers) if wrapping is None else wrapping.forms
+        places = list(zip(range(len(layers)), layers, forms, strict=True))
+        within = wrapping is not None and wrapping.per == "branch"
+        if wrapping is not None and wrapping.branches is not None and branches:
+            places, within = wrapping.branches.places(wrapping.time_steps.origin), True
 
         def hook(l: int, form: Form) -> "_Hook":
             def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
                 value = form.leaving(output)
-                empty = value is None or value.numel() == 0
-                if empty or not self._counts():
+                if value is None or value.numel() == 0 or not self._counts():
                     return None
-                x = form.arriving(args, kwargs) if wrapping is None else wrapping.arriving(l, args, kwargs)
-                return act(l, form, x, output)
+                return act(l, form, None if within else form.arriving(args, kwargs), output)
 
             return _Hook(measure)
 
-        layers, wrapping = prunable_of(self.model).layers, wrapping_of(self.model)
-        forms = [Form()] * len(layers) if wrapping is None else wrapping.forms
-        return [
-            layer.register_forward_hook(hook(l, form), with_kwargs=True)
-            for l, (layer, form) in enumerate(zip(layers, forms, strict=True))
-        ]
+        return [place.register_forward_hook(hook(l, form), with_kwargs=True) for l, place, form in places]
 
 
 class Contribution(Measured):
@@ -175,7 +177,8 @@ class Sensitivity(Measured):
     """The mean over batches of abs(tau_l dJ_b/dtau_l), measured in backward passes; see :class:`Measured`.
 
     A factor 1 + s on what layer l adds changes J by s <dJ/dz_l, z_l> to first order, which is seen where the gradient
-    passes the layer's output. Parts of a batch, whose gradients accumulate, add up before the absolute value is taken.
+    passes the layer's output, or those of its branches, of which z_l is the sum. Parts of a batch, whose gradients
+    accumulate, add up before the absolute value is taken.
     """
 
     name = "sensitivities"
@@ -216,7 +219,7 @@ class Sensitivity(Measured):
             )  # as it is before it is changed in place
             return form.replaced(output, value) if frozen else None
 
-        return self._on_outputs(measure)
+        return self._on_outputs(measure, branches=True)
 
     def _take(self, found: dict[int, Tensor]) -> None:
         self._outputs = []
