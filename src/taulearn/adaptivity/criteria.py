@@ -203,7 +203,8 @@ class Sensitivity(Measured):
             value = form.leaving(output)
             assert value is not None
             # what is changed in place later is copied
-            added = _increment(form, x, output).detach() if wrapped else value.detach().clone()
+            whole = wrapped and x is not None
+            added = _increment(form, x, output).detach() if whole else value.detach().clone()
             frozen = not value.requires_grad  # nothing before it trains, nor does it itself
             value = value.detach().requires_grad_() if frozen else value
 
@@ -214,9 +215,8 @@ class Sensitivity(Measured):
                 found[l] = found[l] + now if l in found else now
 
             value.register_hook(take)
-            self._outputs.append(
-                torch.autograd.graph.get_gradient_edge(value)
-            )  # as it is before it is changed in place
+            # as it is before it is changed in place
+            self._outputs.append(torch.autograd.graph.get_gradient_edge(value))
             return form.replaced(output, value) if frozen else None
 
         return self._on_outputs(measure, branches=True)
