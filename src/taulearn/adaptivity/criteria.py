@@ -145,9 +145,8 @@ class Measured(Criterion):
         wrapping = wrapping_of(self.model)
         if wrapping is None or wrapping.branches is None:
             return self._layers()
-        branches, origin = wrapping.branches, wrapping.time_steps.origin
-        of = [zip(sites, branches.of(origin[l]), strict=True) for l, sites in enumerate(branches.sites)]
-        return [_Place(l, site, branch.form, False) for l, pairs in enumerate(of) for site, branch in pairs]
+        places = wrapping.branches.places(wrapping.time_steps.origin)
+        return [_Place(l, site, form, False) for l, site, form in places]
 
     def _on_outputs(self, places: "list[_Place]", act: Callable[[int, Form, Tensor | None, Any], Any]) -> list[Any]:
         """Hooks on the outputs of modules, which are handed l, the form, the state that arrives or None, the output."""

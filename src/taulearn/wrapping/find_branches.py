@@ -10,7 +10,7 @@ Verified is, for each block:
 
 1. the sites' outputs times 0 give the input, to the bit;
 2. one site's output times s, the others' times 0: the increments for s = 2^-7 and 2^-8 have the ratio 2, where need be
-   on those entries that a final ReLU does not clip;
+   on those entries that a final ReLU does not clip (for the first of those with modules of the same names and classes);
 3. the ends' parameters times s give the output that the sites' outputs times s give. Where this alone fails, the block
    has branch steps that do not fold.
 """
@@ -59,7 +59,7 @@ def find_branches(
     known: dict[Any, list[tuple[Branch, ...]]] = {}
     result = []
     for name, block, form in zip(names, blocks, forms, strict=True):
-        like = known.setdefault(kind(block), [])
+        like = known.setdefault((kind(block), *((key, type(each)) for key, each in block.named_modules())), [])
         try:
             trial = _copied(block, *seen.pop(block), form)
             branches = _as_before(trial, like) or _verified(trial, _searched(trial))
@@ -118,6 +118,7 @@ class _Trial:
             name: each for name, each in block.named_modules() if name and not isinstance(each, torch.jit.ScriptModule)
         }
         self.parameters = dict(block.named_parameters())
+        self.bare = self.run(watch=True)
 
     def run(
         self,
@@ -197,6 +198,28 @@ def _without_trace(block: nn.Module, args: Any, kwargs: Any) -> Any:
 
 def _copied(block: nn.Module, args: Any, kwargs: Any, form: Form) -> _Trial:
     """A copy with noise in the place of constants, in double precision where that works."""
+    x = form.arriving(args, kwargs)
+    if x is None or any(each.is_complex() for each in (x, *block.parameters())):
+        raise NotFound("its numbers are complex")
+    try:
+        exact_args, exact_kwargs = tree_map(_as_double, (args, kwargs))
+        trial = _Trial(_with_noise(block).double(), exact_args, exact_kwargs, form)
+        if bool(torch.isfinite(trial.bare.after).all()):
+            return trial
+    except NotFound:
+        raise
+    # kernels for one type alone, and whatever else a block raises then
+    except Exception:  # noqa: BLE001
+        pass
+    try:
+        return _Trial(_with_noise(block), args, kwargs, form)
+    except NotFound:
+        raise
+    except Exception as error:
+        raise NotFound(f"it fails outside of the model ({type(error).__name__})") from error
+
+
+def _with_noise(block: nn.Module) -> nn.Module:
     try:
         twin = copy.deepcopy(block).eval().requires_grad_(False)
     except Exception as error:
@@ -204,18 +227,7 @@ def _copied(block: nn.Module, args: Any, kwargs: Any, form: Form) -> _Trial:
     with torch.no_grad():
         for parameter, noise in noise_for(twin).items():
             parameter.copy_(noise)
-    x = form.arriving(args, kwargs)
-    if x is None or any(each.is_complex() for each in (x, *twin.parameters())):
-        raise NotFound("its numbers are complex")
-    try:
-        exact_args, exact_kwargs = tree_map(_as_double, (args, kwargs))
-        trial = _Trial(copy.deepcopy(twin).double(), exact_args, exact_kwargs, form)
-        if bool(torch.isfinite(trial.run().after).all()):
-            return trial
-    # kernels for one type alone, and whatever else a block raises then
-    except Exception:  # noqa: BLE001
-        pass
-    return _Trial(twin, args, kwargs, form)
+    return twin
 
 
 def _as_double(each: Any) -> Any:
@@ -224,7 +236,7 @@ def _as_double(each: Any) -> Any:
 
 def _searched(trial: _Trial) -> tuple[Branch, ...]:
     """The branches that the zeroing test finds."""
-    bare = trial.run(watch=True)
+    bare = trial.bare
     if torch.equal(bare.after, bare.before):
         raise NotFound("it adds nothing to its state on the example inputs")
     number, zeros, now = Counter(bare.calls), dict[str, Tensor](), bare
@@ -318,19 +330,16 @@ def _shape_of(bare: _Pass, site: str, forward: Callable[..., Any]) -> tuple[Form
 
 def _as_before(trial: _Trial, known: Sequence[tuple[Branch, ...]]) -> tuple[Branch, ...] | None:
     """The branches of an earlier block of the same kind, where this one has the same."""
-    if not known:
-        return None
-    bare = trial.run(watch=True)
     for branches in dict.fromkeys(known):
         try:
-            return _verified(trial, tuple(_here(trial, bare, each) for each in branches))
+            return _verified(trial, tuple(_here(trial, trial.bare, each) for each in branches), scaling=False)
         except NotFound:
             continue
     return None
 
 
 def _here(trial: _Trial, bare: _Pass, branch: Branch) -> Branch:
-    """A branch of another block in this one, where nothing is verified yet."""
+    """A branch of another block in this one, where it is not verified yet."""
     named = all(end.parameter in trial.parameters for end in branch.ends)
     if not named or bare.calls.count(branch.site) != 1 or branch.site not in bare.outputs:
         raise NotFound("it has other modules")
@@ -342,12 +351,12 @@ def _scaled(branches: Sequence[Branch], scales: Sequence[float]) -> dict[str, tu
     return {each.site: (each.form, scale) for each, scale in zip(branches, scales, strict=True)}
 
 
-def _verified(trial: _Trial, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
+def _verified(trial: _Trial, branches: tuple[Branch, ...], *, scaling: bool = True) -> tuple[Branch, ...]:
     """The branches, with why one of them cannot be folded; refused where they are none."""
     gone = trial.run(scales=_scaled(branches, [0.0] * len(branches)))
     if not torch.equal(gone.after, gone.before):
         raise NotFound("its output is not its input with the outputs of its branches at zero")
-    for i, branch in enumerate(branches):
+    for i, branch in enumerate(branches if scaling else ()):
         large, small = (
             trial.run(scales=_scaled(branches, [s if i == j else 0.0 for j in range(len(branches))])) for s in _SCALES
         )

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .._undisturbed import undisturbed
-from ..adaptivity.transaction import all_or_nothing
+from ..adaptivity.transaction import Snapshot
 from ..nn.pruned_models import WRAPPING
 from .branches import NoBranch
 from .comparison import STEPS, Description, in_short, other_outputs, other_values
@@ -226,10 +226,6 @@ def release_saving(host: nn.Module) -> None:
             vars(module)[_SAVE] = guard.own
 
 
-class _Undone(Exception):
-    """Ends a deletion that is tried."""
-
-
 def find_unsaved(wrapping: Wrapping) -> dict[int, str]:
     """Without which single blocks ``save_pretrained`` would be refused, as far as it shows without saving."""
     host, number = wrapping.host, len(wrapping.layers)
@@ -237,13 +233,15 @@ def find_unsaved(wrapping: Wrapping) -> dict[int, str]:
     reasons: dict[int, str] = {}
     if number == 1 or not any(map(guard_of, host.modules())):
         return {}
+    before = Snapshot([host])
     for gone in sorted(set(range(number)) - wrapping.fixed_layers().keys()):
-        with suppress(_Undone), all_or_nothing([host], None):
+        try:
             wrapping.keep_layers_([l for l in range(number) if l != gone])
             reason = _refused(host, known)
             if reason is not None:
                 reasons[gone] = reason
-            raise _Undone
+        finally:
+            before.restore()
     return reasons
 
 

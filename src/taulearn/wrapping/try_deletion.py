@@ -2,8 +2,9 @@
 
 A list of blocks may get shorter only if the host runs through it in order. Whether it does cannot be read off the
 list: hosts take blocks by number, count them, keep what some of them return, or run through several lists at once. So
-deletions are carried out, compared with the same blocks at tau = 0, and undone: each block alone, then one after the
-other until none is left, then all but the first. A list in which that fails keeps its length, with placeholders, if
+deletions are carried out, compared with the same blocks at tau = 0, and undone: some choices of blocks at first; where
+one of those fails, each block alone, then one after the other until none is left, then all but the first. A list in
+which that fails keeps its length, with placeholders, if
 more blocks can go in that way (at least two more where a configuration counts the blocks, which knows no placeholders);
 a block without which the host is another one stays.
 
@@ -75,6 +76,8 @@ def _way(trial: "_Trial", name: str | None, members: Sequence[int]) -> tuple[set
 
     if name is None:
         return set(), staying(())
+    if trial.any_of_them(members, {name}):
+        return {name}, {}
     shorter = staying({name})
     if any(trial.why_not(l, ()) is None for l in shorter):
         places = staying(())
@@ -162,6 +165,21 @@ class _Trial:
         differs = difference(expected, found, [self.blocks[l] for l in gone])
         return None if differs is None else f"the host {differs} without it than with tau = 0: {_PLACE}"
 
+    def any_of_them(self, blocks: Sequence[int], shorten: Collection[str]) -> bool:
+        """Whether some choices of blocks can all be deleted, so that any choice may be expected to.
+
+        They are those with a binary digit of their position 0, or 1, and all but the first or last: of any two blocks,
+        one is deleted where the other stays.
+        """
+        number = len(blocks)
+        bits = max(1, (number - 1).bit_length())
+        halves = [[l for i, l in enumerate(blocks) if i >> bit & 1 == digit] for bit in range(bits) for digit in (1, 0)]
+        choices = [*halves, list(blocks[1:]), list(blocks[:-1])]
+        if number < self.number:
+            choices.append(list(blocks))
+        wanted = dict.fromkeys(tuple(each) for each in choices if 0 < len(each) < self.number)
+        return bool(wanted) and all(self._at_once(each, shorten) for each in wanted)
+
     def one_after_the_other(self, blocks: Sequence[int], shorten: Collection[str]) -> dict[int, str]:
         """Which blocks must stay, of those that can be deleted alone, so that all others can be deleted together."""
         keep: dict[int, str] = {}
@@ -199,7 +217,7 @@ class _Trial:
         return keep
 
     def _at_once(self, blocks: Sequence[int], shorten: Collection[str]) -> bool:
-        if len(blocks) < 2:
+        if not blocks:
             return True
         try:
             with self._without((), (), zero=blocks):
@@ -207,6 +225,7 @@ class _Trial:
         # hosts may raise anything
         except Exception:  # noqa: BLE001
             return False
+        self.answered |= answers(self.bare, expected, self.blocks)
         return self._differs(expected, blocks, shorten) is None
 
     def _observe(self, gone: Collection[int] = ()) -> Observation:

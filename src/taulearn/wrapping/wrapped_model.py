@@ -77,6 +77,14 @@ class Branches:
         block, branches = self.layer(number)
         return tuple(self.found[block][i] for i in branches)
 
+    def places(self, origin: Sequence[int]) -> list[tuple[int, nn.Module, Form]]:
+        """The sites of all layers that exist now, with the layer's position and where the increment tau g is."""
+        return [
+            (l, site, branch.form)
+            for l, (number, sites) in enumerate(zip(origin, self.sites, strict=True))
+            for site, branch in zip(sites, self.of(number), strict=True)
+        ]
+
     def layer_names(self) -> tuple[str, ...]:
         """Names of all layers when the model was wrapped."""
         if self.per == "block":
@@ -93,7 +101,8 @@ class Wrapping:
         host: The model.
         time_steps: Its steps.
         layers: What has a step and exists now, in the order of the calls: blocks, or with ``per="branch"`` the sites
-            of branches. A block adds the difference of its states to the state, a branch its output.
+            of branches. With x and y what ``forms[l]`` takes from arguments and output of a call,
+            layer l adds y - x to the state with ``per="block"``, y = tau g with ``per="branch"``.
         names: Names of all of them when the model was wrapped.
         forms: Where each one's state is; of a branch, its increment.
         shorten: Names of the lists that get shorter when a block of theirs is deleted.
