@@ -21,7 +21,7 @@ def blocks(language):
 
 def test_blocks_run_and_prune(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, wrapping, loop = blocks("python")
+    first, wrapping, loop, shorten = blocks("python")
     assert len([line for line in first.splitlines() if line.strip()]) <= 20
     names: dict[str, object] = {}
     exec(first, names)
@@ -36,6 +36,8 @@ def test_blocks_run_and_prune(capsys, tmp_path, monkeypatch):
     assert float(last) > 0.9
     assert names["model"].time_steps.num_steps == 3
     assert len(names["session"].history.deletions) == 3
+    exec(shorten, names)
+    assert capsys.readouterr().out.endswith("4\n")
 
 
 def test_commands_run(tmp_path, monkeypatch):
