@@ -1,12 +1,15 @@
 """Cost of time steps in an existing model, of a deletion, and what deleting half of the blocks saves.
 
-(a) a wrapped model against the bare one, nothing pruned, every step 1: a training step and a forward pass
-(b) a forward pass of a wrapped ViT-like model after half of its blocks are deleted, against before
-(c) ``prune`` of a model of 100 million parameters with Adam: seconds, and memory at its peak over that before
+(a) a wrapped model against the bare one, nothing pruned, every step 1, in both forms: a training step and a forward
+    pass
+(b) the blocks' own time in a forward pass after half of them are deleted, against before
+(c) ``wrap`` of a Llama of 12 layers and width 384, with the probe
+(d) ``prune`` of a model of 100 million parameters with Adam: seconds, and memory at its peak over that before
 
-Both models of (a) and (b) take turns in one process; given are the ratio of the shortest times and the median of the
-ratios of neighbouring turns; "noise" is a bare model against a copy of itself. With one thread the processor's time is
-taken, which other processes disturb less than that of the clock. ``python benchmarks/wrapping.py [--seconds 20]``.
+Both models of (a) and (b) take turns in one process; given are the ratio of the shortest times, and the median of the
+ratios of neighbouring turns with its 95 % interval; "noise" is a bare model against a copy of itself. With one thread
+the processor's time is taken, which other processes disturb less than that of the clock. ``python
+benchmarks/wrapping.py [--seconds 20]``.
 
 The process keeps its memory. glibc gives the top of its heap back to the system when a step ends, and of two models
 that take turns only the larger one, which reaches the top, pays for taking it anew at each step; alone in a process the
@@ -25,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +37,7 @@ from torch.nn.functional import cross_entropy
 from taulearn import parameter_groups, prune, wrap
 
 BATCHES = (1, 32)
-OVERHEAD, HALF, SECONDS, MEMORY = 1.03, 0.55, 1.0, 0.05
+OVERHEAD, HALF, SECONDS, MEMORY, WRAP = 1.02, 0.52, 1.0, 0.05, 2.0
 
 
 class ConvolutionalBlock(nn.Module):
@@ -52,8 +56,6 @@ class ConvolutionalBlock(nn.Module):
 class ResNet(nn.Module):
     """A pre-activation ResNet of one stage."""
 
-    side = 32
-
     def __init__(self, width: int = 64, blocks: int = 12) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
@@ -64,50 +66,44 @@ class ResNet(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-class ResNet34(nn.Module):
-    """ResNet-34 (He et al., 2016) as transformers builds it: 13 of its 16 blocks keep the shape of their input."""
+class ViT(nn.Module):
+    """A vision transformer as transformers builds it."""
 
-    side = 64
-
-    def __init__(self) -> None:
+    def __init__(self, width: int = 192, blocks: int = 12, patch: int = 4) -> None:
         super().__init__()
-        from transformers import ResNetConfig, ResNetForImageClassification
+        from transformers import ViTConfig, ViTForImageClassification
 
-        widths, depths = [64, 128, 256, 512], [3, 4, 6, 3]
-        config = ResNetConfig(layer_type="basic", depths=depths, hidden_sizes=widths, num_labels=10)
-        self.model = ResNetForImageClassification(config)
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
+        config = ViTConfig(num_hidden_layers=blocks, image_size=32, patch_size=patch, num_labels=10, **sizes)
+        self.model = ViTForImageClassification(config)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x).logits
 
 
-class ViT(nn.Module):
-    """The encoder of a vision transformer, of torch's own layers."""
+class Llama(nn.Module):
+    """A Llama as transformers builds it, that reads the pixels of an image as 192 tokens."""
 
-    side = 32
-
-    def __init__(self, width: int = 192, blocks: int = 12, patch: int = 4) -> None:
+    def __init__(self, width: int = 192, blocks: int = 12) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, patch, patch)
-        self.positions = nn.Parameter(0.02 * torch.randn(1, (32 // patch) ** 2, width))
-        layer = nn.TransformerEncoderLayer(
-            width, width // 64, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.encoder = nn.TransformerEncoder(layer, blocks, norm=nn.LayerNorm(width), enable_nested_tensor=False)
-        self.head = nn.Linear(width, 10)
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": width // 64}
+        config = LlamaConfig(vocab_size=256, num_hidden_layers=blocks, use_cache=False, **sizes)
+        self.model = LlamaForCausalLM(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.patches(x).flatten(2).transpose(1, 2) + self.positions
-        return self.head(self.encoder(y).mean(1))
+        tokens = x[:, :, ::4, ::4].flatten(1).sigmoid().mul(255).long()
+        return self.model(tokens, logits_to_keep=1).logits[:, 0, :10]
 
 
-def images(batch: int, side: int = 32) -> Tensor:
-    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+def images(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def training(model: nn.Module, batch: int, side: int = 32) -> Callable[[], None]:
+def training(model: nn.Module, batch: int) -> Callable[[], None]:
     """One step of SGD with momentum."""
-    x, z = images(batch, side), torch.arange(batch) % 10
+    x, z = images(batch), torch.arange(batch) % 10
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
@@ -119,8 +115,8 @@ def training(model: nn.Module, batch: int, side: int = 32) -> Callable[[], None]
     return run
 
 
-def inference(model: nn.Module, batch: int, side: int = 32) -> Callable[[], None]:
-    x = images(batch, side)
+def inference(model: nn.Module, batch: int) -> Callable[[], None]:
+    x = images(batch)
     model.eval()
 
     @torch.inference_mode()
@@ -130,8 +126,45 @@ def inference(model: nn.Module, batch: int, side: int = 32) -> Callable[[], None
     return run
 
 
-def compare(first: Callable[[], None], second: Callable[[], None], seconds: float) -> tuple[float, float, float]:
-    """Shortest milliseconds of the second; shortest first over shortest second; median of the ratios of neighbours."""
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of one of these models, as a Sequential or a list."""
+    inner = next(each for name, each in model.named_modules() if name.endswith(("blocks", "layers", "layer")))
+    return list(inner)
+
+
+def blocks_alone(model: nn.Module, batch: int) -> Callable[[], None]:
+    """A forward pass through the blocks alone, on what they are given in the model."""
+    seen: list[tuple[nn.Module, tuple[object, ...], dict[str, object]]] = []
+    blocks = blocks_of(model.eval())
+    hooks = [
+        block.register_forward_pre_hook(lambda m, args, kwargs: seen.append((m, args, kwargs)), with_kwargs=True)
+        for block in blocks
+    ]
+    with torch.inference_mode():
+        model(images(batch))
+    for hook in hooks:
+        hook.remove()
+
+    @torch.inference_mode()
+    def run() -> None:
+        for block, args, kwargs in seen:
+            block(*args, **kwargs)
+
+    return run
+
+
+class Ratio(NamedTuple):
+    """How long the first of two takes over the second."""
+
+    ms: float  # of the second, the shortest
+    shortest: float
+    median: float
+    low: float  # of the median's 95 % interval
+    high: float
+
+
+def compare(first: Callable[[], None], second: Callable[[], None], seconds: float) -> Ratio:
+    """Let two take turns; the interval of the median is that of the binomial distribution of its rank."""
     now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: list[list[float]] = [[], []]
     for run in (first, second) * 3:
@@ -146,39 +179,58 @@ def compare(first: Callable[[], None], second: Callable[[], None], seconds: floa
             times[i].append(now() - start)
     gc.enable()
     shortest = [min(each) for each in times]
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    return 1e3 * shortest[1], shortest[0] / shortest[1], statistics.median(ratios)
+    ratios = sorted(a / b for a, b in zip(*times, strict=True))
+    number, spread = len(ratios), round(0.98 * len(ratios) ** 0.5)
+    low, high = ratios[max(0, number // 2 - spread)], ratios[min(number - 1, number // 2 + spread)]
+    return Ratio(1e3 * shortest[1], shortest[0] / shortest[1], statistics.median(ratios), low, high)
 
 
 def row(*cells: object) -> None:
-    widths = (34, 6, 9, 13, 13, 9)
+    widths = (34, 6, 9, 9, 8, 16, 9)
     print("  ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True)), flush=True)
 
 
+def line(name: str, batch: int, ratio: Ratio, bar: float) -> None:
+    verdict = "" if name.endswith("noise") else "met" if ratio.median <= bar else "missed"
+    numbers = f"{ratio.ms:.2f}", f"{ratio.shortest:.3f}", f"{ratio.median:.3f}", f"{ratio.low:.3f} - {ratio.high:.3f}"
+    row(name, batch, *numbers, verdict)
+
+
 def measure_overhead(seconds: float) -> None:
-    row("wrapped over bare", "batch", "bare ms", "shortest", "median", f"bar {OVERHEAD}")
-    for make in (ViT, ResNet, ResNet34):
+    row("wrapped over bare", "batch", "bare ms", "shortest", "median", "95 %", f"bar {OVERHEAD}")
+    for make in (ViT, Llama, ResNet):
         for batch in BATCHES:
             for kind in (training, inference):
                 torch.manual_seed(0)
                 bare = make()
-                wrapped = wrap(copy.deepcopy(bare), example_inputs=images(1, make.side))
-                for name, model in (("noise", copy.deepcopy(bare)), (kind.__name__, wrapped)):
-                    ms, shortest, median = compare(kind(model, batch, make.side), kind(bare, batch, make.side), seconds)
-                    verdict = "" if name == "noise" else "met" if median <= OVERHEAD else "missed"
-                    row(f"{make.__name__}, {name}", batch, f"{ms:.2f}", f"{shortest:.3f}", f"{median:.3f}", verdict)
+                models = {"noise": copy.deepcopy(bare)}
+                for form in ("branches", "whole"):
+                    models[f"{kind.__name__}, {form}"] = wrap(copy.deepcopy(bare), example_inputs=images(1), form=form)
+                for name, model in models.items():
+                    ratio = compare(kind(model, batch), kind(bare, batch), seconds)
+                    line(f"{make.__name__}, {name}", batch, ratio, OVERHEAD)
 
 
 def measure_half(seconds: float) -> None:
-    row("half of the blocks over all", "batch", "all ms", "shortest", "median", f"bar {HALF}")
-    for make in (ViT, ResNet):
+    row("half of the blocks over all", "batch", "all ms", "shortest", "median", "95 %", f"bar {HALF}")
+    for make in (ViT, Llama, ResNet):
         for batch in BATCHES:
             whole = wrap(make(), example_inputs=images(1))
             half = copy.deepcopy(whole)
             prune(half, keep=range(0, 12, 2))
-            ms, shortest, median = compare(inference(half, batch), inference(whole, batch), seconds)
-            verdict = "met" if median <= HALF else "missed"
-            row(f"{make.__name__}, inference", batch, f"{ms:.2f}", f"{shortest:.3f}", f"{median:.3f}", verdict)
+            ratio = compare(blocks_alone(half, batch), blocks_alone(whole, batch), seconds)
+            line(f"{make.__name__}, inference", batch, ratio, HALF)
+
+
+def measure_wrap() -> None:
+    taken = []
+    for _ in range(5):
+        model = Llama(width=384)
+        start = time.process_time()
+        wrap(model, example_inputs=images(1))
+        taken.append(time.process_time() - start)
+    verdict = "met" if min(taken) <= WRAP else "missed"
+    print(f"\nwrap of a Llama of 12 layers, width 384: {min(taken):.2f} s of the processor (bar {WRAP}) {verdict}")
 
 
 def keep_memory() -> None:
@@ -224,7 +276,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="per comparison")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--give-back", action="store_true", help="let glibc give memory back after each step")
-    parser.add_argument("--large", action="store_true", help="the deletion of (c) alone")
+    parser.add_argument("--large", action="store_true", help="the deletion of (d) alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.large:
@@ -236,6 +288,7 @@ def main() -> None:
     measure_overhead(options.seconds)
     print()
     measure_half(options.seconds)
+    measure_wrap()
     subprocess.run([sys.executable, __file__, "--large", "--threads", str(options.threads)], check=True)
 
 
