@@ -366,11 +366,12 @@ def _verified(trial: _Trial, branches: tuple[Branch, ...], *, scaling: bool = Tr
                 "normalisation"
             )
     scales = [0.7 + 0.6 * i / len(branches) for i in range(len(branches))]
+    branches = tuple(replace(branch, not_folded=_never_called(trial, branch)) for branch in branches)
     if _folds(trial, branches, scales):
         return branches
     alone = [_folds(trial, [each], [0.7]) for each in branches]
     return tuple(
-        branch if good else replace(branch, not_folded=_why_not_folded(trial, branch))
+        branch if good or branch.not_folded else replace(branch, not_folded=_why_not_folded(trial, branch))
         for branch, good in zip(branches, alone if not all(alone) else [False] * len(branches), strict=True)
     )
 
@@ -410,6 +411,19 @@ def _why_not_folded(trial: _Trial, branch: Branch) -> str:
 def _same(mine: Sequence[tuple[str, Tensor]], theirs: Sequence[tuple[str, Tensor]]) -> bool:
     pairs = zip(mine, theirs, strict=False)
     return len(mine) == len(theirs) and all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
+
+
+def _never_called(trial: _Trial, branch: Branch) -> str:
+    """Why ends may be missing, as in experts that no example input was routed to, or nothing."""
+    ends = {end.parameter.rpartition(".")[0] for end in branch.ends}
+    kinds = {type(trial.modules[end]) for end in ends if end in trial.bare.calls}
+    for name, module in trial.modules.items():
+        idle = name.startswith(f"{branch.site}.") and name not in trial.bare.calls and name not in ends
+        if idle and type(module) in kinds:
+            zeros = {f"{name}.{key}": trial.like(f"{name}.{key}", 0.0) for key, _ in module.named_parameters()}
+            if torch.equal(trial.run(zeros).after, trial.bare.after):  # else its weights are used without a call
+                return f"{name!r} is like an end, but takes no part on the example inputs: give inputs that reach it"
+    return ""
 
 
 def _tried_without(trial: _Trial, branch: Branch) -> Branch:
