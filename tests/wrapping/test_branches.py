@@ -688,3 +688,58 @@ def test_states_are_those_between_blocks() -> None:
     with pytest.raises(ValueError, match="per block"):
         record_states(host, ids())
     assert len(record_states(stepped("gpt2"), ids())[1]) == 5
+
+
+@pytest.mark.parametrize("per", ["block", "branch"])
+def test_fit_prunes_them_to_a_target_with_averaged_weights(per: str) -> None:
+    from torch.optim.swa_utils import AveragedModel
+
+    from taulearn import Pruning, fit, parameter_groups
+
+    torch.manual_seed(0)
+    host = wrap(nn.Sequential(*(Twofold() for _ in range(4))), example_inputs=X, per=per)
+    averaged = AveragedModel(host)
+    x = drawn(64, 4)
+    optimizer = torch.optim.Adam(parameter_groups(host, lr=1e-3, tau_lr=0.05))
+    pruning = Pruning(target_blocks=3, criterion="contribution")
+    options: dict[str, Any] = {
+        "loss": nn.functional.mse_loss,
+        "optimizer": optimizer,
+        "batch_size": 8,
+        "progress": False,
+    }
+    fit(host, (x, x.flip(1)), epochs=6, pruning=pruning, averaged=averaged, **options)
+    assert host.time_steps.num_steps == averaged.module.time_steps.num_steps == 3
+    assert bool((host.time_steps.tau != 1).any())
+    for each in (host.eval(), averaged.module.eval()):
+        expected = answer(each, X)
+        assert_like(answer(unwrap(each), X), expected)
+
+
+class Twofold(nn.Module):
+    """Two residual branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(4).inner, Block(4).inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        y: Tensor = x + self.second(x)
+        return y
+
+
+@pytest.mark.parametrize("format_", ["torch", pytest.param("onnx", marks=pytest.mark.long)])
+def test_exported_programs_have_no_steps(format_: str, tmp_path: Path) -> None:
+    from taulearn.export import export_model
+
+    host = wrap(nn.Sequential(*(Twofold() for _ in range(3))), example_inputs=X).eval()
+    set_steps(host)
+    exported = export_model(host, tmp_path, X, format=format_)
+    assert exported.difference <= 1e-6 * exported.size
+    assert host.time_steps.num_steps == 3
+    if format_ == "torch":
+        program = torch.export.load(exported.files[0])
+        assert not any("time_steps" in name for name in program.state_dict)
+        multiplications = [n for n in program.graph.nodes if n.op == "call_function" and "mul" in str(n.target)]
+        assert not multiplications
