@@ -89,7 +89,11 @@ class Run:
     """What a block and its sites tell each other in a forward pass."""
 
     indices: tuple[int, ...]  # positions of the sites' steps among those of the host
+    taus: tuple[Tensor, ...] = ()  # the sites' steps while the block runs
     sites: list[int] = field(default_factory=list)  # numbers of those that ran
+
+    def __reduce__(self) -> tuple[type["Run"], tuple[tuple[int, ...]]]:
+        return Run, (self.indices,)  # in copies nothing runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,13 +113,20 @@ class BranchStep:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output with tau g in the place of the increment g."""
-        output = self.inner(*args, **kwargs)
-        self.run.sites.append(self.number)
-        g = self.form.leaving(output)
+        output, run = self.inner(*args, **kwargs), self.run
+        run.sites.append(self.number)
+        g = output if isinstance(output, Tensor) else self.form.leaving(output)
         if g is None:
             raise ValueError(f"the output of a branch must hold a tensor, got {type(output).__name__}: {_REMEDY}")
-        tau = self.steps.tau[self.run.indices[self.number]]
-        return self.form.replaced(output, g * tau.to(device=g.device, dtype=g.dtype))
+        # in a branch that activation checkpointing computes again, its block does not run
+        tau = run.taus[self.number] if run.taus else self.steps.tau[run.indices[self.number]]
+        if tau.dtype != g.dtype or tau.device != g.device:
+            tau = tau.to(device=g.device, dtype=g.dtype)
+        if g is output:
+            return g * tau
+        if type(output) is tuple and output[0] is g:
+            return g * tau, *output[1:]
+        return self.form.replaced(output, g * tau)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +134,11 @@ class WatchedBlock:
     """The ``forward`` of a block with branch steps: each of its sites must run once in a forward pass."""
 
     inner: Callable[..., Any]
+    steps: TimeSteps  # the time steps of the host
     name: str  # the block's name in the host when it was wrapped
     sites: dict[int, str]  # names of its sites by number
-    indices: tuple[int, ...]  # positions of their steps among those of the host
+    indices: tuple[int, ...]  # positions of their steps among those of the host; of gone ones any
+    together: bool  # whether they have one step
     run: Run
     own: bool
 
@@ -136,9 +149,13 @@ class WatchedBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own output."""
-        run = self.run
-        run.indices, run.sites = self.indices, []
-        output = self.inner(*args, **kwargs)
+        run, tau = self.run, self.steps.tau
+        alike = (tau[self.indices[0]],) * len(self.indices) if self.together else None
+        run.indices, run.sites, run.taus = self.indices, [], alike or tuple(tau[index] for index in self.indices)
+        try:
+            output = self.inner(*args, **kwargs)
+        finally:
+            run.taus = ()
         if sorted(run.sites) != list(self.sites):
             times = {name: run.sites.count(number) for number, name in self.sites.items()}
             raise ValueError(

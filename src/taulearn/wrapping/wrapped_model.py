@@ -286,9 +286,11 @@ def _install_branches(wrapping: Wrapping, branches: Branches) -> None:
         before = watched[block].sites if block in watched else {}
         watched[block] = WatchedBlock(
             block.forward,
+            wrapping.time_steps,
             branches.names[at],
             before | names,
             runs[block].indices,
+            branches.per == "block",
             runs[block],
             "forward" in vars(block),
         )
