@@ -743,3 +743,35 @@ def test_exported_programs_have_no_steps(format_: str, tmp_path: Path) -> None:
         assert not any("time_steps" in name for name in program.state_dict)
         multiplications = [n for n in program.graph.nodes if n.op == "call_function" and "mul" in str(n.target)]
         assert not multiplications
+
+
+class Uncopied:
+    def __deepcopy__(self, _memo: Any) -> Any:
+        raise TypeError("no copies")
+
+
+@pytest.mark.parametrize("where", ["argument", "block", "zero"])
+def test_blocks_that_cannot_be_tried_leave_form_whole(where: str) -> None:
+    class Picky(Ends):
+        def forward(self, x: Tensor, other: Any = None) -> Tensor:
+            if where == "zero" and not bool(self.inner[2].weight.any()):  # type: ignore[index]
+                raise ArithmeticError
+            return super().forward(x)
+
+    class Handing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = (nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(3))
+            self.blocks = nn.ModuleList(Picky(each) for each in inner)
+            for block in self.blocks:
+                vars(block)["held"] = Uncopied() if where == "block" else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x, Uncopied() if where == "argument" else None)
+            return x
+
+    host = wrap(Handing(), example_inputs=X, init=0.5)
+    assert wrapping_of(host).form == "whole"  # type: ignore[union-attr]
+    assert {"argument": "copied", "block": "TypeError", "zero": "ArithmeticError"}[where] in wrapping_of(host).why  # type: ignore[union-attr]
+    assert prune(host, keep=[0, 2]).layers_after == 2

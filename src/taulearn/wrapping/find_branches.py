@@ -36,6 +36,7 @@ from .state_argument import Form, parameter_names
 _SCALES = (2.0**-7, 2.0**-8)
 _ROUNDING = 64
 _LINEAR, _FOLDED = 1e-9, 1e-6
+_FAILS = "a copy of it fails by itself, or with other weights"
 
 
 class NotFound(Exception):
@@ -55,7 +56,10 @@ def find_branches(
         alone: Whether it shall be tried to delete single branches.
     """
     blocks = [host.get_submodule(name) for name in names]
-    seen = _arguments(host, blocks, inputs)
+    try:
+        seen = _arguments(host, blocks, inputs)
+    except Exception as error:  # noqa: BLE001  whatever cannot be copied
+        return f"what its blocks are called with cannot be copied ({type(error).__name__})"
     known: dict[Any, list[tuple[Branch, ...]]] = {}
     result = []
     for name, block, form in zip(names, blocks, forms, strict=True):
@@ -67,6 +71,9 @@ def find_branches(
                 branches = tuple(_tried_without(trial, each) for each in branches)
         except NotFound as error:
             return f"block {name!r}: {error}"
+        # blocks may raise anything with other weights, or outside of their model
+        except Exception as error:  # noqa: BLE001
+            return f"block {name!r}: {_FAILS} ({type(error).__name__})"
         like.append(branches)
         result.append(branches)
     return result
@@ -192,7 +199,7 @@ class _Trial:
 
 def _without_trace(block: nn.Module, args: Any, kwargs: Any) -> Any:
     with torch.no_grad(), torch.random.fork_rng([]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return block(*args, **kwargs)
 
 
@@ -211,19 +218,11 @@ def _copied(block: nn.Module, args: Any, kwargs: Any, form: Form) -> _Trial:
     # kernels for one type alone, and whatever else a block raises then
     except Exception:  # noqa: BLE001
         pass
-    try:
-        return _Trial(_with_noise(block), args, kwargs, form)
-    except NotFound:
-        raise
-    except Exception as error:
-        raise NotFound(f"it fails outside of the model ({type(error).__name__})") from error
+    return _Trial(_with_noise(block), args, kwargs, form)
 
 
 def _with_noise(block: nn.Module) -> nn.Module:
-    try:
-        twin = copy.deepcopy(block).eval().requires_grad_(False)
-    except Exception as error:
-        raise NotFound(f"it cannot be copied ({type(error).__name__})") from error
+    twin = copy.deepcopy(block).eval().requires_grad_(False)
     with torch.no_grad():
         for parameter, noise in noise_for(twin).items():
             parameter.copy_(noise)
