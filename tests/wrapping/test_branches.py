@@ -775,3 +775,14 @@ def test_blocks_that_cannot_be_tried_leave_form_whole(where: str) -> None:
     assert wrapping_of(host).form == "whole"  # type: ignore[union-attr]
     assert {"argument": "copied", "block": "TypeError", "zero": "ArithmeticError"}[where] in wrapping_of(host).why  # type: ignore[union-attr]
     assert prune(host, keep=[0, 2]).layers_after == 2
+
+
+def test_parts_and_state_dicts_that_are_handed_over_are_folded(tmp_path: Path) -> None:
+    host = stepped("gpt2")
+    set_steps(host)
+    expected = answer(host, ids())
+    host.save_pretrained(tmp_path / "given", state_dict=host.state_dict())
+    assert_like(answer(type(host).from_pretrained(tmp_path / "given"), ids()), expected)
+    host.transformer.save_pretrained(tmp_path / "part")
+    part = type(host.transformer).from_pretrained(tmp_path / "part").eval()
+    assert_like(answer(part, ids()), answer(host.transformer, ids()))
