@@ -345,8 +345,9 @@ def test_quantised_weights_have_steps_that_do_not_fold(tmp_path: Path) -> None:
     assert not hasattr(unwrap(host), "time_steps")
 
 
-def test_what_is_not_linear_behind_the_end_has_steps_that_do_not_fold() -> None:
-    host = chain(lambda: nn.Sequential(nn.Linear(4, 4), nn.Softsign()))
+@pytest.mark.parametrize("after", [nn.Softsign, nn.ReLU])
+def test_what_is_not_linear_behind_the_end_has_steps_that_do_not_fold(after: type[nn.Module]) -> None:
+    host = chain(lambda: nn.Sequential(nn.Linear(4, 4), after()))
     assert_steps_work(host)
     with pytest.raises(ValueError, match="not proportional"):
         unwrap(host)
@@ -376,6 +377,27 @@ class Experts(nn.Module):
             if chosen.any():
                 y[chosen] = expert(x[chosen])
         return y
+
+
+class Stacked(nn.Module):
+    """Two layers as parameters of one module, the last one first."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.last, self.first = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(x @ self.first) @ self.last
+
+
+@pytest.mark.parametrize("activation", [torch.relu, torch.tanh])
+def test_of_the_parameters_of_a_module_the_last_layers_are_the_end(activation: Callable[[Tensor], Tensor]) -> None:
+    host = chain(lambda: Stacked(activation))
+    wrap(host, example_inputs=X, form="branches", init=[-0.5, 0.5, 2.0])
+    expected = answer(host, X)
+    assert wrapping_of(host).branches.found[0][0].ends[0].parameter == "inner.2.last"  # type: ignore[union-attr]
+    assert_like(answer(unwrap(host), X), expected)
 
 
 def test_experts_that_no_example_reaches_might_be_ends() -> None:

@@ -66,7 +66,7 @@ def find_branches(
         like = known.setdefault((kind(block), *((key, type(each)) for key, each in block.named_modules())), [])
         try:
             trial = _copied(block, *seen.pop(block), form)
-            branches = _as_before(trial, like) or _verified(trial, _searched(trial))
+            branches = _as_before(trial, like) or _found(trial)
             if alone:
                 branches = tuple(_tried_without(trial, each) for each in branches)
         except NotFound as error:
@@ -233,8 +233,20 @@ def _as_double(each: Any) -> Any:
     return each.double() if isinstance(each, Tensor) and each.is_floating_point() else each
 
 
-def _searched(trial: _Trial) -> tuple[Branch, ...]:
-    """The branches that the zeroing test finds."""
+def _found(trial: _Trial) -> tuple[Branch, ...]:
+    """Verified branches, if possible such that all of them fold."""
+    choices = _searched(trial)
+    first = _verified(trial, next(choices))
+    if any(branch.not_folded for branch in first):
+        for other in choices:
+            branches = _verified(trial, other)
+            if not any(branch.not_folded for branch in branches):
+                return branches
+    return first
+
+
+def _searched(trial: _Trial) -> Iterator[tuple[Branch, ...]]:
+    """The branches that the zeroing test finds; several where parameters of one module could be the end."""
     bare = trial.bare
     if torch.equal(bare.after, bare.before):
         raise NotFound("it adds nothing to its state on the example inputs")
@@ -261,12 +273,14 @@ def _searched(trial: _Trial) -> tuple[Branch, ...]:
             "zeroing test: its output is not its input with all of its last layers at zero, as in blocks that end in "
             "a normalisation of the sum"
         )
-    for name in list(zeros):  # what an end is not needed for
-        rest = {key: value for key, value in zeros.items() if key != name}
-        if torch.equal((run := trial.run(rest)).after, run.before):
-            zeros = rest
     holders = {parameter: name for name in own for parameter in own[name]}
-    return _sites(bare, trial.run(zeros, watch=True), zeros, holders, trial.modules)
+    for order in (list(zeros), list(zeros)[::-1]):
+        ends = zeros
+        for name in order:  # what the identity does not need
+            rest = {key: value for key, value in ends.items() if key != name}
+            if torch.equal((run := trial.run(rest)).after, run.before):
+                ends = rest
+        yield _sites(bare, trial.run(ends, watch=True), ends, holders, trial.modules)
 
 
 def _candidates(trial: _Trial, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
@@ -364,11 +378,12 @@ def _verified(trial: _Trial, branches: tuple[Branch, ...], *, scaling: bool = Tr
                 f"scaling test: its increment is not proportional to the output of {branch.site!r}, as behind a "
                 "normalisation"
             )
-    scales = [0.7 + 0.6 * i / len(branches) for i in range(len(branches))]
+    # of both signs: a ReLU behind an end passes positive ones
+    scales = [(-1) ** (i + 1) * (0.7 + 0.6 * i / len(branches)) for i in range(len(branches))]
     branches = tuple(replace(branch, not_folded=_never_called(trial, branch)) for branch in branches)
     if _folds(trial, branches, scales):
         return branches
-    alone = [_folds(trial, [each], [0.7]) for each in branches]
+    alone = [_folds(trial, [each], [-0.7]) for each in branches]
     return tuple(
         branch if good or branch.not_folded else replace(branch, not_folded=_why_not_folded(trial, branch))
         for branch, good in zip(branches, alone if not all(alone) else [False] * len(branches), strict=True)
