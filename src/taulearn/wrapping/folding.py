@@ -9,19 +9,20 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._pytree import tree_map
 
+from .._batches import on_device
 from .._calls import call as call_model
 from .._errors import is_number
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import check_averaged
 from ..nn.pruned_models import wrapping_of
-from .branches import folded, step_of
-from .wrapped_model import Wrapping, drop_units
+from .branches import folded
+from .wrapped_model import Wrapping, drop_units, take_off
 
 
 @torch.no_grad()
@@ -116,7 +117,7 @@ def folded_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_plain(wrapping: Wrapping, what: str = "unwrap") -> None:
-    """Refuse steps without which the model would compute something else, as they neither fold nor are 1."""
+    """Refuse steps without which the model would compute something else: not 1, and not to be folded."""
     tau = wrapping.plain_steps()
     if not bool((tau != 1).any()):
         return
@@ -128,6 +129,7 @@ def check_plain(wrapping: Wrapping, what: str = "unwrap") -> None:
             "taulearn.save_model and load with taulearn.load_model(path, host)"
         )
     folded_values(wrapping)
+    _try_folding(wrapping, wrapping.inputs.value)
 
 
 def folded_values(wrapping: Wrapping) -> dict[str, Tensor]:
@@ -193,10 +195,7 @@ def without_steps(wrapping: Wrapping | None) -> Iterator[dict[str, Tensor]]:
             own.append((module, key, parameter))
             module._parameters[key] = nn.Parameter(value, requires_grad=parameter.requires_grad)
         for module in forwards:
-            step = step_of(module)
-            del vars(module)["forward"]
-            if step.own:
-                vars(module)["forward"] = step.inner
+            take_off(module)
         yield values
     finally:
         for module, key, parameter in own:
@@ -205,16 +204,15 @@ def without_steps(wrapping: Wrapping | None) -> Iterator[dict[str, Tensor]]:
             vars(module)["forward"] = forward
 
 
-def try_folding(wrapping: Wrapping) -> None:
+def _try_folding(wrapping: Wrapping, inputs: Any) -> None:
     """Refuse folding where the model answers differently on the example inputs."""
     from .comparison import other_tensors
 
-    host, inputs = wrapping.host, wrapping.inputs.value
+    host = wrapping.host
     devices = {p.device for p in host.parameters()}
-    if inputs is None or wrapping.branches is None or len(devices) != 1 or devices == {torch.device("meta")}:
+    if inputs is None or len(devices) != 1 or devices == {torch.device("meta")}:
         return
-    (device,) = devices
-    inputs = tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, inputs)
+    inputs = on_device(inputs, *devices)
     try:
         with undisturbed(host, inputs):
             expected = call_model(host, inputs)
@@ -235,6 +233,5 @@ def fold_(wrapping: Wrapping, what: str = "unwrap") -> None:
     check_plain(wrapping, what)
     if wrapping.branches is None:
         return
-    try_folding(wrapping)
     for name, value in folded_values(wrapping).items():
         wrapping.host.get_parameter(name).copy_(value)

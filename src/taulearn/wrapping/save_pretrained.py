@@ -32,7 +32,7 @@ from ..nn.pruned_models import WRAPPING
 from .branches import NoBranch
 from .comparison import STEPS, Description, in_short, other_outputs, other_values
 from .configurations import is_pretrained, number_caches, numbers_kept
-from .folding import check_plain, try_folding, without_steps
+from .folding import check_plain, without_steps
 from .remove_blocks import holders
 from .wrapped_model import ExampleInputs, Wrapping
 
@@ -66,7 +66,6 @@ class SavePretrained:
         wrapping = vars(self.host).get(WRAPPING)
         if wrapping is not None:
             check_plain(wrapping, _SAVE)
-            try_folding(wrapping)
         given = inspect.signature(self.inner).bind(*args, **kwargs)
         if _writes_adapters(self.model) and wrapping is not None and bool((wrapping.time_steps.tau != 1).any()):
             raise ValueError(
@@ -133,7 +132,7 @@ class SavePretrained:
             own[first] = place if own[first] is target else (place, *own[first][1:])
         arguments = copy.copy(given)
         arguments.arguments = own
-        with _without_steps(self.model):
+        with _time_steps_aside(self.model):
             return self.inner(*arguments.args, **arguments.kwargs)
 
     def _loaded_unlike(self, given: inspect.BoundArguments) -> list[str]:
@@ -152,7 +151,7 @@ class SavePretrained:
                     loaded = self._load(aside, named.get("variant"))
             except Exception as error:  # noqa: BLE001  whatever the class raises, it cannot be loaded
                 return [f"from_pretrained raises {in_short(error)}"]
-            with _without_steps(self.model):
+            with _time_steps_aside(self.model):
                 own = self.model.state_dict()
                 return other_values(loaded, self.model, named.get("state_dict") or own) or self._acts_unlike(loaded)
 
@@ -329,7 +328,7 @@ def _keywords(given: inspect.BoundArguments) -> str:
 
 
 @contextmanager
-def _without_steps(model: nn.Module) -> Iterator[None]:
+def _time_steps_aside(model: nn.Module) -> Iterator[None]:
     steps = model._modules.pop("time_steps", None)
     try:
         yield
