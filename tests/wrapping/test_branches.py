@@ -374,6 +374,27 @@ def test_tied_weights_do_not_fold() -> None:
     assert all(torch.equal(value, before[name]) for name, value in host.state_dict().items())
 
 
+class ReadsAnEnd(nn.Module):
+    """A host that takes the weights of an end for something else, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = chain(lambda: nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        end: Any = self.blocks[0]
+        return self.blocks(x) * end.inner[2].weight.mean()
+
+
+@pytest.mark.parametrize("leave", [unwrap, lambda host: save_model(host, "never", plain=True)], ids=["unwrap", "save"])
+def test_weights_that_are_read_elsewhere_do_not_fold(leave: Callable[[Any], Any]) -> None:
+    host = wrap(ReadsAnEnd(), example_inputs=X, form="branches", init=[0.5, 1.0, 1.0])
+    before = answer(host, X)[0]
+    with pytest.raises(ValueError, match="must answer the same"):
+        leave(host)
+    assert torch.equal(answer(host, X)[0], before)
+
+
 class Gated(nn.Module):
     """x + alpha f(x) with alpha = 0 at the start: nothing is added before training."""
 
