@@ -395,6 +395,44 @@ def test_weights_that_are_read_elsewhere_do_not_fold(leave: Callable[[Any], Any]
     assert torch.equal(answer(host, X)[0], before)
 
 
+class TwoBranches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(x)
+        return x + self.b(x)
+
+
+class ByNumber(nn.Module):
+    """A host that can do without no block, as it takes them by number and reads from each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(TwoBranches() for _ in range(3))
+        for block in self.blocks:
+            block.size = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for l in range(3):
+            x = self.blocks[l](x) * self.blocks[l].size
+        return x
+
+
+def test_a_block_that_stays_without_branches_is_a_plain_one() -> None:
+    host = wrap(ByNumber(), example_inputs=X, per="branch")
+    expected = answer(copy.deepcopy(host), X)
+    prune(host, keep=[2, 3])
+    assert [wrapping_of(host).names[l] for l in host.time_steps.origin] == ["blocks.1.a", "blocks.1.b"]  # type: ignore[union-attr]
+    pruned = answer(host, X)[0]
+    assert not torch.equal(pruned, expected[0])
+    unwrap(host)
+    assert torch.equal(answer(host, X)[0], pruned)
+    assert not any("forward" in vars(module) for module in host.modules())
+
+
 class Gated(nn.Module):
     """x + alpha f(x) with alpha = 0 at the start: nothing is added before training."""
 

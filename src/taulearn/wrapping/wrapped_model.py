@@ -250,7 +250,10 @@ def _take_branches_out(
             (branch,), (place,) = branches.of(number), branches.layer(number)[1]
             stand_ins[site] = NoBranch(site, branch)
             watch = vars(block)["forward"]
-            vars(block)["forward"] = replace(watch, sites={k: v for k, v in watch.sites.items() if k != place})
+            if sites := {k: v for k, v in watch.sites.items() if k != place}:
+                vars(block)["forward"] = replace(watch, sites=sites)
+            else:
+                take_off(block)
     structure.put_in_place(host, stand_ins)
 
 
