@@ -374,6 +374,26 @@ def test_tied_weights_do_not_fold() -> None:
     assert all(torch.equal(value, before[name]) for name, value in host.state_dict().items())
 
 
+def test_steps_fold_into_the_weights_that_are_handed_over(tmp_path: Path) -> None:
+    host = wrap(gpt2(), example_inputs=ids(), init=[0.5, 1.0, 1.0, 1.0])
+    own = host.transformer.h[0].mlp.c_proj.weight.detach().clone()
+    averaged = {
+        name: value + 1.0 if name.endswith("mlp.c_proj.weight") else value for name, value in host.state_dict().items()
+    }
+    host.save_pretrained(tmp_path, state_dict=averaged)
+    loaded = type(host).from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.transformer.h[0].mlp.c_proj.weight, 0.5 * (own + 1.0))
+
+
+def test_a_state_dict_that_is_handed_over_gets_zeros_for_deleted_branches(tmp_path: Path) -> None:
+    host = wrap(gpt2(), example_inputs=ids(), per="branch").eval()
+    prune(host, keep=[0, 1, 3, 4, 5, 6, 7])
+    with pytest.warns(UserWarning, match="weights of zero"):
+        host.save_pretrained(tmp_path, state_dict=host.state_dict())
+    loaded = type(host).from_pretrained(tmp_path).eval()
+    assert_like(answer(loaded, ids()), answer(host, ids()))
+
+
 class ReadsAnEnd(nn.Module):
     """A host that takes the weights of an end for something else, too."""
 

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,18 +128,29 @@ def check_plain(wrapping: Wrapping, what: str = "unwrap") -> None:
             "the last epochs (taulearn.wrapping.anneal_to_one), pass discard_steps=True to unwrap, or save with "
             "taulearn.save_model and load with taulearn.load_model(path, host)"
         )
-    folded_values(wrapping)
+    foldings(wrapping)
     _try_folding(wrapping, wrapping.inputs.value)
 
 
-def folded_values(wrapping: Wrapping) -> dict[str, Tensor]:
-    """The parameters that folding changes, by name in the host, with their new values."""
+class Folding(NamedTuple):
+    """The step that folds into a parameter."""
+
+    tau: float
+    offset: int
+
+    def of(self, value: Tensor) -> Tensor:
+        """The parameter with the step in it."""
+        return folded(value.detach(), self.tau, self.offset)
+
+
+def foldings(wrapping: Wrapping) -> dict[str, Folding]:
+    """The parameters that folding changes, by name in the host; refused where one cannot be changed."""
     branches, host = wrapping.branches, wrapping.host
     assert branches is not None
     names = {module: name for name, module in host.named_modules()}
     parameters = dict(host.named_parameters(remove_duplicate=False))
     places = Counter(_memory(each) for each in parameters.values())
-    values: dict[str, Tensor] = {}
+    result: dict[str, Folding] = {}
     for l, tau in enumerate(wrapping.time_steps.tau.tolist()):
         number = wrapping.time_steps.origin[l]
         if tau == 1.0:
@@ -163,8 +174,8 @@ def folded_values(wrapping: Wrapping) -> dict[str, Tensor]:
                         f"{tau:.4g}, which cannot fold into {name!r}: {why}. Anneal the steps to 1 "
                         "(taulearn.wrapping.anneal_to_one), or save with taulearn.save_model"
                     )
-                values[name] = folded(parameter.detach(), tau, end.offset)
-    return values
+                result[name] = Folding(tau, end.offset)
+    return result
 
 
 def _memory(parameter: Tensor) -> tuple[int, int]:
@@ -178,25 +189,25 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def without_steps(wrapping: Wrapping | None) -> Iterator[dict[str, Tensor]]:
+def without_steps(wrapping: Wrapping | None) -> Iterator[dict[str, Folding]]:
     """The model with its steps folded, in new tensors, and without its own forwards; afterwards it is as it was."""
     if wrapping is None or wrapping.branches is None:
         yield {}
         return
-    values = folded_values(wrapping)
+    changed = foldings(wrapping)
     forwards = {module: vars(module)["forward"] for module in wrapping.changed()}
     own: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
-        for name, value in values.items():
+        for name, folding in changed.items():
             holder, _, key = name.rpartition(".")
             module = wrapping.host.get_submodule(holder)
             parameter = module._parameters[key]
             assert parameter is not None
             own.append((module, key, parameter))
-            module._parameters[key] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            module._parameters[key] = nn.Parameter(folding.of(parameter), requires_grad=parameter.requires_grad)
         for module in forwards:
             take_off(module)
-        yield values
+        yield changed
     finally:
         for module, key, parameter in own:
             module._parameters[key] = parameter
@@ -233,5 +244,6 @@ def fold_(wrapping: Wrapping, what: str = "unwrap") -> None:
     check_plain(wrapping, what)
     if wrapping.branches is None:
         return
-    for name, value in folded_values(wrapping).items():
-        wrapping.host.get_parameter(name).copy_(value)
+    for name, folding in foldings(wrapping).items():
+        parameter = wrapping.host.get_parameter(name)
+        parameter.copy_(folding.of(parameter))
