@@ -283,7 +283,7 @@ class Pruner:
             layers = [self.prunable.time_steps.origin[l] for l in running.unseen]
             warnings.warn(
                 f"layers {layers} were called in none of {running.number} measured iterations, so that what they "
-                f"are worth is unknown: {otherwise}",
+                f"contribute is unknown: {otherwise}",
                 stacklevel=2,
             )
         return not late
