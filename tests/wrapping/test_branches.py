@@ -425,6 +425,85 @@ def test_tied_weights_do_not_fold() -> None:
     assert all(torch.equal(value, before[name]) for name, value in host.state_dict().items())
 
 
+def test_steps_fold_into_the_weights_that_are_handed_over(tmp_path: Path) -> None:
+    host = wrap(gpt2(), example_inputs=ids(), init=[0.5, 1.0, 1.0, 1.0])
+    own = host.transformer.h[0].mlp.c_proj.weight.detach().clone()
+    averaged = {
+        name: value + 1.0 if name.endswith("mlp.c_proj.weight") else value for name, value in host.state_dict().items()
+    }
+    host.save_pretrained(tmp_path, state_dict=averaged)
+    loaded = type(host).from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.transformer.h[0].mlp.c_proj.weight, 0.5 * (own + 1.0))
+
+
+def test_a_state_dict_that_is_handed_over_gets_zeros_for_deleted_branches(tmp_path: Path) -> None:
+    host = wrap(gpt2(), example_inputs=ids(), per="branch").eval()
+    prune(host, keep=[0, 1, 3, 4, 5, 6, 7])
+    with pytest.warns(UserWarning, match="weights of zero"):
+        host.save_pretrained(tmp_path, state_dict=host.state_dict())
+    loaded = type(host).from_pretrained(tmp_path).eval()
+    assert_like(answer(loaded, ids()), answer(host, ids()))
+
+
+class ReadsAnEnd(nn.Module):
+    """A host that takes the weights of an end for something else, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = chain(lambda: nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        end: Any = self.blocks[0]
+        return self.blocks(x) * end.inner[2].weight.mean()
+
+
+@pytest.mark.parametrize("leave", [unwrap, lambda host: save_model(host, "never", plain=True)], ids=["unwrap", "save"])
+def test_weights_that_are_read_elsewhere_do_not_fold(leave: Callable[[Any], Any]) -> None:
+    host = wrap(ReadsAnEnd(), example_inputs=X, form="branches", init=[0.5, 1.0, 1.0])
+    before = answer(host, X)[0]
+    with pytest.raises(ValueError, match="must answer the same"):
+        leave(host)
+    assert torch.equal(answer(host, X)[0], before)
+
+
+class TwoBranches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(x)
+        return x + self.b(x)
+
+
+class ByNumber(nn.Module):
+    """A host that can do without no block, as it takes them by number and reads from each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(TwoBranches() for _ in range(3))
+        for block in self.blocks:
+            block.size = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for l in range(3):
+            x = self.blocks[l](x) * self.blocks[l].size
+        return x
+
+
+def test_a_block_that_stays_without_branches_is_a_plain_one() -> None:
+    host = wrap(ByNumber(), example_inputs=X, per="branch")
+    expected = answer(copy.deepcopy(host), X)
+    prune(host, keep=[2, 3])
+    assert [wrapping_of(host).names[l] for l in host.time_steps.origin] == ["blocks.1.a", "blocks.1.b"]  # type: ignore[union-attr]
+    pruned = answer(host, X)[0]
+    assert not torch.equal(pruned, expected[0])
+    unwrap(host)
+    assert torch.equal(answer(host, X)[0], pruned)
+    assert not any("forward" in vars(module) for module in host.modules())
+
+
 class Gated(nn.Module):
     """x + alpha f(x) with alpha = 0 at the start: nothing is added before training."""
 

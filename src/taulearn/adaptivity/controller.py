@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .target import SteeredL1, Target
 
 _MEASURE_EVERY = 20
-"""Most iterations between two measurements of contributions; one costs about a thirtieth of an iteration."""
+"""Most iterations between two measurements of a criterion; one of contributions costs a thirtieth of an iteration."""
 _ENOUGH = 20
 """Number of measurements after which a layer that was never called is worth a warning."""
 
@@ -272,7 +272,7 @@ class Pruner:
         return prune(self.model, keep=left, criterion=lambda *_: torch.tensor(first, dtype=torch.float64), **options)
 
     def _waits(self, iteration: int) -> bool:
-        """Whether to put off deletions, since nothing is known yet of what some layers contribute."""
+        """Whether to put off deletions, since nothing is known yet of what some layers are worth."""
         running = self.criterion
         if not running.unseen:
             return False

@@ -129,7 +129,7 @@ class Measured(Criterion):
         if self.number:
             self.values = mean(self.values)
 
-    def _counts(self) -> bool:
+    def _looked_at(self) -> bool:
         """Whether the forward pass under way is one to be measured."""
         return torch.is_grad_enabled() or not self.recording
 
@@ -156,7 +156,7 @@ class Measured(Criterion):
                 value = place.form.leaving(output)
                 empty = value is None or value.numel() == 0
                 x = place.form.arriving(args, kwargs) if place.state else None
-                return None if empty or not self._counts() else act(place.layer, place.form, x, output)
+                return None if empty or not self._looked_at() else act(place.layer, place.form, x, output)
 
             return _Hook(measure)
 
@@ -278,7 +278,7 @@ class Influence(Measured):
 
         def begin(form: Form) -> "_Hook":
             def measure(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                states[block] = form.arriving(args, kwargs) if self._counts() else None
+                states[block] = form.arriving(args, kwargs) if self._looked_at() else None
 
             return _Hook(measure)
 
@@ -307,7 +307,7 @@ class Influence(Measured):
 
         def arrive(l: int) -> "_Hook":
             def measure(_: nn.Module, args: tuple[Any, ...]) -> None:
-                if not self._counts():
+                if not self._looked_at():
                     return
                 if l == 0 and max(states, default=0) > 0:
                     states.clear()  # another pass

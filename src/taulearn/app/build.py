@@ -142,12 +142,7 @@ def _convolutional(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
 
 
 def make_pruning(config: TrainConfig) -> Pruning | None:
-    """The policy of pruning, or None for none.
-
-    Example:
-        >>> make_pruning(TrainConfig()) is None
-        True
-    """
+    """The policy of pruning, or None for none."""
     if config.prune_blocks is not None:
         by = Pruning.by if config.prune_by is None else config.prune_by
         return Pruning(target_blocks=config.prune_blocks, by=by)
@@ -183,12 +178,7 @@ def batch_size(config: TrainConfig, samples: int) -> int:
 
 
 def make_loss(config: TrainConfig, *, classes: bool) -> tuple[str, Loss]:
-    """The loss and its name.
-
-    Example:
-        >>> make_loss(TrainConfig(), classes=False)[0]
-        'mse'
-    """
+    """The loss and its name."""
     name = config.loss if config.loss != "auto" else "cross_entropy" if classes else "mse"
     if classes != (name == "cross_entropy"):
         fitting = "'cross_entropy'" if classes else "'mse' or 'half_mse'"
@@ -200,12 +190,7 @@ def make_loss(config: TrainConfig, *, classes: bool) -> tuple[str, Loss]:
 
 
 def make_penalties(config: TrainConfig, loss: Loss | None = None) -> list[penalties.Penalty]:
-    """The penalties with a weight.
-
-    Example:
-        >>> [penalty.name for penalty in make_penalties(TrainConfig(l1=0.01, bias_ordering=10.0))]
-        ['l1', 'bias_ordering']
-    """
+    """The penalties with a weight."""
     weighted: list[tuple[float, Callable[[float], penalties.Penalty]]] = [
         (config.l1, lambda weight: penalties.L1(weight, config.proximal)),
         (config.l2, penalties.L2),
@@ -237,11 +222,6 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
     """An optimiser of torch.optim, or steepest descent, with the time steps in a group of their own.
 
     L-BFGS has one group. On full batches it takes one iteration per step, its size by the strong Wolfe conditions.
-
-    Example:
-        >>> from taulearn.nn import resnet
-        >>> type(make_optimizer(TrainConfig(optimizer="adam"), resnet(2, 3, 1, 4))).__name__
-        'Adam'
     """
     known: dict[str, Callable[..., torch.optim.Optimizer]] = {
         name.lower(): kind

@@ -14,13 +14,7 @@ _LONGEST = 200
 
 
 def contradictions(config: "TrainConfig") -> Iterator[str]:
-    """The reasons why settings do not go together, one at a time.
-
-    Example:
-        >>> from .config import TrainConfig
-        >>> next(contradictions(TrainConfig()), "none")
-        'none'
-    """
+    """The reasons why settings do not go together, one at a time."""
     yield from _impossible(config)
     yield from _bad_starts(config)
     yield from _line_searches(config)
@@ -216,12 +210,7 @@ def one_or_several(
     *,
     each: str = "hidden layer",
 ) -> object:
-    """A number, or a tuple of numbers made from any sequence.
-
-    Example:
-        >>> one_or_several("width", [3, 4], int, "an integer", lambda n: True)
-        (3, 4)
-    """
+    """A number, or a tuple of numbers made from any sequence."""
     several = isinstance(value, list | tuple)
     numbers = value if several else [value]
     if not numbers or not all(_is_number(n, kind) and _fits(n, fits) for n in numbers):
@@ -247,12 +236,7 @@ def number_of_blocks(blocks: Any, channels: Any) -> int | None:
 
 
 def count_or_word(name: str, value: Any, words: tuple[str, ...], what: str) -> object:
-    """A number >= 1, or a word that stands for a choice.
-
-    Example:
-        >>> count_or_word("batch_size", 3, ("auto",), "an integer >= 1")
-        3
-    """
+    """A number >= 1, or a word that stands for a choice."""
     known = isinstance(value, str) and value in words
     if not known and not (_is_number(value, int) and value >= 1):
         raise ValueError(f"{name} must be {', '.join(map(repr, words))} or {what}, got {shown(value)}")

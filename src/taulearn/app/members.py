@@ -154,15 +154,7 @@ def is_finished(member: Member, out: str | Path) -> bool:
 
 
 def run_member(member: Member, out: str | Path, report: Report = lambda _: None) -> None:
-    """Train and measure one member, unless it is finished; what an earlier sitting began is gone on with.
-
-    Example:
-        >>> import tempfile
-        >>> out = tempfile.mkdtemp()
-        >>> run_member(Member("small", 0, TrainConfig(width=8, epochs=1)), out)
-        >>> is_finished(Member("small", 0, TrainConfig(width=8, epochs=1)), out)
-        True
-    """
+    """Train and measure one member, unless it is finished; what an earlier sitting began is gone on with."""
     folder = member.folder(out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(member, out):

@@ -41,12 +41,7 @@ def parameters(config: TrainConfig, in_features: int, out_features: int) -> int:
 
 
 def least_bytes(config: TrainConfig, in_features: int, out_features: int) -> int:
-    """Bytes that training takes at least: weights, their gradients, the states of one sample, the modules.
-
-    Example:
-        >>> least_bytes(TrainConfig(), 784, 10) < 2_000_000
-        True
-    """
+    """Bytes that training takes at least: weights, their gradients, the states of one sample, the modules."""
     layers = config.hidden_layers
     states = layers * config.width if isinstance(config.width, int) else sum(config.width)
     states = 0 if config.network == "resnet-v2" else states
@@ -56,23 +51,14 @@ def least_bytes(config: TrainConfig, in_features: int, out_features: int) -> int
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on a device.
-
-    Example:
-        >>> free_bytes(torch.device("cpu")) > 0
-        True
-    """
+    """Bytes that are free on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min([psutil.virtual_memory().available, *_of_the_group()])
 
 
 def check_memory(config: TrainConfig, in_features: int, out_features: int, device: torch.device) -> None:
-    """Refuse a network that cannot fit.
-
-    Example:
-        >>> check_memory(TrainConfig(), 784, 10, torch.device("cpu"))
-    """
+    """Refuse a network that cannot fit."""
     needed, free = least_bytes(config, in_features, out_features), free_bytes(device)
     if needed <= free:
         return

@@ -49,13 +49,7 @@ def rows(sweep: Sweep, results: Results, failed: Mapping[str, str] | None = None
 
 
 def write_table(table: Sequence[Mapping[str, Any]], out: str | Path) -> Path:
-    """Write the rows as results.csv, and as results.parquet beside it where pyarrow is there (extra ``parquet``).
-
-    Example:
-        >>> import tempfile
-        >>> write_table([{"seed": 0, "status": "missing"}], tempfile.mkdtemp()).name
-        'results.csv'
-    """
+    """Write the rows as results.csv, and as results.parquet beside it where pyarrow is there (extra ``parquet``)."""
     columns = list(dict.fromkeys(name for row in table for name in row))
     if importlib.util.find_spec("pyarrow") is not None:
         import pyarrow as pa

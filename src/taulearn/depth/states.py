@@ -11,15 +11,7 @@ from .wrapped_states import intermediate_outputs, record_states
 
 
 def forward_with_states(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """One forward pass with its states.
-
-    Example:
-        >>> import torch
-        >>> from taulearn.nn import resnet
-        >>> output, states = forward_with_states(resnet(2, 3, 1, 4), torch.ones(5, 2))
-        >>> output.shape, len(states)
-        (torch.Size([5, 1]), 4)
-    """
+    """One forward pass with its states."""
     if isinstance(model, TimeVariableNetwork):
         states = model.states(inputs, initial=model.skips.from_input)
         return model.head(states[-1]), states
@@ -52,12 +44,7 @@ def stage_numbers(model: nn.Module, depths: Iterable[int]) -> list[int]:
 
 
 def check_has_stages(model: nn.Module, argument: str = "model") -> None:
-    """Refuse a model of which it is not known what follows a state.
-
-    Example:
-        >>> from taulearn.nn import resnet
-        >>> check_has_stages(resnet(2, 3, 1, 4))
-    """
+    """Refuse a model of which it is not known what follows a state."""
     if not isinstance(model, TimeVariableNetwork) and wrapping_of(model) is None:
         if hasattr(model, "_orig_mod"):
             raise TypeError(
@@ -71,13 +58,7 @@ def check_has_stages(model: nn.Module, argument: str = "model") -> None:
 
 
 def scalar(value: object) -> Tensor:
-    """The value of a loss, without dimensions.
-
-    Example:
-        >>> import torch
-        >>> scalar(torch.tensor([2.0]))
-        tensor(2.)
-    """
+    """The value of a loss, without dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"loss must return a tensor, got {type(value).__name__}: compute it with torch's functions")
     if value.numel() != 1:

@@ -13,13 +13,6 @@ from ..depth.profile import (
 from .gradients import GradientPropagation as GradientPropagation, gradient_propagation as gradient_propagation
 from .overview import Summary as Summary, summary as summary
 from .propagation_figure import plot_propagation as plot_propagation, propagation_figure as propagation_figure
-from .recursions import (
-    dense_gradients as dense_gradients,
-    feedforward_gradients as feedforward_gradients,
-    fractional_gradients as fractional_gradients,
-    memory_terms as memory_terms,
-    residual_gradients as residual_gradients,
-)
 
 __all__ = [
     "DepthDecision",
@@ -28,16 +21,11 @@ __all__ = [
     "GradientPropagation",
     "Summary",
     "choose_layers",
-    "dense_gradients",
     "depth_profile",
     "depth_statistics",
     "early_exit",
-    "feedforward_gradients",
-    "fractional_gradients",
     "gradient_propagation",
-    "memory_terms",
     "plot_propagation",
     "propagation_figure",
-    "residual_gradients",
     "summary",
 ]

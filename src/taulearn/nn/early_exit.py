@@ -130,47 +130,18 @@ def _samples(scheme: Scheme, number: int, index: Tensor, leaf: Any) -> Any:
 
 
 def check_confidence(argument: str, value: object) -> None:
-    """Refuse what is no confidence.
-
-    Args:
-        argument: What the caller calls it.
-        value: What was given.
-
-    Raises:
-        ValueError: If it does not lie in (0, 1].
-
-    Example:
-        >>> check_confidence("confidence", 0.9)
-    """
+    """Refuse what is no confidence."""
     if not (is_number(value) and 0.0 < value <= 1.0):  # type: ignore[operator]
         raise ValueError(f"{argument} must lie in (0, 1], got {value!r}: it is a probability, such as 0.9")
 
 
 def has_classes(output: object) -> bool:
-    """Whether outputs are figures of two classes or more for each sample.
-
-    Args:
-        output: What a model answered.
-
-    Example:
-        >>> has_classes(torch.zeros(5, 2)), has_classes(torch.zeros(5, 1)), has_classes(torch.zeros(5))
-        (True, False, False)
-    """
+    """Whether outputs are figures of two classes or more for each sample."""
     return isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] >= 2
 
 
 def check_classes(output: object) -> None:
-    """Refuse outputs that have no probabilities of classes.
-
-    Args:
-        output: What a model answered.
-
-    Raises:
-        ValueError: If they are not (batch, classes) with at least two classes.
-
-    Example:
-        >>> check_classes(torch.zeros(5, 2))
-    """
+    """Refuse outputs that have no probabilities of classes."""
     if not has_classes(output):
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
@@ -227,17 +198,7 @@ def _check_statistics(network: "TimeVariableNetwork", statistics: object, depths
 
 
 def tail_of(network: "TimeVariableNetwork", depth: int) -> list[nn.Module]:
-    """The modules between a state and its output: the remaining skips that are no identities, and the head.
-
-    Args:
-        network: The network.
-        depth: Number k of layers before the state.
-
-    Example:
-        >>> from taulearn.nn import resnet_v2
-        >>> [type(module).__name__ for module in tail_of(resnet_v2((1, 1), 10, widths=(4, 8)), 1)]
-        ['PointwiseSkip', 'PooledHead']
-    """
+    """The modules between a state and its output: the remaining skips that are no identities, and the head."""
     skips = network.skips
     maps = [skips.past(l) for l in range(depth, len(network.layers)) if not skips.unchanged(l)]
     return [*maps, network.head]

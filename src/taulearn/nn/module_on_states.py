@@ -67,18 +67,7 @@ def mixing(module: nn.Module) -> list[_NormBase]:
 
 @contextmanager
 def running_statistics_held(module: nn.Module) -> Iterator[None]:
-    """Normalisations in training mode go by the statistics of the batch as ever, but keep no record of it.
-
-    Args:
-        module: Any module; put back as it was.
-
-    Example:
-        >>> norm = nn.BatchNorm1d(1)
-        >>> with running_statistics_held(norm):
-        ...     _ = norm(torch.tensor([[1.0], [3.0]]))
-        >>> norm.running_mean
-        tensor([0.])
-    """
+    """Normalisations in training mode go by the statistics of the batch as ever, but keep no record of it."""
     norms = [(norm, norm.momentum) for norm in mixing(module) if norm.track_running_stats]
     for norm, _ in norms:
         norm.track_running_stats = False

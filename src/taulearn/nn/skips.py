@@ -53,12 +53,7 @@ class Skips(nn.Module):
 
 
 class _Past(nn.Module):
-    """The map past one layer.
-
-    Args:
-        skips: The skips.
-        layer: Number of the layer.
-    """
+    """The map past one layer."""
 
     def __init__(self, skips: Skips, layer: int) -> None:
         super().__init__()
@@ -92,30 +87,13 @@ class IdentitySkips(Skips):
 
 
 def pad(y: Tensor, width: int) -> Tensor:
-    """A vector of another width: truncated, or padded with zeros.
-
-    Args:
-        y: (..., n).
-        width: The width it shall have.
-
-    Example:
-        >>> pad(torch.ones(2), 3)
-        tensor([1., 1., 0.])
-    """
+    """A vector of another width: truncated, or padded with zeros."""
     change = width - y.shape[-1]
     return y if change == 0 else torch.nn.functional.pad(y, (0, change)) if change > 0 else y[..., :change]
 
 
 class Pad(nn.Module):
-    """:func:`pad` as a module.
-
-    Args:
-        width: Width of the outputs.
-
-    Example:
-        >>> Pad(1)(torch.ones(2))
-        tensor([1.])
-    """
+    """:func:`pad` as a module."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -11,19 +11,7 @@ from .._errors import is_number
 
 
 def non_negative(name: str, value: float) -> float:
-    """A weight, which must not be negative.
-
-    Args:
-        name: The argument's name.
-        value: What was given.
-
-    Raises:
-        ValueError: If it is negative or not finite.
-
-    Example:
-        >>> non_negative("alpha", 1)
-        1.0
-    """
+    """A weight, which must not be negative."""
     if not (is_number(value) and 0 <= value < math.inf):
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}: 0 switches the penalty off")
     return float(value)

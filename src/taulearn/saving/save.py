@@ -18,7 +18,7 @@ from .._distributed import refuse_distributed
 from ..files import check_tensors, move, tensor_bytes, write_bytes
 from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps, time_steps_of
-from ..wrapping.folding import check_plain, folded_state, try_folding, without_steps
+from ..wrapping.folding import check_plain, folded_state, without_steps
 from ..wrapping.wrapped_model import Wrapping
 from .manifest import ASIDE, FORMAT, MANIFEST, WEIGHTS
 from .recipe import (
@@ -97,7 +97,6 @@ def _plain_state(model: nn.Module, wrapping: Wrapping | None) -> dict[str, Tenso
             "its formula"
         )
     check_plain(wrapping, "plain=True")
-    try_folding(wrapping)
     with without_steps(wrapping):
         return {name: value for name, value in model.state_dict().items() if not name.startswith("time_steps.")}
 

@@ -46,8 +46,7 @@ def attach(
 
     A step that GradScaler skips is none. An iteration is a step of the optimiser, however many batches went into it;
     of several optimisers, one step of each, which gets the penalties' gradients of its own parameters right before its
-    step. Contributions of layers are measured in the forward passes that record
-    gradients.
+    step. What layers are worth is measured in the forward passes that record gradients.
 
     Args:
         model: The model with time steps; torch.compile's wrapper around it will do.

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from .._batches import on_device
 from .._calls import call as call_model
 from .block import PassThrough
 from .observation import tensors_in
@@ -106,8 +106,8 @@ def other_outputs(loaded: nn.Module, model: nn.Module, host: nn.Module, inputs: 
     devices = {p.device for p in host.parameters()}
     if len(devices) != 1 or devices == {torch.device("meta")}:
         return []
-    device = next(iter(devices))
-    called = _call_of(model, host, tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, inputs))
+    (device,) = devices
+    called = _call_of(model, host, on_device(inputs, device))
     if called is None:
         return []
     args, kwargs, expected = called

@@ -9,19 +9,20 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._pytree import tree_map
 
+from .._batches import on_device
 from .._calls import call as call_model
 from .._errors import is_number
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import check_averaged
 from ..nn.pruned_models import wrapping_of
-from .branches import folded, step_of
-from .wrapped_model import Wrapping, drop_units
+from .branches import folded
+from .wrapped_model import Wrapping, drop_units, take_off
 
 
 @torch.no_grad()
@@ -116,7 +117,7 @@ def folded_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_plain(wrapping: Wrapping, what: str = "unwrap") -> None:
-    """Refuse steps without which the model would compute something else, as they neither fold nor are 1."""
+    """Refuse steps without which the model would compute something else: not 1, and not to be folded."""
     tau = wrapping.plain_steps()
     if not bool((tau != 1).any()):
         return
@@ -127,17 +128,29 @@ def check_plain(wrapping: Wrapping, what: str = "unwrap") -> None:
             "the last epochs (taulearn.wrapping.anneal_to_one), pass discard_steps=True to unwrap, or save with "
             "taulearn.save_model and load with taulearn.load_model(path, host)"
         )
-    folded_values(wrapping)
+    foldings(wrapping)
+    _try_folding(wrapping, wrapping.inputs.value)
 
 
-def folded_values(wrapping: Wrapping) -> dict[str, Tensor]:
-    """The parameters that folding changes, by name in the host, with their new values."""
+class Folding(NamedTuple):
+    """The step that folds into a parameter."""
+
+    tau: float
+    offset: int
+
+    def of(self, value: Tensor) -> Tensor:
+        """The parameter with the step in it."""
+        return folded(value.detach(), self.tau, self.offset)
+
+
+def foldings(wrapping: Wrapping) -> dict[str, Folding]:
+    """The parameters that folding changes, by name in the host; refused where one cannot be changed."""
     branches, host = wrapping.branches, wrapping.host
     assert branches is not None
     names = {module: name for name, module in host.named_modules()}
     parameters = dict(host.named_parameters(remove_duplicate=False))
     places = Counter(_memory(each) for each in parameters.values())
-    values: dict[str, Tensor] = {}
+    result: dict[str, Folding] = {}
     for l, tau in enumerate(wrapping.time_steps.tau.tolist()):
         number = wrapping.time_steps.origin[l]
         if tau == 1.0:
@@ -161,8 +174,8 @@ def folded_values(wrapping: Wrapping) -> dict[str, Tensor]:
                         f"{tau:.4g}, which cannot fold into {name!r}: {why}. Anneal the steps to 1 "
                         "(taulearn.wrapping.anneal_to_one), or save with taulearn.save_model"
                     )
-                values[name] = folded(parameter.detach(), tau, end.offset)
-    return values
+                result[name] = Folding(tau, end.offset)
+    return result
 
 
 def _memory(parameter: Tensor) -> tuple[int, int]:
@@ -176,28 +189,25 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def without_steps(wrapping: Wrapping | None) -> Iterator[dict[str, Tensor]]:
+def without_steps(wrapping: Wrapping | None) -> Iterator[dict[str, Folding]]:
     """The model with its steps folded, in new tensors, and without its own forwards; afterwards it is as it was."""
     if wrapping is None or wrapping.branches is None:
         yield {}
         return
-    values = folded_values(wrapping)
+    changed = foldings(wrapping)
     forwards = {module: vars(module)["forward"] for module in wrapping.changed()}
     own: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
-        for name, value in values.items():
+        for name, folding in changed.items():
             holder, _, key = name.rpartition(".")
             module = wrapping.host.get_submodule(holder)
             parameter = module._parameters[key]
             assert parameter is not None
             own.append((module, key, parameter))
-            module._parameters[key] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            module._parameters[key] = nn.Parameter(folding.of(parameter), requires_grad=parameter.requires_grad)
         for module in forwards:
-            step = step_of(module)
-            del vars(module)["forward"]
-            if step.own:
-                vars(module)["forward"] = step.inner
-        yield values
+            take_off(module)
+        yield changed
     finally:
         for module, key, parameter in own:
             module._parameters[key] = parameter
@@ -205,16 +215,15 @@ def without_steps(wrapping: Wrapping | None) -> Iterator[dict[str, Tensor]]:
             vars(module)["forward"] = forward
 
 
-def try_folding(wrapping: Wrapping) -> None:
+def _try_folding(wrapping: Wrapping, inputs: Any) -> None:
     """Refuse folding where the model answers differently on the example inputs."""
     from .comparison import other_tensors
 
-    host, inputs = wrapping.host, wrapping.inputs.value
+    host = wrapping.host
     devices = {p.device for p in host.parameters()}
-    if inputs is None or wrapping.branches is None or len(devices) != 1 or devices == {torch.device("meta")}:
+    if inputs is None or len(devices) != 1 or devices == {torch.device("meta")}:
         return
-    (device,) = devices
-    inputs = tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, inputs)
+    inputs = on_device(inputs, *devices)
     try:
         with undisturbed(host, inputs):
             expected = call_model(host, inputs)
@@ -235,6 +244,6 @@ def fold_(wrapping: Wrapping, what: str = "unwrap") -> None:
     check_plain(wrapping, what)
     if wrapping.branches is None:
         return
-    try_folding(wrapping)
-    for name, value in folded_values(wrapping).items():
-        wrapping.host.get_parameter(name).copy_(value)
+    for name, folding in foldings(wrapping).items():
+        parameter = wrapping.host.get_parameter(name)
+        parameter.copy_(folding.of(parameter))

@@ -15,7 +15,7 @@ A model that is built around a wrapped one later (by PEFT, say) is not known her
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import Snapshot
@@ -32,7 +32,7 @@ from ..nn.pruned_models import WRAPPING
 from .branches import NoBranch
 from .comparison import STEPS, Description, in_short, other_outputs, other_values
 from .configurations import is_pretrained, number_caches, numbers_kept
-from .folding import check_plain, try_folding, without_steps
+from .folding import Folding, check_plain, without_steps
 from .remove_blocks import holders
 from .wrapped_model import ExampleInputs, Wrapping
 
@@ -66,7 +66,6 @@ class SavePretrained:
         wrapping = vars(self.host).get(WRAPPING)
         if wrapping is not None:
             check_plain(wrapping, _SAVE)
-            try_folding(wrapping)
         given = inspect.signature(self.inner).bind(*args, **kwargs)
         if _writes_adapters(self.model) and wrapping is not None and bool((wrapping.time_steps.tau != 1).any()):
             raise ValueError(
@@ -74,7 +73,8 @@ class SavePretrained:
                 "would fold into the weights under them, too: taulearn.unwrap folds them, then save what "
                 "merge_and_unload gives"
             )
-        with without_steps(wrapping) as values, _zeros_for_branches(self.host):
+        with without_steps(wrapping) as changed, _zeros_for_branches(self.host) as zeros:
+            given = self._folded(given, changed, zeros)
             if self.has_lost_blocks():
                 found = self.why_not(held=False) or self._loaded_unlike(given)
                 if found:
@@ -82,7 +82,7 @@ class SavePretrained:
                         "the model must be what its configuration describes for save_pretrained, got "
                         f"{len(found)} differences: {'; '.join(found[:5])}. {_INSTEAD}"
                     )
-            return self._write(self._folded(given, values))
+            return self._write(given)
 
     def has_lost_blocks(self) -> bool:
         """Whether blocks were deleted, now or before."""
@@ -105,25 +105,28 @@ class SavePretrained:
             return [f"its configuration cannot be built ({in_short(error)})"]
         return [] if expected is None else expected.differences(Description.of(self.model), held=held)
 
-    def _folded(self, given: inspect.BoundArguments, values: Mapping[str, Tensor]) -> inspect.BoundArguments:
-        """The arguments, where a state dict among them has the folded values."""
+    def _folded(
+        self, given: inspect.BoundArguments, changed: Mapping[str, Folding], zeros: Collection[nn.Module]
+    ) -> inspect.BoundArguments:
+        """The arguments; a state dict among them, of averaged weights perhaps, with steps folded, and with zeros."""
         prefix = next(name for name, module in self.host.named_modules() if module is self.model)
         inside = f"{prefix}." if prefix else ""
-        mine = {name.removeprefix(inside): value for name, value in values.items() if name.startswith(inside)}
-        if not mine:
-            return given
+        mine = {name.removeprefix(inside): each for name, each in changed.items() if name.startswith(inside)}
+        places = {name: module for name, module in self.model.named_modules() if module in zeros}
+        added = {f"{name}.{key}": each for name, part in places.items() for key, each in part.state_dict().items()}
         result = copy.copy(given)
         result.arguments = {k: dict(v) if k == _keywords(given) else v for k, v in given.arguments.items()}
         for holder in (result.arguments, result.arguments.get(_keywords(given), {})):
             if isinstance(holder.get("state_dict"), dict):
-                holder["state_dict"] = {k: mine.get(k, v) for k, v in holder["state_dict"].items()}
+                state = added | holder["state_dict"]
+                holder["state_dict"] = {k: mine[k].of(v) if k in mine else v for k, v in state.items()}
         return result
 
     def _write(self, given: inspect.BoundArguments, folder: str | None = None) -> Any:
         """Call the model's own method without the steps, in the model and in a state dict that was handed over."""
         own: dict[str, Any] = {k: dict(v) if k == _keywords(given) else v for k, v in given.arguments.items()}
         for holder in (own, own.get(_keywords(given), {})):
-            if isinstance(holder.get("state_dict"), dict):
+            if isinstance(holder.get("state_dict"), dict):  # which the method may empty
                 holder["state_dict"] = {k: v for k, v in holder["state_dict"].items() if not k.startswith(STEPS)}
             if folder is not None and holder.get(_PUSH):
                 holder[_PUSH] = False
@@ -133,7 +136,7 @@ class SavePretrained:
             own[first] = place if own[first] is target else (place, *own[first][1:])
         arguments = copy.copy(given)
         arguments.arguments = own
-        with _without_steps(self.model):
+        with _time_steps_aside(self.model):
             return self.inner(*arguments.args, **arguments.kwargs)
 
     def _loaded_unlike(self, given: inspect.BoundArguments) -> list[str]:
@@ -152,7 +155,7 @@ class SavePretrained:
                     loaded = self._load(aside, named.get("variant"))
             except Exception as error:  # noqa: BLE001  whatever the class raises, it cannot be loaded
                 return [f"from_pretrained raises {in_short(error)}"]
-            with _without_steps(self.model):
+            with _time_steps_aside(self.model):
                 own = self.model.state_dict()
                 return other_values(loaded, self.model, named.get("state_dict") or own) or self._acts_unlike(loaded)
 
@@ -180,8 +183,8 @@ class SavePretrained:
 
 
 @contextmanager
-def _zeros_for_branches(host: nn.Module) -> Iterator[None]:
-    """Weights of zero in the places of deleted branches, which a model's class cannot leave out."""
+def _zeros_for_branches(host: nn.Module) -> Iterator[list[nn.Module]]:
+    """Modules with weights of zero in the places of deleted branches, which a model's class cannot leave out."""
     places = [(holder, key, part) for _, holder, key, part in holders(host) if isinstance(part, NoBranch)]
     if places:
         warnings.warn(
@@ -193,10 +196,11 @@ def _zeros_for_branches(host: nn.Module) -> Iterator[None]:
     device = next((p.device for p in host.parameters()), torch.device("cpu"))
     with numbers_kept(host) if places else nullcontext():
         try:
-            for holder, key, part in places:
-                holder._modules[key] = part.zeros(device)
+            zeros = [part.zeros(device) for _, _, part in places]
+            for (holder, key, _), each in zip(places, zeros, strict=True):
+                holder._modules[key] = each
             number_caches(host, {part.site for _, _, part in places})
-            yield
+            yield zeros
         finally:
             for holder, key, part in places:
                 holder._modules[key] = part
@@ -329,7 +333,7 @@ def _keywords(given: inspect.BoundArguments) -> str:
 
 
 @contextmanager
-def _without_steps(model: nn.Module) -> Iterator[None]:
+def _time_steps_aside(model: nn.Module) -> Iterator[None]:
     steps = model._modules.pop("time_steps", None)
     try:
         yield

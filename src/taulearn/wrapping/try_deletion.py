@@ -4,9 +4,8 @@ A list of blocks may get shorter only if the host runs through it in order. Whet
 list: hosts take blocks by number, count them, keep what some of them return, or run through several lists at once. So
 deletions are carried out, compared with the same blocks at tau = 0, and undone: some choices of blocks at first; where
 one of those fails, each block alone, then one after the other until none is left, then all but the first. A list in
-which that fails keeps its length, with placeholders, if
-more blocks can go in that way (at least two more where a configuration counts the blocks, which knows no placeholders);
-a block without which the host is another one stays.
+which that fails keeps its length, with placeholders, if more blocks can go in that way (at least two more where a
+configuration counts the blocks, which knows no placeholders); a block without which the host is another one stays.
 
 Compared are the output and the arguments of all blocks and modules around them. Parameters that are constant, as gates
 and heads at the start are zero, have noise in their place meanwhile: they would hide what the host does with a block.
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from .._undisturbed import Before
-from . import remove_blocks as structure
+from . import remove_blocks
 from .block import PassingTimeSteps, Skip
 from .observation import Observation, answers, difference, finite, noise_for, observe, put_noise
 from .wrapped_model import Wrapping, install, is_configured
@@ -42,13 +41,13 @@ _PLACE = (
 _TOGETHER = "where others are deleted the host gives another output without it than with tau = 0"
 
 
-def ways(wrapping: Wrapping, example_inputs: Any | None) -> tuple[frozenset[str], dict[int, str]]:
+def try_deletions(wrapping: Wrapping, example_inputs: Any | None) -> tuple[frozenset[str], dict[int, str]]:
     """Which lists get shorter when a block is deleted, and which blocks must stay."""
     lists: dict[str | None, list[int]] = {}
     for l, block in enumerate(wrapping.layers):
-        lists.setdefault(structure.list_of(wrapping.host, block), []).append(l)
+        lists.setdefault(remove_blocks.list_of(wrapping.host, block), []).append(l)
     if example_inputs is None:
-        certain = {name for name in lists if name is not None and structure.sure_to_shorten(wrapping.host, name)}
+        certain = {name for name in lists if name is not None and remove_blocks.sure_to_shorten(wrapping.host, name)}
         return frozenset(certain), {l: _NOT_TRIED for name in lists if name not in certain for l in lists[name]}
     trial = _Trial(wrapping, example_inputs)
     if trial.number == 1:

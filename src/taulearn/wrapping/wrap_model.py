@@ -1,7 +1,6 @@
 """The public ``wrap`` and ``unwrap``."""
 
 import logging
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,13 +13,14 @@ from .._errors import unknown_name
 from ..nn.constraints import Constraint, constraint_of
 from ..nn.pruned_models import WRAPPING, wrapping_of
 from ..nn.time_steps import TimeSteps
-from . import remove_blocks as structure, try_deletion as trial
+from . import remove_blocks
 from .block import NESTED, PassingTimeSteps, Step
 from .branches import Branch, BranchStep, WatchedBlock, step_of
 from .find_blocks import SCRIPTED, blocks_of, matching, nearest_names, refusal
 from .probe import Call, Probe, probe
 from .state_argument import Form
 from .state_path import OUTSIDE, follow_states
+from .try_deletion import try_deletions
 from .wrapped_model import Branches, ExampleInputs, Wrapping, install, is_configured, reinstall, uninstall
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def wrap(
     form: str = "auto",
     per: str = "block",
     units: str = "steps",
-    compile: str | None = None,  # noqa: A002  the name it had
 ) -> M:
     """Give an existing model time steps: it is what it was at tau = 1, and a block is the identity at tau = 0.
 
@@ -70,8 +69,8 @@ def wrap(
             and add nothing to their input (embeddings, gates) or hold several blocks (encoders). Modules whose output
             the model itself adds to their input, x + f(x), cannot have steps in this form and are refused.
         example_inputs: Inputs for forward passes in evaluation mode: a tensor, a tuple of arguments or a
-            dictionary of keywords. Needed to find blocks, and to try whether the model can do without them, alone and
-            several together: about three passes per block, more where a list cannot get shorter; so keep them small.
+            dictionary of keywords. Needed to find blocks and branches, and to try whether the model can do without
+            them: some choices of them at first, about three passes per block where one fails; so keep them small.
             Without them only members of a Sequential and of torch's encoder and decoder can be deleted.
             They are kept, on the CPU, for ``save_pretrained`` of a pruned model, and are in none of its files.
         constraint: Of the time steps, see :class:`taulearn.TimeSteps`.
@@ -89,7 +88,6 @@ def wrap(
             on the first batch in training (:mod:`taulearn.wrapping.displacement`), so that no scaling of weights stands
             in for a step. Saved and unwrapped models have plain steps. Constraint "free" without bound only. For a
             block that is the identity at first the unit is a tenth of the state's root mean square.
-        compile: Has no effect any more, and will go: steps are torch's own operations.
 
     Returns:
         The same model, with ``time_steps``.
@@ -114,12 +112,6 @@ def wrap(
     _check_host(model)
     _check_units(units, constraint, lower_bound)
     _check_form(form, per, units, example_inputs)
-    if compile is not None:
-        warnings.warn(
-            "compile has no effect on wrap any more, as steps are torch's own operations: leave it out",
-            DeprecationWarning,
-            stacklevel=2,
-        )
     result = None if example_inputs is None else probe(model, example_inputs)
     if blocks is None:
         if result is None:
@@ -148,7 +140,7 @@ def wrap(
     steps = _steps(layers, number, init, horizon, constraint, lower_bound)
     of_blocks = steps if per == "block" else _steps(layers, len(layers), 1.0, None, "free", None)
     wrapping = Wrapping(model, of_blocks, tuple(layers), tuple(names), tuple(forms), frozenset(), {}, {})
-    shorten, keep = trial.ways(wrapping, example_inputs)
+    shorten, keep = try_deletions(wrapping, example_inputs)
     wrapping = replace(
         with_branches(wrapping, found, per, keep) if found else replace(wrapping, keep=keep),
         time_steps=steps,
@@ -288,12 +280,12 @@ def rewrap(
     layers = [known[name] for name in blocks]
     _check_blocks(model, blocks, layers)
     for name in shortened:
-        if not isinstance(known[name], structure.LISTS):
+        if not isinstance(known[name], remove_blocks.LISTS):
             raise ValueError(f"{name!r} must be a ModuleList or a Sequential, got a {type(known[name]).__name__}")
     number = len(layers) if per == "block" else sum(map(len, found))
     start = max(horizon / number, lower_bound or 0.0)
     steps = _steps(layers, number, start, horizon, constraint, lower_bound)
-    lists = [structure.list_of(model, layer) for layer in layers]
+    lists = [remove_blocks.list_of(model, layer) for layer in layers]
     keep = {l: _PLACEHOLDER for l, name in enumerate(lists) if name not in set(shortened)}
     forms = tuple(Form.taking(None, layer.forward) for layer in layers)
     wrapping = Wrapping(model, steps, tuple(layers), tuple(blocks), forms, frozenset(shortened), keep, {})

@@ -246,11 +246,14 @@ def _take_branches_out(
     for position, number in lost.items():
         block, (site,) = branches.blocks[position], branches.sites[position]
         if block not in without:
-            _take_off(site)
+            take_off(site)
             (branch,), (place,) = branches.of(number), branches.layer(number)[1]
             stand_ins[site] = NoBranch(site, branch)
             watch = vars(block)["forward"]
-            vars(block)["forward"] = replace(watch, sites={k: v for k, v in watch.sites.items() if k != place})
+            if sites := {k: v for k, v in watch.sites.items() if k != place}:
+                vars(block)["forward"] = replace(watch, sites=sites)
+            else:
+                take_off(block)
     structure.put_in_place(host, stand_ins)
 
 
@@ -317,7 +320,7 @@ def _indices(branches: Branches, origin: Sequence[int]) -> dict[nn.Module, tuple
 def reinstall(wrapping: Wrapping, after: Wrapping) -> None:
     """Put the steps in place in another form."""
     for module in wrapping.changed():
-        _take_off(module)
+        take_off(module)
     install(after)
 
 
@@ -344,7 +347,7 @@ def drop_units(wrapping: Wrapping) -> None:
     vars(wrapping.host)[WRAPPING] = replace(wrapping, units=None)
 
 
-def _take_off(module: nn.Module) -> None:
+def take_off(module: nn.Module) -> None:
     """Let a module have the forward that it had before it was wrapped."""
     step = step_of(module)
     del vars(module)["forward"]
@@ -357,7 +360,7 @@ def uninstall(wrapping: Wrapping) -> None:
     host = wrapping.host
     set_follower(host, None)
     for module in wrapping.changed():
-        _take_off(module)
+        take_off(module)
     for parameter, flag in wrapping.trained.items():
         parameter.requires_grad_(flag)
     del host.time_steps

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from taulearn.app.results import NotMeasured, Results
 from taulearn.data import maxwell
 from taulearn.files import read_tensors
-from taulearn.report import drawing
 from taulearn.report.figures import PALETTE
 
+from . import network_drawing
 from .measurements import GRID, REDUCED, SQUARE, square_points
 from .statistics import NAMES, PRINTED, measured, meshes_of
 from .trainings import COARSER, OPTIMIZERS, ORDERS, SCHEMES, STEPS, TOYS, mesh, other, reduction, setting, toy
@@ -62,7 +62,7 @@ def figure_2(results: Results) -> "Figure":
     gone = sorted({*range(len(row["tau"]))} - {*networks[1].origin})
     words = f"{len(row['tau'])} hidden layers", f"without layer{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}"
     for ax, each, error, what in zip(axes, networks, errors, words, strict=True):
-        drawing.network(each, ax=ax, **limits, colour_bars=ax is axes[-1])
+        network_drawing.network(each, ax=ax, **limits, colour_bars=ax is axes[-1])
         ax.set_title(f"{what}: relative test error {error:.3f}", fontsize="medium", y=-0.1)
     return figure
 
@@ -224,19 +224,19 @@ def _networks(results: Results) -> dict[str, NDArray[Any]]:
     folder = results.folder(*_most_telling(results))
     arrays: dict[str, NDArray[Any]] = {}
     for which, path in (("whole", folder), ("reduced", folder / REDUCED)):
-        shown = drawing.parts(load_model(path))
+        shown = network_drawing.parts(load_model(path))
         arrays |= {f"{which}/weight.{number}": w for number, w in enumerate(shown.weights)}
         arrays |= {f"{which}/bias.{number}": b for number, b in enumerate(shown.biases)}
         arrays |= {f"{which}/origin": np.array(shown.origin), f"{which}/tau": np.array(shown.tau)}
     return arrays
 
 
-def _parts(arrays: Mapping[str, NDArray[Any]], which: str) -> drawing.Parts:
+def _parts(arrays: Mapping[str, NDArray[Any]], which: str) -> network_drawing.Parts:
     """The note of :func:`_networks` on one of the two networks."""
     origin = [int(number) for number in arrays[f"{which}/origin"]]
     weights = [arrays[f"{which}/weight.{number}"] for number in range(len(origin) + 1)]
     biases = [arrays[f"{which}/bias.{number}"] for number in range(len(origin))]
-    return drawing.Parts(weights, biases, origin, arrays[f"{which}/tau"].tolist())
+    return network_drawing.Parts(weights, biases, origin, arrays[f"{which}/tau"].tolist())
 
 
 SHOWN = {"2": _networks, "4": _error_fields, "5": _difference}

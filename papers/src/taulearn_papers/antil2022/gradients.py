@@ -31,19 +31,20 @@ from taulearn._undisturbed import evaluation
 from taulearn.app.members import Member
 from taulearn.caputo import l1_weights
 from taulearn.depth.layers_and_states import differentiable
-from taulearn.diagnostics import (
-    dense_gradients,
-    feedforward_gradients,
-    fractional_gradients,
-    gradient_propagation,
-    memory_terms,
-    residual_gradients,
-)
+from taulearn.diagnostics import gradient_propagation
 from taulearn.diagnostics.jacobian_products import Graph
 from taulearn.nn import TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
 from taulearn.nn.builders import FullyConnected
 from taulearn.nn.schemes import Fractional
 from taulearn.training import Diverged, fit
+
+from .recursions import (
+    dense_gradients,
+    feedforward_gradients,
+    fractional_gradients,
+    memory_terms,
+    residual_gradients,
+)
 
 PARTS = ("propagator", "W", "b", "tau")
 GRADIENT_STARTS = {"feedforward": ("1",), "residual": ("1", "1/N"), "dense": ("1",), "fractional": ("1", "1/N")}

@@ -7,11 +7,12 @@ import numpy as np
 
 from taulearn.app.results import NotMeasured, Results
 from taulearn.report.figures import PALETTE
-from taulearn.report.seed_bands import epoch_bands, tau_bands
+from taulearn.report.seed_bands import epoch_bands
 from taulearn.training import History
 
 from . import statistics as q
 from .statistics import accuracy_after, difference, final_accuracy, values
+from .tau_bands import tau_bands
 from .trainings import DATA, LEARNED, NETWORKS, PUBLISHED, setting
 
 if TYPE_CHECKING:

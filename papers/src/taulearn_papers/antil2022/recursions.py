@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import caputo
-from ..caputo.weight_derivatives import WeightDerivatives
+from taulearn import caputo
+from taulearn.caputo.weight_derivatives import WeightDerivatives
 
 Jacobians = Sequence[Float[Tensor, "*batch width width"]]
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,14 +11,14 @@ from torch import Tensor
 from torch.func import functional_call, jacrev
 
 from taulearn import caputo
-from taulearn.diagnostics import (
+from taulearn.nn import TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
+from taulearn_papers.antil2022.recursions import (
     dense_gradients,
     feedforward_gradients,
     fractional_gradients,
     memory_terms,
     residual_gradients,
 )
-from taulearn.nn import TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
 
 DOUBLE = torch.float64
 BUILDERS = {
@@ -180,3 +181,25 @@ class TestExample68:
 def test_dense_growth_without_steps() -> None:
     G = dense_gradients(torch.ones(1, 1), [torch.zeros(1, 1)] * 6, torch.zeros(6), 1)
     assert [float(G[i]) for i in range(2, 7)] == [1, 1, 2, 4, 8]
+
+
+ONES, D = torch.ones(3), [torch.eye(2)] * 3
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "named"),
+    [
+        (residual_gradients, (torch.ones(2, 1), D[:2], ONES, 0), "jacobians.*D_2.*2"),
+        (dense_gradients, (torch.ones(2, 1), D, ONES, 3), "layer.*0 .. 2.*3"),
+        (memory_terms, ([torch.ones(2)] * 3, ONES, 0), "states.*y_3"),
+        (residual_gradients, (torch.ones(2), D, ONES, 0), r"start.*\(2,\)"),
+        (feedforward_gradients, (torch.ones(3, 1), D, ONES, 0), "jacobians.*3 by 3"),
+        (feedforward_gradients, (torch.ones(2, 1), D, torch.ones(3, 1), 0), "tau"),
+        (partial(fractional_gradients, gamma=1), (torch.ones(2, 1), D, ONES, 0), "gamma.*1"),
+        (partial(fractional_gradients, memory_from=2), (torch.ones(2, 1), D, ONES, 0), "memory_from.*2"),
+        (fractional_gradients, (torch.ones(2, 1), D, torch.tensor([1.0, 0.0, 1.0]), 0), r"tau\[1\] = 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(function: Callable[..., Any], given: tuple[Any, ...], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        function(*given)

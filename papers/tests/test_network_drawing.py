@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from matplotlib.collections import LineCollection, PathCollection
+from torch import nn
 
 import taulearn
-from taulearn.nn import fractional_dnn, resnet
-from taulearn.report import drawing
+from taulearn.nn import Residual, TimeVariableNetwork, fractional_dnn, resnet
+from taulearn_papers.antil2022 import network_drawing as drawing
 
 
 def collections(ax, kind) -> list:
@@ -48,3 +50,10 @@ def test_a_pruned_network_keeps_the_numbers_of_its_layers() -> None:
 def test_of_wide_layers_the_largest_weights_are_drawn() -> None:
     ax = drawing.network(fractional_dnn(7, 60, 3, 2))
     assert [len(each.get_segments()) for each in collections(ax, LineCollection)] == [420, 2500, 180]
+
+
+@pytest.mark.parametrize("name", ["Linear", "TimeVariableNetwork"])
+def test_other_networks_are_refused(name: str) -> None:
+    convolutional = TimeVariableNetwork([nn.Conv1d(1, 1, 1)], nn.Linear(1, 1), Residual(), taulearn.TimeSteps(1))
+    with pytest.raises(TypeError, match=f"model must be .* got {name}"):
+        drawing.network(nn.Linear(1, 1) if name == "Linear" else convolutional)
