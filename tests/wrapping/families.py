@@ -146,6 +146,15 @@ def vision(title: str, prefix: str, **row: Any) -> Family:
     return Family(title, model(f"{prefix}ForImageClassification", f"{prefix}Config", **sizes), pixels(), **row)
 
 
+def sound(title: str, do_stable_layer_norm: bool = False, **row: Any) -> Family:
+    sizes = {"conv_dim": [8, 8], "conv_kernel": [4, 4], "conv_stride": [2, 2], "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    options = TEXT | sizes | positions | {"do_stable_layer_norm": do_stable_layer_norm}
+    return Family(
+        title, model("Wav2Vec2ForCTC", "Wav2Vec2Config", **options), {"input_values": drawn(2, 64)}, config=TWO, **row
+    )
+
+
 TWO = {"num_hidden_layers": 2}
 BOTH_SIDES = SIDES | {"encoder_layers": 4, "decoder_layers": 4}
 KINDS: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 4}
@@ -170,7 +179,8 @@ FAMILIES = {
     ),
     "llama": decoder("Llama", "Llama", short=True),
     "mistral": decoder("Mistral", "Mistral", sizes=CAUSAL | {"sliding_window": 4}),
-    "qwen2": decoder(
+    "qwen2": decoder("Qwen2", "Qwen2", config=LATE),
+    "qwen2, two kinds": decoder(
         "Qwen2, layers of two kinds",
         "Qwen2",
         sizes=CAUSAL | KINDS | {"use_sliding_window": True},
@@ -204,6 +214,12 @@ FAMILIES = {
         runs_on=("fc1",),
     ),
     "gpt_neox": decoder("GPT-NeoX", "GPTNeoX", sizes=TEXT, ends=("attention.dense", "mlp.dense_4h_to_h")),
+    "gpt_neox, in turn": decoder(
+        "GPT-NeoX, not parallel",
+        "GPTNeoX",
+        sizes=TEXT | {"use_parallel_residual": False},
+        ends=("attention.dense", "mlp.dense_4h_to_h"),
+    ),
     "falcon": decoder("Falcon", "Falcon", sizes=TEXT, ends=("self_attention.dense", "mlp.dense_4h_to_h")),
     "mixtral": decoder(
         "Mixtral",
@@ -337,6 +353,14 @@ FAMILIES = {
         together=ONE,
         short=True,
     ),
+    "resnet, bottlenecks": vision(
+        "ResNet, bottlenecks",
+        "ResNet",
+        sizes={"embedding_size": 4, "hidden_sizes": [8, 12], "depths": [3, 2], "layer_type": "bottleneck"},
+        ends=("layer.2.normalization",),
+                config={"depths": [2, 1]},
+        together=ONE,
+    ),
     "clip": Family(
         "CLIP",
         model("CLIPModel", "CLIPConfig", **TOWERS, projection_dim=8),
@@ -353,23 +377,11 @@ FAMILIES = {
         gone=(0, 2, 4, 6),
         config=BOTH_TOWERS,
     ),
-    "wav2vec2": Family(
-        "wav2vec2",
-        model(
-            "Wav2Vec2ForCTC",
-            "Wav2Vec2Config",
-            **TEXT,
-            conv_dim=[8, 8],
-            conv_kernel=[4, 4],
-            conv_stride=[2, 2],
-            num_feat_extract_layers=2,
-            num_conv_pos_embeddings=4,
-            num_conv_pos_embedding_groups=2,
-        ),
-        {"input_values": drawn(2, 64)},
-        whole="zeroing test",
-        config=TWO,
-        together="zeroing test",
+    "wav2vec2": sound("wav2vec2", whole="zeroing test", together="zeroing test"),
+    "wav2vec2, stable": sound(
+        "wav2vec2, stable layer norm",
+        do_stable_layer_norm=True,
+        ends=("attention.out_proj", "feed_forward.output_dense"),
     ),
     "encoder": Family(
         "torch's encoder, norm_first",
@@ -400,6 +412,13 @@ FAMILIES = {
         (drawn(2, 5, 16), drawn(2, 4, 16)),
         ends=("self_attn.out_proj", "multihead_attn.out_proj", "linear2"),
         runs_on=("linear1",),
+    ),
+    "decoder, post-norm": Family(
+        "torch's decoder",
+        torch_layers("TransformerDecoder"),
+        (drawn(2, 5, 16), drawn(2, 4, 16)),
+        whole="zeroing test",
+        together="zeroing test",
     ),
     "unet": Family("a U-Net's residual blocks", UNet, drawn(2, 3, 8, 8), ends=("conv2",), gone=(0, 2, 4), together=ONE),
 }

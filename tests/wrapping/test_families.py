@@ -125,6 +125,13 @@ def assert_generates_alike(host: Any, inputs: Any) -> None:
     assert torch.equal(tokens, others)
     assert len(logits) > 4
     assert_like([logits], [theirs])
+    key = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    with torch.no_grad():
+        whole, first = (host(**inputs | {key: inputs[key][:, :end]}, use_cache=True) for end in (12, 7))
+        if "past_key_values" not in first:  # Mamba's cache takes one token at a time, as generation does
+            return
+        last = host(**inputs | {key: inputs[key][:, 7:]}, past_key_values=first.past_key_values)
+    assert_like([last.logits], [whole.logits[:, 7:]])
 
 
 @every_family
