@@ -358,7 +358,7 @@ FAMILIES = {
         "ResNet",
         sizes={"embedding_size": 4, "hidden_sizes": [8, 12], "depths": [3, 2], "layer_type": "bottleneck"},
         ends=("layer.2.normalization",),
-                config={"depths": [2, 1]},
+        config={"depths": [2, 1]},
         together=ONE,
     ),
     "clip": Family(
