@@ -1,286 +1,22 @@
-"""Branch steps: found in which families, exact at 1 and 0, folded into the weights."""
+"""Branch steps: what has them, what folds, and in what they work; for families of models see test_families.py."""
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from copies import copied
 from taulearn import load_model, prune, save_model, unwrap, wrap
-from taulearn._calls import call
-from taulearn.diagnostics import summary
 from taulearn.wrapping import wrapping_of
+from wrapping.families import FAMILIES
 from wrapping.hosts import Block, sequential
-from wrapping.test_saved_families import CAUSAL, FAMILIES, IMAGE, TEXT, drawn, ids, model, pixels
-
-
-def gpt2() -> Any:
-    return model(
-        "GPT2LMHeadModel", "GPT2Config", vocab_size=64, n_positions=64, n_embd=16, n_layer=4, n_head=2, bos_token_id=0
-    )()
-
-
-def mamba() -> Any:
-    return model("MambaForCausalLM", "MambaConfig", vocab_size=64, hidden_size=16, num_hidden_layers=4, state_size=4)()
-
-
-def encoder(norm_first: bool = True) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True, norm_first=norm_first)
-    return nn.TransformerEncoder(layer, 4, norm=nn.LayerNorm(8), enable_nested_tensor=False)
-
-
-def decoder() -> nn.Module:
-    layer = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.1, batch_first=True, norm_first=True)
-    return nn.TransformerDecoder(layer, 4, norm=nn.LayerNorm(8))
-
-
-class Family(NamedTuple):
-    """A row of the table: further families go into FAMILIES of this file."""
-
-    make: Callable[[], Any]
-    inputs: Any
-    form: str = "branches"
-    ends: tuple[str, ...] = ()  # the modules of the first block into which steps fold
-    says: str = ""  # what the reason for form "whole" holds
-    long: bool = True
-    double: bool = True  # whether its kernels know double precision
-
-
-ENDS: dict[str, Family] = {
-    "gpt2": Family(gpt2, ids(), ends=("attn.c_proj", "mlp.c_proj"), long=False),
-    "llama": Family(
-        model("LlamaForCausalLM", "LlamaConfig", **CAUSAL),
-        ids(),
-        ends=("self_attn.o_proj", "mlp.down_proj"),
-        long=False,
-    ),
-    "resnet": Family(
-        model(
-            "ResNetForImageClassification",
-            "ResNetConfig",
-            embedding_size=4,
-            hidden_sizes=[4, 6],
-            depths=[3, 2],
-            layer_type="basic",
-            num_labels=3,
-        ),
-        pixels(16),
-        ends=("layer.1.normalization",),
-        long=False,
-    ),
-    "bert": Family(model("BertForMaskedLM", "BertConfig", **TEXT), ids(), "whole", says="zeroing test", long=False),
-    "vit": Family(
-        model("ViTForImageClassification", "ViTConfig", **IMAGE), pixels(), ends=("attention.o_proj", "mlp.fc2")
-    ),
-    "gpt_neox (parallel)": Family(
-        model("GPTNeoXForCausalLM", "GPTNeoXConfig", **TEXT), ids(), ends=("attention.dense", "mlp.dense_4h_to_h")
-    ),
-    "gemma2 (1 + w)": Family(
-        model("Gemma2ForCausalLM", "Gemma2Config", **CAUSAL, head_dim=8),
-        ids(),
-        ends=("post_attention_layernorm", "post_feedforward_layernorm"),
-    ),
-    "mixtral (stacked experts)": Family(
-        model("MixtralForCausalLM", "MixtralConfig", **CAUSAL, num_local_experts=4),
-        ids(),
-        ends=("self_attn.o_proj", "mlp.experts"),
-        double=False,
-    ),
-    "convnext (a bare scale behind the end)": Family(
-        model(
-            "ConvNextForImageClassification",
-            "ConvNextConfig",
-            hidden_sizes=[8, 12],
-            depths=[3, 2],
-            num_stages=2,
-            layer_scale_init_value=0.5,
-        ),
-        pixels(),
-        ends=("pwconv2",),
-    ),
-    "mamba": Family(mamba, ids(), ends=("mixer.out_proj",)),
-    "swin": Family(*FAMILIES["swin"], ends=("attention.o_proj", "mlp.fc2")),
-    "torch's encoder, its fast path": Family(encoder, drawn(2, 5, 8), "whole", says="set_fastpath_enabled"),
-    "torch's encoder, post-norm": Family(lambda: encoder(False), drawn(2, 5, 8), "whole", says="layers.0"),
-    "torch's decoder": Family(
-        decoder, (drawn(2, 5, 8), drawn(2, 4, 8)), ends=("self_attn.out_proj", "multihead_attn.out_proj", "linear2")
-    ),
-}
-every_family = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * each.long) for name, each in ENDS.items()]
-)
-foldable = pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.long] * each.long) for n, each in ENDS.items() if each.form == "branches"],
-)
-
-
-def bare(name: str) -> Any:
-    torch.manual_seed(0)
-    return ENDS[name].make().eval()
-
-
-@copied
-def stepped(name: str, **options: Any) -> Any:
-    return wrap(bare(name), example_inputs=ENDS[name].inputs, **options)
-
-
-def answer(host: nn.Module, inputs: Any) -> list[Tensor]:
-    with torch.no_grad():
-        found = call(host, inputs)
-    leaves = tree_leaves(found.to_tuple()[:1] if hasattr(found, "to_tuple") else found)
-    return [each for each in leaves if isinstance(each, Tensor)]
-
-
-def assert_like(found: list[Tensor], expected: list[Tensor], error: float = 1e-6) -> None:
-    """Up to an error relative to the largest entry."""
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=error * float(theirs.abs().max()))
-
-
-def set_steps(host: Any, *values: float) -> None:
-    steps = host.time_steps
-    start = torch.linspace(0.4, 1.7, steps.num_steps)
-    with torch.no_grad():
-        steps.values.copy_(torch.tensor(values) if values else start)
-
-
-@every_family
-def test_which_form(name: str) -> None:
-    family = ENDS[name]
-    host = stepped(name)
-    wrapping = wrapping_of(host)
-    assert wrapping.form == family.form
-    assert family.says in wrapping.why
-    assert wrapping.why in str(summary(host))
-    if family.form == "branches":
-        first = wrapping.branches.found[0]
-        assert (
-            tuple(dict.fromkeys(end.parameter.rpartition(".")[0] for each in first for end in each.ends)) == family.ends
-        )
-        assert not any(each.not_folded for found in wrapping.branches.found for each in found)
-    else:
-        with pytest.raises(ValueError, match=r"form must be .*'branches'") as caught:
-            wrap(bare(name), example_inputs=family.inputs, form="branches")
-        assert family.says in str(caught.value)
-
-
-@every_family
-def test_steps_of_one_change_nothing_to_the_bit(name: str) -> None:
-    inputs = ENDS[name].inputs
-    for found, expected in zip(answer(stepped(name), inputs), answer(bare(name), inputs), strict=True):
-        assert torch.equal(found, expected)
-
-
-@foldable
-def test_a_step_of_zero_is_the_identity_to_the_bit_and_can_be_pruned(name: str) -> None:
-    host, inputs = stepped(name), ENDS[name].inputs
-    set_steps(host)
-    with torch.no_grad():
-        host.time_steps.values[1:3] = 0.0
-    form, block = wrapping_of(host).forms[1], wrapping_of(host).layers[1]
-    seen: list[tuple[Tensor, Tensor]] = []
-    block.register_forward_hook(
-        lambda _m, args, kwargs, output: seen.append((form.arriving(args, kwargs), form.leaving(output))),
-        with_kwargs=True,
-    )
-    expected = answer(host, inputs)
-    assert torch.equal(*seen[0])
-    removable = [l for l in (1, 2) if l not in wrapping_of(host).fixed_layers()]
-    prune(host, keep=[l for l in range(host.time_steps.num_steps) if l not in removable])
-    assert removable
-    assert_like(answer(host, inputs), expected, 1e-5)
-
-
-@foldable
-def test_folded_is_stepped(name: str) -> None:
-    """Up to rounding, in unwrap and on the live model, which keeps its bits when it is saved."""
-    host, inputs = stepped(name), ENDS[name].inputs
-    set_steps(host)
-    expected = answer(host, inputs)
-    assert all(bool((a - b).abs().max() > 1e-4) for a, b in zip(expected, answer(bare(name), inputs), strict=True))
-    plain = unwrap(host)
-    assert plain is host
-    assert not hasattr(plain, "time_steps")
-    assert not any("forward" in vars(module) for module in plain.modules())
-    assert_like(answer(plain, inputs), expected, 2e-6)
-
-
-@foldable
-def test_the_gradient_of_a_step_is_its_slope(name: str) -> None:
-    family = ENDS[name]
-    host, dtype = stepped(name), torch.float64 if family.double else torch.float32
-    host.to(dtype)
-    set_steps(host)
-    inputs = tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, family.inputs)
-    tau = host.time_steps.values
-
-    def value() -> Tensor:
-        found = call(host, inputs)
-        first: Tensor = tree_leaves(found.to_tuple()[:1] if hasattr(found, "to_tuple") else found)[0]
-        return (first * torch.linspace(-1, 1, first.numel(), dtype=dtype).view_as(first)).sum()
-
-    step = 1e-3
-    (slope,) = torch.autograd.grad(value(), tau)
-    for l in (0, len(tau) - 1):
-        sides = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                tau[l] += sign * step
-                sides.append(float(value()))
-                tau[l] -= sign * step
-        # normalisations in single precision inside
-        assert float(slope[l]) == pytest.approx(
-            (sides[0] - sides[1]) / (2 * step), rel=1e-2 if family.double else 0.1, abs=1e-3
-        )
-
-
-def has_class_that_saves(name: str) -> bool:
-    return "torch" not in name
-
-
-@foldable
-def test_plain_transformers_loads_the_folded_model(name: str, tmp_path: Path) -> None:
-    host, inputs = stepped(name), ENDS[name].inputs
-    if not has_class_that_saves(name):
-        assert not hasattr(host, "save_pretrained")
-        return
-    set_steps(host)
-    expected, bits = answer(host, inputs), {name: value.clone() for name, value in host.state_dict().items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        host.save_pretrained(tmp_path)
-        loaded, info = type(host).from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values())
-    assert_like(answer(loaded, inputs), expected, 2e-6)
-    assert all(torch.equal(value, bits[name]) for name, value in host.state_dict().items())
-    assert all(torch.equal(a, b) for a, b in zip(answer(host, inputs), expected, strict=True))
-
-
-@foldable
-@pytest.mark.parametrize("plain", [False, True])
-def test_load_model_restores_them(name: str, plain: bool, tmp_path: Path) -> None:
-    host, inputs = stepped(name), ENDS[name].inputs
-    set_steps(host)
-    gone = next(l for l in range(1, host.time_steps.num_steps) if l not in wrapping_of(host).fixed_layers())
-    prune(host, keep=[l for l in range(host.time_steps.num_steps) if l != gone])
-    expected = answer(host, inputs)
-    save_model(host, tmp_path, plain=plain)
-    loaded = load_model(tmp_path, host=bare(name))
-    assert hasattr(loaded, "time_steps") is not plain
-    if not plain:
-        assert wrapping_of(loaded).form == "branches"
-        assert all(torch.equal(a, b) for a, b in zip(answer(loaded, inputs), expected, strict=True))
-        unwrap(loaded)
-    assert_like(answer(loaded, inputs), expected, 2e-6)
+from wrapping.test_families import answer, assert_like, set_steps, stepped
+from wrapping.test_saved_families import drawn, ids
 
 
 class Ends(nn.Module):
@@ -547,15 +283,15 @@ def test_a_branch_that_no_module_ends_leaves_form_whole() -> None:
 
 
 def test_code_that_leaves_a_site_out_is_noticed() -> None:
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, x = torch.backends.mha.get_fastpath_enabled(), FAMILIES["encoder"].inputs
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        host = wrap(encoder().eval(), example_inputs=drawn(2, 5, 8), form="branches", init=0.5)
-        expected = answer(host, drawn(2, 5, 8))
+        host = wrap(FAMILIES["encoder"].bare(), example_inputs=x, form="branches", init=0.5)
+        expected = answer(host, x)
         torch.backends.mha.set_fastpath_enabled(True)
         with pytest.raises(ValueError, match=r"'layers.0' must run once.*set_fastpath_enabled\(False\)"):
-            answer(host, drawn(2, 5, 8))
-        assert_like(answer(unwrap(host), drawn(2, 5, 8)), expected)
+            answer(host, x)
+        assert_like(answer(unwrap(host), x), expected)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -565,7 +301,7 @@ def test_copies_are_independent() -> None:
     for twin in (copy.deepcopy(host), pickle.loads(pickle.dumps(host))):
         set_steps(twin)
         expected = answer(twin, ids())
-        assert torch.equal(answer(host, ids())[0], answer(bare("gpt2"), ids())[0])
+        assert torch.equal(answer(host, ids())[0], answer(FAMILIES["gpt2"].bare(), ids())[0])
         assert_like(answer(unwrap(twin), ids()), expected, 2e-6)
 
 
@@ -588,7 +324,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
 
 def test_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        for a, b in zip(answer(stepped("llama"), ids()), answer(bare("llama"), ids()), strict=True):
+        for a, b in zip(answer(stepped("llama"), ids()), answer(FAMILIES["llama"].bare(), ids()), strict=True):
             assert torch.equal(a, b)
 
 
@@ -615,7 +351,7 @@ def test_adapters_that_were_there_before() -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     lora = peft.LoraConfig(r=2, target_modules=["c_proj"], fan_in_fan_out=True)  # their last factors are zero
-    host = wrap(peft.get_peft_model(gpt2(), lora), example_inputs=ids(), form="branches").eval()
+    host = wrap(peft.get_peft_model(FAMILIES["gpt2"].bare(), lora), example_inputs=ids(), form="branches").eval()
     for name, parameter in host.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)

@@ -96,6 +96,17 @@ def test_per_layer_config_of_transformers_follows() -> None:
     assert [each.intermediate_size for each in config.per_layer_config] == [16, 16, 24, 16]
 
 
+def test_flags_of_kinds_of_layers_follow() -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    sizes = SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 1}
+    config = t.Qwen2Config(**sizes, layer_types=kinds, use_sliding_window=True, sliding_window=4)
+    model = wrap(t.Qwen2Model(config), example_inputs=tokens())
+    prune(model, keep=[0, 1, 3])
+    assert model.has_sliding_layers is True
+    prune(model, keep=[1, 2])
+    assert model.has_sliding_layers is False
+
+
 def test_states_that_a_backbone_returns_follow() -> None:
     name = "dinov2 backbone"  # of four layers, it returns the states after the second and after the last
     for gone, numbers in ((0, [1, 3]), (2, [2, 3]), (3, [2, 3])):

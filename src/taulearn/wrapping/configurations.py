@@ -15,6 +15,7 @@ This module does not import transformers: its classes are known by their names.
 """
 
 import copy
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _COUNTS_OF_ONE_SIDE = ("decoder_num_hidden_layers", "decoder_num_layers")
 _FIRST = ("first_k_dense_replace", "num_dense_layers")
 _OWN_NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")
 _NUMBERS = ("index", "indexes", "indices", "idx", "idxs", "ids")
+_KIND = re.compile(r"has_(\w+)_layers")  # whether some layer is of a kind, "sliding_attention" say
 _CONFIGS = ("PreTrainedConfig", "PretrainedConfig")
 
 
@@ -325,6 +327,8 @@ def _mend_modules(modules: Sequence[nn.Module], cut: _Cut, changed: Mapping[str,
             if key in changed and not _unlike(value, changed[key][0]):
                 new = changed[key][1]
                 vars(module)[key] = type(value)(new) if isinstance(value, list | tuple) else new
+            elif value is True and "layer_types" in changed and (kind := _KIND.fullmatch(key)):
+                vars(module)[key] = any(each.startswith(f"{kind[1]}_") for each in changed["layer_types"][1])
             elif key == "num_features" and "stage_names" in changed and len(value) == cut.length + 1:
                 vars(module)[key] = [value[0], *(value[i + 1] for i in cut.kept)]
 
