@@ -162,7 +162,7 @@ def test_tied_weights_do_not_fold() -> None:
 
 
 def test_steps_fold_into_the_weights_that_are_handed_over(tmp_path: Path) -> None:
-    host = wrap(gpt2(), example_inputs=ids(), init=[0.5, 1.0, 1.0, 1.0])
+    host = wrap(FAMILIES["gpt2"].bare(), example_inputs=ids(), init=[0.5, 1.0, 1.0, 1.0])
     own = host.transformer.h[0].mlp.c_proj.weight.detach().clone()
     averaged = {
         name: value + 1.0 if name.endswith("mlp.c_proj.weight") else value for name, value in host.state_dict().items()
@@ -173,7 +173,7 @@ def test_steps_fold_into_the_weights_that_are_handed_over(tmp_path: Path) -> Non
 
 
 def test_a_state_dict_that_is_handed_over_gets_zeros_for_deleted_branches(tmp_path: Path) -> None:
-    host = wrap(gpt2(), example_inputs=ids(), per="branch").eval()
+    host = wrap(FAMILIES["gpt2"].bare(), example_inputs=ids(), per="branch").eval()
     prune(host, keep=[0, 1, 3, 4, 5, 6, 7])
     with pytest.warns(UserWarning, match="weights of zero"):
         host.save_pretrained(tmp_path, state_dict=host.state_dict())
@@ -379,110 +379,8 @@ def test_files_without_a_form_are_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(answer(loaded.eval(), X), answer(host.eval(), X))
 
 
-@copied
-def apart(name: str, **options: Any) -> Any:
-    """With a step for each branch."""
-    return wrap(bare(name), example_inputs=ENDS[name].inputs, per="branch", **options)
-
-
-several = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.long] * ENDS[name].long)
-        for name in ENDS
-        if len(ENDS[name].ends) > 1 and name != "torch's decoder"
-    ],
-)
-
-
-@several
-def test_each_branch_has_a_step(name: str) -> None:
-    host, inputs = apart(name), ENDS[name].inputs
-    wrapping = wrapping_of(host)
-    assert len(wrapping.layers) == host.time_steps.num_steps == sum(map(len, wrapping.branches.found))
-    assert all(host.get_submodule(name) is layer for name, layer in zip(wrapping.names, wrapping.layers, strict=True))
-    for found, expected in zip(answer(host, inputs), answer(bare(name), inputs), strict=True):
-        assert torch.equal(found, expected)
-    whole = stepped(name)
-    steps = torch.linspace(0.4, 1.7, whole.time_steps.num_steps)
-    set_steps(whole, *steps.tolist())
-    number = {block: l for l, block in enumerate(wrapping.branches.names)}
-    set_steps(host, *(float(steps[number[n.removesuffix(f".{b.site}")]]) for n, b in names_of(wrapping)))
-    assert_like(answer(host, inputs), answer(whole, inputs))
-
-
-def names_of(wrapping: Any) -> list[tuple[str, Any]]:
-    flat = [branch for found in wrapping.branches.found for branch in found]
-    return list(zip(wrapping.names, flat, strict=True))
-
-
-@several
-def test_branches_go_separately(name: str, tmp_path: Path) -> None:
-    """The second branch of the first block, the first one of the second, and all of the third."""
-    host, inputs = apart(name), ENDS[name].inputs
-    set_steps(host)
-    wrapping = wrapping_of(host)
-    whole = (4, 5) if name != "swin" else ()  # without single blocks its configuration does not describe it
-    gone = [l for l in (1, 2, *whole) if l not in wrapping.fixed_layers()]
-    assert len(gone) >= 2
-    with torch.no_grad():
-        host.time_steps.values[gone] = 0.0
-    expected = answer(host, inputs)
-    before = sum(p.numel() for p in host.parameters())
-    report = prune(host, keep=[l for l in range(host.time_steps.num_steps) if l not in gone])
-    assert [each.layer for each in report.deleted] == gone
-    assert sum(p.numel() for p in host.parameters()) < before
-    assert_like(answer(host, inputs), expected)
-    for plain in (False, True):
-        save_model(host, tmp_path / "own", plain=plain)
-        loaded = load_model(tmp_path / "own", host=bare(name))
-        assert_like(answer(loaded, inputs), expected, 2e-6)
-        assert sum(p.numel() for p in loaded.parameters() if p.ndim > 1) < before
-    twin = pickle.loads(pickle.dumps(host))
-    for folding in (host, unwrap(twin)):
-        with pytest.warns(UserWarning, match="weights of zero"):
-            folding.save_pretrained(tmp_path / "plain")
-        loaded, info = type(host).from_pretrained(tmp_path / "plain", output_loading_info=True)
-        assert not any(info.values())
-        assert_like(answer(loaded, inputs), expected, 2e-6)
-        assert_like(answer(folding, inputs), expected, 2e-6)
-
-
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.long)])
-def test_caches_count_the_attentions_that_are_left(name: str) -> None:
-    host = apart(name)
-    prune(host, keep=[1, 2, 4, 5, 7])  # no attention in the first and last block, which is the fourth
-    attentions = [m for m in host.modules() if type(vars(m).get("layer_idx")) is int and type(m).__name__ != "NoBranch"]
-    assert [each.layer_idx for each in attentions] == [0, 1]
-    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    tokens = [host.generate(ids()["input_ids"], use_cache=cached, **options) for cached in (False, True)]
-    assert torch.equal(*tokens)
-    loaded = load_model_of(host, name)
-    assert torch.equal(loaded.generate(ids()["input_ids"], **options), tokens[0])
-
-
-def load_model_of(host: nn.Module, name: str) -> Any:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(host, folder)
-        return load_model(folder, host=bare(name))
-
-
-def test_branches_of_a_cache_of_several_kinds_stay() -> None:
-    """A cache finds out by its number of which kind an attention is."""
-    config = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 4, "head_dim": 8}
-    host = model("Gemma2ForCausalLM", "Gemma2Config", **CAUSAL, **config)().eval()
-    wrapping = wrapping_of(wrap(host, example_inputs=ids(), per="branch"))
-    assert not wrapping.fixed_layers()  # their sites are normalisations, so that the attentions stay
-    host = model("Qwen3ForCausalLM", "Qwen3Config", **CAUSAL, **config, use_sliding_window=True)().eval()
-    wrapping = wrapping_of(wrap(host, example_inputs=ids(), per="branch"))
-    assert [l % 2 for l in wrapping.fixed_layers()] == [0] * 4
-    assert "several kinds" in wrapping.fixed_layers()[0]
-
-
 def test_a_deletion_of_branches_that_fails_leaves_everything() -> None:
-    host = apart("gpt2")
+    host = stepped("gpt2", per="branch")
     before = {name: (type(each), vars(each).get("forward")) for name, each in host.named_modules()}
     expected = answer(host, ids())
     optimizer = torch.optim.SGD(host.parameters(), lr=0.1)
@@ -503,7 +401,7 @@ def test_influence_of_branches_is_of_the_states_between_them() -> None:
     """With serial branches the state before the second one is x + tau g_1(x)."""
     from taulearn.adaptivity.criteria import on_data
 
-    host = apart("gpt2")
+    host = stepped("gpt2", per="branch")
     set_steps(host)
     seen: list[Tensor] = []
     for block in host.transformer.h:
@@ -521,7 +419,7 @@ def test_influence_of_branches_is_of_the_states_between_them() -> None:
 def test_states_are_those_between_blocks() -> None:
     from taulearn.depth.wrapped_states import record_states
 
-    host = apart("gpt2")
+    host = stepped("gpt2", per="branch")
     with pytest.raises(ValueError, match="per block"):
         record_states(host, ids())
     assert len(record_states(stepped("gpt2"), ids())[1]) == 5
