@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ every_pretrained = each([name for name, family in FAMILIES.items() if family.is_
 @pytest.fixture(autouse=True)
 def _fast_path(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whether torch's encoder may take its fast path."""
-    before, callspec = torch.backends.mha.get_fastpath_enabled(), getattr(request.node, "callspec", None)
-    torch.backends.mha.set_fastpath_enabled(callspec is None or FAMILIES[callspec.params["name"]].fast)
+    before, case = torch.backends.mha.get_fastpath_enabled(), getattr(request.node, "callspec", None)
+    torch.backends.mha.set_fastpath_enabled(
+        case is None or "name" not in case.params or FAMILIES[case.params["name"]].fast
+    )
     yield
     torch.backends.mha.set_fastpath_enabled(before)
 
@@ -85,11 +88,13 @@ def shorter(name: str) -> tuple[Any, list[Tensor]]:
 
 
 def branch_numbers(host: Any) -> list[int]:
-    """The first branch of the first block, the last of the second, and all of the last block, if they can go."""
+    """The first branch of blocks 0 and 2, the last of block 1, and all of the last block, if they can go."""
     owners = wrapping_of(host).branches.blocks
     blocks = [*dict.fromkeys(owners)]
     last = [l for l, owner in enumerate(owners) if owner is blocks[-1]]
-    return sorted({0, owners.index(blocks[2]) - 1, *last} - wrapping_of(host).fixed_layers().keys())
+    return sorted(
+        {0, owners.index(blocks[2]) - 1, owners.index(blocks[2]), *last} - wrapping_of(host).fixed_layers().keys()
+    )
 
 
 def fewer_branches(name: str) -> tuple[Any, list[Tensor]]:
@@ -286,10 +291,10 @@ def test_branches_are_deleted_one_by_one(name: str, tmp_path: Path) -> None:
     matrices = [key for key, p in block.named_parameters() if p.ndim > 1]
     outside = [key for key in matrices if not any(key.startswith(f"{site}.") for site in sites)]
     assert tuple(dict.fromkeys(key.partition(".")[0] for key in outside)) == family.runs_on
-    origin = wrapping.time_steps.origin
-    fixed = {wrapping.branches.of(origin[l])[0].site: why for l, why in wrapping.fixed_layers().items()}
-    assert fixed.keys() == family.alone.keys()
-    assert all(why in fixed[site] for site, why in family.alone.items())
+    fixed = {wrapping.names[l]: why for l, why in wrapping.fixed_layers().items()}
+    expected_fixed = {key: why for key in wrapping.names for like, why in family.alone.items() if fnmatch(key, like)}
+    assert fixed.keys() == expected_fixed.keys()
+    assert all(why in fixed[key] for key, why in expected_fixed.items())
 
     host, before = fewer_branches(name)
     assert not equal(before, answer(family.bare(), family.inputs))
@@ -305,6 +310,16 @@ def test_branches_are_deleted_one_by_one(name: str, tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match="weights of zero"):
             assert_plain_loading_gives(host, tmp_path / "zeros", expected, family.inputs)
         assert equal(answer(host, family.inputs), expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("gone", [(1,), (2,), (3,), (1, 2), (1, 3)], ids=str)
+def test_a_cache_of_several_kinds_without_attentions(gone: tuple[int, ...]) -> None:
+    """Sliding and full attention in turn: those that are left of a kind fill its first places."""
+    name = "qwen2, two kinds"
+    host, inputs = stepped(name, per="branch"), FAMILIES[name].inputs
+    prune(host, keep=[l for l in range(8) if l not in {2 * block for block in gone}])
+    assert_generates_alike(host, inputs)
 
 
 def test_the_page_shows_the_table() -> None:

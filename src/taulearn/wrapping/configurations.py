@@ -92,16 +92,20 @@ def follow_deletion(host: nn.Module, shortened: Sequence[Shortened]) -> None:
 
 
 def number_caches(host: nn.Module, sites: Collection[str]) -> None:
-    """Let the modules that are left of branches have consecutive numbers, under which a cache keeps what they see."""
-    for members in _lists(host):
+    """Let what is left of branches have consecutive numbers among those of its kind, under which a cache keeps it."""
+    for name, holder in host.named_modules():
+        members = [*holder._modules.values()] if isinstance(holder, LISTS) else []
+        kinds = _kinds(host, name, len(members))
         for site in sites:
-            gone = 0
-            for position, block in enumerate(members):
-                module = _inside(block, site)
-                gone += isinstance(module, NoBranch)
-                for part in () if module is None or isinstance(module, NoBranch) else module.modules():
+            free = {kind: iter([i for i, each in enumerate(kinds) if each == kind]) for kind in kinds}
+            for block, kind in zip(members, kinds, strict=True):
+                module = None if block is None else _inside(block, site)
+                if isinstance(module, NoBranch):
+                    continue
+                number = next(free[kind])
+                for part in () if module is None else module.modules():
                     for key in _numbers_of(part):
-                        vars(part)[key] = position - gone
+                        vars(part)[key] = number
 
 
 @contextmanager
@@ -124,16 +128,23 @@ def why_not_without(host: nn.Module, name: str, site: str) -> str:
         return ""
     if not isinstance(holder, LISTS) or set(numbers) != {[*holder._modules].index(key)}:
         return f"{site!r} holds a number of its own that is not its place in a list of layers"
-    kinds = {each for config in _configs_around(host, above) for each in getattr(config, "layer_types", None) or ()}
-    return f"caches know layers of several kinds by their numbers, {sorted(kinds)}" if len(kinds) > 1 else ""
+    kinds = {*_kinds(host, above, len(holder._modules))}
+    if len(kinds) > 1 and set(numbers) == {0}:  # of what this one keeps a cache tells its length
+        return f"caches know layers of several kinds by their numbers, {sorted(kinds)}, and need the first one"
+    return ""
+
+
+def _kinds(host: nn.Module, name: str, length: int) -> list[str]:
+    """The kind of each layer in a list; all alike where no configuration names them."""
+    for config in _configs_around(host, name):
+        kinds = getattr(config, "layer_types", None)
+        if kinds is not None and len(kinds) == length:
+            return list(kinds)
+    return [""] * length
 
 
 def _numbers_of(module: nn.Module) -> list[str]:
     return [key for key in _OWN_NUMBERS if type(vars(module).get(key)) is int]
-
-
-def _lists(host: nn.Module) -> list[list[nn.Module]]:
-    return [[*each] for each in host.modules() if isinstance(each, LISTS)]
 
 
 def _inside(block: nn.Module, name: str) -> nn.Module | None:
