@@ -179,6 +179,22 @@ def test_a_step_of_zero_is_the_identity_to_the_bit(name: str) -> None:
     assert equal([seen[0][0]], [seen[0][1]])
 
 
+@pytest.mark.long
+@every_family
+def test_bfloat16(name: str) -> None:
+    """The same form, exact at steps of 1 and after a deletion."""
+    family = FAMILIES[name]
+    inputs = tree_map(lambda x: x.bfloat16() if x.is_floating_point() else x, family.inputs)
+    host = wrap(family.bare().bfloat16(), example_inputs=inputs)
+    assert wrapping_of(host).form == family.form
+    assert equal(answer(host, inputs), answer(family.bare().bfloat16(), inputs))
+    with torch.no_grad():
+        host.time_steps.values[list(family.gone)] = 0.0
+    before = answer(host, inputs)
+    prune(host, keep=[l for l in range(host.time_steps.num_steps) if l not in family.gone])
+    assert equal(answer(host, inputs), before)
+
+
 @every_foldable
 def test_folded_is_stepped(name: str) -> None:
     host, inputs = stepped(name), FAMILIES[name].inputs

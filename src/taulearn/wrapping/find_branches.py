@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -204,20 +205,21 @@ def _without_trace(block: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def _copied(block: nn.Module, args: Any, kwargs: Any, form: Form) -> _Trial:
-    """A copy with noise in the place of constants, in double precision where that works."""
+    """A copy with noise in the place of constants, in double precision where that works, else in single."""
     x = form.arriving(args, kwargs)
     if x is None or any(each.is_complex() for each in (x, *block.parameters())):
         raise NotFound("its numbers are complex")
-    try:
-        exact_args, exact_kwargs = tree_map(_as_double, (args, kwargs))
-        trial = _Trial(_with_noise(block).double(), exact_args, exact_kwargs, form)
-        if bool(torch.isfinite(trial.bare.after).all()):
-            return trial
-    except NotFound:
-        raise
-    # kernels for one type alone, and whatever else a block raises then
-    except Exception:  # noqa: BLE001
-        pass
+    for dtype in (torch.float64, torch.float32):  # some kernels do not know double precision, experts' for one
+        try:
+            exact_args, exact_kwargs = tree_map(partial(_as_type, dtype=dtype), (args, kwargs))
+            trial = _Trial(_with_noise(block).to(dtype), exact_args, exact_kwargs, form)
+            if bool(torch.isfinite(trial.bare.after).all()):
+                return trial
+        except NotFound:
+            raise
+        # whatever else a block raises then
+        except Exception:  # noqa: BLE001
+            pass
     return _Trial(_with_noise(block), args, kwargs, form)
 
 
@@ -229,8 +231,8 @@ def _with_noise(block: nn.Module) -> nn.Module:
     return twin
 
 
-def _as_double(each: Any) -> Any:
-    return each.double() if isinstance(each, Tensor) and each.is_floating_point() else each
+def _as_type(each: Any, dtype: torch.dtype) -> Any:
+    return each.to(dtype) if isinstance(each, Tensor) and each.is_floating_point() else each
 
 
 def _found(trial: _Trial) -> tuple[Branch, ...]:
