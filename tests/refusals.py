@@ -611,7 +611,14 @@ PRUNING = [
         )
         for name in MEASURED
     ],
-    R(ValueError, "loss", pruned(criterion="loss", budget=2, data=PAIRS, loss=lambda y, _: y), ("scalar",)),
+    *[
+        R(ValueError, "loss", pruned(criterion=name, budget=2, data=PAIRS, loss=lambda y, _: y), ("scalar",))
+        for name in ("sensitivity", "loss")
+    ],
+    *[
+        R(TypeError, "loss", pruned(criterion=name, budget=2, data=PAIRS, loss="mse"), ("'mse'", "mse_loss"))
+        for name in MEASURED
+    ],
     R(TypeError, "criterion", pruned(criterion=3), ("3",)),
     *[
         R(ValueError, "criterion", pruned(criterion=scores), ("5", "finite"))

@@ -45,6 +45,32 @@ def scores(name: str, model: Any, data: Any, loss: Any = None) -> Tensor:
     return on_data(name, data, loss)(time_steps_of(model).tau, model)
 
 
+class TestFiguresThatAreNotFinite:
+    """A batch without a label or a token that counts says nothing, rather than that its layers are worth nothing."""
+
+    def without_any(self) -> dict[str, Tensor]:
+        batch = texts()[0]
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": torch.zeros_like(batch["attention_mask"]),
+            "labels": torch.full_like(batch["labels"], -100),
+        }
+
+    @pytest.mark.parametrize("name", ["influence", "sensitivity"])
+    def test_leave_the_mean_of_the_others(self, name: str) -> None:
+        model = BY_NAME["gpt2"].wrapped()
+        expected = scores(name, model, texts())
+        for data in ([self.without_any(), *texts()], [*texts(), self.without_any()]):
+            np.testing.assert_allclose(scores(name, model, data), expected, rtol=1e-6)
+
+    @pytest.mark.parametrize("name", ["influence", "sensitivity"])
+    def test_alone_are_refused(self, name: str) -> None:
+        model = BY_NAME["gpt2"].wrapped()
+        with pytest.raises(ValueError, match=r"data must .*finite"):
+            prune(model, budget=2, criterion=name, data=[self.without_any()])
+        assert time_steps_of(model).num_steps == 4
+
+
 class TestSensitivity:
     """The mean over batches of |tau dJ_b/dtau|, with autograd's dJ/dtau."""
 
