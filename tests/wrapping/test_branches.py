@@ -363,6 +363,30 @@ def test_adapters_that_were_there_before() -> None:
     assert_like(answer(merged, ids()), expected, 1e-5)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("first", ["adapters", "steps"])
+def test_branches_with_adapters_that_are_deleted_and_saved(first: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(
+        r=2, target_modules=["c_attn", "c_proj"], init_lora_weights=False, fan_in_fan_out=True, lora_dropout=0.1
+    )
+    if first == "adapters":
+        host = wrap(peft.get_peft_model(gpt2(), lora), example_inputs=ids(), per="branch").eval()
+        adapted: Any = host
+    else:
+        host = wrap(gpt2(), example_inputs=ids(), per="branch")
+        adapted = peft.get_peft_model(host, lora).eval()
+    prune(host, keep=[0, 3, 4, 5, 6, 7])
+    expected = answer(adapted, ids())
+    if first == "adapters":
+        unwrap(host)
+    merged = adapted.merge_and_unload().eval()
+    with pytest.warns(UserWarning, match="weights of zero"):
+        merged.save_pretrained(tmp_path)
+    assert_like(answer(type(merged).from_pretrained(tmp_path).eval(), ids()), expected, 1e-5)
+
+
 def test_files_without_a_form_are_whole(tmp_path: Path) -> None:
     import json
 
