@@ -517,6 +517,12 @@ PENALTIES = [
         ("(6, 4)", "(6, 5)"),
     ),
     R(TypeError, "outputs", on(three, lambda m: Distillation(three(), 1.0)(m, X3, outputs=[1.0])), ("list",)),
+    R(
+        TypeError,
+        "teacher",
+        on(three, lambda m: Distillation(nn.Linear(3, 2), 1.0)(m, {"x": X3}, outputs=m(X3))),
+        ("Linear", "'x'"),
+    ),
     R(ValueError, "outputs", on(three, lambda m: Distillation(three(), 1.0)(m, X3, outputs=Y2[:, :1])), ("(6, 1)",)),
 ]
 

@@ -282,8 +282,8 @@ class Pruner:
             otherwise = "shares of abs(tau) take its place" if late else "nothing is deleted before it is known"
             layers = [self.prunable.time_steps.origin[l] for l in running.unseen]
             warnings.warn(
-                f"layers {layers} were called with a finite figure in none of {running.number} measured iterations, so "
-                f"that what they contribute is unknown: {otherwise}",
+                f"layers {layers} were called in none of {running.number} measured iterations, so that what they "
+                f"contribute is unknown: {otherwise}",
                 stacklevel=2,
             )
         return not late

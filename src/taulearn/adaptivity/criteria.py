@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._batches import MASK, batches_of, each_batch, inputs_and_targets, loss_on
+from .._batches import MASK, batches_of, each_batch, inputs_and_targets, loss_on, with_decoder
 from .._calls import call
 from .._undisturbed import undisturbed
 from ..nn.pruned_models import prunable_of, wrapping_of
@@ -97,7 +97,7 @@ class Measured(Criterion):
     def look(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> None:
         """Measure on a batch; the model is called in the mode in which it is."""
         with self.measuring():
-            call(self.model, inputs_and_targets(batch)[0])
+            call(self.model, with_decoder(self.model, *inputs_and_targets(batch)))
 
     def _take(self, found: dict[int, Tensor]) -> None:
         if not found:

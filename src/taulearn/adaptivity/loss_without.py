@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._batches import batches_of, check_scalar, each_batch, inputs_and_targets, no_loss
+from .._batches import batches_of, check_scalar, each_batch, inputs_and_targets, no_loss, with_decoder
 from .._calls import call
 from .._counting import Mean, watched, watched_model
 from .._undisturbed import Before
@@ -82,7 +82,8 @@ class LossWithout(Criterion):
             if value is None:
                 raise no_loss("data")
         else:
-            value, counting = watched(self.loss, call(model, inputs), targets, argument="data", where="of a batch")
+            outputs = call(model, with_decoder(model, inputs, targets))
+            value, counting = watched(self.loss, outputs, targets, argument="data", where="of a batch")
         check_scalar(value)
         mean.add(value, counting, targets)
 
