@@ -131,10 +131,11 @@ class BranchStep:
 
 @dataclass(frozen=True, eq=False)
 class WatchedBlock:
-    """The ``forward`` of a block with branch steps: each of its sites must run once in a forward pass."""
+    """The ``forward`` of a block with branch steps: each site must run once in a pass, none in one that is skipped."""
 
     inner: Callable[..., Any]
     steps: TimeSteps  # the time steps of the host
+    form: Form  # where the block's state is
     name: str  # the block's name in the host when it was wrapped
     sites: dict[int, str]  # names of its sites by number
     indices: tuple[int, ...]  # positions of their steps among those of the host; of gone ones any
@@ -157,6 +158,8 @@ class WatchedBlock:
         finally:
             run.taus = ()
         if sorted(run.sites) != list(self.sites):
+            if not run.sites and self.form.leaving(output) is self.form.arriving(args, kwargs):
+                return output  # skipped, by stochastic depth in training, say
             times = {name: run.sites.count(number) for number, name in self.sites.items()}
             raise ValueError(
                 f"each branch of block {self.name!r} must run once in a forward pass, got {times}: {_REMEDY}"
