@@ -517,6 +517,12 @@ PENALTIES = [
         ("(6, 4)", "(6, 5)"),
     ),
     R(TypeError, "outputs", on(three, lambda m: Distillation(three(), 1.0)(m, X3, outputs=[1.0])), ("list",)),
+    R(
+        TypeError,
+        "teacher",
+        on(three, lambda m: Distillation(nn.Linear(3, 2), 1.0)(m, {"x": X3}, outputs=m(X3))),
+        ("Linear", "'x'"),
+    ),
     R(ValueError, "outputs", on(three, lambda m: Distillation(three(), 1.0)(m, X3, outputs=Y2[:, :1])), ("(6, 1)",)),
 ]
 
@@ -611,7 +617,14 @@ PRUNING = [
         )
         for name in MEASURED
     ],
-    R(ValueError, "loss", pruned(criterion="loss", budget=2, data=PAIRS, loss=lambda y, _: y), ("scalar",)),
+    *[
+        R(ValueError, "loss", pruned(criterion=name, budget=2, data=PAIRS, loss=lambda y, _: y), ("scalar",))
+        for name in ("sensitivity", "loss")
+    ],
+    *[
+        R(TypeError, "loss", pruned(criterion=name, budget=2, data=PAIRS, loss="mse"), ("'mse'", "mse_loss"))
+        for name in MEASURED
+    ],
     R(TypeError, "criterion", pruned(criterion=3), ("3",)),
     *[
         R(ValueError, "criterion", pruned(criterion=scores), ("5", "finite"))

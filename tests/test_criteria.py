@@ -45,6 +45,56 @@ def scores(name: str, model: Any, data: Any, loss: Any = None) -> Tensor:
     return on_data(name, data, loss)(time_steps_of(model).tau, model)
 
 
+@pytest.mark.parametrize("name", MEASURED)
+def test_inputs_of_a_decoder_are_made_of_labels_as_the_model_does_it(name: str) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    ids, labels = torch.randint(3, 40, (2, 6)), torch.randint(3, 40, (2, 5))
+    given = {"decoder_input_ids": nn.functional.pad(labels[:, :-1], (1, 0))}
+    model = wrap(T5ForConditionalGeneration(config).eval(), example_inputs={"input_ids": ids, **given})
+
+    def loss(output: Any, target: Tensor) -> Tensor:
+        return cross_entropy(output.logits.flatten(0, 1), target.flatten())
+
+    def deleted_with(**options: Any) -> Any:
+        data = {"input_ids": ids, "labels": labels, **options.pop("extra", {})}
+        return prune(copy.deepcopy(model), budget=2, criterion=name, data=data, **options).deleted
+
+    expected = deleted_with(extra=given)
+    assert deleted_with() == expected
+    assert [each.layer for each in deleted_with(loss=loss)] == [each.layer for each in expected]
+
+
+class TestFiguresThatAreNotFinite:
+    """A batch without a label or a token that counts says nothing, rather than that its layers are worth nothing."""
+
+    def without_any(self) -> dict[str, Tensor]:
+        batch = texts()[0]
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": torch.zeros_like(batch["attention_mask"]),
+            "labels": torch.full_like(batch["labels"], -100),
+        }
+
+    @pytest.mark.parametrize("name", ["influence", "sensitivity"])
+    def test_leave_the_mean_of_the_others(self, name: str) -> None:
+        model = BY_NAME["gpt2"].wrapped()
+        expected = scores(name, model, texts())
+        for data in ([self.without_any(), *texts()], [*texts(), self.without_any()]):
+            np.testing.assert_allclose(scores(name, model, data), expected, rtol=1e-6)
+
+    @pytest.mark.parametrize("name", ["influence", "sensitivity"])
+    def test_alone_are_refused(self, name: str) -> None:
+        model = BY_NAME["gpt2"].wrapped()
+        with pytest.raises(ValueError, match=r"data must .*finite"):
+            prune(model, budget=2, criterion=name, data=[self.without_any()])
+        assert time_steps_of(model).num_steps == 4
+
+
 class TestSensitivity:
     """The mean over batches of |tau dJ_b/dtau|, with autograd's dJ/dtau."""
 

@@ -93,6 +93,17 @@ def test_tokens_that_count(of: type[Answers], inputs: Any, labels: Any, counts: 
     assert teacher.calls == [inputs]
 
 
+def test_labels_among_the_inputs_are_targets() -> None:
+    model, teacher = pair(2, 3, 5)
+    inputs = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+    labels = torch.tensor([[1, -100, 2], [-100, -100, 0]])
+    penalty = Distillation(teacher, 1.0)
+    expected = penalty(model, inputs, labels, outputs=model.z)
+    assert torch.equal(penalty(model, {**inputs, "labels": labels}, outputs=model.z), expected)
+    assert not torch.equal(penalty(model, inputs, outputs=model.z), expected)
+    assert all("labels" not in given for given in teacher.calls)
+
+
 def test_no_token_counts() -> None:
     model, teacher = pair(2, 4, 3)
     value = Distillation(teacher, 2.0)(model, {"ids": MASK}, torch.full((2, 4), -100), outputs=model.z)

@@ -16,6 +16,7 @@ from ._calls import call
 
 LABELS = "labels"
 MASK = "attention_mask"
+DECODER = "decoder_input_ids"
 
 
 def inputs_and_targets(batch: Any, argument: str = "data") -> tuple[Any, Any]:
@@ -97,6 +98,17 @@ def with_labels(inputs: Any, targets: Any) -> Any:
     return {**inputs, LABELS: targets} if isinstance(inputs, Mapping) and targets is not None else inputs
 
 
+def with_decoder(model: nn.Module, inputs: Any, targets: Any) -> Any:
+    """The inputs, with those of the decoder, which some models of transformers make of labels that they are not given.
+
+    Where the model makes none, or they are there, the inputs stay as they are.
+    """
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if make is None or targets is None or not isinstance(inputs, Mapping) or DECODER in inputs:
+        return inputs
+    return {**inputs, DECODER: make(labels=targets)}
+
+
 def own_loss(outputs: Any) -> Tensor | None:
     """The loss that a model returned, or None."""
     found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
@@ -111,19 +123,40 @@ def no_loss(argument: str) -> ValueError:
     )
 
 
+def check_loss(loss: Callable[[Any, Any], Tensor] | None) -> None:
+    """Refuse what cannot be called."""
+    if loss is None:  # the model has one
+        return
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        raise TypeError(f"loss must be a function of (outputs, targets), got a class: pass {loss.__name__}()")
+    if not callable(loss):
+        names = [name for name in (loss, f"{loss}_loss") if isinstance(loss, str) and hasattr(nn.functional, name)]
+        raise TypeError(
+            f"loss must be a function of (outputs, targets), got {loss!r}: pass for instance "
+            f"torch.nn.functional.{names[0] if names else 'cross_entropy'}"
+        )
+
+
+def check_scalar(value: Any) -> None:
+    """Refuse a loss that is no scalar."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(f"loss must return a scalar tensor, got {value!r:.80}: take its mean over the batch")
+
+
 def loss_on(
     model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None, argument: str = "data"
 ) -> tuple[Tensor, Any]:
     """The loss of a model on a batch, and its outputs; without a loss given it is the one that the model returns.
 
     Raises:
-        ValueError: If there is no loss: none is given, and the model returns none for the batch.
+        ValueError: If there is no loss: none is given, and the model returns none for the batch; or it is no scalar.
     """
     inputs, targets = inputs_and_targets(batch, argument)
-    outputs = call(model, with_labels(inputs, targets) if loss is None else inputs)
+    outputs = call(model, with_labels(inputs, targets) if loss is None else with_decoder(model, inputs, targets))
     value = own_loss(outputs) if loss is None else loss(outputs, targets)
     if value is None:
         raise no_loss(argument)
+    check_scalar(value)
     return value, outputs
 
 

@@ -296,6 +296,35 @@ def test_code_that_leaves_a_site_out_is_noticed() -> None:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+class Deep(nn.Module):
+    """A block with stochastic depth: in training it may leave its branch out and return its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.skipped, self.fast = nn.Linear(4, 4), False, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.skipped:
+            return x
+        y: Tensor = x @ self.inner.weight.T if self.fast else self.inner(x)
+        return x + y
+
+
+def test_a_block_that_is_skipped_as_a_whole_is_the_identity() -> None:
+    blocks = [Deep() for _ in range(3)]
+    host = wrap(nn.Sequential(*blocks), example_inputs=X, init=[0.5, 0.3, 0.7], form="branches")
+    blocks[0].skipped = True
+    expected = X
+    for block, tau in zip(blocks[1:], (0.3, 0.7), strict=True):
+        expected = expected + tau * nn.functional.linear(expected, block.inner.weight, block.inner.bias)
+    torch.testing.assert_close(host(X), expected)
+    host(X).sum().backward()
+    assert host.time_steps.values.grad[0] == 0 != host.time_steps.values.grad[1]  # type: ignore[index]
+    blocks[0].skipped, blocks[0].fast = False, True
+    with pytest.raises(ValueError, match="must run once"):
+        host(X)
+
+
 def test_copies_are_independent() -> None:
     host = stepped("gpt2")
     for twin in (copy.deepcopy(host), pickle.loads(pickle.dumps(host))):
@@ -361,6 +390,30 @@ def test_adapters_that_were_there_before() -> None:
     merged = unwrap(host).merge_and_unload().eval()
     assert type(merged).__name__ == "GPT2LMHeadModel"
     assert_like(answer(merged, ids()), expected, 1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", ["adapters", "steps"])
+def test_branches_with_adapters_that_are_deleted_and_saved(first: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(
+        r=2, target_modules=["c_attn", "c_proj"], init_lora_weights=False, fan_in_fan_out=True, lora_dropout=0.1
+    )
+    if first == "adapters":
+        host = wrap(peft.get_peft_model(FAMILIES["gpt2"].bare(), lora), example_inputs=ids(), per="branch").eval()
+        adapted: Any = host
+    else:
+        host = wrap(FAMILIES["gpt2"].bare(), example_inputs=ids(), per="branch")
+        adapted = peft.get_peft_model(host, lora).eval()
+    prune(host, keep=[0, 3, 4, 5, 6, 7])
+    expected = answer(adapted, ids())
+    if first == "adapters":
+        unwrap(host)
+    merged = adapted.merge_and_unload().eval()
+    with pytest.warns(UserWarning, match="weights of zero"):
+        merged.save_pretrained(tmp_path)
+    assert_like(answer(type(merged).from_pretrained(tmp_path).eval(), ids()), expected, 1e-5)
 
 
 def test_files_without_a_form_are_whole(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._batches import MASK, batches_of, each_batch, inputs_and_targets, loss_on
+from .._batches import MASK, batches_of, each_batch, inputs_and_targets, loss_on, with_decoder
 from .._calls import call
 from .._undisturbed import undisturbed
 from ..nn.pruned_models import prunable_of, wrapping_of
@@ -44,7 +44,8 @@ _UNMEASURED = "what those are worth is unknown; give data that reach all layers,
 class Measured(Criterion):
     """A running mean of a figure of each layer, measured in passes that take place anyway.
 
-    The figures stay on the device. A layer that is not called keeps what is known of it.
+    The figures stay on the device. A layer that is not called, or whose figure is not finite, keeps what is known of
+    it: an overflow that a GradScaler skips, or a batch without a label or token that counts, says nothing.
 
     Args:
         model: A network with time steps, or a wrapped model.
@@ -54,7 +55,7 @@ class Measured(Criterion):
     Attributes:
         values: The figures, (num_steps,), float32; 0 before the first measurement.
         number: Number of measurements.
-        counts: In how many of them each layer was called.
+        counts: How many of them gave a figure of each layer, (num_steps,).
     """
 
     name: str  # of the values in checkpoints
@@ -64,7 +65,7 @@ class Measured(Criterion):
         steps = prunable_of(model).time_steps
         self.values = torch.zeros(steps.num_steps, dtype=torch.float32, device=steps.values.device)
         self.number = 0
-        self.counts = [0] * steps.num_steps
+        self.counts = torch.zeros(steps.num_steps, dtype=torch.long, device=steps.values.device)
 
     @abstractmethod
     def _watch(self, found: dict[int, Tensor]) -> Iterable[Any]:
@@ -76,7 +77,7 @@ class Measured(Criterion):
 
     @property
     def unseen(self) -> list[int]:  # type: ignore[override]
-        return [l for l, count in enumerate(self.counts) if count == 0]
+        return (self.counts == 0).nonzero().flatten().tolist()
 
     def scores(self, model: nn.Module) -> Tensor:
         return self.values
@@ -96,34 +97,32 @@ class Measured(Criterion):
     def look(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> None:
         """Measure on a batch; the model is called in the mode in which it is."""
         with self.measuring():
-            call(self.model, inputs_and_targets(batch)[0])
+            call(self.model, with_decoder(self.model, *inputs_and_targets(batch)))
 
     def _take(self, found: dict[int, Tensor]) -> None:
         if not found:
             return
         self.number += 1
-        for l in found:
-            self.counts[l] += 1
         seen, device = sorted(found), self.values.device
-        weights = torch.tensor([max(self.forgetting, 1.0 / self.counts[l]) for l in seen], device=device)
         index = torch.tensor(seen, device=device)
         now = torch.stack([self._figure(found[l]).float().to(device) for l in seen])
-        old = self.values[index]
-        # an overflow that a GradScaler skips says nothing
-        now = torch.where(now.isfinite(), now, old)
-        self.values = self.values.index_copy(0, index, torch.lerp(old, now, weights.to(now.dtype)))
+        counts, old = self.counts[index] + now.isfinite(), self.values[index]
+        weights = counts.to(now.dtype).reciprocal().clamp(min=self.forgetting)
+        now = torch.where(now.isfinite(), torch.lerp(old, now, weights), old)
+        self.counts = self.counts.index_copy(0, index, counts)
+        self.values = self.values.index_copy(0, index, now)
 
     def keep_(self, indices: Iterable[int]) -> None:
-        kept = list(indices)
-        self.values = self.values[torch.tensor(kept, dtype=torch.long, device=self.values.device)]
-        self.counts = [self.counts[i] for i in kept]
+        kept = torch.tensor(list(indices), dtype=torch.long, device=self.values.device)
+        self.values, self.counts = self.values[kept], self.counts[kept]
 
     def state(self) -> dict[str, Any]:
-        return {self.name: self.values, "measurements": self.number, "counts": self.counts}
+        return {self.name: self.values, "measurements": self.number, "counts": self.counts.tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.values, self.number = state[self.name], state["measurements"]
-        self.counts = list(state.get("counts") or [self.number] * len(self.values))
+        counts = state.get("counts") or [self.number] * len(self.values)
+        self.counts = torch.tensor(counts, dtype=torch.long, device=self.values.device)
 
     def average_(self, mean: Callable[[Tensor], Tensor]) -> None:
         if self.number:
@@ -206,7 +205,7 @@ class Sensitivity(Measured):
         """Measure on a batch, by a backward pass that leaves no gradient."""
         with self.measuring(), torch.enable_grad():
             value, _ = loss_on(self.model, batch, loss)
-            if self._outputs:
+            if self._outputs and bool(value.isfinite().all()):
                 torch.autograd.grad(value, self._outputs, allow_unused=True)
 
     def _watch(self, found: dict[int, Tensor]) -> Iterable[Any]:
@@ -420,7 +419,7 @@ def _known(running: Measured, argument: str) -> Tensor:
     """The values, where all layers have one."""
     if running.unseen:
         raise ValueError(
-            f"{argument} must be such that every layer is called on at least one sample, got {argument} on which "
-            f"{running.unseen} of {len(running.counts)} layers are not: {_UNMEASURED}"
+            f"{argument} must be such that every layer is called on at least one sample that counts, with a finite "
+            f"figure, got {argument} on which {running.unseen} of {len(running.counts)} layers are not: {_UNMEASURED}"
         )
     return running.values

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._batches import check_loss
 from .._errors import unknown_name
 from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import TimeSteps
@@ -143,6 +144,7 @@ def as_criterion(
     """
     check_criterion(given)
     check_given(given, data, watching=watching)
+    check_loss(loss)
     if isinstance(given, Criterion):
         return given
     if given == "loss":

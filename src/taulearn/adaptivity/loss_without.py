@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._batches import batches_of, each_batch, inputs_and_targets, no_loss
+from .._batches import batches_of, check_scalar, each_batch, inputs_and_targets, no_loss, with_decoder
 from .._calls import call
 from .._counting import Mean, watched, watched_model
 from .._undisturbed import Before
@@ -82,9 +82,9 @@ class LossWithout(Criterion):
             if value is None:
                 raise no_loss("data")
         else:
-            value, counting = watched(self.loss, call(model, inputs), targets, argument="data", where="of a batch")
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise ValueError(f"loss must return a scalar tensor, got {value!r:.80}: take its mean over the batch")
+            outputs = call(model, with_decoder(model, inputs, targets))
+            value, counting = watched(self.loss, outputs, targets, argument="data", where="of a batch")
+        check_scalar(value)
         mean.add(value, counting, targets)
 
     def state(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._batches import MASK, logits_of
+from .._batches import MASK, inputs_and_targets, logits_of, with_decoder
 from .._calls import call
 from .._counting import IGNORED, counted
 from .._errors import is_number
@@ -30,9 +30,6 @@ from .states import check_has_stages, forward_with_states
 
 _NEXT_TOKEN = re.compile("CausalLM|LMHead")
 """In the names of classes of transformers whose logits at a token are compared with the label of the next one."""
-
-
-_DECODER = "decoder_input_ids"
 
 
 def divergence(logits: Tensor, teachers: Tensor, temperature: float = 1.0) -> Tensor:
@@ -123,9 +120,18 @@ class Distillation(Penalty):
                 "teacher make of the same batch; write session.loss(loss, outputs=outputs, inputs=inputs)"
             )
         self._check_apart(model)
-        inputs = self._with_decoder(inputs, targets)
+        if isinstance(inputs, Mapping):
+            inputs, labels = inputs_and_targets(inputs)
+            targets = labels if targets is None else targets
+        inputs = with_decoder(self.teacher, inputs, targets)
         with evaluation(self.teacher), torch.no_grad():
-            answer, its_states = self._asked(self.teacher, inputs)
+            try:
+                answer, its_states = self._asked(self.teacher, inputs)
+            except TypeError as error:
+                raise TypeError(
+                    f"teacher must take the inputs of the model, got {type(self.teacher).__name__}, which does not "
+                    f"({error}): take one that does the same task"
+                ) from error
         logits, teachers = logits_of(outputs, "outputs"), logits_of(answer, "the teacher's outputs").detach()
         self._check_alike(logits, teachers)
         each = self.weight * self.temperature**2 * divergence(logits, teachers, self.temperature)
@@ -150,13 +156,6 @@ class Distillation(Penalty):
     def _asked(self, model: nn.Module, inputs: Any) -> tuple[Any, list[Tensor]]:
         """What a model answers, and its states where they are compared."""
         return forward_with_states(model, inputs) if self.needs_states else (call(model, inputs), [])
-
-    def _with_decoder(self, inputs: Any, targets: Any) -> Any:
-        """The inputs, with those of the decoder, which models of transformers make of the labels."""
-        make = getattr(self.teacher, "prepare_decoder_input_ids_from_labels", None)
-        if make is None or targets is None or not isinstance(inputs, Mapping) or _DECODER in inputs:
-            return inputs
-        return {**inputs, _DECODER: make(labels=targets)}
 
     def _check_apart(self, model: nn.Module) -> None:
         """Refuse a teacher that would change with the model, or stands elsewhere."""

@@ -25,20 +25,6 @@ _CHUNK = 1 << 20
 _SEARCH_SECONDS = 30.0
 
 
-def check_loss(loss: Loss | None) -> None:
-    """Refuse what cannot be called."""
-    if loss is None:  # the model has one
-        return
-    if isinstance(loss, type) and issubclass(loss, nn.Module):
-        raise TypeError(f"loss must be a function of (outputs, targets), got a class: pass {loss.__name__}()")
-    if not callable(loss):
-        names = [name for name in (loss, f"{loss}_loss") if isinstance(loss, str) and hasattr(nn.functional, name)]
-        raise TypeError(
-            f"loss must be a function of (outputs, targets), got {loss!r}: pass for instance "
-            f"torch.nn.functional.{names[0] if names else 'cross_entropy'}"
-        )
-
-
 @dataclass(frozen=True)
 class Seen:
     """Properties of losses and network that a forward pass shows.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from .._batches import leading, split
+from .._batches import check_loss, leading, split
 from .._distributed import refuse_distributed
 from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import bare
@@ -31,7 +31,7 @@ from .check_arguments import (
     check_pruning,
     terms,
 )
-from .check_data import check_data, check_loss
+from .check_data import check_data
 from .distributed import begin_pruning, check_shares, has_whole_batches, join
 from .events import EpochEnd
 from .history import History

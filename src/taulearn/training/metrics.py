@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._batches import leading, logits_of
+from .._batches import check_loss, leading, logits_of
 from .._calls import call
 from .._counting import BY_SAMPLES, IGNORED, Counting, Mean, accuracy as accuracy, counted, watched, watched_model
 from .._undisturbed import evaluation
 from ..nn.time_steps import time_steps_of
 from .batches import Batch, LoaderBatches, make_batches
 from .check_arguments import Metric, check_metrics
-from .check_data import check_loss
 from .objective import Loss, as_float, input_dtype
 
 

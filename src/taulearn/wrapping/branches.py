@@ -131,10 +131,11 @@ class BranchStep:
 
 @dataclass(frozen=True, eq=False)
 class WatchedBlock:
-    """The ``forward`` of a block with branch steps: each of its sites must run once in a forward pass."""
+    """The ``forward`` of a block with branch steps: each site must run once in a pass, none in one that is skipped."""
 
     inner: Callable[..., Any]
     steps: TimeSteps  # the time steps of the host
+    form: Form  # where the block's state is
     name: str  # the block's name in the host when it was wrapped
     sites: dict[int, str]  # names of its sites by number
     indices: tuple[int, ...]  # positions of their steps among those of the host; of gone ones any
@@ -157,6 +158,8 @@ class WatchedBlock:
         finally:
             run.taus = ()
         if sorted(run.sites) != list(self.sites):
+            if not run.sites and self.form.leaving(output) is self.form.arriving(args, kwargs):
+                return output  # skipped, by stochastic depth in training, say
             times = {name: run.sites.count(number) for number, name in self.sites.items()}
             raise ValueError(
                 f"each branch of block {self.name!r} must run once in a forward pass, got {times}: {_REMEDY}"
@@ -193,7 +196,8 @@ class NoBranch(nn.Module):
             id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in site.parameters()
         }
         self.gone = (copy.deepcopy(site, memo),)
-        self.offsets = {end.parameter.removeprefix(f"{branch.site}."): end.offset for end in branch.ends}
+        offsets = {end.parameter.removeprefix(f"{branch.site}."): end.offset for end in branch.ends}
+        self.offsets = {name: offset for name, offset in offsets.items() if offset}
         for name, value in vars(site).items():  # hosts read some of them
             if not name.startswith("_") and type(value) in (bool, int, float, str):
                 vars(self).setdefault(name, value)
@@ -210,9 +214,9 @@ class NoBranch(nn.Module):
         return self.form.around(x.new_zeros(shape))
 
     def zeros(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The module that was here with parameters for which its output is 0."""
+        """The module that was here, without adapters, with parameters for which its output is 0."""
         (gone,) = self.gone
-        module: nn.Module = copy.deepcopy(gone)
+        module = _without_adapters(copy.deepcopy(gone))
         for holder in module.modules():
             for name, p in holder._parameters.items():
                 if p is not None:
@@ -221,3 +225,13 @@ class NoBranch(nn.Module):
             for name, offset in self.offsets.items():
                 module.get_parameter(name).fill_(-offset)
         return module
+
+
+def _without_adapters(module: nn.Module) -> nn.Module:
+    """The module with the layers in it that PEFT has put its own around, as ``merge_and_unload`` leaves it."""
+    inner = module._modules.get("base_layer")
+    if inner is not None:
+        return _without_adapters(inner)
+    for name, child in module.named_children():
+        module._modules[name] = _without_adapters(child)
+    return module

@@ -290,6 +290,7 @@ def _install_branches(wrapping: Wrapping, branches: Branches) -> None:
         watched[block] = WatchedBlock(
             block.forward,
             wrapping.time_steps,
+            branches.forms[at],
             branches.names[at],
             before | names,
             runs[block].indices,
