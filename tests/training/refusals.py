@@ -75,6 +75,7 @@ DATA: list[tuple[Any, type[Exception], tuple[str, ...]]] = [
     (NO_ITEMS, ValueError, ("empty",)),
     (DataLoader(TensorDataset(X, Z), batch_size=500, drop_last=True), ValueError, ("empty", "DataLoader")),
     ({"x": X}, TypeError, ("dict", "DataLoader")),
+    ([{"x": X}, {"x": X}, {"x": X}], TypeError, ("of 3 (dict", "batch_size=None")),
     (KEYS, TypeError, ("'y'", "it takes x")),
     (DataLoader(KEYS, batch_size=5), TypeError, ("'y'", "it takes x")),
     (DataLoader(TensorDataset(X, Z, Z)), TypeError, ("3", "Tensor")),

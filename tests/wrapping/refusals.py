@@ -165,6 +165,7 @@ WRAPPING = [
     R(ValueError, "block", on(lambda: wrap(sequential(), "0"), lambda m: m(X4)), ("'0'", "(1, 4)")),
     R(ValueError, "block", lambda: wrap(scaled(), "0")(X4[:, :3].clone()), ("'0'", "in place")),
     R(ValueError, "model", on(sequential, unwrap), ("Sequential",)),
+    R(TypeError, "model", lambda: unwrap(torch.compile(wrap(sequential(), **SEEN))), ("compiled",)),
     R(
         ValueError,
         "steps",

@@ -184,7 +184,9 @@ def _pair(data: Any, argument: str, verb: str, otherwise: str = "") -> Batch:
     inputs = tree_leaves(data[0]) if verb == "yield" and len(data) == 2 else data[:1]
     if len(data) != 2 or not inputs or not all(isinstance(t, Tensor) for t in (*inputs, data[1])):
         kinds = ", ".join(type(t).__name__ for t in data[:4]) + (", ..." if len(data) > 4 else "")
-        raise TypeError(f"{what}, got {type(data).__name__} of {len(data)} ({kinds}){_conversion(data)}")
+        batches = verb == "be" and all(isinstance(each, Mapping | tuple) for each in data)
+        remedy = ": let DataLoader(batches, batch_size=None) yield them" if batches else _conversion(data)
+        raise TypeError(f"{what}, got {type(data).__name__} of {len(data)} ({kinds}){remedy}")
     for name, tensors in (("inputs", inputs), ("targets", data[1:])):
         if any(tensor.ndim == 0 for tensor in tensors):
             raise ValueError(

@@ -162,7 +162,10 @@ def foldings(wrapping: Wrapping) -> dict[str, Folding]:
                 parameter = parameters.get(name)
                 why = branch.not_folded
                 if parameter is None:
-                    why = "it is not there any more: put adapters in before wrap, and unwrap before they are merged"
+                    why = (
+                        "it is not there any more: put adapters in before wrap, and unwrap before they are merged, or "
+                        "weights quantised"
+                    )
                 elif not parameter.is_floating_point():
                     why = "it holds no floating-point numbers, as quantised weights do not"
                 elif places[_memory(parameter)] > 1:

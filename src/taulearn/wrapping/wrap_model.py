@@ -314,6 +314,7 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
         The same model, as it was before :func:`wrap` but for deleted blocks and folded weights.
 
     Raises:
+        TypeError: If the model is compiled.
         ValueError: If the model is not wrapped, or a step differs from 1, cannot be folded, and ``discard_steps`` is
             false; the model is then as before.
 
@@ -325,6 +326,8 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
           (1): Linear(in_features=4, out_features=1, bias=True)
         )
     """
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise TypeError("model must be the model itself, got it compiled: unwrap that one first, then compile")
     wrapping = wrapping_of(model)
     if wrapping is None:
         raise ValueError(f"model must be wrapped, got {type(model).__name__} without: nothing is to be taken off")
