@@ -375,6 +375,9 @@ def test_metrics_that_do_not_fit() -> None:
         run_fit(model, batches, adam(model), loss=None, metrics=["perplexy"])
     with pytest.raises(ValueError, match=r"metrics must be functions .*got .*'accuracy'"):
         evaluate(model, batches, loss=lambda output, labels: output["logits"].square().mean(), metrics=["accuracy"])
+    unlabelled = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    with pytest.raises(ValueError, match=r"loss must .*'labels'"):
+        evaluate(model, DataLoader(unlabelled, batch_size=None))  # type: ignore[arg-type]
     figures = evaluate(model, batches, metrics=["accuracy", "perplexity"])
     assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]), rel=1e-6)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._batches import check_loss, leading, logits_of
+from .._batches import check_loss, leading, logits_of, no_loss
 from .._calls import call
 from .._counting import BY_SAMPLES, IGNORED, Counting, Mean, accuracy as accuracy, counted, watched, watched_model
 from .._undisturbed import evaluation
@@ -52,7 +52,8 @@ def evaluate(
         Perplexity is exp of the mean loss of a token.
 
     Raises:
-        ValueError: If a metric is unknown, or is asked for by name where the loss compares no class numbers.
+        ValueError: If a metric is unknown, or is asked for by name where the loss compares no class numbers; or
+            dictionaries are without labels, and there is neither a loss nor a metric.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -81,6 +82,8 @@ def evaluate(
                     strange = strange | (counted(rows) & ((rows < 0) | (rows >= output.shape[1]))).any()
             else:
                 functions, perplexed = _by_name(metrics, counting), "perplexity" in metrics
+            if value is None and not functions and isinstance(inputs, Mapping):
+                raise no_loss(batches.argument)
             for name, function in functions.items():
                 value, counting = watched(function, output, rows)
                 means.setdefault(name, Mean()).add(value, counting, rows)
