@@ -96,16 +96,16 @@ class TestTrainer:
 
 
 class TestLightning:
+    @pytest.mark.parametrize("training", [True, False], ids=["training", "as from_pretrained leaves it"])
     @pytest.mark.parametrize("kind", ["Built", "Itself"])
-    def test_it_is_a_plain_loop(self, kind: str) -> None:
+    def test_it_is_a_plain_loop(self, kind: str, training: bool) -> None:
         runs = pytest.importorskip("integrations.lightning_runs")
-        module = getattr(runs, kind)()
+        module = getattr(runs, kind)().train(training)  # Lightning trains a module in the mode that it finds
         module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.05)
         plain, teacher = copy.deepcopy(module), nn.Linear(6, 3)
         callback = runs.TimeStepsCallback(Distillation(teacher, 0.5, 2.0), progress=False)
         runs.trainer(callback, max_epochs=1).fit(module, runs.batches())
         optimizer, found = torch.optim.SGD(plain.parameters(), 0.05), []
-        plain.train()
         for x, z in runs.batches():
             optimizer.zero_grad()
             y = plain(x)

@@ -132,7 +132,7 @@ class Companion:
             return
 
         def after(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], outputs: Any) -> None:
-            if module.training and torch.is_grad_enabled() and not self.adding:
+            if torch.is_grad_enabled() and not self.adding:
                 names = inspect.signature(module.forward).parameters if options else ()
                 given = dict(zip(names, args, strict=False)) | options
                 given.pop("num_items_in_batch", None)  # for the loss alone
