@@ -79,6 +79,12 @@ def wrap_half(constraint: str) -> nn.Module:
     return wrap(sequential(), example_inputs=X4, init=0.5, constraint=constraint)
 
 
+def diverged() -> nn.Module:
+    model = wrap(sequential(), **SEEN)
+    torch.nn.init.constant_(model.time_steps.values, torch.inf)
+    return model
+
+
 def tied() -> nn.Module:
     model = wrap(two_blocks(), example_inputs=X4, form="branches", init=0.5)
     model[1].inner[3].weight = model[0].inner[3].weight  # type: ignore[index, union-attr]
@@ -160,6 +166,8 @@ WRAPPING = [
     R(ValueError, "example_inputs", wrapping(sequential, "1", form="branches"), ("None", "'whole'")),
     R(ValueError, "example_inputs", wrapping(sequential, "1", per="branch"), ("None",)),
     R(ValueError, "steps", on(tied, unwrap), ("'0.inner.3.weight'", "'1.inner.3.weight'", "save_model")),
+    R(ValueError, "steps", on(diverged, unwrap), ("finite",)),
+    R(ValueError, "model", lambda: torch.inference_mode()(wrap)(sequential(), **SEEN), ("inference_mode",)),
     R(ValueError, "steps", on(quantised, unwrap), ("'0.inner.weight'", "quantised", "save_model")),
     R(ValueError, "model", on(two_blocks, fold_units)),
     R(ValueError, "block", on(lambda: wrap(sequential(), "0"), lambda m: m(X4)), ("'0'", "(1, 4)")),

@@ -161,7 +161,9 @@ def foldings(wrapping: Wrapping) -> dict[str, Folding]:
                 name = prefix + end.parameter
                 parameter = parameters.get(name)
                 why = branch.not_folded
-                if parameter is None:
+                if not math.isfinite(tau):
+                    why = "it is no finite number, as training has diverged"
+                elif parameter is None:
                     why = (
                         "it is not there any more: put adapters in before wrap, and unwrap before they are merged, or "
                         "weights quantised"

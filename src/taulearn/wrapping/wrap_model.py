@@ -385,6 +385,11 @@ def _displacement_units(steps: TimeSteps) -> "DisplacementUnits":
 def _check_host(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "model must be wrapped outside torch.inference_mode(), got it inside, where no parameter is made that "
+            "trains: call wrap before"
+        )
     for name, module in model.named_modules():
         if isinstance(getattr(module, "_orig_mod", None), nn.Module):
             what = f"its module {name!r} compiled" if name else "it compiled"
