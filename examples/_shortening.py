@@ -7,6 +7,7 @@ A way is how blocks are chosen, how they go, and what the rest is healed by:
     top, every-other         the last blocks go, or equally spaced ones
     influence, loss, ..      the blocks go at once, before healing, by this criterion of ``taulearn.prune``
     sensitivity-faded, ..    they are faded out one after the other early in healing: ``taulearn.Pruning``
+    loss-branch, ..          attention and MLP go separately, as many as there are in the blocks that would go
     ..+teacher               healed with ``taulearn.penalties.Distillation`` from the whole model of the same seed
 
 Everybody starts from the same trained model, and gets the same batches in the same order, the same optimiser and the
@@ -92,25 +93,54 @@ def without_labels(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def wrapped(case: Case, model: nn.Module) -> nn.Module:
-    return wrap(model, case.blocks, example_inputs=without_labels(case.sample(2)))
+@dataclass(frozen=True)
+class Way:
+    """A way by its name, CHOICE[-branch][-faded][+teacher]."""
+
+    name: str
+
+    @property
+    def choice(self) -> str:
+        return self.name.partition("+")[0].removesuffix("-faded").removesuffix("-branch")
+
+    @property
+    def per(self) -> str:
+        return "branch" if "-branch" in self.name else "block"
+
+    @property
+    def faded(self) -> bool:
+        return "-faded" in self.name
+
+    @property
+    def taught(self) -> bool:
+        return self.name.endswith("+teacher")
 
 
-def chosen(case: Case, choice: str, kept: int, seed: int) -> list[int]:
-    """The blocks that a choice keeps of the trained model."""
-    if choice == "top":
+def wrapped(case: Case, model: nn.Module, per: str = "block") -> nn.Module:
+    return wrap(model, case.blocks, example_inputs=without_labels(case.sample(2)), per=per)
+
+
+def steps_kept(case: Case, model: nn.Module, kept: int) -> int:
+    """Time steps of so many blocks of a wrapped model: one a block, or one a branch."""
+    return kept * model.time_steps.num_steps // case.layers
+
+
+def chosen(case: Case, way: Way, kept: int, seed: int) -> list[int]:
+    """The blocks, or branches, that a way keeps of the trained model."""
+    if way.choice == "top":
         return list(range(kept))
-    if choice == "every-other":
+    if way.choice == "every-other":
         return [i * case.layers // kept for i in range(kept)]
-    if choice[0].isdigit():  # named: 0.2.5
-        return [int(position) for position in choice.split(".")]
-    model = wrapped(case, case.trained())
-    return list(prune(model, budget=kept, criterion=choice, data=case.calibration(seed)).kept)
+    if way.choice[0].isdigit():  # named: 0.2.5
+        return [int(position) for position in way.choice.split(".")]
+    model = wrapped(case, case.trained(), way.per)
+    budget = steps_kept(case, model, kept)
+    return list(prune(model, budget=budget, criterion=way.choice, data=case.calibration(seed)).kept)
 
 
-def shortened(case: Case, positions: Sequence[int]) -> nn.Module:
-    """The trained model without the other blocks: a plain model."""
-    model = wrapped(case, case.trained())
+def shortened(case: Case, positions: Sequence[int], per: str = "block") -> nn.Module:
+    """The trained model without the other blocks or branches: a plain model."""
+    model = wrapped(case, case.trained(), per)
     prune(model, keep=positions)
     return unwrap(model)
 
@@ -206,19 +236,23 @@ class Study:
         case = self.case
         if way == "random":
             return self._random(kept, seed)
-        first, _, taught = way.partition("+")
-        choice, faded = first.removesuffix("-faded"), first.endswith("-faded")
-        teacher = self.teacher(seed) if taught else None
+        how = Way(way)
+        teacher = self.teacher(seed) if how.taught else None
         if way == "whole":
             model, positions = case.trained(), list(range(case.layers))
         else:
-            positions = chosen(case, choice, kept, seed)
-            model = shortened(case, positions)
+            positions = chosen(case, how, kept, seed)
+            model = shortened(case, positions, how.per)
         start = [{"budget": 0.0, **case.evaluate(model)}]
-        if faded:
-            model = wrapped(case, case.trained())
-            data = case.calibration(seed) if choice == "loss" else None
-            policy = Pruning(target_blocks=kept, criterion=choice, data=data, by=BEFORE, survivors=case.survivors)
+        if how.faded:
+            model = wrapped(case, case.trained(), how.per)
+            policy = Pruning(
+                target_blocks=steps_kept(case, model, kept),
+                criterion=how.choice,
+                data=case.calibration(seed) if how.choice == "loss" else None,
+                by=BEFORE,
+                survivors=case.survivors,
+            )
             figures, left = heal(case, model, seed, pruning=policy, teacher=teacher)
             unwrap(model)
         else:
@@ -252,17 +286,23 @@ class Study:
 
     @torch.no_grad()
     def times(self, depths: Sequence[int], repeats: int = 60) -> Cell:
-        """Milliseconds of a forward pass by depth, in float32: the median of interleaved repetitions."""
-        models = {depth: self.case.random(depth).eval() for depth in depths}
+        """Milliseconds of a forward pass, in float32: the median of interleaved repetitions.
+
+        By depth; for ways that keep branches by the way, as the first seed chose them.
+        """
+        models = {str(depth): self.case.random(depth).eval() for depth in depths}
+        for path in sorted((self.out / "cells").glob(f"{self.case.task}-*-branch*-0.json")):
+            cell = json.loads(path.read_text())
+            models[cell["way"]] = shortened(self.case, cell["blocks"], "branch").eval()
         result: Cell = {"threads": torch.get_num_threads(), "machine": platform.machine()}
         for size in (1, 32):
-            inputs, taken = without_labels(self.case.sample(size)), {depth: list[float]() for depth in depths}
+            inputs, taken = without_labels(self.case.sample(size)), {name: list[float]() for name in models}
             for _ in range(repeats):
-                for depth, model in models.items():
+                for name, model in models.items():
                     began = time.perf_counter()
                     model(**inputs)
-                    taken[depth].append(1e3 * (time.perf_counter() - began))
-            result[f"batch {size}"] = {str(d): round(statistics.median(values[5:]), 3) for d, values in taken.items()}
+                    taken[name].append(1e3 * (time.perf_counter() - began))
+            result[f"batch {size}"] = {n: round(statistics.median(values[5:]), 3) for n, values in taken.items()}
         path = self.out / "times" / f"{self.case.task}.json"
         path.unlink(missing_ok=True)
         return once(path, lambda: result)
@@ -358,9 +398,18 @@ class Table:
 
 
 def kept_blocks(cells: Sequence[Cell], way: str) -> str:
-    """The blocks that stayed, of each seed where they differ."""
-    seen = [" ".join(map(str, c["blocks"])) for c in cells if c["way"] == way]
+    """The blocks that stayed, of each seed where they differ; of branches a: attention, m: MLP."""
+    seen = []
+    for cell in (c for c in cells if c["way"] == way):
+        names = [f"{i // 2}{'am'[i % 2]}" if "-branch" in way else str(i) for i in cell["blocks"]]
+        seen.append(" ".join(names))
     return ", ".join(dict.fromkeys(seen)) or "new"
+
+
+def milliseconds(times: Cell | None, cell: Cell, size: int) -> float | None:
+    """Of a forward pass of the cell's model, where it was measured."""
+    measured = (times or {}).get(f"batch {size}", {})
+    return measured.get(cell["way"] if "-branch" in cell["way"] else str(cell["kept"]))
 
 
 def section(table: Table, times: Cell | None, measure: str, higher: bool) -> list[str]:
@@ -376,10 +425,8 @@ def section(table: Table, times: Cell | None, measure: str, higher: bool) -> lis
     for way in table.ways():
         mine = [cell for cell in table.cells if cell["way"] == way]
         figures = [shown(list(table.figures(way, budget).values()), digits) for budget in budgets]
-        depth = str(mine[0]["kept"])
-        taken = [
-            f"{times[size][depth]:.1f}" if times and depth in times[size] else "" for size in ("batch 1", "batch 32")
-        ]
+        found = (milliseconds(times, mine[0], size) for size in (1, 32))
+        taken = ["" if ms is None else f"{ms:.1f}" for ms in found]
         row = [way, kept_blocks(mine, way), str(len(mine)), *figures, *taken]
         lines.append("| " + " | ".join(row) + " |")
     lines += [
@@ -407,8 +454,7 @@ def draw(tables: dict[str, Table], times: dict[str, Cell], measure: str, path: P
     figure = Figure(figsize=(12, 4.6 * len(tables)), layout="tight")
     axes = figure.subplots(len(tables), 2, squeeze=False)
     for (name, table), (left, right) in zip(tables.items(), axes, strict=True):
-        task = table.cells[0]["task"]
-        measured = times.get(task, {}).get("batch 32", {})
+        measured = times.get(table.cells[0]["task"])
         ways = table.ways()
         budgets = [figure["budget"] for figure in table.cells[0]["figures"]]
         palette = colormaps["tab10"]
@@ -419,11 +465,11 @@ def draw(tables: dict[str, Table], times: dict[str, Cell], measure: str, path: P
             rows = [list(table.figures(way, budget).values()) for budget in budgets]
             means, halves = zip(*(interval(row) for row in rows), strict=True)
             right.plot(range(len(budgets)), means, linestyle="--" if taught else "-", label=way, **style, markersize=4)
-            depth = str(next(cell["kept"] for cell in table.cells if cell["way"] == way))
-            if depth in measured:
+            ms = milliseconds(measured, next(cell for cell in table.cells if cell["way"] == way), 32)
+            if ms is not None:
                 aside = 1 + 0.012 * (place - len(ways) / 2) * (way != "whole")
                 half = 0.0 if math.isnan(halves[-1]) else halves[-1]
-                left.errorbar(measured[depth] * aside, means[-1], yerr=half, linestyle="none", capsize=2, **style)
+                left.errorbar(ms * aside, means[-1], yerr=half, linestyle="none", capsize=2, **style)
         label = f"{measure}, test"
         left.set(title=name, xlabel="milliseconds, batch of 32", ylabel=f"{label}, {budgets[-1]:g} epochs")
         right.set(title="healing", xlabel="epochs", ylabel=label, xticks=range(len(budgets)))

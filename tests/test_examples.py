@@ -211,6 +211,10 @@ def test_intervals_of_shortening(monkeypatch: pytest.MonkeyPatch) -> None:
     differences = table.differences("sensitivity-faded", "top", 2.0)
     assert differences == [2.0, 1.0, 3.0]
     assert shortening.shown(differences, 2, signed=True) == f"+2.00 ± {quantile / 3**0.5:.2f}"
+    times = {"batch 1": {"3": 2.0, "loss-branch": 1.5}, "batch 32": {"3": 20.0}}
+    assert shortening.milliseconds(times, cells[0], 32) == 20.0
+    assert shortening.milliseconds(times, {"way": "loss-branch", "kept": 3}, 1) == 1.5
+    assert shortening.milliseconds(None, cells[0], 32) is None
     lack = shortening.missing(cells, {"t": (3,)}, ["top", "loss", "whole"], [0, 1, 2, 3])
     assert lack == [
         "- t, 3 kept, top: seeds 3",
