@@ -255,11 +255,23 @@ class Study:
             )
             figures, left = heal(case, model, seed, pruning=policy, teacher=teacher)
             unwrap(model)
+        elif (same := self._same(kept, how, positions, seed)) is not None:
+            return same
         else:
             figures, left = heal(case, model, seed, teacher=teacher)[0], positions
         if self.save or way == "whole":
             model.save_pretrained(self.out / "models" / f"{case.task}-{kept}-{way}-{seed}")
         return {"blocks": left, "blocks_at_0": positions, "lr": case.lr, "figures": start + figures}
+
+    def _same(self, kept: int, how: Way, positions: list[int], seed: int) -> Cell | None:
+        """What a cell found that trained the same: the same blocks, cut off and healed in the same way."""
+        for path in sorted((self.out / "cells").glob(f"{self.case.task}-{kept}-*-{seed}.json")):
+            cell = json.loads(path.read_text())
+            other = Way(cell["way"])
+            alike = (other.per, other.faded, other.taught) == (how.per, False, how.taught)
+            if alike and cell["way"] != "random" and cell["blocks"] == positions:
+                return {name: cell[name] for name in ("blocks", "blocks_at_0", "lr", "figures")}
+        return None
 
     def _random(self, kept: int, seed: int) -> Cell:
         """Random weights; the learning rate is the best on the dev part with seed 0."""

