@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
-from ._batches import leading, own_loss, with_labels
+from ._batches import check_scalar, inputs_and_targets, leading, no_loss, own_loss, with_decoder, with_labels
 from ._calls import call
 
 IGNORED = -100
@@ -253,6 +253,27 @@ def watched_model(
 
     value, counting = watched(run, None, leading(batch), argument=argument, where=where, whole=whole)
     return outputs[0], value, counting
+
+
+def loss_counted(
+    model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | None, argument: str = "data"
+) -> tuple[Tensor, Counting, Tensor]:
+    """The loss of a model on a batch, how it counts, and the targets; without a loss given it is the model's own."""
+    inputs, targets = inputs_and_targets(batch, argument)
+    if not isinstance(targets, Tensor):
+        raise ValueError(
+            f"{argument} must hold targets for the loss, got {type(targets).__name__}: let batches be pairs "
+            "(inputs, targets), or dictionaries with 'labels'"
+        )
+    if loss is None:
+        _, value, counting = watched_model(model, (inputs, targets), argument=argument, where="of a batch")
+        if value is None:
+            raise no_loss(argument)
+    else:
+        outputs = call(model, with_decoder(model, inputs, targets))
+        value, counting = watched(loss, outputs, targets, argument=argument, where="of a batch")
+    check_scalar(value)
+    return value, counting, targets
 
 
 class _Watch(TorchFunctionMode):

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._batches import batches_of, check_scalar, each_batch, inputs_and_targets, no_loss, with_decoder
-from .._calls import call
-from .._counting import Mean, watched, watched_model
+from .._batches import batches_of, each_batch
+from .._counting import Mean, loss_counted
 from .._undisturbed import Before
 from ..nn.pruned_models import prunable_of
 from .estimate import Criterion
@@ -62,30 +61,12 @@ class LossWithout(Criterion):
         """The mean loss over the data."""
         mean = Mean()
         for batch in each_batch(self.data, model, prunable_of(model).time_steps.values):
-            self._add(mean, model, batch)
+            mean.add(*loss_counted(model, batch, self.loss))
         found = float(mean.value())
         if found != found or abs(found) == float("inf"):
             gone = prunable_of(model).time_steps.origin
             raise ValueError(f"loss must be finite on data, got {found} with the layers {list(gone)}")
         return found
-
-    def _add(self, mean: Mean, model: nn.Module, batch: Any) -> None:
-        """Take the loss on a batch, weighted by what it counts."""
-        inputs, targets = inputs_and_targets(batch)
-        if not isinstance(targets, Tensor):
-            raise ValueError(
-                f"data must hold targets with criterion 'loss', got {type(targets).__name__}: let batches be pairs "
-                "(inputs, targets), or dictionaries with 'labels'"
-            )
-        if self.loss is None:
-            _, value, counting = watched_model(model, (inputs, targets), argument="data", where="of a batch")
-            if value is None:
-                raise no_loss("data")
-        else:
-            outputs = call(model, with_decoder(model, inputs, targets))
-            value, counting = watched(self.loss, outputs, targets, argument="data", where="of a batch")
-        check_scalar(value)
-        mean.add(value, counting, targets)
 
     def state(self) -> dict[str, Any]:
         return {"losses": self.values, "layers": self.layers}

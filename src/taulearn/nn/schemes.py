@@ -218,11 +218,15 @@ class _Coefficients:
         self.tau, self.gamma, self.steps = tau, gamma, tau.unbind()
         self.weights: Tensor | None = None
 
-    def row(self, l: int) -> Tensor:
-        """a_{l,0} .. a_{l,N-1}."""
+    def matrix(self) -> Tensor:
+        """All a_{l,j}, (N, N)."""
         if self.weights is None:
             self.weights = caputo.l1_weights(self.tau, self.gamma, validate=False)
-        return self.weights[l]
+        return self.weights
+
+    def row(self, l: int) -> Tensor:
+        """a_{l,0} .. a_{l,N-1}."""
+        return self.matrix()[l]
 
 
 class Fractional(Scheme):

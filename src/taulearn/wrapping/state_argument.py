@@ -71,6 +71,14 @@ class Form:
         named = [kwargs[name] for name in CUSTOMARY if name in kwargs]
         return next((value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor)), None)
 
+    def handing(
+        self, state: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with another state in them."""
+        x = self.arriving(args, kwargs)
+        others = tuple(state if value is x else value for value in args)
+        return others, {name: state if value is x else value for name, value in kwargs.items()}
+
     def leaving(self, output: Any) -> Tensor | None:
         """The state in a block's output, or None if there is none."""
         if isinstance(output, Tensor):
