@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils._pytree import tree_map
 
 from small_networks import assert_same_bits
 from taulearn import Criterion, TimeSteps, wrap
@@ -25,6 +27,7 @@ from taulearn.nn.skips import IdentitySkips
 from wrapping.hosts import BY_NAME, Block
 
 DOUBLE = torch.float64
+FORMS = ["whole", "branches"]
 TAU = [0.3, 0.2, -0.1, 0.25, 0.15]
 
 
@@ -191,18 +194,28 @@ def test_a_function_makes_the_layer_that_would_be_inserted() -> None:
         indicators(network, "sensitivity", (x, y), mse_loss, layer=lambda parent: nn.Linear(4, 1, dtype=DOUBLE))
 
 
+def parts_of(data: Any, *cuts: int) -> list[Any]:
+    """A batch in parts that end at these samples."""
+    slices = [slice(i, j) for i, j in itertools.pairwise((0, *cuts))]
+    return [tree_map(operator.itemgetter(each), data) for each in slices]
+
+
+@pytest.mark.parametrize("model", ["residual", "fractional", "whole", "branches"])
 @pytest.mark.parametrize("name", ["dual-weighted", "sensitivity"])
-def test_the_mean_over_batches_counts_what_they_count(name: str) -> None:
-    network, (x, y) = built(Residual()), batch(9)
-    whole = indicators(network, name, (x, y), mse_loss)
-    parts = indicators(network, name, [(x[:2], y[:2]), (x[2:], y[2:])], mse_loss)
-    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-13, equal_nan=True)
-    labels = torch.tensor([0, 1, -100, 1, -100, -100, -100, 0, 1])
-    whole = indicators(network, name, (x, labels), cross_entropy)
-    parts = [(x[i:j], labels[i:j]) for i, j in ((0, 4), (4, 7), (7, 9))]
-    torch.testing.assert_close(
-        whole, indicators(network, name, parts, cross_entropy), rtol=0, atol=1e-13, equal_nan=True
-    )
+def test_the_mean_over_batches_counts_what_they_count(name: str, model: str) -> None:
+    if model in FORMS:
+        network, data = toy(model)
+    else:
+        network, data = built(Residual() if model == "residual" else Fractional(0.5), [0.1] * 9), batch(6)
+    whole = indicators(network, name, data, mse_loss)
+    assert_close(whole, indicators(network, name, parts_of(data, 2, 6), mse_loss))
+    data = data[0], torch.tensor([0, -100, -100, -100, 0, 1])
+    whole = indicators(network, name, data, cross_entropy)
+    assert_close(whole, indicators(network, name, parts_of(data, 1, 3, 6), cross_entropy))
+
+
+def assert_close(first: Tensor, second: Tensor) -> None:
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-13, equal_nan=True)
 
 
 def test_what_changes_the_width_is_not_split() -> None:
@@ -287,9 +300,6 @@ def loss_with(model: Toy, data: Any, plan: list[tuple[Any, Any]], form: str) -> 
     for block, tau in plan:
         x = stepped(block, x, inputs["attention_mask"], tau, form)
     return mse_loss(linear(model.head, x).mean(1), y)
-
-
-FORMS = ["whole", "branches"]
 
 
 @pytest.mark.parametrize("form", FORMS)
