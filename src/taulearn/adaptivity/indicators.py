@@ -77,7 +77,7 @@ def indicators(
     """The signed indicators of all layers: the mean over the batches, weighted by what each of them counts.
 
     The passes are in evaluation mode and leave model, gradients and random state as they were. A batch costs less than
-    three of its forward and backward passes.
+    three of its forward and backward passes (fractional: of those that contract the memory step by step).
 
     Args:
         model: A network built here (residual, fractional, or a local scheme of your own), or a model that was wrapped
