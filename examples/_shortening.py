@@ -22,8 +22,8 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from scipy.stats import t as student
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from taulearn import Pruning, attach, parameter_groups, prune, unwrap, wrap
+from taulearn import Criterion, Pruning, attach, parameter_groups, prune, unwrap, wrap
 
 Batch = dict[str, torch.Tensor]
 Cell = dict[str, Any]
@@ -65,6 +65,11 @@ class Case:
         random_lrs: Those tried for random weights.
         batches: Number of batches of an epoch.
         survivors: Of ``taulearn.Pruning``: "one" where steps do not fold into the weights (post-norm blocks).
+        weight_decay: Of healing.
+        tau_lr: Learning rate of time steps that fade.
+        teacher_weight: Weight of the distillation.
+        temperature: Of the distillation.
+        criteria: Criteria of the example's own by name, made from calibration batches.
     """
 
     task: str
@@ -87,6 +92,7 @@ class Case:
     tau_lr: float = 5e-3
     teacher_weight: float = 1.0
     temperature: float = 2.0
+    criteria: Mapping[str, Callable[[list[Batch]], Criterion]] = field(default_factory=dict)
 
 
 def without_labels(batch: Batch) -> Batch:
@@ -135,7 +141,15 @@ def chosen(case: Case, way: Way, kept: int, seed: int) -> list[int]:
         return [int(position) for position in way.choice.split(".")]
     model = wrapped(case, case.trained(), way.per)
     budget = steps_kept(case, model, kept)
-    return list(prune(model, budget=budget, criterion=way.choice, data=case.calibration(seed)).kept)
+    return list(prune(model, budget=budget, **criterion_of(case, way, seed)).kept)
+
+
+def criterion_of(case: Case, way: Way, seed: int, *, watching: bool = False) -> dict[str, Any]:
+    """The criterion of a way, and its data, for ``prune``, or for ``Pruning``, which watches the training."""
+    if way.choice in case.criteria:
+        return {"criterion": case.criteria[way.choice](case.calibration(seed))}
+    data = None if watching and way.choice != "loss" else case.calibration(seed)
+    return {"criterion": way.choice, "data": data}
 
 
 def shortened(case: Case, positions: Sequence[int], per: str = "block") -> nn.Module:
@@ -248,10 +262,9 @@ class Study:
             model = wrapped(case, case.trained(), how.per)
             policy = Pruning(
                 target_blocks=steps_kept(case, model, kept),
-                criterion=how.choice,
-                data=case.calibration(seed) if how.choice == "loss" else None,
                 by=BEFORE,
                 survivors=case.survivors,
+                **criterion_of(case, how, seed, watching=True),
             )
             figures, left = heal(case, model, seed, pruning=policy, teacher=teacher)
             unwrap(model)

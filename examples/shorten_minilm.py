@@ -22,9 +22,12 @@ from typing import Any
 import torch
 from _shortening import Batch, Case, Study, parser, report, run
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+from taulearn import Criterion
 
 Samples = tuple[list[list[int]], list[int]]
 
@@ -108,6 +111,43 @@ def fit_head(model: SentenceClassifier, samples: Samples) -> None:
     model.classifier.bias.copy_(bias)
 
 
+class Probe(Criterion):
+    """The loss without each layer of a head fitted anew, to what is left of the encoder.
+
+    A trained head expects the features of the last block, so that the loss of the whole model makes that block look
+    worth more than it is once the rest trains. The loss is that of logistic regression in four-fold cross-validation.
+    """
+
+    greedy = True
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+        self.known: dict[tuple[int, ...], Tensor] = {}  # the scores by the numbers of the layers
+
+    @torch.no_grad()
+    def scores(self, model: nn.Module) -> Tensor:
+        steps = model.time_steps
+        if steps.origin not in self.known:
+            kept, losses = steps.values.clone(), []
+            for l in range(steps.num_steps):
+                steps.values[l] = 0.0
+                losses.append(self._loss(model))
+                steps.values.copy_(kept)
+            self.known[steps.origin] = torch.tensor(losses, dtype=torch.float64) - min(losses)
+        return self.known[steps.origin]
+
+    def _loss(self, model: nn.Module) -> float:
+        training = model.training
+        model.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            features = torch.cat([model.features(b["input_ids"], b["attention_mask"]) for b in self.batches])
+        model.train(training)
+        labels = torch.cat([b["labels"] for b in self.batches])
+        head = LogisticRegression(C=0.1, max_iter=5000)
+        losses = cross_val_score(head, features.float().numpy(), labels.numpy(), cv=4, scoring="neg_log_loss")
+        return -float(losses.mean())
+
+
 def read(path: Path, tokenizer: Any) -> Samples:
     rows = [line.rsplit("\t", 1) for line in path.read_text().splitlines()]
     return tokenizer([sentence for sentence, _ in rows])["input_ids"], [int(label) for _, label in rows]
@@ -181,6 +221,7 @@ def make_case(given: argparse.Namespace) -> Case:
         random_lrs=(3e-3,) if given.quick else (1e-4, 2e-4, 5e-4),
         batches=-(-len(parts["train"][0]) // 32),
         survivors="one",
+        criteria={"probe": Probe},
     )
 
 
