@@ -25,10 +25,11 @@ from torch.optim.swa_utils import AveragedModel
 from .._distributed import expire, refuse_distributed, wrappers_around
 from .._errors import unknown_name
 from ..nn.pruned_models import WRAPPING, prunable_of
+from ..nn.time_steps import Grid
 from ..optim.projections import has_session
-from .coarsen import ALL_OF_THEM, forget_compiled, number_of_variables
+from .coarsen import ALL_OF_THEM, forget_compiled, number_of_variables, prune
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in, parameters_held
-from .transaction import Refinable, Snapshot, check_averaged, grow
+from .transaction import Refinable, Snapshot, all_or_nothing, become, check_averaged, grow
 
 Indicator = str | Callable[[Tensor, nn.Module], Tensor]
 
@@ -175,6 +176,22 @@ def refine(
     except BaseException:
         before.restore()
         raise
+
+
+def take_grid(model: nn.Module, grid: Grid, *, optimizer: Any = None, averaged: AveragedModel | None = None) -> None:
+    """Let a model built anew have the layers of another one, whose content is to be loaded; optimisers follow.
+
+    Raises:
+        ValueError: If it lacks layers, or they cannot be deleted or copied.
+    """
+    kept, _, copies = grid.made_from(prunable_of(model).time_steps.origin)
+    if len(kept) < prunable_of(model).time_steps.num_steps:
+        prune(model, keep=kept, optimizer=optimizer, averaged=averaged)
+    if copies:
+        check_refinable(model)
+    models = [model] if averaged is None else [model, averaged.module]
+    with all_or_nothing(models, optimizer):
+        become(models, grid, optimizers_in(optimizer))
 
 
 def _check_words(by: str, train: str | None, theta: float, layer: Any) -> None:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._undisturbed import Contents
-from ..nn.pruned_models import REPLACED, prunable_of, retire
+from ..nn.pruned_models import REPLACED, prunable_of, regrow, retire
 from ..nn.schemes import Scheme
 from ..nn.skips import Skips
-from ..nn.time_steps import TimeSteps
+from ..nn.time_steps import Grid, TimeSteps
 from .optimizer_state import Change, follow, gathered, optimizers_in, with_inner
 
 
@@ -121,6 +121,15 @@ def delete(models: Sequence[nn.Module], kept: Sequence[int], optimizers: Sequenc
     return _change(models, lambda _, prunable: prunable.keep_layers_(kept), entries, optimizers)
 
 
+def become(models: Sequence[nn.Module], grid: Grid, optimizers: Sequence[Any]) -> None:
+    """Let models built anew have the layers of a grid, and the optimisers follow; all content is to be loaded."""
+    steps = prunable_of(models[0]).time_steps
+    kept, sources, copies = grid.made_from(steps.origin)
+    entries = steps.rule.entries([-1 if i in copies else kept[l] for i, l in enumerate(sources)])
+    kin: dict[Any, Any] = {}
+    _change(models, lambda _, prunable: kin.update(regrow(prunable, grid)), entries, optimizers, kin)
+
+
 def grow(
     models: Sequence[nn.Module],
     sources: Sequence[int],
@@ -173,7 +182,9 @@ def _change(
     index = torch.tensor(entries, dtype=torch.long, device=old.device)
     if old.grad is not None:
         new.grad = gathered(old.grad, index)
-    retire(old)
+    if new is not old:
+        retire(old)
     after = {p: name for name, p in model.named_parameters()}
-    reset = follow(optimizers, Change(old, new, index, before, after, kin or {}, inherit))
+    joining = {q: p for q, p in (kin or {}).items() if q in after}
+    reset = follow(optimizers, Change(old, new, index, before, after, joining, inherit))
     return ("reset" if reset else "exact") if optimizers else "none", reset

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,62 @@ from torch import Tensor, nn
 
 from .._errors import is_number, positive_integer
 from .constraints import Constraint, constraint_of
+
+
+class Grid(NamedTuple):
+    """Which layers there are.
+
+    Attributes:
+        origin: Their numbers, in their order.
+        next_number: The number that the next new layer gets.
+        parent: For each layer that was ever new its number, and that of the layer that it was made from.
+    """
+
+    origin: tuple[int, ...]
+    next_number: int
+    parent: Mapping[int, int]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        parents = [[number, parent] for number, parent in self.parent.items()]
+        return {"origin": list(self.origin), "next_number": self.next_number, "parents": parents}
+
+    @classmethod
+    def from_plain(cls, written: Mapping[str, Any]) -> Self:
+        """What :meth:`plain` wrote; files from before there was refinement lack what only that needs."""
+        origin, parent = tuple(written["origin"]), dict(written.get("parents", ()))
+        return cls(origin, max(written.get("next_number", 0), *(1 + n for n in (*origin, *parent))), parent)
+
+    def made_from(self, present: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """How to get it from a grid whose layers have the numbers ``present``.
+
+        Returns:
+            Positions there of the layers to keep; for each layer here the position among those, its own or an
+            ancestor's; and the positions here of those that are copies.
+
+        Raises:
+            ValueError: If a layer has no ancestor there, or the order is another.
+
+        Example:
+            >>> Grid((0, 5, 4), 6, {4: 2, 5: 4}).made_from([0, 1, 2, 3])
+            ([0, 2], [0, 1, 1], [2])
+        """
+        positions, places = {number: l for l, number in enumerate(present)}, list[int]()
+        for number in self.origin:
+            ancestor = number
+            while ancestor not in positions and self.parent.get(ancestor, ancestor) < ancestor:
+                ancestor = self.parent[ancestor]
+            if ancestor not in positions:
+                raise ValueError(f"origin must be numbers of {len(present)} layers, got {ancestor}")
+            places.append(positions[ancestor])
+        if places != sorted(places) or len(set(self.origin)) < len(self.origin):
+            raise ValueError(f"origin must increase, but for layers that were new, got {str(list(self.origin))[:80]}")
+        kept = sorted(set(places))
+        # where the layer itself goes: to that of its number, or where it was deleted to its first descendant
+        itself = {l: i for i, l in reversed([*enumerate(places)])}
+        itself |= {l: i for i, l in enumerate(places) if self.origin[i] == present[l]}
+        rank = {l: k for k, l in enumerate(kept)}
+        return kept, [rank[l] for l in places], [i for i, l in enumerate(places) if itself[l] != i]
 
 
 class TimeSteps(nn.Module):
@@ -130,6 +187,11 @@ class TimeSteps(nn.Module):
     def num_steps(self) -> int:
         """Number of layers that exist now."""
         return len(self.origin)
+
+    @property
+    def grid(self) -> Grid:
+        """Which layers there are."""
+        return Grid(self.origin, self.next_number, self.parent)
 
     @property
     def raw_tau(self) -> Float[Tensor, " num_steps"]:
@@ -302,6 +364,11 @@ class TimeSteps(nn.Module):
             values = nn.Parameter(values.detach(), requires_grad=self.values.requires_grad)
         self.values = values
         self.origin = tuple(numbers)
+
+    def take_grid_(self, grid: Grid) -> None:
+        """Let the layers have numbers and parents that they had before, as far as it goes."""
+        self.origin, self.parent = grid.origin, dict(grid.parent)
+        self.next_number = max(self.next_number, grid.next_number)
 
     def _check_fits(self, values: Tensor, number: int, method: str, change: str, held: dict[str, object]) -> None:
         """Refuse values of a user's constraint that do not give one step a layer, and put its attributes back."""
