@@ -232,11 +232,10 @@ def test_only_what_is_new_trains() -> None:
 
 
 def test_an_indicator_of_ones_own() -> None:
-    pytest.importorskip("taulearn.adaptivity.indicators")
     model = network(INIT)
     report = refine(model, number=2, indicator=lambda tau, m: torch.tensor([9.0, -3.0, 1.0, 2.0, -1.0]))
     # the first layer changes the width, and cannot be split
-    assert [(each.parent, each.indicator) for each in report.new] == [(1, 3.0), (3, 2.0)]
+    assert [(each.parent, each.indicator) for each in report.new] == [(1, -3.0), (3, 2.0)]
     report = refine(network(INIT), bulk=0.7, indicator=lambda tau, m: torch.tensor([0.0, -3.0, 1.0, 2.0, -1.0]))
     assert [each.parent for each in report.new] == [1, 3]
 
@@ -261,3 +260,39 @@ def test_a_compiled_model() -> None:
     before = compiled(batch())
     refine(compiled, [1], by="insert")
     assert torch.equal(compiled(batch()), before)
+
+
+BATCHES = [(batch(6), torch.zeros(6, 2, dtype=DOUBLE)), (batch(4), torch.ones(4, 2, dtype=DOUBLE))]
+
+
+@pytest.mark.parametrize("by", ["split", "insert"])
+def test_indicators_by_name(by: str) -> None:
+    from taulearn.adaptivity.indicators import indicators
+
+    options: dict[str, Any] = {"data": BATCHES, "loss": nn.functional.mse_loss}
+    eta = indicators(network(INIT), "dual-weighted" if by == "split" else "sensitivity", **options)
+    order = sorted((l for l in range(5) if not eta[l].isnan()), key=lambda l: -abs(float(eta[l])))
+    model = network(INIT)
+    report = refine(model, number=2, by=by, **options)
+    assert [number for number in model.time_steps.origin if number >= 5] == [each.layer for each in report.new]
+    assert sorted(each.indicator for each in report.new) == sorted(float(eta[l]) for l in order[:2])
+    whole = refine(network(INIT), bulk=1.0, by=by, **options)
+    assert len(whole.new) == len(order)
+
+
+def test_the_change_of_the_loss_is_what_the_indicator_says() -> None:
+    """The quotient tends to 1 as the steps halve."""
+
+    def loss(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(sum(len(x) * nn.functional.mse_loss(model(x), z) for x, z in BATCHES)) / 10
+
+    quotients = []
+    for tau in (0.4, 0.2, 0.1, 0.05):
+        model = network([tau] * 4)
+        before = loss(model)
+        report = refine(model, number=1, data=BATCHES, loss=nn.functional.mse_loss)
+        quotients.append((loss(model) - before) / report.new[0].indicator)
+    errors = [abs(q - 1) for q in quotients]
+    assert errors[-1] < 0.02
+    assert all(fine < 0.7 * coarse for coarse, fine in pairwise(errors))

@@ -28,10 +28,10 @@ from ..nn.pruned_models import WRAPPING, prunable_of
 from ..nn.time_steps import Grid
 from ..optim.projections import has_session
 from .coarsen import ALL_OF_THEM, forget_compiled, number_of_variables, prune
+from .indicators import Indicator, NewLayer as LayerMaker, indicators
+from .mark import bulk as smallest_set, largest
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in, parameters_held
 from .transaction import Refinable, Snapshot, all_or_nothing, become, check_averaged, grow
-
-Indicator = str | Callable[[Tensor, nn.Module], Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def refine(
     number: int | None = None,
     bulk: float | None = None,
     theta: float = 0.5,
-    layer: Callable[[nn.Module], nn.Module] | None = None,
+    layer: LayerMaker | None = None,
     data: Any = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
@@ -271,9 +271,6 @@ def _choose(
             if l in closed:
                 raise ValueError(f"layers must not contain {l} with by={by!r}, got {positions}: {closed[l]}")
         return dict.fromkeys(positions, float("nan"))
-    from .indicators import indicators  # type: ignore[import-not-found]
-    from .mark import bulk as smallest_set, largest  # type: ignore[attr-defined]
-
     if indicator is None:
         indicator = "dual-weighted" if by == "split" else "sensitivity"
     eta = indicators(model, indicator, data, loss, theta=theta, layer=layer).detach().double().cpu()
@@ -301,7 +298,7 @@ def _carry_out(
     chosen: dict[int, float],
     by: str,
     theta: float,
-    layer: Callable[[nn.Module], nn.Module] | None,
+    layer: LayerMaker | None,
     train: str | None,
 ) -> RefineReport:
     """Make the layers, and take them in."""
@@ -346,7 +343,7 @@ def _carry_out(
     return report
 
 
-def _made(layer: Callable[[nn.Module], nn.Module], neighbour: nn.Module, model: nn.Module) -> nn.Module:
+def _made(layer: LayerMaker, neighbour: nn.Module, model: nn.Module) -> nn.Module:
     """What the user's function makes of a layer."""
     made = layer(neighbour)
     if not isinstance(made, nn.Module):

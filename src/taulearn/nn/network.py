@@ -238,8 +238,8 @@ class TimeVariableNetwork(nn.Module):
 
     def copied_behind(self, layer: int) -> int | None:
         """Position of the layer a copy of which fits behind one: that one, or else the next one; None: no copy fits."""
-        fixed = self._no_steps()
-        return next((l for l in (layer, layer + 1) if l < len(self.layers) and l not in fixed), None)
+        places = (l for l in (layer, layer + 1) if l < len(self.layers))
+        return next((l for l in places if self.skips.is_identity(l)), None)
 
     def copy_of(self, layer: int) -> nn.Module:
         """A layer once more, with parameters and buffers of its own."""
