@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import taulearn
 from small_networks import assert_same_bits, network as small
-from taulearn import Pruning, TimeSteps, adjoint, attach, data, diagnostics, prune, unwrap, wrap
+from taulearn import Pruning, TimeSteps, adjoint, attach, data, diagnostics, prune, refine, unwrap, wrap
 from taulearn.adaptivity.estimate import MEASURED, Power
 from taulearn.calibration import recalibrate_
 from taulearn.caputo import ExponentialKernel, derivative, exponential_memory, l1_weights, solve
@@ -694,6 +694,74 @@ PRUNING = [
 ]
 
 
+def refined(make: Callable[[], nn.Module] = small, *arguments: Any, **options: Any) -> Callable[[], None]:
+    """refine of a model that must be left as it was."""
+    return on(make, lambda model: refine(model, *arguments, **options))
+
+
+def with_bound(bound: float, **options: Any) -> Callable[[], nn.Module]:
+    return partial(small, lower_bound=bound, **options)
+
+
+def unbounded() -> nn.Module:
+    layers = [nn.Linear(3, 3) for _ in range(3)]
+    return TimeVariableNetwork(layers, nn.Linear(3, 1), Fractional(), TimeSteps(3), stem=nn.Identity())
+
+
+REFINING = [
+    *each(ValueError, "by", lambda by: refined(small, [1], by=by)(), "splits", None, "in"),
+    *each(ValueError, "theta", lambda theta: refined(small, [1], theta=theta)(), 0.0, 1.0, -0.5, NAN, "half", None),
+    R(ValueError, "theta", refined(small, [1], by="insert", theta=0.3), ("0.3", "'insert'")),
+    *each(ValueError, "train", lambda train: refined(small, [1], train=train)(), "all", True),
+    *[
+        R(ValueError, "layers", refined(small, **given), ("number", "bulk", *given))
+        for given in ({}, {"layers": [1], "number": 2}, {"number": 2, "bulk": 0.5}, {"layers": [1], "bulk": 0.5})
+    ],
+    *each(TypeError, "layers", lambda layers: refined(small, layers)(), "12", 5, [0, 1.5]),
+    *each(ValueError, "layers", lambda layers: refined(small, layers)(), [], [-1, 0], [0, 5], [1, 1]),
+    *[
+        R(ValueError, name, refined(small, [1], **{name: value}), ("layers",))
+        for name, value in (("indicator", "sensitivity"), ("data", PAIRS), ("loss", mse_loss))
+    ],
+    R(ValueError, "layers", refined(small, [0, 1]), ("0", "the skip past it is zero")),
+    R(ValueError, "layers", refined(lambda: resnet(3, [4, 2, 3], 1, 3), [1]), ("1", "not the identity")),
+    R(ValueError, "layers", refined(lambda: resnet(3, [4, 2, 3], 1, 3), [1], by="insert"), ("1", "layer=")),
+    R(ValueError, "layers", refined(lambda: resnet_v2((1, 1), 2, widths=(2, 4)), [1]), ("1", "not the identity")),
+    R(ValueError, "layers", refined(lambda: small(constraint="fixed"), [1], by="insert"), ("1", "'fixed'")),
+    R(ValueError, "layers", refined(lambda: small(constraint="dependent"), [4], by="insert"), ("4", "dependent")),
+    R(ValueError, "layers", refined(unbounded, [1], by="insert"), ("1", "lower bound")),
+    *[
+        R(ValueError, "layers", refined(with_bound(0.12, constraint=constraint), [1]), ("1", "0.12"))
+        for constraint in ("free", "simplex", "dependent")
+    ],
+    *[
+        R(ValueError, "lower_bound", refined(with_bound(0.18, constraint=constraint), [1], by="insert"), ("0.18",))
+        for constraint in ("simplex", "dependent")
+    ],
+    *[
+        R(ValueError, "model", refined(partial(build, 3, 4, 2, 3), [1], by=by), (build(3, 4, 2, 3).scheme.name,))
+        for build in (feedforward, densenet)
+        for by in ("split", "insert")
+    ],
+    R(TypeError, "model", refined(lambda: nn.Linear(2, 2), [0]), ("Linear",)),
+    R(TypeError, "model", refined(lambda: nn.DataParallel(small()), [1]), ("DataParallel", "module")),
+    *each(ValueError, "number", lambda number: refined(number=number, data=PAIRS, loss=cross_entropy)(), 0, True, 2.5),
+    R(ValueError, "number", refined(number=5, data=PAIRS, loss=cross_entropy), ("5", "4", "layer 0")),
+    R(ValueError, "number", refined(with_bound(0.2), number=1, data=PAIRS, loss=cross_entropy), ("0", "1")),
+    *each(ValueError, "bulk", lambda b: refined(bulk=b, data=PAIRS, loss=cross_entropy)(), 0.0, 1.5, NAN, "all"),
+    *[R(ValueError, "data", refined(small, **{name: 1}), ("None", "batches")) for name in ("number", "bulk")],
+    R(ValueError, "loss", refined(number=1, data=PAIRS), ("None",)),
+    R(ValueError, "indicator", refined(number=1, indicator="sensitivities", data=PAIRS), ("'sensitivity'",)),
+    R(ValueError, "layer", refined(small, [1], layer=copy.deepcopy), ("'split'",)),
+    R(TypeError, "layer", refined(small, [1], by="insert", layer=nn.Linear(4, 4)), ("Linear",)),
+    R(TypeError, "layer", refined(small, [1], by="insert", layer=lambda neighbour: None), ("NoneType",)),
+    R(ValueError, "layer", refined(small, [1], by="insert", layer=lambda neighbour: neighbour), ("shares",)),
+    R(TypeError, "optimizer", refined(small, [1], optimizer="a"), ("'a'",)),
+    R(ValueError, "optimizer", refined(small, [1], optimizer=sgd(small())), ("none of them",)),
+    R(TypeError, "averaged", refined(small, [1], averaged=small()), ("TimeVariableNetwork",)),
+]
+
+
 SAMPLES = [
     *each(ValueError, "num_samples", maxwell.samples, 0, -3, 2.5, True),
     R(ValueError, "key", lambda: maxwell.samples(5, key=-1), ("-1",)),
@@ -750,6 +818,7 @@ REFUSALS = {
     "penalties": PENALTIES,
     "optim": OPTIM,
     "pruning": PRUNING,
+    "refining": REFINING,
     "data": SAMPLES,
     "files": FILES,
 }

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .adaptivity.criteria import contribution as contribution
     from .adaptivity.estimate import Criterion as Criterion
     from .adaptivity.policies import Pruning as Pruning
+    from .adaptivity.refine import RefineReport as RefineReport, refine as refine
     from .depth.truncate import truncate as truncate
     from .diagnostics import summary as summary
     from .export import export_model as export_model
@@ -58,6 +59,7 @@ __getattr__, __dir__, __all__ = lazily(
         ".adaptivity.criteria": ("contribution",),
         ".adaptivity.estimate": ("Criterion",),
         ".adaptivity.policies": ("Pruning",),
+        ".adaptivity.refine": ("RefineReport", "refine"),
         ".depth.truncate": ("truncate",),
         ".diagnostics": ("summary",),
         ".export": ("export_model",),

@@ -15,6 +15,7 @@ References:
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -153,6 +154,44 @@ def project_simplex(x: Float[Tensor, " n"], total: float, *, lower: float = 0.0)
     )
     support = (descending > excess).sum().clamp(min=1)
     return torch.relu(z - excess.gather(0, (support - 1).unsqueeze(0))) + lower
+
+
+def split_steps(tau: Float[Tensor, " n"], indices: Sequence[int], theta: float = 0.5) -> Float[Tensor, " m"]:
+    """Steps of a finer grid: tau_l becomes theta tau_l and tau_l - theta tau_l; their sum is kept.
+
+    Args:
+        tau: Steps, (n,).
+        indices: Positions l to split, each once.
+        theta: Share of the first of the two, in (0, 1).
+
+    Returns:
+        n + len(indices) steps.
+
+    Example:
+        >>> split_steps(torch.tensor([1.0, 2.0]), [1], 0.25).tolist()
+        [1.0, 0.5, 1.5]
+    """
+    halves = [(theta * step, step - theta * step) if l in indices else (step,) for l, step in enumerate(tau)]
+    return torch.stack([step for each in halves for step in each])
+
+
+def insert_steps(tau: Float[Tensor, " n"], behind: Sequence[int], size: float = 0.0) -> Float[Tensor, " m"]:
+    """Steps with new ones behind some of them.
+
+    Args:
+        tau: Steps, (n,).
+        behind: Positions behind which a step comes, each once.
+        size: The new steps.
+
+    Returns:
+        n + len(behind) steps.
+
+    Example:
+        >>> insert_steps(torch.tensor([1.0, 2.0]), [0]).tolist()
+        [1.0, 0.0, 2.0]
+    """
+    new = torch.full_like(tau[:1], size)
+    return torch.cat([part for l in range(len(tau)) for part in (tau[l : l + 1], *[new] * (l in behind))])
 
 
 def half_mse_loss(output: Float[Tensor, "batch *out"], target: Float[Tensor, "batch *out"]) -> Float[Tensor, ""]:

@@ -146,7 +146,8 @@ def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
     assert manifest["taulearn"] == taulearn.__version__
     options = {"gamma": 0.7, "memory_from": 1, "memory": "auto", "tolerance": 1e-6}
     assert manifest["scheme"] == {"name": "fractional", "options": options}
-    assert manifest["time_steps"] == {"origin": [0, 2], "constraint": "free", "horizon": 1.0, "lower_bound": 1e-4}
+    steps = {"origin": [0, 2], "next_number": 3, "parents": []}
+    assert manifest["time_steps"] == steps | {"constraint": "free", "horizon": 1.0, "lower_bound": 1e-4}
     keywords = {
         "in_features": 8,
         "width": 4,
@@ -291,7 +292,7 @@ def test_whatever_the_manifest_cannot_say_needs_a_host(
     ("saved", "host", "message"),
     [
         (custom(3), custom(2), r"host must have the layers \(0, 1, 2\).*got \(0, 1\)"),
-        (custom(3), custom(4, constraint="dependent"), r"layers can be deleted down to the \(0, 1, 2\) .*dependent"),
+        (custom(3), custom(4, constraint="dependent"), r"layers can be changed to the \(0, 1, 2\) .*dependent"),
         (custom(3), custom(3, width=4), r"layers.0.0.weight must be .float32 \(4, 4\)., got .float32 \(3, 3\)"),
         (custom(3), custom(3).double(), r"must be .float64 \(3, 3\)., got .float32 \(3, 3\)"),
         (custom(3), custom(3, horizon=2.0), r"time_steps.horizon must be 1.0, got 2.0"),

@@ -83,7 +83,7 @@ def plain_loop(
 
 def assert_same_history(left: History, right: History) -> None:
     """All columns but the seconds, bit by bit."""
-    assert left.deletions == right.deletions
+    assert (left.deletions, left.insertions) == (right.deletions, right.insertions)
     for name, columns in {
         "iterations": (left.iterations, right.iterations),
         "epochs": (left.epochs, right.epochs),

@@ -28,7 +28,7 @@ from .optimizer_state import check_holds, check_holds_steps, optimizers_in
 from .policies import THRESHOLD, check_one_decides, check_threshold
 from .transaction import Prunable, Snapshot, check_averaged, delete, taken_out
 
-_ALL_OF_THEM = (
+ALL_OF_THEM = (
     "hand over all that train this model, optimizer=[muon, adamw], the one that holds the time steps among them; or "
     "freeze the steps, model.time_steps.values.requires_grad_(False)"
 )
@@ -202,7 +202,7 @@ def prune(
     for each in optimizers:
         check_holds(each, model)
     if optimizers:
-        check_holds_steps(optimizers, model, _ALL_OF_THEM)
+        check_holds_steps(optimizers, model, ALL_OF_THEM)
     if averaged is not None:
         check_averaged(averaged, model)
     if has_session(model):
@@ -232,7 +232,7 @@ def prune(
             wrappers = wrappers_around(model)
             before = before if measured else Snapshot(models, optimizers)
             if WRAPPING in vars(model):
-                _forget_compiled()
+                forget_compiled()
             state, reset = delete(models, kept, optimizers)
             notes += [*_cautions(prunable, deleted, given=bool(optimizers)), *reset]
         report = PruneReport(
@@ -320,7 +320,7 @@ def _positions(keep: Iterable[int]) -> list[int]:
         raise TypeError(f"keep must be a list of layer numbers, such as [0, 2], got {keep!r}") from None
 
 
-def _forget_compiled() -> None:
+def forget_compiled() -> None:
     """torch.compile gives up on a function after eight versions of it: a deletion starts the count anew.
 
     Whatever is compiled is compiled again on its next call.

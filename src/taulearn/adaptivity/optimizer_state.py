@@ -1,4 +1,4 @@
-"""Optimisers as callers give them: several, in wrappers, one inside another; and how they follow a deletion.
+"""Optimisers as callers give them: several, in wrappers, one inside another; and how they follow a change of the grid.
 
 An optimiser's state follows where it is kept by parameter, as torch's own optimisers do in ``optimizer.state[p]``. What
 does not fit the parameter entry by entry is dropped, for the optimiser to make anew, and the report says so. What is
@@ -8,7 +8,7 @@ kept in the order of the parameters somewhere else, as flat buffers are, cannot 
 import copy
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
 
@@ -146,13 +146,15 @@ def check_holds_steps(
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """How a deletion changed the parameters of a model."""
+    """How a change of the grid changed the parameters of a model."""
 
     old: Tensor  # the time steps before
     new: Tensor  # the time steps after
-    index: Tensor  # the entries of ``old`` that are left
+    index: Tensor  # for each entry of ``new`` that of ``old`` that it continues; what is none: it is new
     before: Mapping[Any, str]  # the parameters before, with their names
     after: Mapping[Any, str]  # the parameters after, with their names
+    kin: Mapping[Any, Any] = field(default_factory=dict)  # of new layers, each with the one whose groups it joins
+    inherit: bool = False  # whether it takes that one's state, too
 
     def successor(self, parameter: Tensor) -> Tensor | None:
         """The parameter that replaces another one, or is that one still; None: it was deleted."""
@@ -160,11 +162,15 @@ class Change:
             return self.new
         return None if parameter in self.before and parameter not in self.after else parameter
 
+    def touches(self, parameter: Tensor) -> bool:
+        """Whether what is laid out as this parameter and others changes its layout."""
+        return self.successor(parameter) is not parameter or any(parameter is each for each in self.kin.values())
+
     def entries(self, value: Any) -> Any:
-        """State of the old time steps as that of the new ones."""
+        """State of the old time steps as that of the new ones; 0 for what is new."""
         if isinstance(value, Tensor):
             if value.shape == self.old.shape:
-                return value[self.index.to(value.device)]
+                return gathered(value, self.index)
             if value.numel() == 1:
                 return value
         elif value is None or isinstance(value, Number | str):
@@ -178,12 +184,26 @@ class Change:
         raise _Unlike
 
 
+def gathered(value: Tensor, index: Tensor) -> Tensor:
+    """The entries of a vector at an index; 0 where there is none.
+
+    Example:
+        >>> gathered(torch.tensor([3.0, 4.0]), torch.tensor([0, 0, -1, 1]))
+        tensor([3., 3., 0., 4.])
+    """
+    index = index.to(value.device)
+    there = (index >= 0) & (index < len(value))
+    if bool(there.all()):
+        return value[index]
+    return torch.cat([value, value.new_zeros(1)])[index.where(there, len(value))]
+
+
 class _Unlike(Exception):
     """State that does not have the shape of its parameter."""
 
 
 def follow(optimizers: Sequence[Any], change: Change) -> list[str]:
-    """Let optimisers, and those inside them, hold what a deletion left, with its state."""
+    """Let optimisers, and those inside them, hold the parameters after a change of the grid, with their state."""
     said: list[str] = []
     seen: set[int] = set()  # wrappers share groups and state with what they wrap
     gone = {id(p) for p in change.before if change.successor(p) is not p}
@@ -210,23 +230,32 @@ def _follow_in_group(optimizer: Any, group: dict[str, Any], change: Change) -> N
     """Let a group hold what is left of its parameters, under the names that they have now."""
     followed = [(p, change.successor(p)) for p in group["params"]]
     left = [now for _, now in followed if now is not None]
-    if left and any(now is not p for p, now in followed):
+    joining = [q for q, p in change.kin.items() if any(p is each for each in group["params"])]
+    if (left or joining) and any(change.touches(p) for p in group["params"]):
         options = [value for key, value in group.items() if key not in ("params", "param_names")]
         like_steps = any(isinstance(each, Tensor) and each.shape == change.old.shape for each in _leaves(options))
         if like_steps or _is_of_several(options, [[p.numel() for p, _ in followed]]):
             raise _cannot_follow(optimizer, "the options of a parameter group")
+    names = None
     if "param_names" in group:  # of an optimiser made from named parameters: layers have new numbers
-        group["param_names"] = [
+        names = [
             change.after[now] if name == change.before.get(p) else name
             for (p, now), name in zip(followed, group["param_names"], strict=True)
             if now is not None
         ]
+        group["param_names"] = names
+    places = {p: i for i, p in enumerate(change.after)}
+    for q in joining:  # behind all that come before it in the model
+        at = 1 + max((i for i, p in enumerate(left) if places.get(p, len(places)) < places[q]), default=-1)
+        left.insert(at, q)
+        if names is not None:
+            names.insert(at, change.after[q])
     group["params"][:] = left
 
 
 def _sizes_by_group(groups: Sequence[Mapping[str, Any]], change: Change) -> list[list[int]]:
-    """Numbers of entries of the parameters of each group that the deletion changes, and of those of all groups."""
-    changed = [group["params"] for group in groups if any(change.successor(p) is not p for p in group["params"])]
+    """Numbers of entries of the parameters of each group that the change touches, and of those of all groups."""
+    changed = [group["params"] for group in groups if any(map(change.touches, group["params"]))]
     if changed:
         changed.append([p for group in groups for p in group["params"]])
     return [[p.numel() for p in parameters] for parameters in changed]
@@ -268,8 +297,11 @@ def _follow_in_state(state: MutableMapping[Any, Any], change: Change, by_group: 
                 followed[_key_like(key, successor, change.after)] = change.entries(value)
             except _Unlike:
                 said.append("the optimiser's state of the time steps, which does not have their shape, was reset")
-        elif isinstance(key, str) and change.after[parameter] != key:  # its layer has another number now
-            followed[change.after[parameter]] = state.pop(key)
+        else:
+            for q in (q for q, p in change.kin.items() if change.inherit and p is parameter):
+                followed[_key_like(key, q, change.after)] = copy.deepcopy(value)
+            if isinstance(key, str) and change.after[parameter] != key:  # its layer has another number now
+                followed[change.after[parameter]] = state.pop(key)
     for key, value in followed.items():
         state[key] = value
     return said
@@ -328,5 +360,6 @@ def _inside(value: Any) -> Iterator[Any]:
 def _cannot_follow(optimizer: Any, place: str) -> ValueError:
     return ValueError(
         f"optimizer must keep its state by parameter, optimizer.state[p], got {type(optimizer).__name__} with "
-        f"tensors in {place}, which cannot follow a deletion: prune without it, optimizer=None, and make a new one"
+        f"tensors in {place}, which cannot follow a change of the layers: go without it, optimizer=None, and make a "
+        "new one"
     )

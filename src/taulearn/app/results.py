@@ -244,7 +244,7 @@ def _in_one_form(history: History) -> History:
         iterations["iteration"] = small.iterations["iteration"].astype(np.int32)
     epochs: dict[str, Array] = {name: _rounded(small.epochs[name]) for name in _KEPT if name in small.epochs}
     epochs |= {name: small.epochs[name].astype(np.int32) for name in _WHOLE if name in small.epochs}
-    return History(iterations, epochs, list(small.deletions))
+    return History(iterations, epochs, list(small.deletions), list(small.insertions))
 
 
 def _rounded(column: Array) -> Array:

@@ -220,15 +220,24 @@ def _mask(inputs: Any) -> Tensor | None:
 def _matched(
     steps: TimeSteps, states: list[Tensor], its_steps: TimeSteps, its_states: list[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """The states after the layers of the model, each with that of the teacher after the same layer."""
+    """The states after the layers of the model, each with that of the teacher after the same layer.
+
+    Layers that come from one layer of the teacher's are the same part of its way: the last of them counts.
+    """
     its = dict(zip(its_steps.origin, its_states[-its_steps.num_steps :], strict=True))
-    lacking = [l for l in steps.origin if l not in its]
+    own, lacking = dict[int, Tensor](), []
+    for number, y in zip(steps.origin, states[-steps.num_steps :], strict=True):
+        ancestor = number
+        while ancestor not in its and ancestor in steps.parent:
+            ancestor = steps.parent[ancestor]
+        own[ancestor] = y
+        lacking += [number] * (ancestor not in its)
     if lacking:
         raise ValueError(
             f"teacher must have the layers {list(steps.origin)} of the model, got one without {lacking}: take a copy "
             "of the model before layers were deleted, or hidden=0"
         )
-    pairs = [(y, its[l]) for y, l in zip(states[-steps.num_steps :], steps.origin, strict=True)]
+    pairs = [(y, its[l]) for l, y in own.items()]
     for y, t in pairs:
         if y.shape != t.shape:
             raise ValueError(

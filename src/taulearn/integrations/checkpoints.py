@@ -5,16 +5,16 @@ layers that are left travel among the tensors, and the model deletes the others 
 (:mod:`taulearn.nn.pruned_models`). Where the trainer has no place for the record, it travels there, too.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..adaptivity.coarsen import prune
+from ..adaptivity.refine import take_grid
 from ..files import tensor_bytes
-from ..nn.pruned_models import ORIGIN, RECORD, Follower, prunable_of, set_follower
-from ..nn.time_steps import TimeSteps, time_steps_of
+from ..nn.pruned_models import ORIGIN, PARENTS, RECORD, Follower, prunable_of, set_follower
+from ..nn.time_steps import Grid, TimeSteps, time_steps_of
 
 
 def models_with_time_steps(module: nn.Module) -> dict[str, nn.Module]:
@@ -39,7 +39,9 @@ def mark_(
     lifted: bool = False,
 ) -> None:
     """Put the numbers of the model's layers into a state dict."""
-    state[prefix + ORIGIN] = torch.tensor(time_steps_of(model).origin)
+    grid = time_steps_of(model).grid
+    state[prefix + ORIGIN] = torch.tensor(grid.origin)
+    state[prefix + PARENTS] = torch.tensor([(0, grid.next_number), *grid.parent.items()])
     if record is not None:
         state[prefix + RECORD] = torch.frombuffer(bytearray(tensor_bytes(record, {})), dtype=torch.uint8)
     if lifted:
@@ -72,9 +74,9 @@ class OptimizerFollower(Follower):
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         return type(self)(None)  # the optimiser is that of the model, not of its copy
 
-    def delete(self, model: nn.Module, kept: Sequence[int]) -> None:
-        """Delete all layers but those at these positions."""
-        prune(model, keep=kept, optimizer=self.optimizer)
+    def follow(self, model: nn.Module, grid: Grid) -> None:
+        """Let the model have the layers of a grid."""
+        take_grid(model, grid, optimizer=self.optimizer)
 
 
 def follow_states(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -94,15 +94,59 @@ class Constraint:
         return {}
 
     def entries(self, indices: Sequence[int]) -> list[int]:
-        """Positions in the values that are left when the steps at ``indices`` are kept."""
+        """For each of the values after a change of the grid the position, in those before, that it continues.
+
+        Args:
+            indices: For each layer its position before, or that of the layer whose half it is; -1 of an inserted one.
+
+        Returns:
+            Positions; what is none of the values before stands for a value that is new.
+        """
         return list(indices)
 
     def keep(self, values: Float[Tensor, " values"], indices: Sequence[int]) -> Float[Tensor, " left"]:
         """The values after a deletion of all steps but those at ``indices``."""
         return values[torch.tensor(self.entries(indices), dtype=torch.long, device=values.device)]
 
+    def split(self, values: Float[Tensor, " values"], indices: Sequence[int], theta: float) -> Float[Tensor, " more"]:
+        """The values after the steps at ``indices`` became two each, theta and 1 - theta of them.
 
-class Free(Constraint):
+        Raises:
+            ValueError: If it does not say how.
+        """
+        raise self._silent("split(values, indices, theta)")
+
+    def insert(self, values: Float[Tensor, " values"], behind: Sequence[int]) -> Float[Tensor, " more"]:
+        """The values with steps of 0, or of the lower bound, behind those at ``behind``.
+
+        Raises:
+            ValueError: If it does not say how, or no such steps are possible.
+        """
+        raise self._silent("insert(values, behind)")
+
+    def _silent(self, method: str) -> ValueError:
+        kind, name = type(self).__name__, method.partition("(")[0]
+        return ValueError(
+            f"constraint must say what becomes of its values in a refinement, got {kind}, which does not: define "
+            f"{kind}.{method}; where the values are the steps, {name} = taulearn.nn.constraints.Stored.{name} will do"
+        )
+
+    def not_inserted(self, number: int) -> dict[int, str]:
+        """Positions among ``number`` layers behind which no step can be inserted, each with the reason."""
+        return {}
+
+
+class Stored(Constraint):
+    """The values are the steps, also after a refinement."""
+
+    def split(self, values: Tensor, indices: Sequence[int], theta: float) -> Tensor:
+        return functional.split_steps(values, indices, theta)
+
+    def insert(self, values: Tensor, behind: Sequence[int]) -> Tensor:
+        return functional.insert_steps(values, behind, self.lower_bound or 0.0)
+
+
+class Free(Stored):
     """The steps are the parameter."""
 
     name = "free"
@@ -112,7 +156,7 @@ class Free(Constraint):
         return self.lower_bound is not None
 
 
-class Fixed(Constraint):
+class Fixed(Stored):
     """The steps are a buffer."""
 
     name = "fixed"
@@ -120,6 +164,9 @@ class Fixed(Constraint):
 
     def projected(self, values: Tensor) -> Tensor:
         return values
+
+    def not_inserted(self, number: int) -> dict[int, str]:
+        return dict.fromkeys(range(number), "constraint 'fixed' never trains a step of 0: split, or take another")
 
 
 class Dependent(Constraint):
@@ -151,8 +198,23 @@ class Dependent(Constraint):
     def entries(self, indices: Sequence[int]) -> list[int]:
         return list(indices[:-1])
 
+    def split(self, values: Tensor, indices: Sequence[int], theta: float) -> Tensor:
+        return functional.split_steps(self.tau(values), indices, theta)[:-1]
 
-class Simplex(Constraint):
+    def insert(self, values: Tensor, behind: Sequence[int]) -> Tensor:
+        size = self.lower_bound or 0.0
+        if size and float(self.raw_tau(values)[-1]) < (len(behind) + 1) * size:
+            raise ValueError(
+                f"lower_bound must leave the dependent last step room for {len(behind)} more of {size:g}, got a last "
+                f"step of {float(self.raw_tau(values)[-1]):g}: insert fewer, split, or lower the bound"
+            )
+        return functional.insert_steps(values, behind, size)
+
+    def not_inserted(self, number: int) -> dict[int, str]:
+        return {number - 1: "the dependent step, T minus the others, must stay the last"}
+
+
+class Simplex(Stored):
     """The steps are the parameter, not below the bound (0 if None), with the horizon as their sum."""
 
     name = "simplex"
@@ -169,6 +231,15 @@ class Simplex(Constraint):
 
     def keep(self, values: Tensor, indices: Sequence[int]) -> Tensor:
         return self.projected(super().keep(values, indices))
+
+    def insert(self, values: Tensor, behind: Sequence[int]) -> Tensor:
+        more, size = super().insert(values, behind), self.lower_bound or 0.0
+        if size * len(more) > self.horizon:
+            raise ValueError(
+                f"lower_bound * {len(more)} must not exceed the horizon {self.horizon:g}, got {size:g}: insert fewer, "
+                "or lower the bound"
+            )
+        return self.projected(more) if size else more  # with steps of 0 the sum is what it was
 
 
 CONSTRAINTS: dict[str, type[Constraint]] = {each.name: each for each in (Free, Fixed, Dependent, Simplex)}

@@ -1,5 +1,6 @@
 """A network with learned time steps: layers, a scheme, one vector of steps, and an output layer."""
 
+import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +193,13 @@ class TimeVariableNetwork(nn.Module):
 
     def fixed_layers(self) -> dict[int, str]:
         """Positions that pruning must leave, each with the reason."""
+        reasons = self._no_steps()
+        for layer, reason in self.time_steps.rule.fixed(len(self.layers)).items():
+            reasons.setdefault(layer, reason)
+        return reasons
+
+    def _no_steps(self) -> dict[int, str]:
+        """Positions of layers that are no step from a state to the next, each with the reason."""
         reasons = {}
         for layer in range(len(self.layers)):
             if not self.skips.is_identity(layer):
@@ -202,8 +210,6 @@ class TimeVariableNetwork(nn.Module):
                 )
         if self.skips.from_input and self.scheme.memory_from == 1:
             reasons.setdefault(0, "the memory starts after it, so that the next layer would leave the memory")
-        for layer, reason in self.time_steps.rule.fixed(len(self.layers)).items():
-            reasons.setdefault(layer, reason)
         return reasons
 
     @torch.no_grad()
@@ -225,3 +231,29 @@ class TimeVariableNetwork(nn.Module):
         self.time_steps.keep_(kept)
         self.skips.keep_(kept)
         self.layers = nn.ModuleList(self.layers[i] for i in kept)
+
+    def not_split(self, theta: float = 0.5) -> dict[int, str]:
+        """Positions of layers that cannot be split, each with the reason."""
+        return self.time_steps.not_split(theta) | self._no_steps()
+
+    def copied_behind(self, layer: int) -> int | None:
+        """Position of the layer a copy of which fits behind one: that one, or else the next one; None: no copy fits."""
+        places = (l for l in (layer, layer + 1) if l < len(self.layers))
+        return next((l for l in places if self.skips.is_identity(l)), None)
+
+    def copy_of(self, layer: int) -> nn.Module:
+        """A layer once more, with parameters and buffers of its own."""
+        return copy.deepcopy(self.layers[layer])
+
+    @torch.no_grad()
+    def grow_layers_(self, sources: Sequence[int], made: Mapping[int, nn.Module], values: Tensor) -> None:
+        """Take layers in between; ``taulearn.refine`` makes them, and mends the optimiser too.
+
+        Args:
+            sources: For each of the layers then the position now, its own or its parent's, in order.
+            made: The new layers, by their positions then.
+            values: The vector of the time steps then.
+        """
+        self.time_steps.grow_(sources, made, values)
+        self.skips.grow_(sources, made)
+        self.layers = nn.ModuleList(made.get(i, self.layers[l]) for i, l in enumerate(sources))

@@ -1,21 +1,24 @@
-"""Marks on models that are pruned, and their state dicts: a model built anew deletes the layers that a state lacks.
+"""Marks on models whose grid changes, and their state dicts: a model built anew takes the layers that a state has.
 
-The state must say which layers are left; the integrations mark those that trainers save. The mark travels among the
+The state must say which layers there are; the integrations mark those that trainers save. The mark travels among the
 tensors, so that whatever saves and loads these carries it.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .._distributed import expire, wrappers_around
+from .time_steps import Grid
 
 if TYPE_CHECKING:
     from ..wrapping.wrapped_model import Wrapping
 
 ORIGIN = "taulearn.origin"
 """The name under which the numbers of the layers travel."""
+PARENTS = "taulearn.parents"
+"""The name under which (0, the next number) travels and, for each layer that was new, (its number, its parent's)."""
 RECORD = "taulearn.record"
 """The name under which a record travels, where a trainer has no other place for it."""
 REPLACED = "_taulearn_replaced"
@@ -44,36 +47,68 @@ def wrapping_of(model: nn.Module) -> "Wrapping | None":
 
 
 class Follower:
-    """A hook before ``load_state_dict``: deletes the layers of a model that a marked state does not have."""
+    """A hook before ``load_state_dict``: lets a model have the layers of a marked state.
+
+    Layers that the state does not have are deleted; layers that were new are copies of those that they were made from.
+    """
 
     def __init__(self) -> None:
         self.record: bytes | None = None  # that came with the state that was loaded last
 
     def __call__(self, model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Delete layers, and take the mark off."""
+        """Change layers, and take the mark off."""
         self.record = None
         origin, record = state.pop(prefix + ORIGIN, None), state.pop(prefix + RECORD, None)
+        parents = state.pop(prefix + PARENTS, None)
         if not isinstance(origin, Tensor):
             return
         if origin.ndim > 1:  # all tensors have a dimension of size 1 in front
             state.update({name: value.squeeze(0) for name, value in state.items()})
         wanted, present = origin.reshape(-1).tolist(), model.time_steps.origin
-        if not set(wanted) <= set(present):
+        first, *pairs = [[0, 0]] if parents is None else parents.reshape(-1, 2).tolist()
+        grid = Grid.from_plain({"origin": wanted, "next_number": first[1], "parents": pairs})
+        try:
+            grid.made_from(present)
+        except ValueError as error:
             raise ValueError(
                 f"model must have the layers {wanted} of the checkpoint, got {list(present)}: others were deleted "
                 "since; load it into a model that was built anew, and go on with that one"
-            )
-        if len(wanted) < len(present):
-            self.delete(model, [present.index(layer) for layer in wanted])
+            ) from error
+        if grid.origin != present:
+            self.follow(model, grid)
         if isinstance(record, Tensor):
             self.record = record.cpu().numpy().tobytes()
 
-    def delete(self, model: Any, kept: Sequence[int]) -> None:
-        """Delete all layers but those at these positions; there is no optimiser that could follow."""
+    def follow(self, model: Any, grid: Grid) -> None:
+        """Let the model have the layers of a grid; there is no optimiser that could follow."""
         replaced = model.time_steps.values
-        prunable_of(model).keep_layers_(kept)
-        retire(replaced)
+        regrow(prunable_of(model), grid)
+        if model.time_steps.values is not replaced:
+            retire(replaced)
         expire(wrappers_around(model))
+
+
+@torch.no_grad()
+def regrow(prunable: Any, grid: Grid) -> dict[Any, Any]:
+    """Let a model have the layers of a grid: some go, others are copies of those that they were made from.
+
+    Steps and weights of the copies are to be loaded. Returns the copies' parameters, each with that of which it is one.
+
+    Raises:
+        ValueError: If it does not have the layers from which they were made, or some cannot go.
+    """
+    steps, kin = prunable.time_steps, dict[Any, Any]()
+    kept, sources, copies = grid.made_from(steps.origin)
+    if len(kept) < steps.num_steps:
+        prunable.keep_layers_(kept)
+    if copies:
+        made = {i: prunable.copy_of(sources[i]) for i in copies}
+        for i, layer in made.items():
+            kin |= zip(layer.parameters(), prunable.layers[sources[i]].parameters(), strict=True)
+        entries = torch.tensor(steps.rule.entries(sources), device=steps.values.device)
+        prunable.grow_layers_(sources, made, steps.values[entries.clamp(max=len(steps.values) - 1)])
+    steps.take_grid_(grid)
+    return kin
 
 
 def retire(values: Tensor) -> None:

@@ -5,7 +5,7 @@ map is zero. By default the first layer changes the space (inputs to features), 
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -51,6 +51,21 @@ class Skips(nn.Module):
     def keep_(self, layers: Sequence[int]) -> None:
         """Forget the maps past all layers but ``layers``; those forgotten must be identities."""
 
+    def grow_(self, sources: Sequence[int], new: Collection[int]) -> None:
+        """Let the maps past layers that are new be identities.
+
+        Args:
+            sources: For each of the layers then the position now, its own or its parent's, in order.
+            new: Positions then of those that are new.
+
+        Raises:
+            ValueError: If they do not say how.
+        """
+        raise ValueError(
+            f"skips must say what they are past new layers, got {type(self).__name__}, which does not: define "
+            f"{type(self).__name__}.grow_(sources, new)"
+        )
+
 
 class _Past(nn.Module):
     """The map past one layer."""
@@ -84,6 +99,9 @@ class IdentitySkips(Skips):
 
     def keep_(self, layers: Sequence[int]) -> None:
         self.num_steps = len(layers)
+
+    def grow_(self, sources: Sequence[int], new: Collection[int]) -> None:
+        self.num_steps = len(sources)
 
 
 def pad(y: Tensor, width: int) -> Tensor:
@@ -137,6 +155,9 @@ class PadSkips(Skips):
         self.widths = (self.widths[0], *(self.widths[layer + 1] for layer in layers))
         self.num_steps = len(layers)
 
+    def grow_(self, sources: Sequence[int], new: Collection[int]) -> None:
+        self.keep_(sources)  # a new layer's state is as wide as its parent's
+
     def extra_repr(self) -> str:
         return f"widths={self.widths}, from_input={self.from_input}"
 
@@ -174,6 +195,10 @@ class ComposedSkips(Skips):
     def keep_(self, layers: Sequence[int]) -> None:
         self.maps = nn.ModuleList(self.maps[layer] for layer in layers)
         self.num_steps = len(layers)
+
+    def grow_(self, sources: Sequence[int], new: Collection[int]) -> None:
+        self.maps = nn.ModuleList(nn.Identity() if i in new else self.maps[l] for i, l in enumerate(sources))
+        self.num_steps = len(sources)
 
 
 def learned_skips(

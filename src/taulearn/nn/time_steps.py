@@ -1,7 +1,8 @@
 """The step sizes of a network: one vector, the constraint on it, and the numbers of its layers."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,62 @@ from torch import Tensor, nn
 
 from .._errors import is_number, positive_integer
 from .constraints import Constraint, constraint_of
+
+
+class Grid(NamedTuple):
+    """Which layers there are.
+
+    Attributes:
+        origin: Their numbers, in their order.
+        next_number: The number that the next new layer gets.
+        parent: For each layer that was ever new its number, and that of the layer that it was made from.
+    """
+
+    origin: tuple[int, ...]
+    next_number: int
+    parent: Mapping[int, int]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        parents = [[number, parent] for number, parent in self.parent.items()]
+        return {"origin": list(self.origin), "next_number": self.next_number, "parents": parents}
+
+    @classmethod
+    def from_plain(cls, written: Mapping[str, Any]) -> Self:
+        """What :meth:`plain` wrote; files from before there was refinement lack what only that needs."""
+        origin, parent = tuple(written["origin"]), dict(written.get("parents", ()))
+        return cls(origin, max(written.get("next_number", 0), *(1 + n for n in (*origin, *parent))), parent)
+
+    def made_from(self, present: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """How to get it from a grid whose layers have the numbers ``present``.
+
+        Returns:
+            Positions there of the layers to keep; for each layer here the position among those, its own or an
+            ancestor's; and the positions here of those that are copies.
+
+        Raises:
+            ValueError: If a layer has no ancestor there, or the order is another.
+
+        Example:
+            >>> Grid((0, 5, 4), 6, {4: 2, 5: 4}).made_from([0, 1, 2, 3])
+            ([0, 2], [0, 1, 1], [2])
+        """
+        positions, places = {number: l for l, number in enumerate(present)}, list[int]()
+        for number in self.origin:
+            ancestor = number
+            while ancestor not in positions and self.parent.get(ancestor, ancestor) < ancestor:
+                ancestor = self.parent[ancestor]
+            if ancestor not in positions:
+                raise ValueError(f"origin must be numbers of {len(present)} layers, got {ancestor}")
+            places.append(positions[ancestor])
+        if places != sorted(places) or len(set(self.origin)) < len(self.origin):
+            raise ValueError(f"origin must increase, but for layers that were new, got {str(list(self.origin))[:80]}")
+        kept = sorted(set(places))
+        # where the layer itself goes: to that of its number, or where it was deleted to its first descendant
+        itself = {l: i for i, l in reversed([*enumerate(places)])}
+        itself |= {l: i for i, l in enumerate(places) if self.origin[i] == present[l]}
+        rank = {l: k for k, l in enumerate(kept)}
+        return kept, [rank[l] for l in places], [i for i, l in enumerate(places) if itself[l] != i]
 
 
 class TimeSteps(nn.Module):
@@ -28,7 +85,11 @@ class TimeSteps(nn.Module):
     Attributes:
         values: The parameter (a buffer with "fixed"): N entries, N - 1 with "dependent".
         rule: The constraint as an object.
-        origin: For each step the number its layer had at the start, kept through pruning.
+        origin: For each step the number of its layer, which it had at the start or got when it was made; kept through
+            all changes of the grid.
+        next_number: The number that the next new layer gets; none is used twice.
+        held: Numbers of the layers whose steps get no gradient.
+        parent: For each layer that was not there at the start, by its number, that of the layer that it was made from.
 
     Raises:
         ValueError: If an argument lies outside its range, or ``init`` contradicts the constraint.
@@ -68,6 +129,9 @@ class TimeSteps(nn.Module):
             )
         self.lower_bound = None if lower_bound is None else float(lower_bound)
         self.origin: tuple[int, ...] = tuple(range(num_steps))
+        self.next_number = num_steps
+        self.parent: Mapping[int, int] = {}
+        self.held: frozenset[int] = frozenset()
         start = self._start(num_steps, init, dtype or torch.get_default_dtype(), device)
         if self.rule.trains:
             self.values = nn.Parameter(self.rule.values(start))
@@ -125,14 +189,27 @@ class TimeSteps(nn.Module):
         return len(self.origin)
 
     @property
+    def grid(self) -> Grid:
+        """Which layers there are."""
+        return Grid(self.origin, self.next_number, self.parent)
+
+    @property
     def raw_tau(self) -> Float[Tensor, " num_steps"]:
         """The steps before the lower bound is applied to a dependent last step, shape (num_steps,)."""
-        return self.rule.raw_tau(self.values)
+        return self.rule.raw_tau(self._training)
 
     @property
     def tau(self) -> Float[Tensor, " num_steps"]:
         """The steps that the network uses, shape (num_steps,)."""
-        return self.rule.tau(self.values)
+        return self.rule.tau(self._training)
+
+    @property
+    def _training(self) -> Tensor:
+        """The values, without gradients of those that are held."""
+        if not self.held:
+            return self.values
+        held = [self.origin[i] in self.held for i in self.rule.entries(range(self.num_steps))]
+        return torch.where(torch.tensor(held, device=self.values.device), self.values.detach(), self.values)
 
     @property
     def bounded(self) -> bool:
@@ -178,18 +255,130 @@ class TimeSteps(nn.Module):
                 raise ValueError(f"indices must contain step {layer}, got {kept}: {reason}")
         held = vars(self.rule).copy()
         left = self.rule.keep(self.values, kept)
-        if (found := len(self.rule.tau(left))) != len(kept):
+        self._check_fits(left, len(kept), "keep", "the deletion", held)
+        self.take_(left, [self.origin[i] for i in kept])
+
+    @torch.no_grad()
+    def split_(self, indices: Iterable[int], theta: float = 0.5) -> None:
+        """Let each step at ``indices`` become two, theta and 1 - theta of it: the same equation on a finer grid.
+
+        The parameter becomes a new object, as with :meth:`keep_`. The first half keeps the layer's number.
+
+        Args:
+            indices: Current positions, each once.
+            theta: Share of the first half, in (0, 1).
+
+        Raises:
+            ValueError: If an argument lies outside its range, a half would lie below the lower bound, or a constraint
+                of your own does not say how its values are split; nothing is changed then.
+
+        Example:
+            >>> steps = TimeSteps(2)
+            >>> steps.split_([0])
+            >>> steps.tau.tolist(), steps.origin, steps.parent
+            ([0.25, 0.25, 0.5], (0, 2, 1), {2: 0})
+        """
+        chosen = self._chosen("indices", indices)
+        self.grow_(*twice(self.num_steps, chosen), self.split(chosen, theta))
+
+    @torch.no_grad()
+    def insert_(self, behind: Iterable[int]) -> None:
+        """Insert steps of 0, or of the lower bound.
+
+        Args:
+            behind: Current positions behind which a step comes, each once.
+
+        Raises:
+            ValueError: If they are no such positions, or the constraint does not allow it; nothing is changed then.
+
+        Example:
+            >>> steps = TimeSteps(2)
+            >>> steps.insert_([1])
+            >>> steps.tau.tolist(), steps.origin
+            ([0.5, 0.5, 0.0], (0, 1, 2))
+        """
+        chosen = self._chosen("behind", behind)
+        self.grow_(*twice(self.num_steps, chosen), self.insert(chosen))
+
+    def _chosen(self, argument: str, given: Iterable[int]) -> list[int]:
+        """Positions in order."""
+        chosen = sorted(given)
+        if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 0 or chosen[-1] >= self.num_steps:
+            raise ValueError(f"{argument} must be numbers in 0 .. {self.num_steps - 1}, each once, got {chosen}")
+        return chosen
+
+    def not_split(self, theta: float = 0.5) -> dict[int, str]:
+        """Positions whose step cannot be split, with the reason: a half would lie below the lower bound."""
+        if not (is_number(theta) and 0.0 < theta < 1.0):
+            raise ValueError(f"theta must lie in (0, 1), got {theta!r}: it is the first half's share of the step")
+        if self.lower_bound is None:
+            return {}
+        tau = self.tau.detach()
+        too_small = torch.minimum(theta * tau, tau - theta * tau) < torch.full_like(tau, self.lower_bound)
+        return {
+            int(l): f"a half of its step {float(tau[l]):g} would lie below the lower bound {self.lower_bound:g}"
+            for l in too_small.nonzero().flatten()
+        }
+
+    @torch.no_grad()
+    def split(self, indices: Sequence[int], theta: float = 0.5) -> Tensor:
+        """The parameter vector after :meth:`split_`."""
+        for l, reason in self.not_split(theta).items():
+            if l in indices:
+                raise ValueError(f"indices must not contain step {l}, got {list(indices)}: {reason}")
+        held = vars(self.rule).copy()
+        values = self.rule.split(self.values, indices, theta)
+        self._check_fits(values, self.num_steps + len(indices), "split", "the split", held)
+        return values
+
+    @torch.no_grad()
+    def insert(self, behind: Sequence[int]) -> Tensor:
+        """The parameter vector after :meth:`insert_`."""
+        for l, reason in self.rule.not_inserted(self.num_steps).items():
+            if l in behind:
+                raise ValueError(f"behind must not contain {l}, got {list(behind)}: {reason}")
+        held = vars(self.rule).copy()
+        values = self.rule.insert(self.values, behind)
+        self._check_fits(values, self.num_steps + len(behind), "insert", "the insertion", held)
+        return values
+
+    @torch.no_grad()
+    def grow_(self, sources: Sequence[int], new: Iterable[int], values: Tensor) -> None:
+        """Take the steps of a finer grid.
+
+        Args:
+            sources: For each of the layers then the position now, its own or its parent's, in order.
+            new: Positions then of those that are new; they get numbers that were never used.
+            values: The parameter vector then.
+        """
+        numbers, parent = [self.origin[i] for i in sources], dict(self.parent)
+        for l in sorted(new):
+            parent[self.next_number], numbers[l] = numbers[l], self.next_number
+            self.next_number += 1
+        self.parent = parent
+        self.take_(values, numbers)
+
+    def take_(self, values: Tensor, numbers: Iterable[int]) -> None:
+        """Take another vector, and the numbers of its layers."""
+        if isinstance(self.values, nn.Parameter):
+            values = nn.Parameter(values.detach(), requires_grad=self.values.requires_grad)
+        self.values = values
+        self.origin = tuple(numbers)
+
+    def take_grid_(self, grid: Grid) -> None:
+        """Let the layers have numbers and parents that they had before, as far as it goes."""
+        self.origin, self.parent = grid.origin, dict(grid.parent)
+        self.next_number = max(self.next_number, grid.next_number)
+
+    def _check_fits(self, values: Tensor, number: int, method: str, change: str, held: dict[str, object]) -> None:
+        """Refuse values of a user's constraint that do not give one step a layer, and put its attributes back."""
+        if (found := len(self.rule.tau(values))) != number:
             vars(self.rule).clear()
             vars(self.rule).update(held)
             kind = type(self.rule).__name__
             raise ValueError(
-                f"{kind}.tau must have {len(kept)} entries, one a layer, got {found}: "
-                f"let {kind}.keep follow the deletion"
+                f"{kind}.tau must have {number} entries, one a layer, got {found}: let {kind}.{method} follow {change}"
             )
-        if isinstance(self.values, nn.Parameter):
-            left = nn.Parameter(left, requires_grad=self.values.requires_grad)
-        self.values = left
-        self.origin = tuple(self.origin[i] for i in kept)
 
     def extra_repr(self) -> str:
         """The line of ``print(model)``."""
@@ -199,6 +388,18 @@ class TimeSteps(nn.Module):
         if self.origin != tuple(range(self.num_steps)):
             parts.append(f"origin={self.origin}")
         return ", ".join(parts)
+
+
+def twice(number: int, indices: Iterable[int]) -> tuple[list[int], list[int]]:
+    """The positions 0 .. number - 1, those at ``indices`` twice; and where the second ones stand.
+
+    Example:
+        >>> twice(3, [0, 2])
+        ([0, 0, 1, 2, 2], [1, 4])
+    """
+    again = set(indices)
+    sources = [l for l in range(number) for _ in range(1 + (l in again))]
+    return sources, [i for i in range(1, len(sources)) if sources[i] == sources[i - 1]]
 
 
 def time_steps_of(model: nn.Module) -> TimeSteps:

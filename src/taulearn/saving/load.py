@@ -6,12 +6,13 @@ from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
 
-from ..adaptivity.coarsen import prune
+from ..adaptivity.refine import take_grid
 from ..adaptivity.transaction import all_or_nothing
 from ..files import read_tensors
 from ..nn.constraints import CONSTRAINTS
 from ..nn.network import TimeVariableNetwork
 from ..nn.pruned_models import prunable_of, wrapping_of
+from ..nn.time_steps import Grid
 from ..wrapping.branches import Branch
 from ..wrapping.wrap_model import rewrap, take_form, unwrap
 from ..wrapping.wrapped_model import drop_units, take_states
@@ -37,7 +38,8 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
     Args:
         path: The folder; a run directory is one.
         host: A fresh model: not pruned, or pruned no further than the saved one. Layers that the saved model no longer
-            has are deleted from it, and the weights are copied into it. For a wrapped model it need not be wrapped:
+            has are deleted from it, those that were new are made anew as copies (refine the host alike where they were
+            others), and the weights are copied into it. For a wrapped model it need not be wrapped:
             then it gets its time steps here; steps in units of displacement become plain ones; what was saved with
             ``plain=True`` has none afterwards. None: rebuild the network.
 
@@ -79,7 +81,7 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
     with all_or_nothing([inner], None):
         _wrap_as_saved(inner, manifest, folder)
         with_steps("host", inner)
-        _delete_layers(inner, manifest, folder)
+        _change_layers(inner, manifest, folder)
         if saved["kind"] == "wrapped" and (wrapping := wrapping_of(inner)) is not None:
             take_states(wrapping, saved["states"])
         _refuse("host", _differences(inner, manifest, tensors, folder), folder)
@@ -143,22 +145,23 @@ def _branches(saved: dict[str, Any], folder: Path) -> list[tuple[Branch, ...]]:
     return [tuple(map(Branch.from_plain, block)) for block in written]
 
 
-def _delete_layers(host: nn.Module, manifest: dict[str, Any], folder: Path) -> None:
-    """Delete the host's layers that the saved model does not have."""
-    kept, present = tuple(manifest["time_steps"]["origin"]), prunable_of(host).time_steps.origin
-    if not set(kept) <= set(present):
+def _change_layers(host: nn.Module, manifest: dict[str, Any], folder: Path) -> None:
+    """Let the host have the layers of the saved model."""
+    grid, steps = Grid.from_plain(manifest["time_steps"]), prunable_of(host).time_steps
+    try:
+        grid.made_from(steps.origin)
+    except ValueError as error:
         raise ValueError(
-            f"host must have the layers {short(kept)} that {folder} holds, got {short(present)}: "
+            f"host must have the layers {short(grid.origin)} that {folder} holds, got {short(steps.origin)}: "
             "build it with as many layers as the saved model had at the start"
-        )
-    if len(kept) < len(present):
-        try:
-            prune(host, keep=[present.index(layer) for layer in kept])
-        except ValueError as error:
-            raise ValueError(
-                f"host must be a model whose layers can be deleted down to the {short(kept)} that {folder} holds, "
-                f"got one where they cannot ({error}): build it as the saved model was"
-            ) from error
+        ) from error
+    try:
+        take_grid(host, grid)
+    except ValueError as error:
+        raise ValueError(
+            f"host must be a model whose layers can be changed to the {short(grid.origin)} that {folder} holds, "
+            f"got one where they cannot ({error}): build it as the saved model was"
+        ) from error
 
 
 def _differences(host: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> list[str]:
@@ -185,7 +188,7 @@ def _differences(host: nn.Module, manifest: dict[str, Any], tensors: dict[str, T
 def _said(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest's entries on steps, scheme and blocks, but for options and what is only followed."""
     parts = ["time_steps", "scheme"] + ["model"] * (manifest["model"]["kind"] == "wrapped")
-    followed = ("states", "options", "modules", "branches", "plain")
+    followed = ("states", "options", "modules", "branches", "plain", "next_number", "parents")
     return {f"{part}.{key}": value for part in parts for key, value in manifest[part].items() if key not in followed}
 
 

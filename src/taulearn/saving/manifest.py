@@ -49,7 +49,9 @@ _MODELS: dict[str, Any] = {
         "plain": bool,
     },
 }
-_STEPS = {"origin": [range(2**28), ...], "constraint": str, "horizon": float, "lower_bound": (None, float)}
+_NUMBER = range(2**28)
+_GRID = {"origin": [_NUMBER, ...], "next_number": range(2**28 + 1), "parents": [[_NUMBER]]}
+_STEPS = _GRID | {"constraint": str, "horizon": float, "lower_bound": (None, float)}
 _CONTENT = {
     "format": int,
     "taulearn": str,
@@ -100,8 +102,11 @@ def _read(path: Path) -> dict[str, Any]:
                 for key, value in {"form": "whole", "per": "block", "branches": [], "plain": False}.items():
                     model.setdefault(key, value)
             if type(manifest.get("time_steps")) is dict:
-                manifest["time_steps"].setdefault("options", {})
+                for key, value in {"options": {}, "next_number": 0, "parents": []}.items():
+                    manifest["time_steps"].setdefault(key, value)
             check("", manifest, _CONTENT | {"model": _MODELS[kind]})
+            if any(len(pair) != 2 or pair[1] >= pair[0] for pair in manifest["time_steps"]["parents"]):
+                raise ValueError("time_steps.parents must be pairs of a number and the smaller one of its parent")
             return manifest
     except (ValueError, RecursionError) as error:
         raise ValueError(

@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from itertools import pairwise
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -29,9 +28,10 @@ from ..nn.builders import BUILDERS, FlattenInput, FullyConnected
 from ..nn.constraints import Constraint
 from ..nn.convolutional import ConvolutionalStem, PointwiseSkip, PooledHead, PreActivationBlock, resnet_v2
 from ..nn.network import TimeVariableNetwork
+from ..nn.pruned_models import regrow
 from ..nn.schemes import SCHEMES, Residual, Scheme
 from ..nn.skips import ComposedSkips, IdentitySkips, Pad, PadSkips, Skips
-from ..nn.time_steps import TimeSteps
+from ..nn.time_steps import Grid, TimeSteps
 from .manifest import COUNT, LAYERS, NAMED, RECIPE, check, short
 
 M = TypeVar("M", bound=nn.Module)
@@ -170,22 +170,23 @@ def build(manifest: Mapping[str, Any]) -> TimeVariableNetwork:
         ValueError: If a name is unknown, or arguments do not fit each other.
     """
     saved, steps = manifest["model"], manifest["time_steps"]
-    origin, dtype = steps["origin"], getattr(torch, saved["dtype"])
-    if any(a >= b for a, b in pairwise(origin)):
-        raise ValueError(f"time_steps.origin must increase, got {short(origin)}")
+    grid, dtype = Grid.from_plain(steps), getattr(torch, saved["dtype"])
+    origin = list(grid.origin)
+    if len(origin) > LAYERS[-1] and grid.parent:
+        raise ValueError(f"time_steps.origin must have at most {LAYERS[-1]} layers, got {len(origin)}")
     scheme = _named("scheme", manifest["scheme"], _schemes())
     if (options := _arguments(scheme)).keys() != manifest["scheme"]["options"].keys():
         raise ValueError(f"scheme must have options {sorted(options)}, got {manifest['scheme']['options']}")
     settings = {key: steps[key] for key in ("constraint", "horizon", "lower_bound")}
     init = max(steps["horizon"] / len(origin), steps["lower_bound"] or 0.0)
     time_steps = TimeSteps(len(origin), **settings, init=init, dtype=dtype, device="meta")
-    time_steps.origin = tuple(origin)
+    time_steps.take_grid_(grid)
     try:
         network = _made("model", {key: saved[key] for key in RECIPE})
         if type(network) is not TimeVariableNetwork:
             raise ValueError(f"model must be a network, got a {saved['builder']}")
         if network.recipe is not None:
-            _delete(network, origin)
+            _follow(network, grid)
         if len(network.layers) != len(origin):
             raise ValueError(f"time_steps must have one step per layer, got {short(origin)} for {len(network.layers)}")
         network.scheme, network.time_steps = scheme, time_steps
@@ -194,13 +195,12 @@ def build(manifest: Mapping[str, Any]) -> TimeVariableNetwork:
         raise ValueError(f"model cannot be built: {error}") from error
 
 
-def _delete(network: TimeVariableNetwork, origin: Sequence[int]) -> None:
-    """Delete the layers of a network just built that are not in ``origin``, as pruning and truncating did."""
-    if (last := origin[-1]) >= len(network.layers):
-        raise ValueError(f"time_steps.origin must be numbers of {len(network.layers)} layers, got {last}")
+def _follow(network: TimeVariableNetwork, grid: Grid) -> None:
+    """Let a network just built have the layers of a grid, as pruning, truncating and refining did."""
+    last = grid.made_from(network.time_steps.origin)[0][-1]
     if last + 1 < len(network.layers):
         cut(network, last + 1)
-    network.keep_layers_(origin)
+    regrow(network, grid)
 
 
 def _made(where: str, value: Any) -> Any:

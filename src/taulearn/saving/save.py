@@ -121,7 +121,7 @@ def describe(model: nn.Module, *, plain: bool = False) -> dict[str, Any]:
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "taulearn": __version__,
-        "time_steps": {"origin": list(steps.origin), **options, **({"options": own} if own else {})},
+        "time_steps": {**steps.grid.plain(), **options, **({"options": own} if own else {})},
         "scheme": name_of_scheme(prunable.scheme),
     }
     if wrapping is None:

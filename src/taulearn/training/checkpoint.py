@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adaptivity.coarsen import prune
 from ..adaptivity.optimizer_state import check_follows, with_inner
+from ..adaptivity.refine import take_grid
 from ..files import check_tensors, read_tensors, write_tensors
 from ..nn.pruned_models import wrapping_of
-from ..nn.time_steps import time_steps_of
+from ..nn.time_steps import Grid, time_steps_of
 from .check_arguments import disagreements
 from .history import History
 from .parts import Parts, Position, Start
@@ -84,7 +84,7 @@ def check_contents(parts: Parts) -> None:
 def load_checkpoint(
     folder: Path, parts: Parts, terms: Mapping[str, Any]
 ) -> tuple[Position, History, Mapping[str, Any], list[str]]:
-    """Put the newest undamaged checkpoint into freshly made parts: layers that were deleted are deleted again."""
+    """Put the newest undamaged checkpoint into freshly made parts, whose layers become those that there were."""
     tensors, plain, complaints = _newest(folder)
     position = Position(**plain["position"])
     differing = disagreements(plain.get("terms", {}), terms)
@@ -131,16 +131,17 @@ def _newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]
 def _restore(parts: Parts, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     model, optimizer = parts.model, parts.optimizer
     steps = time_steps_of(model)
-    kept = [i for i, layer in enumerate(steps.origin) if layer in plain["origin"]]
-    if [steps.origin[i] for i in kept] != plain["origin"]:
+    grid = Grid.from_plain(plain)
+    try:
+        grid.made_from(steps.origin)
+    except ValueError as error:
         raise ValueError(
             f"model must have the layers {plain['origin']} of the checkpoint, got {list(steps.origin)}: "
             "build the network the run began with"
-        )
+        ) from error
     if parts.scheduler is not None:
         _check_schedule(parts.scheduler.state_dict(), from_plain(plain["scheduler"], tensors))
-    if len(kept) < steps.num_steps:
-        prune(model, keep=kept, optimizer=optimizer, averaged=parts.averaged)
+    take_grid(model, grid, optimizer=optimizer, averaged=parts.averaged)
     _follow_folding(model, tensors, "model/")
     _load(model, tensors, "model/")
     if parts.averaged is not None:
@@ -256,7 +257,7 @@ def _numpy_state() -> list[Any]:
 def _contents(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of all parts: named tensors, and plain data."""
     tensors: dict[str, Tensor] = {f"model/{name}": t for name, t in parts.model.state_dict().items()}
-    plain: dict[str, Any] = {"origin": list(time_steps_of(parts.model).origin)}
+    plain: dict[str, Any] = time_steps_of(parts.model).grid.plain()
     if parts.averaged is not None:
         tensors |= {f"averaged/{name}": t for name, t in parts.averaged.state_dict().items()}
     for i, optimizer in enumerate(with_inner([parts.optimizer])):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,34 +40,59 @@ class Deletion:
     parameters: int
 
 
+@dataclass(frozen=True)
+class Insertion:
+    """One new layer.
+
+    Attributes:
+        iteration: Iteration after which it came, from 1.
+        epoch: Epoch of that iteration, from 1.
+        layer: Its number.
+        parent: Number of the layer that it is the second half of, or was made from.
+        step: Its step then: 0 (or the lower bound) of an inserted one, else its share of the parent's.
+        parameters: Number of variables that came with it.
+    """
+
+    iteration: int
+    epoch: int
+    layer: int
+    parent: int
+    step: float
+    parameters: int
+
+
 @dataclass
 class History:
     """The record of a run; figures and verdicts are drawn from this alone.
 
     Attributes:
         iterations: Columns with one row per iteration: "loss", "total", "penalty.NAME", "weight.l1" (the penalty's
-            weight, where a target steers it), "tau" (I, N) with the steps that iteration was computed with, NaN once
-            deleted; "raw_tau" likewise where it can differ; with a stage cost "stage_loss" (I, N + 1), in column k the
-            loss of the network cut after its first k layers, NaN where there is no such output or no layer any more;
-            and what other penalties have as ``columns``.
+            weight, where a target steers it), "tau" (I, N) with the steps that iteration was computed with, in column l
+            that of the layer with number l, NaN before it came and once it is deleted; "raw_tau" likewise where it can
+            differ; with a stage cost "stage_loss" (I, N + 1), in column k the loss of the network cut after its first k
+            layers, NaN where there is no such output or no layer any more; and what other penalties have as
+            ``columns``.
         epochs: Columns with one row per epoch, row 0 before training: "iteration", "layers", "parameters", "seconds",
             "train.loss", "train.total", "validation.NAME".
         deletions: In the order in which they happened.
+        insertions: Likewise, of layers that came.
 
     Example:
         >>> History()
-        History(iterations: 0 of nothing; epochs: 0 of nothing; deletions: 0)
+        History(iterations: 0 of nothing; epochs: 0 of nothing; deletions: 0; insertions: 0)
     """
 
     iterations: dict[str, Array] = field(default_factory=dict)
     epochs: dict[str, Array] = field(default_factory=dict)
     deletions: list[Deletion] = field(default_factory=list)
+    insertions: list[Insertion] = field(default_factory=list)
 
     def __repr__(self) -> str:
         epochs = max(0, len(self.epochs.get("iteration", ())) - 1)
         return (
             f"History(iterations: {self.num_iterations} of {', '.join(self.iterations) or 'nothing'}; "
-            f"epochs: {epochs} of {', '.join(self.epochs) or 'nothing'}; deletions: {len(self.deletions)})"
+            f"epochs: {epochs} of {', '.join(self.epochs) or 'nothing'}; deletions: {len(self.deletions)}; "
+            f"insertions: {len(self.insertions)})"
         )
 
     @property
@@ -78,22 +104,27 @@ class History:
         """The record as named tensors, which is how it is stored."""
         named = {f"iteration/{name}": torch.from_numpy(np.ascontiguousarray(a)) for name, a in self.iterations.items()}
         named |= {f"epoch/{name}": torch.from_numpy(np.ascontiguousarray(a)) for name, a in self.epochs.items()}
-        for name in Deletion.__dataclass_fields__:
-            dtype = torch.float64 if name == "share" else torch.int64
-            named[f"deletion/{name}"] = torch.tensor([getattr(d, name) for d in self.deletions], dtype=dtype)
+        for group, kind, rows in (("deletion", Deletion, self.deletions), ("insertion", Insertion, self.insertions)):
+            for name in kind.__dataclass_fields__:
+                dtype = torch.float64 if name in ("share", "step") else torch.int64
+                named[f"{group}/{name}"] = torch.tensor([getattr(row, name) for row in rows], dtype=dtype)
         return named
 
     @classmethod
     def from_tensors(cls, named: dict[str, Tensor]) -> "History":
         """The inverse of :meth:`tensors`; other names are passed over."""
-        groups: dict[str, dict[str, Array]] = {"iteration": {}, "epoch": {}, "deletion": {}}
+        groups: dict[str, dict[str, Array]] = {"iteration": {}, "epoch": {}, "deletion": {}, "insertion": {}}
         for name, tensor in named.items():
             group, _, column = name.partition("/")
             if group in groups:
                 groups[group][column] = tensor.numpy()
-        columns = groups["deletion"]
-        rows = zip(*(columns[name].tolist() for name in Deletion.__dataclass_fields__), strict=True) if columns else []
-        return cls(groups["iteration"], groups["epoch"], [Deletion(*row) for row in rows])
+
+        def rows(columns: dict[str, Array], kind: type[Deletion | Insertion]) -> list[Any]:
+            listed = [columns[name].tolist() for name in kind.__dataclass_fields__] if columns else []
+            return [kind(*row) for row in zip(*listed, strict=True)]
+
+        changes = rows(groups["deletion"], Deletion), rows(groups["insertion"], Insertion)
+        return cls(groups["iteration"], groups["epoch"], *changes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -178,6 +209,7 @@ class Recorder:
         self._done: dict[str, list[Array]] = {name: [] for name in (*row.numbers, *row.layers, *row.depths)}
         self._epochs: list[dict[str, float]] = []
         self.deletions: list[Deletion] = []
+        self.insertions: list[Insertion] = []
         if history is not None:
             unknown = np.full((history.num_iterations, layers + 1), np.nan, np.float32)
             for name, done in self._done.items():
@@ -185,7 +217,7 @@ class Recorder:
                 done.append(history.iterations.get(name, unknown[:, width]))
             names = list(history.epochs)
             self._epochs = [dict(zip(names, row, strict=True)) for row in zip(*history.epochs.values(), strict=True)]
-            self.deletions = list(history.deletions)
+            self.deletions, self.insertions = list(history.deletions), list(history.insertions)
 
     def add(self, rows: Tensor) -> None:
         """Take rows (k, columns) from the device, without looking at them."""
@@ -198,6 +230,7 @@ class Recorder:
         rows = torch.cat(self._pending).cpu()
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self._pending.clear()
+        self.layers = max(self.layers, *(l + 1 for l in origin))
         for name, found in self.row.split(rows, len(origin)).items():
             column = found.numpy().copy()
             if name not in self.row.numbers:
@@ -221,7 +254,7 @@ class Recorder:
     def _compact(self) -> None:
         for name, parts in self._done.items():
             if len(parts) > 1:
-                self._done[name] = [np.concatenate(parts)]
+                self._done[name] = [np.concatenate(_as_wide(parts))]
 
     def history(self) -> History:
         """All that has been flushed."""
@@ -232,4 +265,13 @@ class Recorder:
             column = [row.get(name, float("nan")) for row in self._epochs]
             epochs[name] = np.array(column, dtype=np.int64 if name in integers else np.float64)
         iterations = {name: parts[0] for name, parts in self._done.items() if parts}
-        return History(iterations, epochs, list(self.deletions))
+        return History(iterations, epochs, list(self.deletions), list(self.insertions))
+
+
+def _as_wide(parts: list[Array]) -> list[Array]:
+    """Parts of a column, with NaN for layers that were not there yet."""
+    wide = max(each.shape[1:] for each in parts)
+    return [
+        each if each.shape[1:] == wide else np.pad(each, [(0, 0), (0, wide[0] - each.shape[1])], constant_values=np.nan)
+        for each in parts
+    ]

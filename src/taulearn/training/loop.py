@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..adaptivity.controller import Pruner
+from ..adaptivity.optimizer_state import check_holds_steps
 from ..nn.time_steps import time_steps_of
 from ..optim.projections import suspended_projections
 from .batches import LoaderBatches, TensorBatches
@@ -235,12 +236,14 @@ class Loop:
         end = EpochEnd(
             epoch + 1, position.iteration, row, self.model, self.parts.optimizer, tuple(self.recorder.deletions)
         )
-        stop = epoch + 1 == self.settings.epochs
+        stop, layers = epoch + 1 == self.settings.epochs, self.steps.origin
         for callback in self.settings.callbacks:
             try:
                 callback(end)
             except StopTraining:
                 stop = position.stopped = True
+        if self.steps.origin != layers:
+            self._follow_callbacks(epoch)
         stop, position.stopped = self.ranks.any(stop), self.ranks.any(position.stopped)
         self.ranks.same(f"the time steps after iteration {position.iteration}", self.steps.tau.tolist(), CHANGED)
         if stop and self.folder is not None:
@@ -250,6 +253,13 @@ class Loop:
         if interrupted() and not stop:
             raise self._interrupted()
         return stop
+
+    def _follow_callbacks(self, epoch: int) -> None:
+        """Go on with the layers that a callback left."""
+        check_holds_steps(self.parts.optimizer, self.model, "hand it to taulearn.refine and prune")
+        self.session.note_new_layers(epoch + 1)
+        self.position.compiled = self.position.compiled and self._decide_compile()
+        self.engine.rebuild(self.position.compiled)
 
     def _record_epoch(self, *, seconds: float, first: int) -> dict[str, float]:
         """One row per epoch, with the validation figures of the network as it is now."""

@@ -28,12 +28,13 @@ from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import optimizers_in, parameters_held
 from ..adaptivity.transaction import all_or_nothing
 from ..nn.module_on_states import running_statistics_held
+from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
 from ..optim.groups import overflows
 from ..optim.projections import steps_under_way
 from ..penalties import Penalty
-from .history import FLUSH_EVERY, Array, Deletion, History, Recorder, Row
+from .history import FLUSH_EVERY, Array, Deletion, History, Insertion, Recorder, Row
 
 
 def active_penalties(penalties: tuple[Penalty, ...], pruner: Pruner | None) -> tuple[Penalty, ...]:
@@ -103,6 +104,7 @@ class Session:
         layers = known["tau"].shape[1] if "tau" in known else max(self.steps.origin) + 1
         self.row = Row(penalties, raw=self.steps.bounded)
         self.recorder = Recorder(self.row, layers, past)
+        self._known = frozenset(range(self.steps.next_number))  # numbers that were used before
         self.iteration = 0 if past is None else past.num_iterations
         self._losses, self._pending = dict[int, float](), dict[int, float | Tensor]()
         self._measuring: ExitStack | None = None
@@ -343,6 +345,20 @@ class Session:
             for d in (() if report is None else report.deleted)
         ]
         return report
+
+    def note_new_layers(self, epoch: int) -> None:
+        """Record the layers that have come since the last record; nothing may be pending from before.
+
+        Args:
+            epoch: Number of the epoch, from 1.
+        """
+        known = {each.layer for each in self.recorder.insertions} | self._known
+        own, layers = int(isinstance(self.steps.values, nn.Parameter)), prunable_of(self.model).layers
+        for l, (number, step) in enumerate(zip(self.steps.origin, self.steps.tau.tolist(), strict=True)):
+            if number not in known:
+                parameters = own + sum(p.numel() for p in layers[l].parameters())
+                parent = self.steps.parent[number]
+                self.recorder.insertions.append(Insertion(self.iteration, epoch, number, parent, step, parameters))
 
     def _delete(self) -> PruneReport | None:
         """Let the policy delete layers, in the model and its averages or in none of them."""

@@ -22,8 +22,8 @@ def numbers(history: History) -> Int[np.ndarray, " rows"]:
 def thinned(history: History, *, coarse: bool = False) -> History:
     """A record with fewer rows per iteration, and a column "iteration" that tells which.
 
-    Besides the evenly and the logarithmically spaced ones, those rows stay between which a step is deleted, and those
-    in which a step is negative for the first time.
+    Besides the evenly and the logarithmically spaced ones, those rows stay between which a step comes or is deleted,
+    and those in which a step is negative for the first time.
     """
     there = numbers(history)
     total = int(there[-1]) if len(there) else 0
@@ -33,7 +33,12 @@ def thinned(history: History, *, coarse: bool = False) -> History:
     rows = np.flatnonzero(np.isin(there, chosen))
     rows = np.union1d(rows, _events(history, len(there)))
     columns = {name: column[rows] for name, column in history.iterations.items() if name != "iteration"}
-    return History({"iteration": there[rows], **columns}, dict(history.epochs), list(history.deletions))
+    return History(
+        {"iteration": there[rows], **columns},
+        dict(history.epochs),
+        list(history.deletions),
+        list(history.insertions),
+    )
 
 
 def _spaced(total: int, number: int) -> Int[np.ndarray, " kept"]:
@@ -45,11 +50,12 @@ def _spaced(total: int, number: int) -> Int[np.ndarray, " kept"]:
 
 
 def _events(history: History, number: int) -> Int[np.ndarray, " rows"]:
-    """Rows before and after a step is deleted, and those in which one is negative for the first time."""
+    """Rows before and after a step comes or is deleted, and those in which one is negative for the first time."""
     rows: list[int] = []
     for name in ("tau", "raw_tau"):
         for column in history.iterations.get(name, np.zeros((0, 0))).T:
             present, negative = np.flatnonzero(np.isfinite(column)), np.flatnonzero(column < 0)
-            rows += [int(present[-1]), int(present[-1]) + 1] if len(present) else []
+            if len(present):
+                rows += [max(0, int(present[0]) - 1), int(present[0]), int(present[-1]), int(present[-1]) + 1]
             rows += [int(negative[0])] if len(negative) else []
     return np.array([row for row in set(rows) if row < number], dtype=np.int64)

@@ -1,0 +1,384 @@
+"""Refinement of the time grid, the mirror of pruning: layers become two, or new ones come in with a step of 0.
+
+    split     layer l becomes two with the same parameters and steps theta tau_l and (1 - theta) tau_l: the same
+              differential equation on a finer grid; a residual y changes by theta (1 - theta) tau_l^2 f_l' f_l + ..
+    insert    a new layer with step 0 behind layer l: nothing changes; dJ/dtau_new = <psi, f_new(y)>, psi the adjoint
+
+Indicators say where (indicators.py), a rule marks (mark.py), the transaction carries it out (transaction.py).
+
+References:
+    Kreis, Herberg, Koehne, Schiela, Herzog (2023), SensLI, arXiv 2311.15995, insertion. Hintermüller, Hinze, Korolev
+    (2026), arXiv 2601.07397, dual weighted residuals. Kim et al. (2023), SOLAR, arXiv 2312.15166, and Wu et al. (2024),
+    LLaMA Pro, arXiv 2401.02415, the same with pretrained models.
+"""
+
+import copy
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from .._distributed import expire, refuse_distributed, wrappers_around
+from .._errors import unknown_name
+from ..nn.pruned_models import WRAPPING, prunable_of
+from ..nn.time_steps import Grid
+from ..optim.projections import has_session
+from .coarsen import ALL_OF_THEM, forget_compiled, number_of_variables, prune
+from .indicators import Indicator, NewLayer as LayerMaker, indicators
+from .mark import bulk as smallest_set, largest
+from .optimizer_state import check_holds, check_holds_steps, optimizers_in, parameters_held
+from .transaction import Refinable, Snapshot, all_or_nothing, become, check_averaged, grow
+
+
+@dataclass(frozen=True)
+class NewLayer:
+    """One new layer.
+
+    Attributes:
+        layer: Its number.
+        parent: Number of the layer that it is the second half of, a copy of, or was made behind.
+        indicator: What the indicator said of the place, with its sign, NaN where none was asked.
+        parameters: Number of variables that came with it.
+    """
+
+    layer: int
+    parent: int
+    indicator: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class RefineReport:
+    """The result of :func:`refine`; prints as a few lines.
+
+    Attributes:
+        by: "split" or "insert".
+        new: The new layers, in their order.
+        layers_before: Number of layers before.
+        layers_after: Number of layers after.
+        parameters_before: Number of variables before.
+        parameters_after: Number of variables after.
+        optimizer: "none" (not given), "exact" (all state is what it was; both halves of a split have it) or "reset"
+            (some of it could not follow and is made anew; the note says what).
+        note: What the reader should know of the accuracy, or of the optimiser.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> print(refine(resnet(2, 3, 1, 4), [1, 3]))
+        split layers 1, 3 (new: 4, 5): 4 -> 6 layers, 52 -> 78 parameters
+    """
+
+    by: str
+    new: tuple[NewLayer, ...]
+    layers_before: int
+    layers_after: int
+    parameters_before: int
+    parameters_after: int
+    optimizer: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        plural, act = "s" if len(self.new) > 1 else "", "split" if self.by == "split" else "inserted a copy of"
+        parents, numbers = (", ".join(str(getattr(each, name)) for each in self.new) for name in ("parent", "layer"))
+        text = (
+            f"{act} layer{plural} {parents} (new: {numbers}): {self.layers_before} -> {self.layers_after} layers, "
+            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
+        )
+        return text + (f"; {self.note}" if self.note else "")
+
+
+def refine(
+    model: nn.Module,
+    layers: Iterable[int] | None = None,
+    *,
+    by: str = "split",
+    indicator: Indicator | None = None,
+    number: int | None = None,
+    bulk: float | None = None,
+    theta: float = 0.5,
+    layer: LayerMaker | None = None,
+    data: Any = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    averaged: AveragedModel | None = None,
+    train: str | None = None,
+) -> RefineReport:
+    """Make the time grid finer, in model, optimisers and averaged model, or in none of them.
+
+    New layers get numbers that were never used (``model.time_steps.origin``, ``.parent``); batch normalisation's
+    buffers are copied. An optimiser goes on with the exact state of what was there; parameters of new layers join the
+    groups of those that they are copies of. If anything fails, all is as before.
+
+    Args:
+        model: A residual or fractional network with time steps, or a wrapped model.
+        layers: Positions (now, from 0) of the layers to split, or behind which to insert. One of ``layers``,
+            ``number`` and ``bulk`` decides.
+        by: "split": each becomes two with the same parameters and a share of its step. "insert": behind each comes a
+            new layer with step 0, or with the lower bound of the steps where there is one.
+        indicator: Where the grid is too coarse, where its absolute value is large: "dual-weighted", what a split would
+            change the loss by; "sensitivity", the derivative with respect to the step of a layer not there yet; or a
+            function, see :mod:`taulearn.adaptivity.indicators`. None: the first for splits, the second for insertions.
+        number: How many layers to refine, those with the largest indicators.
+        bulk: The smallest set whose indicators sum to at least this share of the total, in (0, 1].
+        theta: Share of the first half of a split, in (0, 1).
+        layer: What an inserted layer is, a function of the layer behind which it comes. None: a copy of that one, or of
+            the next one where that one changes the width.
+        data: What a named indicator looks at, see :func:`taulearn.prune`.
+        loss: Maps (output, target) to a scalar. None: the one that the model returns.
+        optimizer: The optimiser of the model's parameters, or a list of all of them, see :func:`taulearn.prune`.
+        averaged: Averaged weights of the model, refined alike.
+        train: "new": from now on only the new layers and their steps train (a proximal step or weight decay moves all
+            steps). None: what trains trains on.
+
+    Returns:
+        What was done.
+
+    Raises:
+        TypeError: If the model has no time steps, or an argument is of another kind.
+        ValueError: If an argument lies outside its range, not one of ``layers``, ``number`` and ``bulk`` is given, the
+            scheme, a layer or the constraint does not allow it, fewer layers can be refined than asked for, ``data`` is
+            lacking, or an optimiser cannot follow.
+
+    References:
+        See the module's text.
+
+    Example:
+        >>> from taulearn.nn import resnet
+        >>> network = resnet(2, 3, 1, 3, init=[0.5, 0.25, 0.25])
+        >>> report = refine(network, [1], by="insert")
+        >>> network.time_steps.tau.tolist(), network.time_steps.origin
+        ([0.5, 0.25, 0.0, 0.25], (0, 1, 3, 2))
+    """
+    _check_words(by, train, theta, layer)
+    refinable = check_refinable(model)
+    model = getattr(model, "_orig_mod", model)
+    optimizers = optimizers_in(optimizer)
+    for each in optimizers:
+        check_holds(each, model)
+    if optimizers:
+        check_holds_steps(optimizers, model, ALL_OF_THEM)
+    if averaged is not None:
+        check_averaged(averaged, model)
+    if has_session(model):
+        raise ValueError(
+            "model must have no session of taulearn.attach, got one that has, whose record and policy would not "
+            "follow: call session.detach() before, and attach again"
+        )
+    models = [model] if averaged is None else [model, averaged.module]
+    before = Snapshot(models, optimizers)
+    try:
+        chosen = _choose(refinable, model, layers, by, indicator, number, bulk, theta, layer, data, loss)
+        return _carry_out(models, optimizers, chosen, by, theta, layer, train)
+    except BaseException:
+        before.restore()
+        raise
+
+
+def take_grid(model: nn.Module, grid: Grid, *, optimizer: Any = None, averaged: AveragedModel | None = None) -> None:
+    """Let a model built anew have the layers of another one, whose content is to be loaded; optimisers follow.
+
+    Raises:
+        ValueError: If it lacks layers, or they cannot be deleted or copied.
+    """
+    kept, _, copies = grid.made_from(prunable_of(model).time_steps.origin)
+    if len(kept) < prunable_of(model).time_steps.num_steps:
+        prune(model, keep=kept, optimizer=optimizer, averaged=averaged)
+    if copies:
+        check_refinable(model)
+    models = [model] if averaged is None else [model, averaged.module]
+    with all_or_nothing(models, optimizer):
+        become(models, grid, optimizers_in(optimizer))
+
+
+def _check_words(by: str, train: str | None, theta: float, layer: Any) -> None:
+    if by not in ("split", "insert"):
+        raise unknown_name("by", by, ("split", "insert"))
+    if train not in (None, "new"):
+        raise ValueError(f"train must be None or 'new', got {train!r}: 'new' trains the new layers alone")
+    if by == "insert" and theta != 0.5:
+        raise ValueError(f"theta must be left out with by='insert', got {theta!r}: a new layer has the step 0")
+    if layer is not None and by == "split":
+        raise ValueError("layer must be None with by='split', whose halves are copies: take by='insert'")
+    if layer is not None and (not callable(layer) or isinstance(layer, nn.Module)):
+        raise TypeError(
+            f"layer must be a function that makes a new layer from its neighbour, got {type(layer).__name__}: write "
+            "layer=lambda neighbour: ..."
+        )
+
+
+def check_refinable(model: nn.Module) -> Refinable:
+    """The model as something that can be refined, or an error that says why it cannot."""
+    refuse_distributed("model", model, "refine")
+    found = prunable_of(model)
+    if not all(hasattr(found, name) for name in ("time_steps", "scheme", "grow_layers_")):
+        raise TypeError(
+            f"model must be a network with time steps, got {type(model).__name__}: build it with taulearn.nn or wrap "
+            "it with taulearn.wrap, and hand over the network itself, not a wrapper around it"
+        )
+    refinable = cast(Refinable, found)
+    if not refinable.scheme.deletes_exactly:
+        raise ValueError(
+            f"model has the {refinable.scheme.name} scheme, whose layers are no steps of a differential equation: two "
+            "halves would be another model, and a step of 0 is not the identity; use a residual or fractional network"
+        )
+    return refinable
+
+
+def _closed(refinable: Refinable, by: str, theta: float, layer: Any) -> dict[int, str]:
+    """Positions that cannot be refined, with the reason."""
+    steps = refinable.time_steps
+    if by == "split":
+        return refinable.not_split(theta)
+    if refinable.scheme.step_power != 1.0 and not steps.lower_bound:
+        return dict.fromkeys(range(steps.num_steps), "the fractional scheme divides by its steps: set a lower bound")
+    none = {} if layer is not None else {l: None for l in range(steps.num_steps) if refinable.copied_behind(l) is None}
+    return {
+        **dict.fromkeys(none, "no copy of a layer fits there: say what comes there, layer=..."),
+        **steps.rule.not_inserted(steps.num_steps),
+    }
+
+
+def _choose(
+    refinable: Refinable,
+    model: nn.Module,
+    layers: Iterable[int] | None,
+    by: str,
+    indicator: Indicator | None,
+    number: int | None,
+    bulk: float | None,
+    theta: float,
+    layer: Any,
+    data: Any,
+    loss: Any,
+) -> dict[int, float]:
+    """Positions of the layers that are refined, in order, with their indicators."""
+    given = [name for name, value in {"layers": layers, "number": number, "bulk": bulk}.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"one of layers, number and bulk must be given, got {' and '.join(given) or 'none of them'}")
+    closed, total = _closed(refinable, by, theta, layer), refinable.time_steps.num_steps
+    if layers is not None:
+        for name, value in {"indicator": indicator, "data": data, "loss": loss}.items():
+            if value is not None:
+                raise ValueError(f"{name} must be None where layers is given, which names them already")
+        positions = _positions(layers)
+        if not positions or positions[0] < 0 or positions[-1] >= total:
+            raise ValueError(f"layers must name layers in 0 .. {total - 1}, got {positions}")
+        for l in positions:
+            if l in closed:
+                raise ValueError(f"layers must not contain {l} with by={by!r}, got {positions}: {closed[l]}")
+        return dict.fromkeys(positions, float("nan"))
+    if indicator is None:
+        indicator = "dual-weighted" if by == "split" else "sensitivity"
+    eta = indicators(model, indicator, data, loss, theta=theta, layer=layer).detach().double().cpu()
+    eta[list(closed)] = float("nan")
+    marked = largest(eta, number, closed) if number is not None else smallest_set(eta, cast(float, bulk), closed)
+    return {l: float(eta[l]) for l in marked}
+
+
+def _positions(layers: Iterable[int]) -> list[int]:
+    """The positions in order, each once."""
+    try:
+        if isinstance(layers, str | bytes):
+            raise TypeError
+        given = sorted(operator.index(i) for i in layers)
+    except TypeError:
+        raise TypeError(f"layers must be a list of layer numbers, such as [0, 2], got {layers!r}") from None
+    if len(set(given)) < len(given):
+        raise ValueError(f"layers must name each layer once, got {given}: refine again for more")
+    return given
+
+
+def _carry_out(
+    models: Sequence[nn.Module],
+    optimizers: Sequence[Any],
+    chosen: dict[int, float],
+    by: str,
+    theta: float,
+    layer: LayerMaker | None,
+    train: str | None,
+) -> RefineReport:
+    """Make the layers, and take them in."""
+    model, refinable = models[0], cast(Refinable, prunable_of(models[0]))
+    steps, parameters, layers_before = refinable.time_steps, number_of_variables(model), refinable.time_steps.num_steps
+    sources: list[int] = []
+    like: dict[int, int] = {}  # the positions then of new layers, and those now of their parents
+    for l in range(layers_before):
+        sources.append(l)
+        if l in chosen:
+            like[len(sources)] = l if by == "split" or layer is not None else cast(int, refinable.copied_behind(l))
+            sources.append(like[len(sources)])
+    made = [{i: prunable_of(each).copy_of(l) for i, l in like.items()} for each in models]
+    if layer is not None:
+        made[0] = {i: _made(layer, refinable.layers[l], model) for i, l in like.items()}
+        made[1:] = [{i: copy.deepcopy(new) for i, new in made[0].items()} for _ in models[1:]]
+    pairs = [(f"layer {steps.origin[l]}", refinable.layers[l], made[0][i]) for i, l in like.items()]
+    kin = {q: p for pair in pairs for q, p in _kin(*pair, needed=bool(optimizers))}
+    grids = [prunable_of(each).time_steps for each in models]
+    values = [each.split(list(chosen), theta) if by == "split" else each.insert(list(chosen)) for each in grids]
+    wrappers = wrappers_around(model)
+    if WRAPPING in vars(model):
+        forget_compiled()
+    state, reset = grow(models, sources, made, values, optimizers, kin=kin, split=by == "split", alone=train == "new")
+    own = int(isinstance(steps.values, nn.Parameter))
+    new = tuple(
+        NewLayer(steps.origin[i], steps.parent[steps.origin[i]], eta, own + number_of_variables(made[0][i]))
+        for i, eta in zip(like, chosen.values(), strict=True)
+    )
+    notes = [*_cautions(refinable, by, len(new)), *reset]
+    held = {id(p) for p in parameters_held(optimizers)}
+    if optimizers and any(id(q) not in held and (q.requires_grad or train == "new") for q in kin):
+        notes.append("no optimiser holds all of the new parameters: add them, or make a new one")
+    report = RefineReport(
+        by, new, layers_before, steps.num_steps, parameters, number_of_variables(model), state, "; ".join(notes)
+    )
+    expire(wrappers)
+    if train == "new":  # last, as flags are not put back
+        for p in model.parameters():
+            p.requires_grad_(p in kin or p is steps.values)
+        steps.held = frozenset(steps.origin) - {each.layer for each in new}
+    return report
+
+
+def _made(layer: LayerMaker, neighbour: nn.Module, model: nn.Module) -> nn.Module:
+    """What the user's function makes of a layer."""
+    made = layer(neighbour)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"layer must return a module, got {type(made).__name__}")
+    theirs = {id(each) for each in (*model.modules(), *model.parameters())}
+    if any(id(each) in theirs for each in (*made.modules(), *made.parameters())):
+        raise ValueError("layer must return a module that shares nothing with the model: copy.deepcopy(neighbour)")
+    return made
+
+
+def _kin(
+    name: str, neighbour: nn.Module, made: nn.Module, *, needed: bool
+) -> Iterator[tuple[nn.Parameter, nn.Parameter | None]]:
+    """The parameters of a new layer, each with one of its neighbour's in whose groups it belongs: the one of its name.
+
+    Optimisers that go by the number of dimensions (Muon) must get none of another one.
+    """
+    theirs = dict(neighbour.named_parameters())
+    for key, q in made.named_parameters():
+        alike = [p for p in theirs.values() if p.ndim == q.ndim]
+        found = theirs[key] if key in theirs and theirs[key].ndim == q.ndim else alike[0] if alike else None
+        if found is None and needed:
+            raise ValueError(
+                f"layer must have parameters like those of {name}, got {key!r} with {q.ndim} dimensions, for which "
+                "there is no group: refine with optimizer=None and make a new one"
+            )
+        yield q, found
+
+
+def _cautions(refinable: Refinable, by: str, number: int) -> Iterator[str]:
+    """Notes for the report on the accuracy."""
+    steps, power = refinable.time_steps, refinable.scheme.step_power
+    if by == "insert" and steps.lower_bound:
+        size = float(refinable.scheme.factor(torch.tensor(steps.lower_bound, dtype=torch.float64)))
+        also = ", and the other steps gave way" if steps.rule.adds_up else ""
+        yield f"steps at the lower bound: {number} x {size:.2g} times a layer's values came to the state{also}"
+    elif by == "split" and power != 1.0:
+        yield "the memory has the weights of the finer grid: error of the order of the L1 scheme's"
