@@ -61,7 +61,9 @@ def assert_steps_work(host: Any) -> None:
     y = X
     with torch.no_grad():
         for block, tau in zip(wrapping_of(host).layers, host.time_steps.tau, strict=True):
-            y = y + tau * wrapping_of(host).branches.found[0][0].form.leaving(type(block.inner).forward(block.inner, y))
+            y = y + tau * wrapping_of(host).blocks[0].branches[0].form.leaving(
+                type(block.inner).forward(block.inner, y)
+            )
     torch.testing.assert_close(answer(host, X)[0], y)
 
 
@@ -132,7 +134,7 @@ def test_of_the_parameters_of_a_module_the_last_layers_are_the_end(activation: C
     host = chain(lambda: Stacked(activation))
     wrap(host, example_inputs=X, form="branches", init=[-0.5, 0.5, 2.0])
     expected = answer(host, X)
-    assert wrapping_of(host).branches.found[0][0].ends[0].parameter == "inner.2.last"  # type: ignore[union-attr]
+    assert wrapping_of(host).blocks[0].branches[0].ends[0].parameter == "inner.2.last"  # type: ignore[union-attr]
     assert_like(answer(unwrap(host), X), expected)
 
 

@@ -113,7 +113,7 @@ def test_states_that_a_backbone_returns_follow() -> None:
         model = wrap(made(name), example_inputs=FAMILIES[name][1])
         wrapping = wrapping_of(model)
         assert wrapping is not None
-        if gone in wrapping.keep:  # of two blocks between states that are returned, one
+        if gone in wrapping.fixed_layers():  # of two blocks between states that are returned, one
             assert gone != 0
             continue
         with torch.no_grad():
@@ -184,5 +184,5 @@ def test_counts_further_out_are_not_touched() -> None:
     assert (model.num_layers, model.bert.config.num_hidden_layers) == (5, 2)
     wrapping = wrapping_of(model)
     assert wrapping is not None
-    assert not wrapping.keep
+    assert not wrapping.fixed_layers()
     assert evaluated(BY_NAME["bert"].make(), tokens()).shape[:2] == model(tokens()).shape[:2]

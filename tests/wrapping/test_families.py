@@ -89,7 +89,7 @@ def shorter(name: str) -> tuple[Any, list[Tensor]]:
 
 def branch_numbers(host: Any) -> list[int]:
     """The first branch of blocks 0 and 2, the last of block 1, and all of the last block, if they can go."""
-    owners = wrapping_of(host).branches.blocks
+    owners = [layer.block for layer in wrapping_of(host).present]
     blocks = [*dict.fromkeys(owners)]
     last = [l for l, owner in enumerate(owners) if owner is blocks[-1]]
     return sorted(
@@ -151,7 +151,7 @@ def test_which_form(name: str) -> None:
         with pytest.raises(ValueError, match=rf"form must be .*'branches'.*{family.whole}"):
             wrap(family.bare(), example_inputs=family.inputs, form="branches")
         return
-    found = wrapping.branches.found
+    found = [block.branches for block in wrapping.blocks]
     ends = [end.parameter.rpartition(".")[0] for branch in found[0] for end in branch.ends]
     assert tuple(dict.fromkeys(ends)) == family.ends
     assert not any(branch.not_folded for branches in found for branch in branches)
@@ -169,7 +169,7 @@ def test_a_step_of_zero_is_the_identity_to_the_bit(name: str) -> None:
     set_steps(host)
     with torch.no_grad():
         host.time_steps.values[gone] = 0.0
-    form, block = wrapping_of(host).forms[gone], wrapping_of(host).layers[gone]
+    form, block = wrapping_of(host).present[gone].form, wrapping_of(host).layers[gone]
     seen: list[tuple[Tensor, Tensor]] = []
     block.register_forward_hook(
         lambda _m, args, kwargs, output: seen.append((form.arriving(args, kwargs), form.leaving(output))),
@@ -303,7 +303,7 @@ def test_branches_are_deleted_one_by_one(name: str, tmp_path: Path) -> None:
             stepped(name, per="branch")
         return
     wrapping = wrapping_of(stepped(name, per="branch"))
-    block, sites = wrapping.branches.blocks[0], {branch.site for branch in wrapping.branches.found[0]}
+    block, sites = wrapping.present[0].block, {branch.site for branch in wrapping.blocks[0].branches}
     matrices = [key for key, p in block.named_parameters() if p.ndim > 1]
     outside = [key for key in matrices if not any(key.startswith(f"{site}.") for site in sites)]
     assert tuple(dict.fromkeys(key.partition(".")[0] for key in outside)) == family.runs_on

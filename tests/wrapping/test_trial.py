@@ -29,7 +29,7 @@ def inputs() -> Tensor:
 def kept(model: nn.Module) -> dict[int, str]:
     wrapping = wrapping_of(model)
     assert wrapping is not None
-    return wrapping.keep
+    return wrapping.fixed_layers()
 
 
 def shortened(model: nn.Module) -> set[str]:

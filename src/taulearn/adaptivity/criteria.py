@@ -35,7 +35,7 @@ from ..wrapping.state_argument import Form, parameter_names
 from .estimate import Criterion
 
 if TYPE_CHECKING:
-    from ..wrapping.wrapped_model import Branches
+    from ..wrapping.wrapped_model import Layer
 
 _FORGETTING = 0.2
 _UNMEASURED = "what those are worth is unknown; give data that reach all layers, or another criterion, such as 'share'"
@@ -135,17 +135,17 @@ class Measured(Criterion):
     def _layers(self) -> "list[_Place]":
         """The layers; of blocks the state that arrives is seen, and what they add is the difference."""
         layers, wrapping = prunable_of(self.model).layers, wrapping_of(self.model)
-        forms = [Form()] * len(layers) if wrapping is None else wrapping.forms
+        forms = [Form()] * len(layers) if wrapping is None else [layer.form for layer in wrapping.present]
         state = wrapping is not None and wrapping.per == "block"
         return [_Place(l, layer, form, state) for l, (layer, form) in enumerate(zip(layers, forms, strict=True))]
 
     def _sites(self) -> "list[_Place]":
         """The modules whose output a step multiplies: the layers, or the branches of each."""
         wrapping = wrapping_of(self.model)
-        if wrapping is None or wrapping.branches is None:
+        if wrapping is None or wrapping.form == "whole":
             return self._layers()
-        places = wrapping.branches.places(wrapping.time_steps.origin)
-        return [_Place(l, site, form, False) for l, site, form in places]
+        places = [(l, *each) for l, layer in enumerate(wrapping.present) for each in layer.branches()]
+        return [_Place(l, site, branch.form, False) for l, branch, site in places]
 
     def _on_outputs(self, places: "list[_Place]", act: Callable[[int, Form, Tensor | None, Any], Any]) -> list[Any]:
         """Hooks on the outputs of modules, which are handed l, the form, the state that arrives or None, the output."""
@@ -264,16 +264,17 @@ class Influence(Measured):
             found[l] = _turned(x, form.leaving(output), mask.get("given"))
 
         hooks = [self.model.register_forward_pre_hook(_Hook(begin), with_kwargs=True)]
-        if wrapping is not None and wrapping.branches is not None and wrapping.per == "branch":
-            return hooks + self._between_branches(found, wrapping.branches, lambda: mask.get("given"))
+        if wrapping is not None and wrapping.per == "branch":
+            return hooks + self._between_branches(found, wrapping.present, lambda: mask.get("given"))
         return hooks + (
             self._on_outputs(self._layers(), measure) if wrapping is not None else self._between_layers(found)
         )
 
-    def _between_branches(self, found: dict[int, Tensor], branches: "Branches", mask: Callable[[], Any]) -> list[Any]:
+    def _between_branches(
+        self, found: dict[int, Tensor], layers: "Iterable[Layer]", mask: Callable[[], Any]
+    ) -> list[Any]:
         """Hooks on blocks and on branches, whose state is that of the block and what those before them added to it."""
         states: dict[nn.Module, Tensor | None] = {}
-        origin = prunable_of(self.model).time_steps.origin
 
         def begin(form: Form) -> "_Hook":
             def measure(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -281,22 +282,19 @@ class Influence(Measured):
 
             return _Hook(measure)
 
-        def add(l: int, form: Form) -> "_Hook":
+        def add(l: int, layer: "Layer") -> "_Hook":
             @torch.no_grad()
             def measure(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-                x, added = states.get(branches.blocks[l]), form.leaving(output)
+                x, added = states.get(layer.block), layer.form.leaving(output)
                 if x is not None and added is not None and x.numel() > 0:
                     y = x + added
-                    found[l], states[branches.blocks[l]] = _turned(x, y, mask()), y
+                    found[l], states[layer.block] = _turned(x, y, mask()), y
 
             return _Hook(measure)
 
-        forms = {block: branches.forms[branches.layer(origin[l])[0]] for l, block in enumerate(branches.blocks)}
+        forms = {layer.block: layer.at_start.form for layer in layers}
         starts = [block.register_forward_pre_hook(begin(form), with_kwargs=True) for block, form in forms.items()]
-        ends = [
-            site.register_forward_hook(add(l, branches.of(origin[l])[0].form))
-            for l, (site,) in enumerate(branches.sites)
-        ]
+        ends = [layer.module.register_forward_hook(add(l, layer)) for l, layer in enumerate(layers)]
         return [*starts, *ends]
 
     def _between_layers(self, found: dict[int, Tensor]) -> list[Any]:

@@ -46,7 +46,7 @@ def record_states(model: nn.Module, inputs: Any, *, arrivals: list[Tensor] | Non
     seen = Seen()
 
     def recording(block: nn.Module) -> Callable[..., Any]:
-        forward, form = block.forward, wrapping.forms[wrapping.layers.index(block)]
+        forward, form = block.forward, wrapping.present[wrapping.layers.index(block)].form
 
         def run(*args: Any, **kwargs: Any) -> Any:
             x, output = form.arriving(args, kwargs), forward(*args, **kwargs)
@@ -236,7 +236,7 @@ def _seen(model: nn.Module, wrapping: "Wrapping") -> Seen:
     blocks = list(wrapping.layers)
     if isinstance(found, Seen) and found.blocks == blocks:
         return found
-    return Seen(blocks, list(wrapping.forms), [True] * len(blocks))
+    return Seen(blocks, [layer.form for layer in wrapping.present], [True] * len(blocks))
 
 
 def _wrapping(model: nn.Module) -> "Wrapping":

@@ -125,7 +125,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     wrapping = wrapping_of(model)
     kinds = [_kind(layer) for layer in layers]
     if wrapping is not None:
-        kinds = [f"{wrapping.names[l]} {kind}" for l, kind in zip(steps.origin, kinds, strict=True)]
+        kinds = [f"{layer.name} {kind}" for layer, kind in zip(wrapping.present, kinds, strict=True)]
     return Summary(
         scheme=scheme,
         layers=steps.origin,

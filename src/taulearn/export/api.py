@@ -26,7 +26,7 @@ from ..files import move, write_bytes
 from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import time_steps_of
 from ..saving import load_model, save_model
-from ..wrapping.wrap_model import unwrap
+from ..wrapping.folding import unwrap
 from .arguments import answers, arguments, inference_copy
 from .check import compare, outputs_on
 from .onnx_file import need_onnx, output_names, write_onnx
@@ -198,7 +198,7 @@ def export_model(
 def _fold(twin: nn.Module) -> None:
     """Fold the steps of a wrapped model, where that can be done."""
     wrapping = wrapping_of(twin)
-    if wrapping is not None and wrapping.branches is not None:
+    if wrapping is not None and wrapping.form == "branches":
         with suppress(ValueError):
             unwrap(twin)
             twin.requires_grad_(False)

@@ -14,8 +14,8 @@ from ..nn.network import TimeVariableNetwork
 from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import Grid
 from ..wrapping.branches import Branch
-from ..wrapping.wrap_model import rewrap, take_form, unwrap
-from ..wrapping.wrapped_model import drop_units, take_states
+from ..wrapping.folding import drop_units, unwrap
+from ..wrapping.wrap_as_saved import rewrap, take_form, take_states
 from .manifest import MANIFEST, WEIGHTS, read_manifest, short
 from .recipe import build, classes_of, differences, modules_of, tensors_of
 from .save import describe, with_steps

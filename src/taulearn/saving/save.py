@@ -126,17 +126,16 @@ def describe(model: nn.Module, *, plain: bool = False) -> dict[str, Any]:
     }
     if wrapping is None:
         return manifest | {"model": _network_or_host(model, manifest)}
-    branches = wrapping.branches
     wrapped = {
         "kind": "wrapped",
         "saved_from": type(model).__qualname__,
-        "blocks": list(wrapping.names if branches is None else branches.names),
+        "blocks": [block.name for block in wrapping.blocks],
         "shortened": sorted(wrapping.shorten),
         "states": [list(pair) for pair in wrapping.states()],
         "modules": classes_of(model),
         "form": wrapping.form,
         "per": wrapping.per,
-        "branches": [] if branches is None else [[branch.plain() for branch in each] for each in branches.found],
+        "branches": [[branch.plain() for branch in block.branches] for block in wrapping.blocks if block.branches],
         "plain": plain,
     }
     return manifest | {"model": wrapped}

@@ -222,7 +222,7 @@ def _follow_folding(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str
     """Take off units of displacement that the run had folded into plain steps by then."""
     wrapping = wrapping_of(model)
     if wrapping is not None and wrapping.units is not None and f"{prefix}time_steps.units.squares" not in tensors:
-        from ..wrapping.wrapped_model import drop_units
+        from ..wrapping.folding import drop_units
 
         drop_units(wrapping)
 

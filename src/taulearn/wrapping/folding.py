@@ -1,4 +1,4 @@
-"""The steps of a wrapped model on their way out.
+"""``unwrap``, and the other ways out for the steps of a wrapped model.
 
 Branch steps fold into the weights of the ends (:func:`folded`), which is tried on the example inputs before it counts.
 Steps of form "whole" can only be brought to 1 (:func:`anneal_to_one`), those in units of displacement become plain ones
@@ -9,7 +9,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,60 @@ from .._calls import call as call_model
 from .._errors import is_number
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import check_averaged
-from ..nn.pruned_models import wrapping_of
+from ..nn.pruned_models import WRAPPING, set_follower, wrapping_of
 from .branches import folded
-from .wrapped_model import Wrapping, drop_units, take_off
+from .wrapped_model import Wrapping, has_save_pretrained, take_off
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def unwrap(model: M, *, discard_steps: bool = False) -> M:
+    """Take the time steps off again; deleted blocks stay deleted.
+
+    Steps of form "branches" are folded into the weights: the model computes what it did, up to rounding. Those of form
+    "whole" must be 1.
+
+    Args:
+        model: A wrapped model, changed in place.
+        discard_steps: Whether the steps are thrown away rather than folded, which changes what the model computes
+            where they are not 1.
+
+    Returns:
+        The same model, as it was before :func:`wrap` but for deleted blocks and folded weights.
+
+    Raises:
+        TypeError: If the model is compiled.
+        ValueError: If the model is not wrapped, or a step differs from 1, cannot be folded, and ``discard_steps`` is
+            false; the model is then as before.
+
+    Example:
+        >>> import taulearn
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 1))
+        >>> unwrap(taulearn.wrap(model, "0"))
+        Sequential(
+          (0): Sequential(...)
+          (1): Linear(in_features=4, out_features=1, bias=True)
+        )
+    """
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise TypeError("model must be the model itself, got it compiled: unwrap that one first, then compile")
+    wrapping = wrapping_of(model)
+    if wrapping is None:
+        raise ValueError(f"model must be wrapped, got {type(model).__name__} without: nothing is to be taken off")
+    if not discard_steps:
+        fold_(wrapping)
+    if has_save_pretrained(model):
+        from .save_pretrained import release_saving
+
+        release_saving(model)
+    set_follower(model, None)
+    for module in wrapping.changed():
+        take_off(module)
+    for parameter, flag in wrapping.trained.items():
+        parameter.requires_grad_(flag)
+    del model.time_steps
+    del vars(model)[WRAPPING]
+    return model
 
 
 @torch.no_grad()
@@ -99,6 +151,15 @@ def fold_units(model: nn.Module, *, averaged: AveragedModel | None = None) -> No
             drop_units(each)
 
 
+@torch.no_grad()
+def drop_units(wrapping: Wrapping) -> None:
+    """Let the steps be plain ones from now on; their values stay."""
+    for block in wrapping.layers:
+        vars(block)["forward"] = replace(vars(block)["forward"], units=None)
+    del wrapping.time_steps.units
+    vars(wrapping.host)[WRAPPING] = replace(wrapping, units=None)
+
+
 def fold_average(model: nn.Module, averaged: AveragedModel) -> None:
     """Fold averaged weights whose model has plain steps by now, without which they cannot be updated."""
     ours, theirs = wrapping_of(model), wrapping_of(averaged.module)
@@ -121,7 +182,7 @@ def check_plain(wrapping: Wrapping, what: str = "unwrap") -> None:
     tau = wrapping.plain_steps()
     if not bool((tau != 1).any()):
         return
-    if wrapping.branches is None:
+    if wrapping.form == "whole":
         raise ValueError(
             f"the time steps must all be 1 for {what}, got {[round(t, 4) for t in tau.tolist()]}: without them the "
             f"model computes something else, and steps of form 'whole' do not fold ({wrapping.why}). Anneal them in "
@@ -145,18 +206,14 @@ class Folding(NamedTuple):
 
 def foldings(wrapping: Wrapping) -> dict[str, Folding]:
     """The parameters that folding changes, by name in the host; refused where one cannot be changed."""
-    branches, host = wrapping.branches, wrapping.host
-    assert branches is not None
+    host = wrapping.host
     names = {module: name for name, module in host.named_modules()}
     parameters = dict(host.named_parameters(remove_duplicate=False))
     places = Counter(_memory(each) for each in parameters.values())
     result: dict[str, Folding] = {}
-    for l, tau in enumerate(wrapping.time_steps.tau.tolist()):
-        number = wrapping.time_steps.origin[l]
-        if tau == 1.0:
-            continue
-        for branch in branches.of(number):
-            prefix = f"{names[branches.blocks[l]]}."
+    for layer, tau in zip(wrapping.present, wrapping.time_steps.tau.tolist(), strict=True):
+        for branch, _ in layer.branches() if tau != 1.0 else ():
+            prefix = f"{names[layer.block]}."
             for end in branch.ends:
                 name = prefix + end.parameter
                 parameter = parameters.get(name)
@@ -175,7 +232,7 @@ def foldings(wrapping: Wrapping) -> dict[str, Folding]:
                     why = f"it is shared with {shared[0]!r}, which must not change"
                 if why or parameter is None:
                     raise ValueError(
-                        f"the steps must fold into weights, got {wrapping.names[number]!r} with a step of "
+                        f"the steps must fold into weights, got {layer.name!r} with a step of "
                         f"{tau:.4g}, which cannot fold into {name!r}: {why}. Anneal the steps to 1 "
                         "(taulearn.wrapping.anneal_to_one), or save with taulearn.save_model"
                     )
@@ -196,7 +253,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 @contextmanager
 def without_steps(wrapping: Wrapping | None) -> Iterator[dict[str, Folding]]:
     """The model with its steps folded, in new tensors, and without its own forwards; afterwards it is as it was."""
-    if wrapping is None or wrapping.branches is None:
+    if wrapping is None or wrapping.form == "whole":
         yield {}
         return
     changed = foldings(wrapping)
@@ -247,7 +304,7 @@ def _try_folding(wrapping: Wrapping, inputs: Any) -> None:
 def fold_(wrapping: Wrapping, what: str = "unwrap") -> None:
     """Fold the steps into the weights, or refuse what would change the model; the steps are to be taken off then."""
     check_plain(wrapping, what)
-    if wrapping.branches is None:
+    if wrapping.form == "whole":
         return
     for name, folding in foldings(wrapping).items():
         parameter = wrapping.host.get_parameter(name)

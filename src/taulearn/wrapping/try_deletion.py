@@ -239,13 +239,13 @@ class _Trial:
         with self.before.kept():
             put_noise(self.wrapping.host, self.noise)
             ones = PassingTimeSteps(self.number, horizon=self.number, dtype=like.dtype, device=like.device)
-            wrapping = replace(self.wrapping, time_steps=ones.eval(), shorten=frozenset(shorten), keep={})
+            wrapping = replace(self.wrapping, time_steps=ones.eval(), shorten=frozenset(shorten))
             install(wrapping)
             if gone:
                 wrapping.keep_layers_([l for l in range(self.number) if l not in gone])
             for l in zero:
                 block = self.blocks[l]
-                vars(block)["forward"] = Skip(block.forward, self.wrapping.forms[l])
+                vars(block)["forward"] = Skip(block.forward, self.wrapping.present[l].form)
             yield
 
 

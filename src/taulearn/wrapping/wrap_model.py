@@ -1,7 +1,7 @@
-"""The public ``wrap`` and ``unwrap``."""
+"""The public ``wrap``."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,25 +13,20 @@ from .._errors import unknown_name
 from ..nn.constraints import Constraint, constraint_of
 from ..nn.pruned_models import WRAPPING, wrapping_of
 from ..nn.time_steps import TimeSteps
-from . import remove_blocks
 from .block import NESTED, PassingTimeSteps, Step
 from .branches import Branch, BranchStep, WatchedBlock, step_of
-from .find_blocks import SCRIPTED, blocks_of, matching, nearest_names, refusal
+from .find_blocks import SCRIPTED, blocks_of, matching, refusal
 from .probe import Call, Probe, probe
 from .state_argument import Form
 from .state_path import OUTSIDE, follow_states
 from .try_deletion import try_deletions
-from .wrapped_model import Branches, ExampleInputs, Wrapping, install, is_configured, reinstall, uninstall
+from .wrapped_model import BlockAtStart, ExampleInputs, Layer, Wrapping, has_save_pretrained, install, is_configured
 
 if TYPE_CHECKING:
     from .displacement import DisplacementUnits
 
 M = TypeVar("M", bound=nn.Module)
 
-_PLACEHOLDER = (
-    "its place stays when it is deleted, and what stands there is known from example inputs: wrap the host with "
-    "example_inputs before loading"
-)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -109,7 +104,7 @@ def wrap(
         >>> print(taulearn.prune(model, keep=[0, 2]))
         deleted layer 1 (share 0.33): 3 -> 2 layers, 80 -> 59 parameters
     """
-    _check_host(model)
+    check_host(model)
     _check_units(units, constraint, lower_bound)
     _check_form(form, per, units, example_inputs)
     result = None if example_inputs is None else probe(model, example_inputs)
@@ -133,16 +128,17 @@ def wrap(
             _check_path(result, calls, example_inputs)
             forms = [call.form for call in calls]
     layers = [model.get_submodule(name) for name in names]
-    _check_blocks(model, names, layers)
+    check_blocks(model, names, layers)
     trained = _trained(model, train)
     found, why = _branches(model, names, forms, example_inputs, form, per, units)
     number = len(layers) if per == "block" else sum(map(len, found))
-    steps = _steps(layers, number, init, horizon, constraint, lower_bound)
-    of_blocks = steps if per == "block" else _steps(layers, len(layers), 1.0, None, "free", None)
-    wrapping = Wrapping(model, of_blocks, tuple(layers), tuple(names), tuple(forms), frozenset(), {}, {})
+    steps = steps_for(layers, number, init, horizon, constraint, lower_bound)
+    per_block = steps if per == "block" else steps_for(layers, len(layers), 1.0, None, "free", None)
+    wrapping = of_blocks(model, per_block, names, layers, forms)
     shorten, keep = try_deletions(wrapping, example_inputs)
+    wrapping = of_blocks(model, per_block, names, layers, forms, keep)
     wrapping = replace(
-        with_branches(wrapping, found, per, keep) if found else replace(wrapping, keep=keep),
+        with_branches(wrapping, found, per) if found else wrapping,
         time_steps=steps,
         shorten=shorten,
         trained={p: p.requires_grad for p, flag in trained.items() if p.requires_grad != flag},
@@ -151,7 +147,7 @@ def wrap(
         why=why,
     )
     install(wrapping)
-    if _has_save_pretrained(model):
+    if has_save_pretrained(model):
         from .save_pretrained import find_unsaved, guard_saving
 
         guard_saving(model, layers, wrapping.inputs)
@@ -192,65 +188,34 @@ def _branches(
     return found, "as the branches of every block were found and verified"
 
 
-def with_branches(wrapping: Wrapping, found: Sequence[tuple[Branch, ...]], per: str, keep: dict[int, str]) -> Wrapping:
+def of_blocks(
+    model: nn.Module,
+    steps: TimeSteps,
+    names: Sequence[str],
+    modules: Sequence[nn.Module],
+    forms: Sequence[Form],
+    keep: Mapping[int, str] | None = None,
+) -> Wrapping:
+    """A wrapping with one step a block, of form "whole"; ``keep``: which cannot be deleted, with the reason."""
+    blocks = tuple(BlockAtStart(name, form) for name, form in zip(names, forms, strict=True))
+    layers = enumerate(zip(modules, blocks, strict=True))
+    present = tuple(Layer(module, module, block, {}, (keep or {}).get(l, "")) for l, (module, block) in layers)
+    return Wrapping(model, steps, blocks, present)
+
+
+def with_branches(wrapping: Wrapping, found: Sequence[tuple[Branch, ...]], per: str) -> Wrapping:
     """A wrapping of blocks as one of branches, whose blocks are the layers, or hold them."""
-    host, blocks = wrapping.host, wrapping.layers
-    found = [
-        tuple(_placed(branch, block.get_submodule(branch.site)) for branch in branches)
-        for block, branches in zip(blocks, found, strict=True)
-    ]
-    sites = [
-        tuple(block.get_submodule(branch.site) for branch in branches)
-        for block, branches in zip(blocks, found, strict=True)
-    ]
-    branches = Branches(per, wrapping.names, wrapping.forms, tuple(found), keep, blocks, tuple(sites))
-    if per == "block":
-        return replace(wrapping, branches=branches, keep=keep)
-    whys = []
-    for name, each in zip(wrapping.names, found, strict=True):
-        for branch in each:
-            why = branch.not_deleted
-            if not why and is_configured(host):
-                from .configurations import why_not_without
-
-                why = why_not_without(host, name, branch.site)
-            whys.append(why)
-    flat = [(block, site) for block, inside in zip(blocks, sites, strict=True) for site in inside]
-    return replace(
-        wrapping,
-        layers=tuple(site for _, site in flat),
-        names=branches.layer_names(),
-        forms=tuple(branch.form for each in found for branch in each),
-        keep={l: f"it cannot be deleted alone: {why}" for l, why in enumerate(whys) if why},
-        branches=replace(branches, blocks=tuple(block for block, _ in flat), sites=tuple((site,) for _, site in flat)),
-    )
-
-
-def _check_names(names: Sequence[str], layers: Sequence[nn.Module], found: Sequence[tuple[Branch, ...]]) -> None:
-    """Refuse branches whose modules or parameters the blocks do not have."""
-    for name, layer, branches in zip(names, layers, found, strict=True):
-        inside, parameters = dict(layer.named_modules()), dict(layer.named_parameters())
-        for branch in branches:
-            if branch.site not in inside or not branch.site:
-                raise ValueError(f"it has no {f'{name}.{branch.site}'!r}{nearest_names(branch.site, inside)}")
-            for end in branch.ends:
-                if end.parameter not in parameters:
-                    raise ValueError(
-                        f"it has no {f'{name}.{end.parameter}'!r}{nearest_names(end.parameter, parameters)}"
-                    )
-
-
-def take_form(wrapping: Wrapping, found: Sequence[tuple[Branch, ...]]) -> None:
-    """Let a model that is wrapped per block, and has all of its blocks, have the form of one that was saved."""
-    if wrapping.per == "branch" or len(wrapping.layers) < len(wrapping.names) or bool(found) == bool(wrapping.branches):
-        return
-    why = "as it was when it was saved"
-    plain = replace(wrapping, branches=None, why=why)
-    if not found:
-        reinstall(wrapping, plain)
-    elif len(found) == len(wrapping.layers):
-        _check_names(wrapping.names, wrapping.layers, found)
-        reinstall(wrapping, with_branches(plain, found, "block", wrapping.keep))
+    blocks, present = list[BlockAtStart](), list[Layer]()
+    for layer, branches in zip(wrapping.present, found, strict=True):
+        sites = {place: layer.block.get_submodule(branch.site) for place, branch in enumerate(branches)}
+        placed = tuple(_placed(branch, site) for branch, site in zip(branches, sites.values(), strict=True))
+        blocks.append(replace(layer.at_start, branches=placed, stays=bool(layer.keep)))
+        whole = replace(layer, at_start=blocks[-1], sites=sites)
+        for place, site in sites.items() if per == "branch" else ():
+            why = _kept_alone(wrapping.host, layer.name, placed[place])
+            present.append(replace(whole, module=site, sites={place: site}, keep=why))
+        present += [whole] if per == "block" else []
+    return replace(wrapping, per=per, blocks=tuple(blocks), present=tuple(present))
 
 
 def _placed(branch: Branch, site: nn.Module) -> Branch:
@@ -260,92 +225,14 @@ def _placed(branch: Branch, site: nn.Module) -> Branch:
     return replace(branch, form=replace(branch.form, position=Form.taking(branch.form.argument, site.forward).position))
 
 
-def rewrap(
-    model: nn.Module,
-    blocks: Sequence[str],
-    shortened: Iterable[str],
-    found: Sequence[tuple[Branch, ...]] = (),
-    *,
-    per: str = "block",
-    constraint: str | Constraint,
-    horizon: float,
-    lower_bound: float | None,
-) -> None:
-    """Wrap a model as another of its kind was, without trying deletions or searching for branches again."""
-    _check_host(model)
-    known = dict(model.named_modules())
-    for name in (*blocks, *shortened):
-        if name not in known or (name in blocks and known[name] is model):
-            raise ValueError(f"it has no {name!r}{nearest_names(name, known)}")
-    layers = [known[name] for name in blocks]
-    _check_blocks(model, blocks, layers)
-    for name in shortened:
-        if not isinstance(known[name], remove_blocks.LISTS):
-            raise ValueError(f"{name!r} must be a ModuleList or a Sequential, got a {type(known[name]).__name__}")
-    number = len(layers) if per == "block" else sum(map(len, found))
-    start = max(horizon / number, lower_bound or 0.0)
-    steps = _steps(layers, number, start, horizon, constraint, lower_bound)
-    lists = [remove_blocks.list_of(model, layer) for layer in layers]
-    keep = {l: _PLACEHOLDER for l, name in enumerate(lists) if name not in set(shortened)}
-    forms = tuple(Form.taking(None, layer.forward) for layer in layers)
-    wrapping = Wrapping(model, steps, tuple(layers), tuple(blocks), forms, frozenset(shortened), keep, {})
-    if found:
-        _check_names(blocks, layers, found)
-        wrapping = replace(with_branches(wrapping, found, per, keep), why="as it was when it was saved")
-    install(wrapping)
-    if _has_save_pretrained(model):
-        from .save_pretrained import guard_saving
+def _kept_alone(host: nn.Module, name: str, branch: Branch) -> str:
+    """Why a branch of a block cannot be deleted alone, or nothing."""
+    why: str | None = branch.not_deleted
+    if not why and is_configured(host):
+        from .configurations import why_not_without
 
-        guard_saving(model, layers, ExampleInputs())
-
-
-def unwrap(model: M, *, discard_steps: bool = False) -> M:
-    """Take the time steps off again; deleted blocks stay deleted.
-
-    Steps of form "branches" are folded into the weights: the model computes what it did, up to rounding. Those of form
-    "whole" must be 1.
-
-    Args:
-        model: A wrapped model, changed in place.
-        discard_steps: Whether the steps are thrown away rather than folded, which changes what the model computes
-            where they are not 1.
-
-    Returns:
-        The same model, as it was before :func:`wrap` but for deleted blocks and folded weights.
-
-    Raises:
-        TypeError: If the model is compiled.
-        ValueError: If the model is not wrapped, or a step differs from 1, cannot be folded, and ``discard_steps`` is
-            false; the model is then as before.
-
-    Example:
-        >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 1))
-        >>> unwrap(wrap(model, "0"))
-        Sequential(
-          (0): Sequential(...)
-          (1): Linear(in_features=4, out_features=1, bias=True)
-        )
-    """
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        raise TypeError("model must be the model itself, got it compiled: unwrap that one first, then compile")
-    wrapping = wrapping_of(model)
-    if wrapping is None:
-        raise ValueError(f"model must be wrapped, got {type(model).__name__} without: nothing is to be taken off")
-    if not discard_steps:
-        from .folding import fold_
-
-        fold_(wrapping)
-    if _has_save_pretrained(model):
-        from .save_pretrained import release_saving
-
-        release_saving(model)
-    uninstall(wrapping)
-    return model
-
-
-def _has_save_pretrained(model: nn.Module) -> bool:
-    """Whether a part of the model has the method, which is guarded while there are steps other than 1."""
-    return any(hasattr(type(module), "save_pretrained") for module in model.modules())
+        why = why_not_without(host, name, branch.site)
+    return f"it cannot be deleted alone: {why}" if why else ""
 
 
 def _check_units(units: str, constraint: str | Constraint, lower_bound: float | None) -> None:
@@ -382,7 +269,8 @@ def _displacement_units(steps: TimeSteps) -> "DisplacementUnits":
     return DisplacementUnits(steps.num_steps, dtype=steps.values.dtype, device=steps.values.device)
 
 
-def _check_host(model: nn.Module) -> None:
+def check_host(model: nn.Module) -> None:
+    """Refuse what cannot be wrapped: no module, compiled, exported or distributed, and what has steps already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if torch.is_inference_mode_enabled():
@@ -464,7 +352,8 @@ def _check_path(result: Probe, calls: list[Call], inputs: Any) -> None:
         raise ValueError(f"blocks must name modules that can have a time step, got {name!r}: {OUTSIDE}")
 
 
-def _check_blocks(model: nn.Module, names: Sequence[str], layers: Sequence[nn.Module]) -> None:
+def check_blocks(model: nn.Module, names: Sequence[str], layers: Sequence[nn.Module]) -> None:
+    """Refuse blocks that are in several places, or in each other."""
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(module, []).append(name)
@@ -483,7 +372,7 @@ def _check_blocks(model: nn.Module, names: Sequence[str], layers: Sequence[nn.Mo
         raise ValueError("blocks must be different modules")
 
 
-def _steps(
+def steps_for(
     layers: Sequence[nn.Module],
     number: int,
     init: float | Sequence[float] | Tensor,

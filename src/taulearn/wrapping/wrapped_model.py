@@ -1,6 +1,6 @@
 """The time steps of an existing model, as pruning sees them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,58 +39,47 @@ class ExampleInputs:
 
 
 @dataclass(frozen=True, eq=False)
-class Branches:
-    """Where branch steps are in a model, see :class:`Wrapping`.
+class BlockAtStart:
+    """A block when the model was wrapped; it knows no modules, as it may have been deleted since."""
 
-    Attributes:
-        per: What has a step of its own, "block" or "branch".
-        names: Names of all blocks when the model was wrapped.
-        forms: Where their states are.
-        found: The branches of each of them.
-        keep: Numbers of those blocks that cannot be taken out, with the reason.
-        blocks: For each layer that exists now, the block that it is, or is a part of.
-        sites: For each layer that exists now, the modules whose outputs its step multiplies.
+    name: str  # in the host
+    form: Form  # where its state is
+    branches: tuple[Branch, ...] = ()  # none with form "whole"
+    stays: bool = False  # whether its place cannot be taken out, though all of its branches are
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Something with a step that exists now: a block, or with ``per="branch"`` one branch of a block.
+
+    With x and y what ``form`` takes from arguments and output of a call of ``module``, a block adds y - x to the state,
+    and a branch y = tau g.
     """
 
-    per: str
-    names: tuple[str, ...]
-    forms: tuple[Form, ...]
-    found: tuple[tuple[Branch, ...], ...]
-    keep: dict[int, str]
-    blocks: tuple[nn.Module, ...]
-    sites: tuple[tuple[nn.Module, ...], ...]
+    module: nn.Module  # the block, or the site of the branch
+    block: nn.Module  # the same, or the block that holds it
+    at_start: BlockAtStart
+    sites: dict[int, nn.Module]  # whose outputs its step multiplies, by place among the block's branches
+    keep: str = ""  # why it cannot be deleted, or nothing
 
-    def layer(self, number: int) -> tuple[int, tuple[int, ...]]:
-        """The block of the layer that had a number at the start, and the numbers of its branches in that block."""
-        if self.per == "block":
-            return number, tuple(range(len(self.found[number])))
-        places = [(b, (i,)) for b, branches in enumerate(self.found) for i in range(len(branches))]
-        return places[number]
+    def branches(self) -> list[tuple[Branch, nn.Module]]:
+        """The branches that its step multiplies, with their sites."""
+        return [(self.at_start.branches[place], site) for place, site in self.sites.items()]
 
-    def kept(self, indices: Sequence[int]) -> "Branches":
-        """The same without all layers but those at these positions."""
-        blocks, sites = tuple(self.blocks[i] for i in indices), tuple(self.sites[i] for i in indices)
-        return replace(self, blocks=blocks, sites=sites)
+    @property
+    def branch(self) -> Branch | None:
+        """The branch that it is, or None where it is a block."""
+        return None if self.module is self.block else self.branches()[0][0]
 
-    def of(self, number: int) -> tuple[Branch, ...]:
-        """The branches of that layer."""
-        block, branches = self.layer(number)
-        return tuple(self.found[block][i] for i in branches)
+    @property
+    def name(self) -> str:
+        """The name of the module in the host when it was wrapped."""
+        return self.at_start.name if self.branch is None else f"{self.at_start.name}.{self.branch.site}"
 
-    def places(self, origin: Sequence[int]) -> list[tuple[int, nn.Module, Form]]:
-        """The sites of all layers that exist now, with the layer's position and where the increment tau g is."""
-        return [
-            (l, site, branch.form)
-            for l, (number, sites) in enumerate(zip(origin, self.sites, strict=True))
-            for site, branch in zip(sites, self.of(number), strict=True)
-        ]
-
-    def layer_names(self) -> tuple[str, ...]:
-        """Names of all layers when the model was wrapped."""
-        if self.per == "block":
-            return self.names
-        pairs = zip(self.names, self.found, strict=True)
-        return tuple(f"{name}.{branch.site}" for name, branches in pairs for branch in branches)
+    @property
+    def form(self) -> Form:
+        """Where its state is; of a branch, its increment."""
+        return (self.branch or self.at_start).form
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,44 +89,45 @@ class Wrapping:
     Attributes:
         host: The model.
         time_steps: Its steps.
-        layers: What has a step and exists now, in the order of the calls: blocks, or with ``per="branch"`` the sites
-            of branches. With x and y what ``forms[l]`` takes from arguments and output of a call,
-            layer l adds y - x to the state with ``per="block"``, y = tau g with ``per="branch"``.
-        names: Names of all of them when the model was wrapped.
-        forms: Where each one's state is; of a branch, its increment.
+        blocks: All blocks when the model was wrapped.
+        present: The layers that exist now, one a step, in the order of the calls.
+        per: What has a step of its own, "block" or "branch".
         shorten: Names of the lists that get shorter when a block of theirs is deleted.
-        keep: Numbers (at the start) of blocks that cannot be deleted, with the reason.
         trained: The parameters whose ``requires_grad`` was changed, with what it was.
         units: Units of displacement of the steps, or None.
         inputs: Example inputs, on which save_pretrained compares a pruned model with what is loaded.
         not_saved: Numbers (at the start) of blocks without which save_pretrained is refused, with the reason.
-        branches: Where branch steps are; None: the form is "whole".
         why: Why the form is what it is.
     """
 
     host: nn.Module
     time_steps: TimeSteps
-    layers: tuple[nn.Module, ...]
-    names: tuple[str, ...]
-    forms: tuple[Form, ...]
-    shorten: frozenset[str]
-    keep: dict[int, str]
-    trained: dict[nn.Parameter, bool]
+    blocks: tuple[BlockAtStart, ...]
+    present: tuple[Layer, ...]
+    per: str = "block"
+    shorten: frozenset[str] = frozenset()
+    trained: dict[nn.Parameter, bool] = field(default_factory=dict)
     units: "DisplacementUnits | None" = None
     inputs: ExampleInputs = field(default_factory=ExampleInputs)
     not_saved: dict[int, str] = field(default_factory=dict)
-    branches: Branches | None = None
     why: str = ""
 
     @property
     def form(self) -> str:
         """How a step enters a block, "branches" or "whole"."""
-        return "whole" if self.branches is None else "branches"
+        return "branches" if self.blocks[0].branches else "whole"
 
     @property
-    def per(self) -> str:
-        """What has a step of its own, "block" or "branch"."""
-        return "block" if self.branches is None else self.branches.per
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The modules of the layers that exist now."""
+        return tuple(layer.module for layer in self.present)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all layers when the model was wrapped."""
+        if self.per == "block":
+            return tuple(block.name for block in self.blocks)
+        return tuple(f"{block.name}.{branch.site}" for block in self.blocks for branch in block.branches)
 
     @property
     def scheme(self) -> "Scheme":
@@ -148,20 +138,16 @@ class Wrapping:
 
     def states(self) -> tuple[tuple[str | int | None, str | int | None], ...]:
         """Where the states of all blocks at the start are: argument and entry of the output; None of deleted ones."""
-        if self.branches is None:
-            known = dict(zip(self.time_steps.origin, self.forms, strict=True))
-            forms = [known.get(l, Form()) for l in range(len(self.names))]
-        else:
-            forms = list(self.branches.forms)
+        forms = [block.form for block in self.blocks]
+        if self.form == "whole":
+            known = dict(zip(self.time_steps.origin, self.present, strict=True))
+            forms = [known[l].form if l in known else Form() for l in range(len(self.blocks))]
         return tuple((form.argument, form.key) for form in forms)
 
     def fixed_layers(self) -> dict[int, str]:
         """Positions that must stay, with the reason."""
-        origin = self.time_steps.origin
-        reasons = {l: self.keep[origin[l]] for l in range(len(origin)) if origin[l] in self.keep}
-        for layer, reason in self.time_steps.rule.fixed(len(origin)).items():
-            reasons.setdefault(layer, reason)
-        return reasons
+        own = {l: layer.keep for l, layer in enumerate(self.present) if layer.keep}
+        return self.time_steps.rule.fixed(len(self.present)) | own
 
     @torch.no_grad()
     def plain_steps(self) -> Tensor:
@@ -179,81 +165,57 @@ class Wrapping:
         Raises:
             ValueError: If a block that must stay is left out.
         """
-        kept, origin = list(indices), self.time_steps.origin
-        for layer, reason in self.fixed_layers().items():
-            if layer not in kept:
-                raise ValueError(
-                    f"indices must contain block {self.names[origin[layer]]!r}, got positions {kept}: {reason}"
-                )
-        gone = _blocks_that_go(self, kept)
+        kept = list(indices)
+        for l, reason in self.fixed_layers().items():
+            if l not in kept:
+                name = self.present[l].name
+                raise ValueError(f"indices must contain block {name!r}, got positions {kept}: {reason}")
+        left = tuple(self.present[l] for l in kept)
+        lost = [layer for l, layer in enumerate(self.present) if l not in set(kept)]
+        needed = {layer.block for layer in left} | {layer.block for layer in lost if layer.at_start.stays}
+        gone = {layer.block: layer.at_start.form for layer in lost if layer.block not in needed}
         self.time_steps.keep_(kept)
         if self.units is not None:
             self.units.keep_(kept)
-        if self.branches is not None and self.per == "branch":
-            lost = {i: origin[i] for i in range(len(origin)) if i not in set(kept)}
-            _take_branches_out(self.host, self.branches, lost, gone)
+        if self.per == "branch":
+            _take_branches_out(self.host, [layer for layer in lost if layer.block not in gone])
         shortened = structure.remove(self.host, gone, self.shorten)
         if is_configured(self.host):
             from .configurations import follow_deletion, number_caches
 
             follow_deletion(self.host, shortened)
-            if self.branches is not None and self.per == "branch":
-                number_caches(self.host, {branch.site for each in self.branches.found for branch in each})
-        after = replace(self, layers=tuple(self.layers[i] for i in kept), forms=tuple(self.forms[i] for i in kept))
-        if self.branches is not None:
-            after = replace(after, branches=self.branches.kept(kept))
-        if after.branches is None:
-            for position, block in enumerate(after.layers):
-                vars(block)["forward"] = replace(vars(block)["forward"], index=position)
+            if self.per == "branch":
+                number_caches(self.host, {branch.site for block in self.blocks for branch in block.branches})
+        if self.form == "whole":
+            for position, layer in enumerate(left):
+                vars(layer.module)["forward"] = replace(vars(layer.module)["forward"], index=position)
         else:
-            for block, indices in _indices(after.branches, after.time_steps.origin).items():
-                vars(block)["forward"] = replace(vars(block)["forward"], indices=indices)
-        vars(self.host)[WRAPPING] = after
+            for block, positions in _positions(left).items():
+                vars(block)["forward"] = replace(vars(block)["forward"], indices=positions)
+        vars(self.host)[WRAPPING] = replace(self, present=left)
 
     def has_lost_blocks(self) -> bool:
         """Whether blocks were deleted, or branches."""
-        return len(self.layers) < len(self.names)
+        return len(self.present) < len(self.names)
 
     def changed(self) -> list[nn.Module]:
         """All modules whose forward is another than before."""
-        if self.branches is None:
-            return list(self.layers)
-        return [*(site for each in self.branches.sites for site in each), *dict.fromkeys(self.branches.blocks)]
+        sites = [site for layer in self.present for site in layer.sites.values()]
+        return [*sites, *dict.fromkeys(layer.block for layer in self.present)]
 
 
-def _blocks_that_go(wrapping: Wrapping, kept: Sequence[int]) -> dict[nn.Module, Form]:
-    """The blocks that go with all layers but those kept, with where their states are."""
-    gone = [i for i in range(len(wrapping.layers)) if i not in set(kept)]
-    branches = wrapping.branches
-    if branches is None:
-        return {wrapping.layers[i]: wrapping.forms[i] for i in gone}
-    left, result = {branches.blocks[i] for i in kept}, {}
-    for i in gone:
-        block, (number, _) = branches.blocks[i], branches.layer(wrapping.time_steps.origin[i])
-        if block not in left and (wrapping.per == "block" or number not in branches.keep):
-            result[block] = branches.forms[number]
-    return result
-
-
-def _take_branches_out(
-    host: nn.Module, branches: Branches, lost: Mapping[int, int], without: Collection[nn.Module]
-) -> None:
-    """Put modules that return zeros in the places of branches, whose blocks are not among those without.
-
-    ``lost`` has their positions, and their numbers at the start.
-    """
+def _take_branches_out(host: nn.Module, lost: Iterable[Layer]) -> None:
+    """Put modules that return zeros in the places of branches, whose blocks stay."""
     stand_ins: dict[nn.Module, nn.Module] = {}
-    for position, number in lost.items():
-        block, (site,) = branches.blocks[position], branches.sites[position]
-        if block not in without:
-            take_off(site)
-            (branch,), (place,) = branches.of(number), branches.layer(number)[1]
-            stand_ins[site] = NoBranch(site, branch)
-            watch = vars(block)["forward"]
-            if sites := {k: v for k, v in watch.sites.items() if k != place}:
-                vars(block)["forward"] = replace(watch, sites=sites)
-            else:
-                take_off(block)
+    for layer in lost:
+        ((place, site),) = layer.sites.items()
+        take_off(site)
+        stand_ins[site] = NoBranch(site, layer.at_start.branches[place])
+        watch = vars(layer.block)["forward"]
+        if sites := {k: v for k, v in watch.sites.items() if k != place}:
+            vars(layer.block)["forward"] = replace(watch, sites=sites)
+        else:
+            take_off(layer.block)
     structure.put_in_place(host, stand_ins)
 
 
@@ -262,90 +224,56 @@ def is_configured(host: nn.Module) -> bool:
     return any("config" in vars(module) for module in host.modules())
 
 
+def has_save_pretrained(model: nn.Module) -> bool:
+    """Whether a part of the model has the method, which is guarded while there are steps other than 1."""
+    return any(hasattr(type(module), "save_pretrained") for module in model.modules())
+
+
 def install(wrapping: Wrapping) -> None:
     """Put steps and blocks' forwards in place."""
     host = wrapping.host
     host.add_module("time_steps", wrapping.time_steps)
     if wrapping.units is not None:
         wrapping.time_steps.add_module("units", wrapping.units)
-    if wrapping.branches is not None:
-        _install_branches(wrapping, wrapping.branches)
-    for l, block in enumerate(wrapping.layers if wrapping.branches is None else ()):
-        own = "forward" in vars(block)
-        vars(block)["forward"] = Step(
-            block.forward, wrapping.time_steps, l, wrapping.names[l], wrapping.forms[l], own, wrapping.units
-        )
+    if wrapping.form == "branches":
+        _install_branches(wrapping)
+    else:
+        for l, layer in enumerate(wrapping.present):
+            block = layer.module
+            vars(block)["forward"] = Step(
+                block.forward, wrapping.time_steps, l, layer.name, layer.form, "forward" in vars(block), wrapping.units
+            )
     vars(host)[WRAPPING] = wrapping
     set_follower(host, Follower())
 
 
-def _install_branches(wrapping: Wrapping, branches: Branches) -> None:
-    origin = wrapping.time_steps.origin
-    runs = {block: Run(indices) for block, indices in _indices(branches, origin).items()}
-    watched: dict[nn.Module, WatchedBlock] = {}
-    for number, block, sites in zip(origin, branches.blocks, branches.sites, strict=True):
-        at, places = branches.layer(number)
-        names = {place: branch.site for place, branch in zip(places, branches.of(number), strict=True)}
+def _install_branches(wrapping: Wrapping) -> None:
+    steps, watched = wrapping.time_steps, dict[nn.Module, WatchedBlock]()
+    runs = {block: Run(positions) for block, positions in _positions(wrapping.present).items()}
+    for layer in wrapping.present:
+        block, start, run = layer.block, layer.at_start, runs[layer.block]
         before = watched[block].sites if block in watched else {}
+        sites = before | {place: start.branches[place].site for place in layer.sites}
+        own = "forward" in vars(block)
         watched[block] = WatchedBlock(
-            block.forward,
-            wrapping.time_steps,
-            branches.forms[at],
-            branches.names[at],
-            before | names,
-            runs[block].indices,
-            branches.per == "block",
-            runs[block],
-            "forward" in vars(block),
+            block.forward, steps, start.form, start.name, sites, run.indices, wrapping.per == "block", run, own
         )
-        for place, branch, site in zip(places, branches.of(number), sites, strict=True):
+        for place, site in layer.sites.items():
             own = "forward" in vars(site)
-            vars(site)["forward"] = BranchStep(
-                site.forward, wrapping.time_steps, branch.form, own, place, runs[block]
-            ).forward
+            step = BranchStep(site.forward, steps, start.branches[place].form, own, place, run)
+            vars(site)["forward"] = step.forward
     for block, watch in watched.items():
         vars(block)["forward"] = watch
 
 
-def _indices(branches: Branches, origin: Sequence[int]) -> dict[nn.Module, tuple[int, ...]]:
+def _positions(present: Iterable[Layer]) -> dict[nn.Module, tuple[int, ...]]:
     """For each block the positions of the steps of its branches; -1 of those that are gone."""
     result: dict[nn.Module, list[int]] = {}
-    for position, (number, block) in enumerate(zip(origin, branches.blocks, strict=True)):
-        at, places = branches.layer(number)
-        of_block = result.setdefault(block, [-1] * len(branches.found[at]))
-        for place in places:
+    for position, layer in enumerate(present):
+        of_block = result.setdefault(layer.block, [-1] * len(layer.at_start.branches))
+        for place in layer.sites:
             of_block[place] = position
     return {block: tuple(positions) for block, positions in result.items()}
-
-
-def reinstall(wrapping: Wrapping, after: Wrapping) -> None:
-    """Put the steps in place in another form."""
-    for module in wrapping.changed():
-        take_off(module)
-    install(after)
-
-
-def take_states(wrapping: Wrapping, states: Sequence[tuple[str | int | None, str | int | None]]) -> None:
-    """Let states be where a saved model had them, see :meth:`Wrapping.states`."""
-    if wrapping.branches is not None:  # which come with their forms
-        return
-    forms = list(wrapping.forms)
-    for l, (number, block) in enumerate(zip(wrapping.time_steps.origin, wrapping.layers, strict=True)):
-        if number < len(states) and states[number] != (None, None):
-            step, (argument, key) = vars(block)["forward"], states[number]
-            taken = Form.taking(argument, step.inner)
-            forms[l] = replace(forms[l], argument=taken.argument, position=taken.position, key=key)
-            vars(block)["forward"] = replace(step, form=forms[l])
-    vars(wrapping.host)[WRAPPING] = replace(wrapping, forms=tuple(forms))
-
-
-@torch.no_grad()
-def drop_units(wrapping: Wrapping) -> None:
-    """Let the steps be plain ones from now on; their values stay."""
-    for block in wrapping.layers:
-        vars(block)["forward"] = replace(vars(block)["forward"], units=None)
-    del wrapping.time_steps.units
-    vars(wrapping.host)[WRAPPING] = replace(wrapping, units=None)
 
 
 def take_off(module: nn.Module) -> None:
@@ -354,15 +282,3 @@ def take_off(module: nn.Module) -> None:
     del vars(module)["forward"]
     if step.own:
         vars(module)["forward"] = step.inner
-
-
-def uninstall(wrapping: Wrapping) -> None:
-    """Undo :func:`install`; deleted blocks stay deleted."""
-    host = wrapping.host
-    set_follower(host, None)
-    for module in wrapping.changed():
-        take_off(module)
-    for parameter, flag in wrapping.trained.items():
-        parameter.requires_grad_(flag)
-    del host.time_steps
-    del vars(host)[WRAPPING]

@@ -1,0 +1,106 @@
+"""The wrapping of a model as a saved one had it: no deletion is tried, and no branch is searched for again."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from ..nn.constraints import Constraint
+from ..nn.pruned_models import WRAPPING
+from . import remove_blocks
+from .branches import Branch
+from .find_blocks import nearest_names
+from .state_argument import Form
+from .wrap_model import check_blocks, check_host, of_blocks, steps_for, with_branches
+from .wrapped_model import ExampleInputs, Wrapping, has_save_pretrained, install, take_off
+
+_PLACEHOLDER = (
+    "its place stays when it is deleted, and what stands there is known from example inputs: wrap the host with "
+    "example_inputs before loading"
+)
+_AS_SAVED = "as it was when it was saved"
+
+
+def rewrap(
+    model: nn.Module,
+    blocks: Sequence[str],
+    shortened: Iterable[str],
+    found: Sequence[tuple[Branch, ...]] = (),
+    *,
+    per: str = "block",
+    constraint: str | Constraint,
+    horizon: float,
+    lower_bound: float | None,
+) -> None:
+    """Wrap a model as another of its kind was, without trying deletions or searching for branches again."""
+    check_host(model)
+    known = dict(model.named_modules())
+    for name in (*blocks, *shortened):
+        if name not in known or (name in blocks and known[name] is model):
+            raise ValueError(f"it has no {name!r}{nearest_names(name, known)}")
+    layers = [known[name] for name in blocks]
+    check_blocks(model, blocks, layers)
+    for name in shortened:
+        if not isinstance(known[name], remove_blocks.LISTS):
+            raise ValueError(f"{name!r} must be a ModuleList or a Sequential, got a {type(known[name]).__name__}")
+    number = len(layers) if per == "block" else sum(map(len, found))
+    start = max(horizon / number, lower_bound or 0.0)
+    steps = steps_for(layers, number, start, horizon, constraint, lower_bound)
+    lists = [remove_blocks.list_of(model, layer) for layer in layers]
+    keep = {l: _PLACEHOLDER for l, name in enumerate(lists) if name not in set(shortened)}
+    forms = tuple(Form.taking(None, layer.forward) for layer in layers)
+    wrapping = replace(of_blocks(model, steps, blocks, layers, forms, keep), shorten=frozenset(shortened))
+    if found:
+        _check_names(blocks, layers, found)
+        wrapping = replace(with_branches(wrapping, found, per), why=_AS_SAVED)
+    install(wrapping)
+    if has_save_pretrained(model):
+        from .save_pretrained import guard_saving
+
+        guard_saving(model, layers, ExampleInputs())
+
+
+def take_form(wrapping: Wrapping, found: Sequence[tuple[Branch, ...]]) -> None:
+    """Let a model that is wrapped per block, and has all of its blocks, have the form of one that was saved."""
+    if wrapping.per == "branch" or wrapping.has_lost_blocks() or bool(found) == (wrapping.form == "branches"):
+        return
+    if found and len(found) != len(wrapping.present):
+        return
+    forms, keep = [block.form for block in wrapping.blocks], {l: each.keep for l, each in enumerate(wrapping.present)}
+    plain = of_blocks(wrapping.host, wrapping.time_steps, wrapping.names, wrapping.layers, forms, keep)
+    after = replace(wrapping, blocks=plain.blocks, present=plain.present, why=_AS_SAVED)
+    if found:
+        _check_names(wrapping.names, wrapping.layers, found)
+        after = with_branches(after, found, "block")
+    for module in wrapping.changed():
+        take_off(module)
+    install(after)
+
+
+def _check_names(names: Sequence[str], layers: Sequence[nn.Module], found: Sequence[tuple[Branch, ...]]) -> None:
+    """Refuse branches whose modules or parameters the blocks do not have."""
+    for name, layer, branches in zip(names, layers, found, strict=True):
+        inside, parameters = dict(layer.named_modules()), dict(layer.named_parameters())
+        for branch in branches:
+            if branch.site not in inside or not branch.site:
+                raise ValueError(f"it has no {f'{name}.{branch.site}'!r}{nearest_names(branch.site, inside)}")
+            for end in branch.ends:
+                if end.parameter not in parameters:
+                    raise ValueError(
+                        f"it has no {f'{name}.{end.parameter}'!r}{nearest_names(end.parameter, parameters)}"
+                    )
+
+
+def take_states(wrapping: Wrapping, states: Sequence[tuple[str | int | None, str | int | None]]) -> None:
+    """Let states be where a saved model had them, see :meth:`Wrapping.states`."""
+    if wrapping.form == "branches":  # which come with their forms
+        return
+    present = list(wrapping.present)
+    for l, (number, layer) in enumerate(zip(wrapping.time_steps.origin, wrapping.present, strict=True)):
+        if number < len(states) and states[number] != (None, None):
+            step, (argument, key) = vars(layer.block)["forward"], states[number]
+            taken = Form.taking(argument, step.inner)
+            form = replace(layer.form, argument=taken.argument, position=taken.position, key=key)
+            present[l] = replace(layer, at_start=replace(layer.at_start, form=form))
+            vars(layer.block)["forward"] = replace(step, form=form)
+    vars(wrapping.host)[WRAPPING] = replace(wrapping, present=tuple(present))
