@@ -184,7 +184,9 @@ class TestDecision:
         model, (x, z) = wrapped(), data()
         wrapping = wrapping_of(model)
         assert wrapping is not None
-        vars(model)[WRAPPING] = replace(wrapping, keep={1: "the host asks for it"})
+        layers = list(wrapping.present)
+        layers[1] = replace(layers[1], keep="the host asks for it")
+        vars(model)[WRAPPING] = replace(wrapping, present=tuple(layers))
         decision = choose_layers(model, x, z, cross_entropy, tolerance=1.0)
         assert decision.keep == (0, 1)
         decision.apply_(model)
