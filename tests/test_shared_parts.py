@@ -5,11 +5,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from taulearn._calls import call, clock, layer_milliseconds, milliseconds
+from taulearn._calls import call
 from taulearn._counting import Counting, Mean, counted, right_of, watched
 from taulearn._distributed import refuse_distributed
 from taulearn._errors import is_number, positive_integer, unknown_name
 from taulearn._lazy import lazily
+from taulearn._milliseconds import clock, layer_milliseconds, milliseconds
 from taulearn.adaptivity.policies import check_one_decides, check_threshold
 from taulearn.calibration import check_calibration
 from taulearn.depth.profile import check_tolerance, within

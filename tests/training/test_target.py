@@ -161,7 +161,7 @@ def test_a_real_latency_is_measured() -> None:
 
 
 def _half(model: nn.Module) -> float:
-    from taulearn._calls import layer_milliseconds
+    from taulearn._milliseconds import layer_milliseconds
     from taulearn.wrapping import wrapping_of
 
     wrapping = wrapping_of(model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .._calls import layer_milliseconds
+from .._milliseconds import layer_milliseconds
 from ..nn.pruned_models import prunable_of
 from ..optim import group_of
 from .coarsen import PruneReport, check_prunable, prune, scores_without

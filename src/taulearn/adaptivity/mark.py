@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._calls import milliseconds
 from .._errors import is_number, positive_integer
+from .._milliseconds import milliseconds
 from ..nn.time_steps import TimeSteps
 from .estimate import normalised, shares
 from .transaction import taken_out

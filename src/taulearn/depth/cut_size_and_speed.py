@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .._calls import milliseconds
+from .._milliseconds import milliseconds
 from ..nn.constraints import Free
 from ..nn.early_exit import tail_of
 from ..nn.network import TimeVariableNetwork

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .._calls import layer_milliseconds
+from .._milliseconds import layer_milliseconds
 from .._table import format_table
 from ..depth.layers_and_states import layers_of, scheme_of
 from ..nn.builders import FullyConnected

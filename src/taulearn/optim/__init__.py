@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from .._lazy import lazily
 
 if TYPE_CHECKING:
-    from .groups import (
+    from .groups import parameter_groups as parameter_groups
+    from .projections import (
         constrain_ as constrain_,
         group_of as group_of,
-        parameter_groups as parameter_groups,
         register_projection as register_projection,
     )
     from .steepest_descent import SteepestDescent as SteepestDescent
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
-        ".groups": ("constrain_", "group_of", "parameter_groups", "register_projection"),
+        ".groups": ("parameter_groups",),
+        ".projections": ("constrain_", "group_of", "register_projection"),
         ".steepest_descent": ("SteepestDescent",),
     },
 )

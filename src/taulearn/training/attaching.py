@@ -20,8 +20,15 @@ from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import LACKING, check_holds, check_holds_steps, optimizers_in, parameters_held
 from ..adaptivity.policies import Pruning
 from ..adaptivity.transaction import check_averaged
-from ..optim.groups import check_calls_hooks
-from ..optim.projections import SESSIONS, Attached, check_unattached, projections_of, searches, steps_under_way
+from ..optim.projections import (
+    SESSIONS,
+    Attached,
+    check_calls_hooks,
+    check_unattached,
+    projections_of,
+    searches,
+    steps_under_way,
+)
 from ..penalties import Penalty
 from .check_arguments import check_pruning
 from .objective import as_penalties

@@ -31,8 +31,7 @@ from ..nn.module_on_states import running_statistics_held
 from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
-from ..optim.groups import overflows
-from ..optim.projections import steps_under_way
+from ..optim.projections import overflows, steps_under_way
 from ..penalties import Penalty
 from .history import FLUSH_EVERY, Array, Deletion, History, Insertion, Recorder, Row
 

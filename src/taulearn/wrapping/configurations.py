@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from .branches import NoBranch
+from .no_branch import NoBranch
 from .remove_blocks import LISTS, Shortened
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "num_hidden_groups")

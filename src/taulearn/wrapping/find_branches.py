@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 
 from .._calls import call as call_model, forwards
 from .._undisturbed import undisturbed
-from .branches import Branch, End, NoBranch, folded
+from .branches import Branch, End, folded
 from .observation import noise_for, tensors_in
 from .probe import kind
 from .state_argument import Form, parameter_names
@@ -444,6 +444,8 @@ def _never_called(trial: _Trial, branch: Branch) -> str:
 
 def _tried_without(trial: _Trial, branch: Branch) -> Branch:
     """The branch, with why it cannot be deleted alone."""
+    from .no_branch import NoBranch
+
     form = branch.form
     if form.argument is None or form.kind not in (None, tuple, list):
         why = f"{branch.site!r} has no argument of its output's dimensions, or returns more than tensors"

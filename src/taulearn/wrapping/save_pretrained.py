@@ -29,10 +29,10 @@ from torch import nn
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import Snapshot
 from ..nn.pruned_models import WRAPPING
-from .branches import NoBranch
 from .comparison import STEPS, Description, in_short, other_outputs, other_values
 from .configurations import is_pretrained, number_caches, numbers_kept
 from .folding import Folding, check_plain, without_steps
+from .no_branch import NoBranch
 from .remove_blocks import holders
 from .wrapped_model import ExampleInputs, Wrapping
 

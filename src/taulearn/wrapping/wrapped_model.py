@@ -12,7 +12,7 @@ from ..nn.pruned_models import WRAPPING, Follower, set_follower
 from ..nn.time_steps import TimeSteps
 from . import remove_blocks as structure
 from .block import Step
-from .branches import Branch, BranchStep, NoBranch, Run, WatchedBlock, step_of
+from .branches import Branch, BranchStep, Run, WatchedBlock, step_of
 from .state_argument import Form
 
 if TYPE_CHECKING:
@@ -206,6 +206,8 @@ class Wrapping:
 
 def _take_branches_out(host: nn.Module, lost: Iterable[Layer]) -> None:
     """Put modules that return zeros in the places of branches, whose blocks stay."""
+    from .no_branch import NoBranch
+
     stand_ins: dict[nn.Module, nn.Module] = {}
     for layer in lost:
         ((place, site),) = layer.sites.items()
