@@ -27,6 +27,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def in_short(error: BaseException) -> str:
+    """An error in one line, with its class."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
+
+
 def is_number(value: object) -> bool:
     """Whether a value can be compared with numbers: Python's and numpy's numbers, tensors of one element."""
     return hasattr(value, "__float__")

@@ -13,6 +13,7 @@ from taulearn import load_model, prune, save_model, unwrap, wrap
 from taulearn._calls import call
 from taulearn.wrapping import anneal_to_one, fold_units, wrapping_of
 from taulearn.wrapping.displacement import DisplacementUnits
+from taulearn.wrapping.folding import plain_steps
 from wrapping.hosts import BY_NAME, Block, Host, evaluated, every_host, tensor
 
 PRETRAINED = [BY_NAME["vit"], BY_NAME["gpt2"]]
@@ -44,7 +45,7 @@ def test_at_the_start_nothing_changes_to_the_bit(host: Host, training: bool) -> 
         outputs.append(output)
         gradients.append(dict(model.named_parameters()))
     assert torch.equal(*outputs)
-    assert wrapping_of(model).plain_steps().tolist() == [1.0] * len(host.blocks)  # type: ignore[union-attr]
+    assert plain_steps(wrapping_of(model)).tolist() == [1.0] * len(host.blocks)
 
 
 class Scaled(nn.Module):
@@ -69,7 +70,7 @@ def test_scaling_the_weights_does_not_stand_in_for_a_step() -> None:
         for _ in range(600):
             model(x)
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(wrapping_of(model).plain_steps(), torch.tensor([0.2, 1.0]), rtol=1e-4, atol=0)  # type: ignore[union-attr]
+    torch.testing.assert_close(plain_steps(wrapping_of(model)), torch.tensor([0.2, 1.0]), rtol=1e-4, atol=0)
     assert model.time_steps.tau.tolist() == [1.0, 1.0]
 
 
@@ -161,7 +162,7 @@ def test_an_increment_of_zero_is_no_trouble() -> None:
 def test_saved_models_have_plain_steps(host: Host, tmp_path: Path) -> None:
     model = trained(host)
     prune(model, keep=[0, 1, 3])
-    assert (wrapping_of(model).plain_steps() != model.time_steps.tau).any()  # type: ignore[union-attr]
+    assert (plain_steps(wrapping_of(model)) != model.time_steps.tau).any()
     save_model(model, tmp_path)
     assert wrapping_of(model).units is not None  # type: ignore[union-attr]
     for fresh in (host.make(), host.wrapped(), host.wrapped(units="displacement")):

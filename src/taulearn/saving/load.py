@@ -15,7 +15,7 @@ from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import Grid
 from ..wrapping.branches import Branch
 from ..wrapping.folding import drop_units, unwrap
-from ..wrapping.wrap_as_saved import rewrap, take_form, take_states
+from ..wrapping.wrap_as_saved import read_branch, rewrap, take_form, take_states
 from .manifest import MANIFEST, WEIGHTS, read_manifest, short
 from .recipe import build, classes_of, differences, modules_of, tensors_of
 from .save import describe, with_steps
@@ -142,7 +142,7 @@ def _branches(saved: dict[str, Any], folder: Path) -> list[tuple[Branch, ...]]:
             f"{folder / MANIFEST} must have branches for {number} blocks, got a contradiction: restore it, or save "
             "again"
         )
-    return [tuple(map(Branch.from_plain, block)) for block in written]
+    return [tuple(map(read_branch, block)) for block in written]
 
 
 def _change_layers(host: nn.Module, manifest: dict[str, Any], folder: Path) -> None:

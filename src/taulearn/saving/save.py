@@ -19,6 +19,7 @@ from ..files import check_tensors, move, tensor_bytes, write_bytes
 from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps, time_steps_of
 from ..wrapping.folding import check_plain, folded_state, without_steps
+from ..wrapping.wrap_as_saved import states_of, written_branch
 from ..wrapping.wrapped_model import Wrapping
 from .manifest import ASIDE, FORMAT, MANIFEST, WEIGHTS
 from .recipe import (
@@ -131,11 +132,13 @@ def describe(model: nn.Module, *, plain: bool = False) -> dict[str, Any]:
         "saved_from": type(model).__qualname__,
         "blocks": [block.name for block in wrapping.blocks],
         "shortened": sorted(wrapping.shorten),
-        "states": [list(pair) for pair in wrapping.states()],
+        "states": [list(pair) for pair in states_of(wrapping)],
         "modules": classes_of(model),
         "form": wrapping.form,
         "per": wrapping.per,
-        "branches": [[branch.plain() for branch in block.branches] for block in wrapping.blocks if block.branches],
+        "branches": [
+            [written_branch(branch) for branch in block.branches] for block in wrapping.blocks if block.branches
+        ],
         "plain": plain,
     }
     return manifest | {"model": wrapped}

@@ -18,7 +18,7 @@ changes parameters, those of the ends. The steps replace ``forward`` on the inst
 block itself is watched, as code that takes the weights of an end without calling the site would leave its step out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,30 +46,6 @@ class Branch:
     ends: tuple[End, ...]
     not_folded: str = ""  # why the step does not fold, or nothing
     not_deleted: str = ""  # why the branch cannot be deleted alone, or nothing
-
-    def plain(self) -> dict[str, Any]:
-        """The branch as JSON has it; :meth:`from_plain` reads it."""
-        known: dict[Any, str | None] = {None: None, tuple: "tuple", list: "list"}
-        return {
-            "site": self.site,
-            "key": self.form.key,
-            "argument": self.form.argument,
-            "output": known.get(self.form.kind, "other"),
-            "size": self.form.size,
-            "sizes": [list(each) for each in self.sizes],
-            "ends": [end._asdict() for end in self.ends],
-            "not_folded": self.not_folded,
-            "not_deleted": self.not_deleted,
-        }
-
-    @classmethod
-    def from_plain(cls, written: Mapping[str, Any]) -> "Branch":
-        """The branch that :meth:`plain` wrote; the place of its argument is known from its module."""
-        kind = {None: None, "tuple": tuple, "list": list, "other": dict}[written["output"]]
-        form = Form(kind, written["key"], written["size"], written["argument"])
-        sizes = tuple((dim, size) for dim, size in written["sizes"])
-        ends = tuple(End(**end) for end in written["ends"])
-        return cls(written["site"], form, sizes, ends, written["not_folded"], written["not_deleted"])
 
 
 def folded(value: Tensor, tau: float, offset: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._batches import on_device
 from .._calls import call as call_model
+from .._errors import in_short
 from .block import PassThrough
 from .observation import tensors_in
 
@@ -154,9 +155,3 @@ def other_tensors(output: Any, expected: Any) -> list[str]:
             by = float((x - y).abs().amax())
             return [f"it gives other outputs on the example inputs, by {by:.2g} of {scale:.2g}"]
     return []
-
-
-def in_short(error: Exception) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"

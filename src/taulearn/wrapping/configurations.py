@@ -23,8 +23,8 @@ from typing import Any
 
 from torch import nn
 
-from .no_branch import NoBranch
 from .remove_blocks import LISTS, Shortened
+from .single_branches import NoBranch
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "num_hidden_groups")
 _ENCODER_COUNTS = ("encoder_layers", "num_encoder_layers")

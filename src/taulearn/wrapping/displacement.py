@@ -23,9 +23,21 @@ import torch
 from torch import Tensor, nn
 
 from ..caputo._arguments import transforming
+from ..nn.constraints import Constraint, constraint_of
 
 _MOMENTUM = 0.02
 _IDENTITY = 0.1
+
+
+def check_unrestricted(constraint: str | Constraint, lower_bound: float | None) -> None:
+    """Refuse a constraint that the plain steps of a saved model would not fulfil."""
+    rule = constraint_of(constraint, 1.0, lower_bound)
+    if rule.restricts:
+        found = f"constraint {rule.name!r}" if lower_bound is None else f"lower_bound {lower_bound:g}"
+        raise ValueError(
+            f"units must be 'steps' with {found}, got 'displacement': such steps are folded into plain ones when the "
+            "model is saved, which then would not fulfil it; wrap with constraint='free' and no lower_bound"
+        )
 
 
 class DisplacementUnits(nn.Module):
@@ -39,6 +51,11 @@ class DisplacementUnits(nn.Module):
         super().__init__()
         self.register_buffer("squares", torch.zeros(2, number, dtype=dtype, device=device))
         self._before: dict[int, Tensor] = {}
+
+    @classmethod
+    def like(cls, steps: Tensor) -> "DisplacementUnits":
+        """Units for steps, of their type and on their device."""
+        return cls(len(steps), dtype=steps.dtype, device=steps.device)
 
     def gains(self) -> Tensor:
         """What the steps are multiplied with now, r_0 / r for each block, (number,)."""

@@ -69,7 +69,9 @@ def find_branches(
             trial = _copied(block, *seen.pop(block), form)
             branches = _as_before(trial, like) or _found(trial)
             if alone:
-                branches = tuple(_tried_without(trial, each) for each in branches)
+                from .single_branches import tried_without
+
+                branches = tuple(tried_without(trial, each) for each in branches)
         except NotFound as error:
             return f"block {name!r}: {error}"
         # blocks may raise anything with other weights, or outside of their model
@@ -117,7 +119,7 @@ class _Pass:
         return _ROUNDING * eps * float(self.before.abs().max())
 
 
-class _Trial:
+class Trial:
     """A copy of a block on the arguments that it was called with."""
 
     def __init__(self, block: nn.Module, args: Any, kwargs: Any, form: Form) -> None:
@@ -175,8 +177,10 @@ class _Trial:
             return run
 
         watched = self.modules if watch else {name: self.modules[name] for name in scales or {}}
-        with self._values(values or {}), forwards({each: watching(name, each) for name, each in watched.items()}):
-            output = _without_trace(self.block, args, kwargs)
+        others = {each: watching(name, each) for name, each in watched.items()}
+        with self._values(values or {}), forwards(others), torch.no_grad(), torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(0)
+            output = self.block(*args, **kwargs)
         after = self.form.leaving(output)
         if after is None or after.shape != before.shape:
             raise NotFound("it returns no state of its input's shape")
@@ -198,13 +202,7 @@ class _Trial:
         return torch.full_like(self.parameters[name], value)
 
 
-def _without_trace(block: nn.Module, args: Any, kwargs: Any) -> Any:
-    with torch.no_grad(), torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(0)
-        return block(*args, **kwargs)
-
-
-def _copied(block: nn.Module, args: Any, kwargs: Any, form: Form) -> _Trial:
+def _copied(block: nn.Module, args: Any, kwargs: Any, form: Form) -> Trial:
     """A copy with noise in the place of constants, in double precision where that works, else in single."""
     x = form.arriving(args, kwargs)
     if x is None or any(each.is_complex() for each in (x, *block.parameters())):
@@ -212,7 +210,7 @@ def _copied(block: nn.Module, args: Any, kwargs: Any, form: Form) -> _Trial:
     for dtype in (torch.float64, torch.float32):  # some kernels do not know double precision, experts' for one
         try:
             exact_args, exact_kwargs = tree_map(partial(_as_type, dtype=dtype), (args, kwargs))
-            trial = _Trial(_with_noise(block).to(dtype), exact_args, exact_kwargs, form)
+            trial = Trial(_with_noise(block).to(dtype), exact_args, exact_kwargs, form)
             if bool(torch.isfinite(trial.bare.after).all()):
                 return trial
         except NotFound:
@@ -220,7 +218,7 @@ def _copied(block: nn.Module, args: Any, kwargs: Any, form: Form) -> _Trial:
         # whatever else a block raises then
         except Exception:  # noqa: BLE001
             pass
-    return _Trial(_with_noise(block), args, kwargs, form)
+    return Trial(_with_noise(block), args, kwargs, form)
 
 
 def _with_noise(block: nn.Module) -> nn.Module:
@@ -235,7 +233,7 @@ def _as_type(each: Any, dtype: torch.dtype) -> Any:
     return each.to(dtype) if isinstance(each, Tensor) and each.is_floating_point() else each
 
 
-def _found(trial: _Trial) -> tuple[Branch, ...]:
+def _found(trial: Trial) -> tuple[Branch, ...]:
     """Verified branches, if possible such that all of them fold."""
     choices = _searched(trial)
     first = _verified(trial, next(choices))
@@ -247,7 +245,7 @@ def _found(trial: _Trial) -> tuple[Branch, ...]:
     return first
 
 
-def _searched(trial: _Trial) -> Iterator[tuple[Branch, ...]]:
+def _searched(trial: Trial) -> Iterator[tuple[Branch, ...]]:
     """The branches that the zeroing test finds; several where parameters of one module could be the end."""
     bare = trial.bare
     if torch.equal(bare.after, bare.before):
@@ -285,7 +283,7 @@ def _searched(trial: _Trial) -> Iterator[tuple[Branch, ...]]:
         yield _sites(bare, trial.run(ends, watch=True), ends, holders, trial.modules)
 
 
-def _candidates(trial: _Trial, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def _candidates(trial: Trial, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Values with which a module may give zero: all of its parameters 0; or one of them -1, where it is 1 + w."""
     zeros = {name: trial.like(name, 0.0) for name in names}
     yield zeros
@@ -294,7 +292,7 @@ def _candidates(trial: _Trial, names: Sequence[str]) -> Iterator[dict[str, Tenso
             yield {**zeros, name: trial.like(name, -1.0)}
 
 
-def _parameters_of(trial: _Trial, number: Mapping[str, int]) -> dict[str, list[str]]:
+def _parameters_of(trial: Trial, number: Mapping[str, int]) -> dict[str, list[str]]:
     """The parameters of each module that was called, with those of modules inside that were not."""
     own: dict[str, list[str]] = {name: [] for name in number}
     for parameter in trial.parameters:
@@ -343,19 +341,19 @@ def _shape_of(bare: _Pass, site: str, forward: Callable[..., Any]) -> tuple[Form
     return replace(output, argument=key, position=taken.position), sizes
 
 
-def _as_before(trial: _Trial, known: Sequence[tuple[Branch, ...]]) -> tuple[Branch, ...] | None:
+def _as_before(trial: Trial, known: Sequence[tuple[Branch, ...]]) -> tuple[Branch, ...] | None:
     """The branches of an earlier block of the same kind, where this one has the same."""
     for branches in dict.fromkeys(known):
         try:
-            return _verified(trial, tuple(_here(trial, trial.bare, each) for each in branches), scaling=False)
+            return _verified(trial, tuple(_here(trial, each) for each in branches), scaling=False)
         except NotFound:
             continue
     return None
 
 
-def _here(trial: _Trial, bare: _Pass, branch: Branch) -> Branch:
+def _here(trial: Trial, branch: Branch) -> Branch:
     """A branch of another block in this one, where it is not verified yet."""
-    named = all(end.parameter in trial.parameters for end in branch.ends)
+    bare, named = trial.bare, all(end.parameter in trial.parameters for end in branch.ends)
     if not named or bare.calls.count(branch.site) != 1 or branch.site not in bare.outputs:
         raise NotFound("it has other modules")
     form, sizes = _shape_of(bare, branch.site, trial.modules[branch.site].forward)
@@ -366,7 +364,7 @@ def _scaled(branches: Sequence[Branch], scales: Sequence[float]) -> dict[str, tu
     return {each.site: (each.form, scale) for each, scale in zip(branches, scales, strict=True)}
 
 
-def _verified(trial: _Trial, branches: tuple[Branch, ...], *, scaling: bool = True) -> tuple[Branch, ...]:
+def _verified(trial: Trial, branches: tuple[Branch, ...], *, scaling: bool = True) -> tuple[Branch, ...]:
     """The branches, with why one of them cannot be folded; refused where they are none."""
     gone = trial.run(scales=_scaled(branches, [0.0] * len(branches)))
     if not torch.equal(gone.after, gone.before):
@@ -394,7 +392,8 @@ def _verified(trial: _Trial, branches: tuple[Branch, ...], *, scaling: bool = Tr
 
 def _twice(large: _Pass, small: _Pass) -> bool:
     """Whether one increment is twice the other, on all entries or on those that a final ReLU leaves as they are."""
-    for open_ in (torch.ones_like(small.before, dtype=torch.bool), _all_positive(large, small)):
+    positive = (large.before > 0) & (large.after > 0) & (small.after > 0)
+    for open_ in (torch.ones_like(positive), positive):
         a, b = ((each.after - each.before)[open_] for each in (large, small))
         size = float(a.abs().max()) if a.numel() else 0.0
         if size > large.rounding and float((a - 2.0 * b).abs().max()) <= large.rounding + _LINEAR * size:
@@ -402,11 +401,7 @@ def _twice(large: _Pass, small: _Pass) -> bool:
     return False
 
 
-def _all_positive(large: _Pass, small: _Pass) -> Tensor:
-    return (large.before > 0) & (large.after > 0) & (small.after > 0)
-
-
-def _folds(trial: _Trial, some: Sequence[Branch], scales: Sequence[float]) -> bool:
+def _folds(trial: Trial, some: Sequence[Branch], scales: Sequence[float]) -> bool:
     """Whether scaled parameters of ends give what scaled outputs of sites do."""
     ends = [(end, scale) for branch, scale in zip(some, scales, strict=True) for end in branch.ends]
     if not all(trial.parameters[end.parameter].is_floating_point() for end, _ in ends):
@@ -417,19 +412,14 @@ def _folds(trial: _Trial, some: Sequence[Branch], scales: Sequence[float]) -> bo
     return float((stepped.after - plain.after).abs().max()) <= stepped.rounding + _FOLDED * size
 
 
-def _why_not_folded(trial: _Trial, branch: Branch) -> str:
+def _why_not_folded(trial: Trial, branch: Branch) -> str:
     whole = [end.parameter for end in branch.ends if not trial.parameters[end.parameter].is_floating_point()]
     if whole:
         return f"{whole[0]!r} holds no floating-point numbers, as quantised weights do not"
     return f"the output of {branch.site!r} is not proportional to {branch.ends[-1].parameter!r}"
 
 
-def _same(mine: Sequence[tuple[str, Tensor]], theirs: Sequence[tuple[str, Tensor]]) -> bool:
-    pairs = zip(mine, theirs, strict=False)
-    return len(mine) == len(theirs) and all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
-
-
-def _never_called(trial: _Trial, branch: Branch) -> str:
+def _never_called(trial: Trial, branch: Branch) -> str:
     """Why ends may be missing, as in experts that no example input was routed to, or nothing."""
     ends = {end.parameter.rpartition(".")[0] for end in branch.ends}
     kinds = {type(trial.modules[end]) for end in ends if end in trial.bare.calls}
@@ -440,26 +430,3 @@ def _never_called(trial: _Trial, branch: Branch) -> str:
             if torch.equal(trial.run(zeros).after, trial.bare.after):  # else its weights are used without a call
                 return f"{name!r} is like an end, but takes no part on the example inputs: give inputs that reach it"
     return ""
-
-
-def _tried_without(trial: _Trial, branch: Branch) -> Branch:
-    """The branch, with why it cannot be deleted alone."""
-    from .no_branch import NoBranch
-
-    form = branch.form
-    if form.argument is None or form.kind not in (None, tuple, list):
-        why = f"{branch.site!r} has no argument of its output's dimensions, or returns more than tensors"
-        return replace(branch, not_deleted=why)
-    holder, key = trial.block.get_submodule(branch.site.rpartition(".")[0]), branch.site.rpartition(".")[2]
-    site = trial.modules[branch.site]
-    try:
-        expected = trial.run(scales=_scaled([branch], [0.0]))
-        holder._modules[key] = NoBranch(site, branch)
-        differs = not _same(trial.run().others, expected.others)
-        why = "the block gives another output without it than with a step of 0" if differs else ""
-    # whatever the block raises without its branch, it cannot do without it
-    except Exception as error:  # noqa: BLE001
-        why = f"the block fails without it ({type(error).__name__})"
-    finally:
-        holder._modules[key] = site
-    return replace(branch, not_deleted=why)

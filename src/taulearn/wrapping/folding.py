@@ -22,8 +22,8 @@ from .._errors import is_number
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import check_averaged
 from ..nn.pruned_models import WRAPPING, set_follower, wrapping_of
-from .branches import folded
-from .wrapped_model import Wrapping, has_save_pretrained, take_off
+from .branches import folded, step_of
+from .wrapped_model import Wrapping, has_save_pretrained
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -68,13 +68,27 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
 
         release_saving(model)
     set_follower(model, None)
-    for module in wrapping.changed():
+    for module in changed_modules(wrapping):
         take_off(module)
     for parameter, flag in wrapping.trained.items():
         parameter.requires_grad_(flag)
     del model.time_steps
     del vars(model)[WRAPPING]
     return model
+
+
+def changed_modules(wrapping: Wrapping) -> list[nn.Module]:
+    """All modules whose forward is another than before they were wrapped."""
+    sites = [site for layer in wrapping.present for site in layer.sites.values()]
+    return [*sites, *dict.fromkeys(layer.block for layer in wrapping.present)]
+
+
+def take_off(module: nn.Module) -> None:
+    """Let a module have the forward that it had before it was wrapped."""
+    step = step_of(module)
+    del vars(module)["forward"]
+    if step.own:
+        vars(module)["forward"] = step.inner
 
 
 @torch.no_grad()
@@ -147,7 +161,7 @@ def fold_units(model: nn.Module, *, averaged: AveragedModel | None = None) -> No
         check_averaged(averaged, model)
     for each in (wrapping, None if averaged is None else wrapping_of(averaged.module)):
         if each is not None and each.units is not None:
-            each.time_steps.values.copy_(each.plain_steps())
+            each.time_steps.values.copy_(plain_steps(each))
             drop_units(each)
 
 
@@ -167,19 +181,26 @@ def fold_average(model: nn.Module, averaged: AveragedModel) -> None:
         fold_units(averaged.module)
 
 
+@torch.no_grad()
+def plain_steps(wrapping: Wrapping) -> Tensor:
+    """The steps without units, (number of layers,): what multiplies B(x) - x now."""
+    tau = wrapping.time_steps.tau
+    return tau if wrapping.units is None else tau * wrapping.units.gains()
+
+
 def folded_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that a wrapped model would have with plain steps."""
     wrapping = wrapping_of(model)
     state = model.state_dict()
     if wrapping is not None and wrapping.units is not None:
         state = {name: value for name, value in state.items() if not name.startswith("time_steps.units.")}
-        state["time_steps.values"] = wrapping.plain_steps()
+        state["time_steps.values"] = plain_steps(wrapping)
     return state
 
 
 def check_plain(wrapping: Wrapping, what: str = "unwrap") -> None:
     """Refuse steps without which the model would compute something else: not 1, and not to be folded."""
-    tau = wrapping.plain_steps()
+    tau = plain_steps(wrapping)
     if not bool((tau != 1).any()):
         return
     if wrapping.form == "whole":
@@ -257,7 +278,7 @@ def without_steps(wrapping: Wrapping | None) -> Iterator[dict[str, Folding]]:
         yield {}
         return
     changed = foldings(wrapping)
-    forwards = {module: vars(module)["forward"] for module in wrapping.changed()}
+    forwards = {module: vars(module)["forward"] for module in changed_modules(wrapping)}
     own: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for name, folding in changed.items():

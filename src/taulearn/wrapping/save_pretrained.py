@@ -26,14 +26,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._errors import in_short
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import Snapshot
 from ..nn.pruned_models import WRAPPING
-from .comparison import STEPS, Description, in_short, other_outputs, other_values
+from .comparison import STEPS, Description, other_outputs, other_values
 from .configurations import is_pretrained, number_caches, numbers_kept
 from .folding import Folding, check_plain, without_steps
-from .no_branch import NoBranch
 from .remove_blocks import holders
+from .single_branches import NoBranch
 from .wrapped_model import ExampleInputs, Wrapping
 
 _SAVE = "save_pretrained"

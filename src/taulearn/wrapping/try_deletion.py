@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._errors import in_short
 from .._undisturbed import Before
 from . import remove_blocks
 from .block import PassingTimeSteps, Skip
@@ -121,7 +122,7 @@ class _Trial:
             raise
         # hosts may raise anything
         except Exception as error:  # noqa: BLE001
-            differs = f"fails ({_short(error)})"
+            differs = f"fails ({in_short(error)})"
         if differs is not None:
             raise ValueError(
                 f"model must compute with time steps of 1 what it computes without, but it {differs}: "
@@ -149,7 +150,7 @@ class _Trial:
                 expected = self._observe(gone)
         # hosts may raise anything
         except Exception as error:  # noqa: BLE001
-            return f"the host fails where its step is 0: {_short(error)}"
+            return f"the host fails where its step is 0: {in_short(error)}"
         self.answered |= not gone and answers(self.bare, expected, self.blocks)
         return self._differs(expected, {block, *gone}, shorten)
 
@@ -160,7 +161,7 @@ class _Trial:
                 found = self._observe(gone)
         # whatever the host raises without a block, it cannot do without it
         except Exception as error:  # noqa: BLE001
-            return f"the host fails without it: {_short(error)}"
+            return f"the host fails without it: {in_short(error)}"
         differs = difference(expected, found, [self.blocks[l] for l in gone])
         return None if differs is None else f"the host {differs} without it than with tau = 0: {_PLACE}"
 
@@ -247,11 +248,6 @@ class _Trial:
                 block = self.blocks[l]
                 vars(block)["forward"] = Skip(block.forward, self.wrapping.present[l].form)
             yield
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__} {lines[0][:200]}".strip()
 
 
 def _memories(host: nn.Module, blocks: Sequence[nn.Module]) -> frozenset[str]:

@@ -1,18 +1,23 @@
-"""The wrapping of a model as a saved one had it: no deletion is tried, and no branch is searched for again."""
+"""Wrapped models in files: what is written of blocks and branches, and a model wrapped as the saved one was.
 
-from collections.abc import Iterable, Sequence
+No deletion is tried then, and no branch is searched for again.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from ..nn.constraints import Constraint
 from ..nn.pruned_models import WRAPPING
 from . import remove_blocks
-from .branches import Branch
+from .branches import Branch, End
 from .find_blocks import nearest_names
+from .folding import changed_modules, take_off
 from .state_argument import Form
 from .wrap_model import check_blocks, check_host, of_blocks, steps_for, with_branches
-from .wrapped_model import ExampleInputs, Wrapping, has_save_pretrained, install, take_off
+from .wrapped_model import ExampleInputs, Wrapping, has_save_pretrained, install
 
 _PLACEHOLDER = (
     "its place stays when it is deleted, and what stands there is known from example inputs: wrap the host with "
@@ -72,7 +77,7 @@ def take_form(wrapping: Wrapping, found: Sequence[tuple[Branch, ...]]) -> None:
     if found:
         _check_names(wrapping.names, wrapping.layers, found)
         after = with_branches(after, found, "block")
-    for module in wrapping.changed():
+    for module in changed_modules(wrapping):
         take_off(module)
     install(after)
 
@@ -91,8 +96,17 @@ def _check_names(names: Sequence[str], layers: Sequence[nn.Module], found: Seque
                     )
 
 
+def states_of(wrapping: Wrapping) -> tuple[tuple[str | int | None, str | int | None], ...]:
+    """Where the states of all blocks at the start are: argument and entry of the output; None of deleted ones."""
+    forms = [block.form for block in wrapping.blocks]
+    if wrapping.form == "whole":
+        known = dict(zip(wrapping.time_steps.origin, wrapping.present, strict=True))
+        forms = [known[l].form if l in known else Form() for l in range(len(wrapping.blocks))]
+    return tuple((form.argument, form.key) for form in forms)
+
+
 def take_states(wrapping: Wrapping, states: Sequence[tuple[str | int | None, str | int | None]]) -> None:
-    """Let states be where a saved model had them, see :meth:`Wrapping.states`."""
+    """Let states be where a saved model had them, see :func:`states_of`."""
     if wrapping.form == "branches":  # which come with their forms
         return
     present = list(wrapping.present)
@@ -104,3 +118,28 @@ def take_states(wrapping: Wrapping, states: Sequence[tuple[str | int | None, str
             present[l] = replace(layer, at_start=replace(layer.at_start, form=form))
             vars(layer.block)["forward"] = replace(step, form=form)
     vars(wrapping.host)[WRAPPING] = replace(wrapping, present=tuple(present))
+
+
+def written_branch(branch: Branch) -> dict[str, Any]:
+    """A branch as JSON has it; :func:`read_branch` reads it."""
+    known: dict[Any, str | None] = {None: None, tuple: "tuple", list: "list"}
+    return {
+        "site": branch.site,
+        "key": branch.form.key,
+        "argument": branch.form.argument,
+        "output": known.get(branch.form.kind, "other"),
+        "size": branch.form.size,
+        "sizes": [list(each) for each in branch.sizes],
+        "ends": [end._asdict() for end in branch.ends],
+        "not_folded": branch.not_folded,
+        "not_deleted": branch.not_deleted,
+    }
+
+
+def read_branch(entry: Mapping[str, Any]) -> Branch:
+    """The branch that :func:`written_branch` wrote; the place of its argument is known from its module."""
+    kind = {None: None, "tuple": tuple, "list": list, "other": dict}[entry["output"]]
+    form = Form(kind, entry["key"], entry["size"], entry["argument"])
+    sizes = tuple((dim, size) for dim, size in entry["sizes"])
+    ends = tuple(End(**end) for end in entry["ends"])
+    return Branch(entry["site"], form, sizes, ends, entry["not_folded"], entry["not_deleted"])

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .._distributed import refuse_distributed
 from .._errors import unknown_name
-from ..nn.constraints import Constraint, constraint_of
+from ..nn.constraints import Constraint
 from ..nn.pruned_models import WRAPPING, wrapping_of
 from ..nn.time_steps import TimeSteps
 from .block import NESTED, PassingTimeSteps, Step
@@ -21,9 +21,6 @@ from .state_argument import Form
 from .state_path import OUTSIDE, follow_states
 from .try_deletion import try_deletions
 from .wrapped_model import BlockAtStart, ExampleInputs, Layer, Wrapping, has_save_pretrained, install, is_configured
-
-if TYPE_CHECKING:
-    from .displacement import DisplacementUnits
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -105,8 +102,11 @@ def wrap(
         deleted layer 1 (share 0.33): 3 -> 2 layers, 80 -> 59 parameters
     """
     check_host(model)
-    _check_units(units, constraint, lower_bound)
-    _check_form(form, per, units, example_inputs)
+    _check_names(form, per, units, example_inputs)
+    if units == "displacement":
+        from .displacement import DisplacementUnits, check_unrestricted
+
+        check_unrestricted(constraint, lower_bound)
     result = None if example_inputs is None else probe(model, example_inputs)
     if blocks is None:
         if result is None:
@@ -124,9 +124,7 @@ def wrap(
         forms = [Form.taking(None, model.get_submodule(name).forward) for name in names]
         if result is not None:
             names.sort(key=lambda name: result.calls[name][0].order if name in result.calls else -1)
-            calls = [_named(name, result) for name in names]
-            _check_path(result, calls, example_inputs)
-            forms = [call.form for call in calls]
+            forms = [call.form for call in _named(names, result, example_inputs)]
     layers = [model.get_submodule(name) for name in names]
     check_blocks(model, names, layers)
     trained = _trained(model, train)
@@ -142,7 +140,7 @@ def wrap(
         time_steps=steps,
         shorten=shorten,
         trained={p: p.requires_grad for p, flag in trained.items() if p.requires_grad != flag},
-        units=_displacement_units(steps) if units == "displacement" else None,
+        units=DisplacementUnits.like(steps.values) if units == "displacement" else None,
         inputs=ExampleInputs.of(example_inputs),
         why=why,
     )
@@ -206,13 +204,15 @@ def of_blocks(
 def with_branches(wrapping: Wrapping, found: Sequence[tuple[Branch, ...]], per: str) -> Wrapping:
     """A wrapping of blocks as one of branches, whose blocks are the layers, or hold them."""
     blocks, present = list[BlockAtStart](), list[Layer]()
+    if per == "branch":
+        from .single_branches import why_kept
     for layer, branches in zip(wrapping.present, found, strict=True):
         sites = {place: layer.block.get_submodule(branch.site) for place, branch in enumerate(branches)}
         placed = tuple(_placed(branch, site) for branch, site in zip(branches, sites.values(), strict=True))
         blocks.append(replace(layer.at_start, branches=placed, stays=bool(layer.keep)))
         whole = replace(layer, at_start=blocks[-1], sites=sites)
         for place, site in sites.items() if per == "branch" else ():
-            why = _kept_alone(wrapping.host, layer.name, placed[place])
+            why = why_kept(wrapping.host, layer.name, placed[place])
             present.append(replace(whole, module=site, sites={place: site}, keep=why))
         present += [whole] if per == "block" else []
     return replace(wrapping, per=per, blocks=tuple(blocks), present=tuple(present))
@@ -225,28 +225,9 @@ def _placed(branch: Branch, site: nn.Module) -> Branch:
     return replace(branch, form=replace(branch.form, position=Form.taking(branch.form.argument, site.forward).position))
 
 
-def _kept_alone(host: nn.Module, name: str, branch: Branch) -> str:
-    """Why a branch of a block cannot be deleted alone, or nothing."""
-    why: str | None = branch.not_deleted
-    if not why and is_configured(host):
-        from .configurations import why_not_without
-
-        why = why_not_without(host, name, branch.site)
-    return f"it cannot be deleted alone: {why}" if why else ""
-
-
-def _check_units(units: str, constraint: str | Constraint, lower_bound: float | None) -> None:
+def _check_names(form: str, per: str, units: str, inputs: Any) -> None:
     if units not in ("steps", "displacement"):
         raise unknown_name("units", units, ("steps", "displacement"))
-    if units == "displacement" and (rule := constraint_of(constraint, 1.0, lower_bound)).restricts:
-        found = f"constraint {rule.name!r}" if lower_bound is None else f"lower_bound {lower_bound:g}"
-        raise ValueError(
-            f"units must be 'steps' with {found}, got 'displacement': such steps are folded into plain ones when the "
-            "model is saved, which then would not fulfil it; wrap with constraint='free' and no lower_bound"
-        )
-
-
-def _check_form(form: str, per: str, units: str, inputs: Any) -> None:
     if form not in ("auto", "branches", "whole"):
         raise unknown_name("form", form, ("auto", "branches", "whole"))
     if per not in ("block", "branch"):
@@ -261,12 +242,6 @@ def _check_form(form: str, per: str, units: str, inputs: Any) -> None:
                 "example_inputs must be given where branches are to be found by forward passes, got None: give a "
                 "batch, or wrap with form='whole'"
             )
-
-
-def _displacement_units(steps: TimeSteps) -> "DisplacementUnits":
-    from .displacement import DisplacementUnits
-
-    return DisplacementUnits(steps.num_steps, dtype=steps.values.dtype, device=steps.values.device)
 
 
 def check_host(model: nn.Module) -> None:
@@ -336,20 +311,17 @@ def _found(result: Probe, inputs: Any) -> list[Call]:
     )
 
 
-def _named(name: str, result: Probe) -> Call:
-    """The call of a module that the user named, or an error that says why it cannot be a block."""
-    calls = result.calls.get(name, [])
-    reason = refusal(calls, named=True)
-    if reason is not None:
-        raise ValueError(f"blocks must name modules that can have a time step, got {name!r}: {reason}")
-    return calls[0]
-
-
-def _check_path(result: Probe, calls: list[Call], inputs: Any) -> None:
-    path = follow_states(result.host, calls, inputs)
-    if path is not None and path.outside:
-        name = calls[min(path.outside)].name
-        raise ValueError(f"blocks must name modules that can have a time step, got {name!r}: {OUTSIDE}")
+def _named(names: Sequence[str], result: Probe, inputs: Any) -> list[Call]:
+    """The calls of modules that the user named, or an error that says why one cannot be a block."""
+    reasons = {name: refusal(result.calls.get(name, []), named=True) for name in names}
+    if not any(reasons.values()):
+        calls = [result.calls[name][0] for name in names]
+        path = follow_states(result.host, calls, inputs)
+        if path is None or not path.outside:
+            return calls
+        reasons = {names[min(path.outside)]: OUTSIDE}
+    name, reason = next((name, reason) for name, reason in reasons.items() if reason)
+    raise ValueError(f"blocks must name modules that can have a time step, got {name!r}: {reason}")
 
 
 def check_blocks(model: nn.Module, names: Sequence[str], layers: Sequence[nn.Module]) -> None:

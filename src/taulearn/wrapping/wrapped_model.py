@@ -12,7 +12,7 @@ from ..nn.pruned_models import WRAPPING, Follower, set_follower
 from ..nn.time_steps import TimeSteps
 from . import remove_blocks as structure
 from .block import Step
-from .branches import Branch, BranchStep, Run, WatchedBlock, step_of
+from .branches import Branch, BranchStep, Run, WatchedBlock
 from .state_argument import Form
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Wrapping:
     @property
     def form(self) -> str:
         """How a step enters a block, "branches" or "whole"."""
-        return "branches" if self.blocks[0].branches else "whole"
+        return "branches" if any(block.branches for block in self.blocks) else "whole"
 
     @property
     def layers(self) -> tuple[nn.Module, ...]:
@@ -136,24 +136,10 @@ class Wrapping:
 
         return Residual()
 
-    def states(self) -> tuple[tuple[str | int | None, str | int | None], ...]:
-        """Where the states of all blocks at the start are: argument and entry of the output; None of deleted ones."""
-        forms = [block.form for block in self.blocks]
-        if self.form == "whole":
-            known = dict(zip(self.time_steps.origin, self.present, strict=True))
-            forms = [known[l].form if l in known else Form() for l in range(len(self.blocks))]
-        return tuple((form.argument, form.key) for form in forms)
-
     def fixed_layers(self) -> dict[int, str]:
         """Positions that must stay, with the reason."""
         own = {l: layer.keep for l, layer in enumerate(self.present) if layer.keep}
         return self.time_steps.rule.fixed(len(self.present)) | own
-
-    @torch.no_grad()
-    def plain_steps(self) -> Tensor:
-        """The steps without units, (number of blocks,): what multiplies B(x) - x now."""
-        tau = self.time_steps.tau
-        return tau if self.units is None else tau * self.units.gains()
 
     @torch.no_grad()
     def keep_layers_(self, indices: Sequence[int]) -> None:
@@ -170,15 +156,17 @@ class Wrapping:
             if l not in kept:
                 name = self.present[l].name
                 raise ValueError(f"indices must contain block {name!r}, got positions {kept}: {reason}")
+        self.time_steps.keep_(kept)
         left = tuple(self.present[l] for l in kept)
         lost = [layer for l, layer in enumerate(self.present) if l not in set(kept)]
         needed = {layer.block for layer in left} | {layer.block for layer in lost if layer.at_start.stays}
         gone = {layer.block: layer.at_start.form for layer in lost if layer.block not in needed}
-        self.time_steps.keep_(kept)
         if self.units is not None:
             self.units.keep_(kept)
         if self.per == "branch":
-            _take_branches_out(self.host, [layer for layer in lost if layer.block not in gone])
+            from .single_branches import take_branches_out
+
+            take_branches_out(self.host, [layer for layer in lost if layer.block not in gone])
         shortened = structure.remove(self.host, gone, self.shorten)
         if is_configured(self.host):
             from .configurations import follow_deletion, number_caches
@@ -197,28 +185,6 @@ class Wrapping:
     def has_lost_blocks(self) -> bool:
         """Whether blocks were deleted, or branches."""
         return len(self.present) < len(self.names)
-
-    def changed(self) -> list[nn.Module]:
-        """All modules whose forward is another than before."""
-        sites = [site for layer in self.present for site in layer.sites.values()]
-        return [*sites, *dict.fromkeys(layer.block for layer in self.present)]
-
-
-def _take_branches_out(host: nn.Module, lost: Iterable[Layer]) -> None:
-    """Put modules that return zeros in the places of branches, whose blocks stay."""
-    from .no_branch import NoBranch
-
-    stand_ins: dict[nn.Module, nn.Module] = {}
-    for layer in lost:
-        ((place, site),) = layer.sites.items()
-        take_off(site)
-        stand_ins[site] = NoBranch(site, layer.at_start.branches[place])
-        watch = vars(layer.block)["forward"]
-        if sites := {k: v for k, v in watch.sites.items() if k != place}:
-            vars(layer.block)["forward"] = replace(watch, sites=sites)
-        else:
-            take_off(layer.block)
-    structure.put_in_place(host, stand_ins)
 
 
 def is_configured(host: nn.Module) -> bool:
@@ -276,11 +242,3 @@ def _positions(present: Iterable[Layer]) -> dict[nn.Module, tuple[int, ...]]:
         for place in layer.sites:
             of_block[place] = position
     return {block: tuple(positions) for block, positions in result.items()}
-
-
-def take_off(module: nn.Module) -> None:
-    """Let a module have the forward that it had before it was wrapped."""
-    step = step_of(module)
-    del vars(module)["forward"]
-    if step.own:
-        vars(module)["forward"] = step.inner

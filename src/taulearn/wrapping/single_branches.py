@@ -1,12 +1,21 @@
-"""What stands where a branch was deleted."""
+"""Branches that are deleted one by one, which ``wrap(per="branch")`` allows."""
 
 import copy
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .branches import Branch
+from .folding import take_off
+from .remove_blocks import put_in_place
+from .wrapped_model import is_configured
+
+if TYPE_CHECKING:
+    from .find_branches import Trial
+    from .wrapped_model import Layer
 
 
 class NoBranch(nn.Module):
@@ -64,3 +73,50 @@ def _without_adapters(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         module._modules[name] = _without_adapters(child)
     return module
+
+
+def tried_without(trial: "Trial", branch: Branch) -> Branch:
+    """The branch, with why it cannot be deleted alone."""
+    form = branch.form
+    if form.argument is None or form.kind not in (None, tuple, list):
+        why = f"{branch.site!r} has no argument of its output's dimensions, or returns more than tensors"
+        return replace(branch, not_deleted=why)
+    holder, key = trial.block.get_submodule(branch.site.rpartition(".")[0]), branch.site.rpartition(".")[2]
+    site = trial.modules[branch.site]
+    try:
+        expected = trial.run(scales={branch.site: (form, 0.0)})
+        holder._modules[key] = NoBranch(site, branch)
+        found, before = dict(trial.run().others), dict(expected.others)
+        same = found.keys() == before.keys() and all(torch.equal(found[key], before[key]) for key in found)
+        why = "" if same else "the block gives another output without it than with a step of 0"
+    # whatever the block raises without its branch, it cannot do without it
+    except Exception as error:  # noqa: BLE001
+        why = f"the block fails without it ({type(error).__name__})"
+    finally:
+        holder._modules[key] = site
+    return replace(branch, not_deleted=why)
+
+
+def why_kept(host: nn.Module, name: str, branch: Branch) -> str:
+    """Why a branch of a block cannot be deleted alone, or nothing."""
+    why: str | None = branch.not_deleted
+    if not why and is_configured(host):
+        from .configurations import why_not_without
+
+        why = why_not_without(host, name, branch.site)
+    return f"it cannot be deleted alone: {why}" if why else ""
+
+
+def take_branches_out(host: nn.Module, lost: "Iterable[Layer]") -> None:
+    """Put modules that return zeros in the places of branches, whose blocks stay."""
+    stand_ins: dict[nn.Module, nn.Module] = {}
+    for layer in lost:
+        ((place, site),) = layer.sites.items()
+        take_off(site)
+        stand_ins[site] = NoBranch(site, layer.at_start.branches[place])
+        watch = vars(layer.block)["forward"]
+        if sites := {k: v for k, v in watch.sites.items() if k != place}:
+            vars(layer.block)["forward"] = replace(watch, sites=sites)
+        else:
+            take_off(layer.block)
+    put_in_place(host, stand_ins)
