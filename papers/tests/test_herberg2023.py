@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from made_up_results import GROWN, I, MadeUp, changed, of, record
-from taulearn.app.results import NotMeasured, Results
+from taulearn.app.results import NotMeasured
 from taulearn.training import History
 from taulearn.training.history import Deletion
 from taulearn.training.thinned_records import numbers, thinned
 from taulearn_papers.herberg2023 import SUITE, claims, statistics as q
 from taulearn_papers.herberg2023.trainings import DATA, NETWORKS, TREATMENTS, setting
+from taulearn_papers.packed_results import results_in
 
 HUMP = 1.0 + 0.25 * np.exp(-(((np.log(I) - np.log(2500)) / 0.6) ** 2))
 RIPPLE = 0.04 * np.sin(I / 400) * (I > 900) * (I < 9000)
@@ -313,7 +314,7 @@ STORED = Path(__file__).parent / "stored" / "herberg2023-quick" / "records.npz"
 
 
 def test_stored_members_are_those_of_the_suite():
-    results = Results(STORED)
+    results = results_in(STORED)
     wanted = {member.setting: member.digest for member in SUITE.members(True, 1)}
     for name in results.settings:
         assert results.done(name, 0)["digest"] == wanted[name], name

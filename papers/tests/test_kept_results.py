@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from taulearn.app.results import Results
 from taulearn_papers.judging import judge
+from taulearn_papers.packed_results import results_in
 
 FOLDERS = [Path(__file__).parent / "stored" / "herberg2023-quick"]
 FOLDERS += sorted(each.parent for each in Path(__file__).parents[1].glob("results/*/records.npz"))
@@ -23,7 +23,7 @@ def test_verdicts_follow_from_the_records(folder):
     stored = json.loads((folder / "claims.json").read_text(encoding="utf-8"))
     suite = suite_of(folder)
     members = suite.members(folder.name.endswith("-quick"), None)
-    computed = judge(suite, Results(folder / "records.npz"), members)
+    computed = judge(suite, results_in(folder / "records.npz"), members)
     assert [each.id for each in computed] == [each["id"] for each in stored]
     for found, wanted in zip(computed, stored, strict=True):
         assert found.verdict.outcome == wanted["verdict"]["outcome"], found.id
@@ -36,6 +36,6 @@ def test_verdicts_follow_from_the_records(folder):
 
 @every_folder
 def test_records_draw_every_figure(folder):
-    results = Results(folder / "records.npz")
+    results = results_in(folder / "records.npz")
     for number, draw in suite_of(folder).figures.items():
         assert draw(results).axes, number

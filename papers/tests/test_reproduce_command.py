@@ -11,8 +11,8 @@ import pytest
 
 from taulearn.app.command_line import main, reproduce as command
 from taulearn.app.members import Member
-from taulearn.app.results import Results
 from taulearn.experiments import TrainConfig
+from taulearn_papers.packed_results import results_in
 from taulearn_papers.suite import Claim, Suite, Verdict
 from taulearn_papers.suite_report import facets
 
@@ -159,7 +159,7 @@ def test_members_that_cannot_be_read_are_left_out_of_the_rest(call, tmp_path, sm
     report = (tmp_path / "out/report.html").read_text()
     assert "a/seed-0" in report
     assert "a/seed-1" not in report
-    assert Results(tmp_path / "kept/records.npz").seeds("a") == [0]
+    assert results_in(tmp_path / "kept/records.npz").seeds("a") == [0]
     assert json.loads((tmp_path / "kept/provenance.json").read_text())["settings"] == {"a": 1}
 
 

@@ -17,7 +17,6 @@ from taulearn.app.members import Event, Member, locked, run_member
 from taulearn.app.results import NotMeasured, Results
 from taulearn.app.run_members import run_members
 from taulearn.experiments import TrainConfig
-from taulearn.saving import load_model
 from taulearn.training import History
 from taulearn.training.thinned_records import numbers
 
@@ -166,55 +165,6 @@ def test_results_of_another_version_are_not_measured(tmp_path):
     (tmp_path / "a/seed-0/history.safetensors").write_bytes(b"damaged")
     with pytest.raises(NotMeasured, match="damaged"):
         Results(tmp_path).history("a", 0)
-
-
-def test_packed_results_are_the_same_results(tmp_path):
-    run_members(
-        [member(prune=0.4, hidden_layers=4, l1=0.1, lr=0.1, epochs=3), Member("b", 0, None, threads)],
-        tmp_path / "out",
-        engine="serial",
-    )
-    folder = Results(tmp_path / "out")
-    folder.pack(tmp_path / "records.npz")
-    packed = Results(tmp_path / "records.npz")
-    assert packed.settings == folder.settings == ["a", "b"]
-    ours, theirs = folder.history("a", 0), packed.history("a", 0)
-    assert ours.deletions == theirs.deletions != []
-    for mine, other in ((ours.iterations, theirs.iterations), (ours.epochs, theirs.epochs)):
-        assert mine.keys() == other.keys()
-        for name in mine:
-            np.testing.assert_array_equal(mine[name], other[name])
-    assert packed.config("a", 0) == folder.config("a", 0)
-    assert packed.measurements("b", 0) == folder.measurements("b", 0)
-    packed.pack(tmp_path / "again.npz")
-    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "records.npz").read_bytes()
-
-
-def test_what_a_figure_shows_besides_records_is_kept(tmp_path):
-    run_members([member()], tmp_path / "out", engine="serial")
-    folder = Results(tmp_path / "out")
-
-    def weights(results):
-        model = load_model(results.folder("a", 0))
-        return {"head": model.head.weight.detach().numpy(), "tau": np.array(model.time_steps.tau.tolist())}
-
-    folder.pack(tmp_path / "records.npz", {"1": weights, "2": lambda results: {"none": results.folder("b", 0)}})
-    packed = Results(tmp_path / "records.npz")
-    found, again = folder.arrays("1", weights), packed.arrays("1", weights)
-    assert found.keys() == again.keys() == {"head", "tau"}
-    np.testing.assert_allclose(found["head"], weights(folder)["head"], rtol=1e-3, atol=1e-7)
-    for name, array in found.items():
-        np.testing.assert_array_equal(again[name], array)
-    with pytest.raises(NotMeasured, match="figure 2 shows more than records"):
-        packed.arrays("2", weights)
-    packed.pack(tmp_path / "again.npz", {"1": weights})
-    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "records.npz").read_bytes()
-
-
-def test_damaged_pack_is_refused(tmp_path):
-    (tmp_path / "records.npz").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match="damaged file"):
-        Results(tmp_path / "records.npz")
 
 
 def test_watch_tells_the_time_left_by_the_pace_of_the_same_kind(tmp_path, capsys):

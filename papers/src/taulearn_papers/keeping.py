@@ -14,6 +14,7 @@ from taulearn.files import write_bytes
 from taulearn.training.devices import machine
 
 from .judging import Judged, draw, tabulate, write_claims
+from .packed_results import pack
 from .suite import Suite
 
 PACK = "records.npz"
@@ -32,7 +33,7 @@ def keep(suite: Suite, results: Results, judged: Sequence[Judged], folder: str |
     for name, text in tabulate(suite, results).items():
         write_bytes(kept / f"table-{name}.md", text.encode())
         files.append(kept / f"table-{name}.md")
-    results.pack(kept / PACK, suite.shown)
+    pack(results, kept / PACK, suite.shown)
     write_bytes(kept / "provenance.json", (json.dumps(provenance(suite, results), indent=1) + "\n").encode())
     write_bytes(kept / "recipe.toml", tomli_w.dumps(recipe(results)).encode())
     return [*files, kept / PACK, kept / "provenance.json", kept / "recipe.toml"]

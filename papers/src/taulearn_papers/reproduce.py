@@ -8,10 +8,10 @@ from taulearn.app.command_line.output import say, table
 from taulearn.app.command_line.reproduce import Reproduce
 from taulearn.app.command_line.sweep import fail_with, train_members
 from taulearn.app.members import Member
-from taulearn.app.results import Results
 
 from .judging import draw, judge, tabulate, write_claims
 from .keeping import keep
+from .packed_results import results_in
 from .suite import SEPARATOR, Suite
 from .suite_report import write_report
 
@@ -39,7 +39,7 @@ def reproduce(suite: Suite, options: Reproduce) -> None:
 
 def _draw(suite: Suite, options: Reproduce, out: Path) -> None:
     """One figure, one table, or one of each."""
-    results = Results(out)
+    results = results_in(out)
     if options.figure is not None:
         files, missing = draw(suite, results, _folder(out) / "figures", options.figure)
         say(f"figure {options.figure}: {files[0] if files else missing[options.figure]}")
@@ -49,7 +49,7 @@ def _draw(suite: Suite, options: Reproduce, out: Path) -> None:
 
 def _judge(suite: Suite, options: Reproduce, out: Path, members: Sequence[Member]) -> None:
     """Everything: verdicts, figures, report."""
-    results = Results(out)
+    results = results_in(out)
     folder = _folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     judged = judge(suite, results, members)

@@ -16,6 +16,7 @@ from taulearn.data import maxwell
 from taulearn.files import read_tensors
 from taulearn.report.figures import PALETTE
 
+from ..packed_results import shown_arrays
 from . import network_drawing
 from .measurements import GRID, REDUCED, SQUARE, square_points
 from .statistics import NAMES, PRINTED, measured, meshes_of
@@ -48,8 +49,8 @@ def figure_2(results: Results) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    arrays = results.arrays("2", _networks)
-    networks = [_parts(arrays, which) for which in ("whole", "reduced")]
+    found = shown_arrays(results, "2", _networks)
+    networks = [_parts(found, which) for which in ("whole", "reduced")]
     row = results.measurements(*_most_telling(results))
     limits = {
         "largest_weight": max(float(np.abs(w).max()) for each in networks for w in each.weights),
@@ -88,7 +89,7 @@ def figure_4(results: Results) -> "Figure":
 
     figure, axes = _grid(2, 2, 3.6)
     panels = list(product(SCHEMES, ("fixed", "learned")))
-    fields = results.arrays("4", _error_fields)
+    fields = shown_arrays(results, "4", _error_fields)
     every = np.concatenate([field.ravel() for field in fields.values()])
     norm = LogNorm(float(np.quantile(every, 0.01)), float(every.max()))
     line = np.linspace(-1, 1, GRID)
@@ -102,7 +103,7 @@ def figure_4(results: Results) -> "Figure":
 
 def figure_5(results: Results) -> "Figure":
     """The exact field and the fractional network 2-50 with learned steps as arrows, and their distance in the disc."""
-    difference = results.arrays("5", _difference)["difference"].astype(np.float64)
+    difference = shown_arrays(results, "5", _difference)["difference"].astype(np.float64)
     exact = _exact()
     values = exact + difference
     inside = maxwell.inside(square_points()).numpy().reshape(GRID, GRID)
