@@ -14,7 +14,7 @@ from .one_line_errors import check_names, in_one_line
 from .options import UsageError, numbers_option, option_groups, settings_from, settings_in, spelled
 from .output import figure, say, table, watched
 from .reproduce import Reproduce
-from .sweep import Sweep
+from .sweep import Sweep, about
 
 RunFolder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
 
@@ -33,10 +33,7 @@ class Resume:
     run: RunFolder
     epochs: Annotated[
         Any,
-        tyro.conf.arg(
-            help="Number of epochs in all, to train longer than was planned; as it was unless given.",
-            help_behavior_hint="",
-        ),
+        about("Number of epochs in all, to train longer than was planned; as it was unless given."),
         numbers_option("INT", int, spaces=False),
     ] = None
 
@@ -60,45 +57,33 @@ class Prune:
 
     run: RunFolder
     threshold: Annotated[
-        float | None,
-        tyro.conf.arg(
-            metavar="FLOAT",
-            help="Delete layers whose share of sum |tau| is smaller; 0.01 unless given.",
-            help_behavior_hint="",
-        ),
+        float | None, about("Delete layers whose share of sum |tau| is smaller; 0.01 unless given.", "FLOAT")
     ] = None
     keep: Annotated[
         Any,
-        tyro.conf.arg(help="Keep these layers, by their numbers at the start, instead.", help_behavior_hint=""),
+        about("Keep these layers, by their numbers at the start, instead."),
         numbers_option("INT,...", int, spaces=False),
     ] = None
     depth: Annotated[
         str | None,
-        tyro.conf.arg(
-            metavar="INT|auto",
-            help="Keep the first layers instead: so many, or as few as lose no more accuracy on the validation data "
+        about(
+            "Keep the first layers instead: so many, or as few as lose no more accuracy on the validation data "
             "than --tolerance allows.",
-            help_behavior_hint="",
+            "INT|auto",
         ),
     ] = None
     tolerance: Annotated[
         float | None,
-        tyro.conf.arg(
-            metavar="FLOAT",
-            help="For --depth auto: accuracy that may be lost, 0.002 (0.2 points) unless given; without classes, the "
+        about(
+            "For --depth auto: accuracy that may be lost, 0.002 (0.2 points) unless given; without classes, the "
             "share by which the loss may grow.",
-            help_behavior_hint="",
+            "FLOAT",
         ),
     ] = None
     by_stage: Annotated[
         bool, tyro.conf.arg(help="For --depth auto: keep the first layers of each stage, which all remain.")
     ] = False
-    out: Annotated[
-        str | None,
-        tyro.conf.arg(
-            metavar="DIR", help="Folder for the pruned network; RUN/pruned unless given.", help_behavior_hint=""
-        ),
-    ] = None
+    out: Annotated[str | None, about("Folder for the pruned network; RUN/pruned unless given.", "DIR")] = None
     overwrite: Annotated[bool, tyro.conf.arg(help="Replace a network that is in that folder.")] = False
 
     def __call__(self) -> None:
@@ -118,11 +103,8 @@ class Prune:
 
         out = Path(self.run) / "pruned" if self.out is None else Path(self.out)
         result = prune_run(self.run, out, threshold=self.threshold, keep=keep, overwrite=self.overwrite)
-        say(result.report)
-        if result.report:
-            rows = [figure(name, value, result.after[name]) for name, value in reversed(result.before.items())]
-            table([*rows, ("network", str(out))])
-        elif result.least is not None:
+        _compare(result, out)
+        if not result.report and result.least is not None:
             layer, share = result.least
             say(f"layer {layer} has the smallest share, {share:.3g}: a larger --threshold, or --keep, deletes it")
 
@@ -143,10 +125,15 @@ class Prune:
         if result.decision is not None:
             data = {"test": "test data: this set has no validation data", "validation": "validation data"}
             say(f"{result.decision.profile}\n\n{result.decision} ({data[result.chosen_on]})")
-        say(result.report)
-        if result.report:
-            rows = [figure(name, value, result.after[name]) for name, value in reversed(result.before.items())]
-            table([*rows, ("network", str(out))])
+        _compare(result, out)
+
+
+def _compare(result: Any, out: Path) -> None:
+    """Say what was deleted, and how the network was before and is now."""
+    say(result.report)
+    if result.report:
+        rows = [figure(name, value, result.after[name]) for name, value in reversed(result.before.items())]
+        table([*rows, ("network", str(out))])
 
 
 @dataclass(frozen=True)
@@ -158,11 +145,7 @@ class Report:
     ]
     out: Annotated[
         str | None,
-        tyro.conf.arg(
-            metavar="FILE",
-            help="The file; report.html in the run's folder unless given, comparison.html here for several runs.",
-            help_behavior_hint="",
-        ),
+        about("The file; report.html in the run's folder unless given, comparison.html here for several runs.", "FILE"),
     ] = None
 
     def __call__(self) -> None:
@@ -191,12 +174,7 @@ class Export:
             "architecture, for taulearn.load_model."
         ),
     ] = "onnx"
-    out: Annotated[
-        str | None,
-        tyro.conf.arg(
-            metavar="DIR", help="Folder for the files; RUN/export/FORMAT unless given.", help_behavior_hint=""
-        ),
-    ] = None
+    out: Annotated[str | None, about("Folder for the files; RUN/export/FORMAT unless given.", "DIR")] = None
     overwrite: Annotated[bool, tyro.conf.arg(help="Replace an export that is in that folder.")] = False
 
     def __call__(self) -> None:
@@ -215,17 +193,9 @@ class Data:
         tyro.conf.Positional[Literal["list", "fetch", "verify"]],
         tyro.conf.arg(help="list: what there is and where; fetch: download and check; verify: check."),
     ] = "list"
-    names: Annotated[
-        tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="NAME ...", help="Data sets to fetch or verify.", help_behavior_hint=""),
-    ] = ()
+    names: Annotated[tyro.conf.Positional[tuple[str, ...]], about("Data sets to fetch or verify.", "NAME ...")] = ()
     root: Annotated[
-        str | None,
-        tyro.conf.arg(
-            metavar="DIR",
-            help="Folder of the files; $TAULEARN_DATA or the user's cache unless given.",
-            help_behavior_hint="",
-        ),
+        str | None, about("Folder of the files; $TAULEARN_DATA or the user's cache unless given.", "DIR")
     ] = None
 
     def __call__(self) -> None:
@@ -251,14 +221,10 @@ class Data:
 
 def commands(defaults: Mapping[str, Any]) -> dict[str, type]:
     """All commands, by name."""
-    about = tyro.conf.arg(
-        metavar="FILE",
-        help="Settings to start from: a run's run.toml, or TOML with one key for each option.",
-        help_behavior_hint="",
-    )
+    file = about("Settings to start from: a run's run.toml, or TOML with one key for each option.", "FILE")
     train = make_dataclass(
         "Train",
-        [("config", Annotated[str | None, about], field(default=None)), *option_groups(defaults)],
+        [("config", Annotated[str | None, file], field(default=None)), *option_groups(defaults)],
         frozen=True,
         namespace={"__call__": _train, "__doc__": "Train a network with learned time steps, and prune it on the way."},
     )
