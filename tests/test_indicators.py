@@ -370,7 +370,7 @@ def test_language_models_with_their_caches_and_their_own_loss(name: str, form: s
     assert model.config.use_cache
     # one block taken twice in a row
     wrapping, l, tau = prunable_of(model), 1, model.time_steps.tau.detach()
-    block, form_of = wrapping.layers[l], wrapping.forms[l]
+    block, form_of = wrapping.layers[l], wrapping.present[l].form
     forward, rule = block.forward, Given()
     text["use_cache"], model.time_steps.rule = False, rule
 

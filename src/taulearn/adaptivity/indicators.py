@@ -53,8 +53,9 @@ from ..nn.skips import IdentitySkips, Skips
 from ..nn.time_steps import TimeSteps, time_steps_of
 from ..wrapping.block import Step, blend
 from ..wrapping.branches import BranchStep, WatchedBlock, step_of
+from ..wrapping.folding import take_off
 from ..wrapping.state_argument import Form
-from ..wrapping.wrapped_model import Wrapping, take_off
+from ..wrapping.wrapped_model import Wrapping
 from .estimate import Criterion
 
 NAMES = ("dual-weighted", "sensitivity")
@@ -382,7 +383,7 @@ def _in_blocks(wrapping: Wrapping, varied: _Varied, layer: NewLayer | None) -> I
     """The states behind a wrapped model's blocks varied, in place of the blocks' forwards."""
 
     def varying(l: int) -> Callable[..., Any]:
-        inner, form = wrapping.layers[l].forward, wrapping.forms[l]
+        inner, form = wrapping.layers[l].forward, wrapping.present[l].form
         made = None if layer is None else _Inserted(wrapping, l, layer)
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -412,9 +413,9 @@ class _Inserted:
         for module in parent.modules():
             if isinstance(step_of(module), Step | WatchedBlock | BranchStep):
                 take_off(module)
-        self.block, self.form, self.tau = layer(parent).eval(), wrapping.forms[l], torch.ones(())
-        self.whole = wrapping.branches is None
-        for branch in () if wrapping.branches is None else wrapping.branches.of(wrapping.time_steps.origin[l]):
+        self.block, self.form, self.tau = layer(parent).eval(), wrapping.present[l].form, torch.ones(())
+        self.whole = wrapping.form == "whole"
+        for branch, _ in wrapping.present[l].branches():
             self.block.get_submodule(branch.site).register_forward_hook(self._stepped(branch.form))
 
     def _stepped(self, form: Form) -> Callable[..., Any]:
