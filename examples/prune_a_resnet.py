@@ -75,7 +75,7 @@ def main() -> None:
         tau_lr=0.1,
         weight_decay=5e-4,
         units="displacement",
-        pruning={"by": 0.4},
+        pruning={"by": 0.4, "criterion": "contribution"},
         channels=channels,
         device=given.device,
     )

@@ -90,7 +90,7 @@ def main() -> None:
         tau_lr=5e-3,
         weight_decay=0.05,
         units="displacement",
-        pruning={"by": 0.4},
+        pruning={"by": 0.4, "criterion": "contribution"},
         channels=channels,
         device=given.device,
     )

@@ -13,7 +13,7 @@ from .._errors import positive_integer, unknown_name
 from .estimate import Criterion, check_criterion, check_given
 
 THRESHOLD = 0.01
-TARGET_CRITERION = "contribution"
+TARGET_CRITERION = "sensitivity"
 """The criterion of a target, where none is given."""
 PENALISED = ("next", "all", "none")
 SURVIVORS = ("free", "one")
@@ -39,7 +39,7 @@ class Pruning:
             it, "sensitivity", the mean over batches of abs(tau_l dJ/dtau_l), see ``taulearn.prune``; "loss", with a
             target, how much larger the loss on ``data`` is without it, in evaluation mode, taken when the first layer
             is chosen and again after each deletion; a function (tau, model) -> one score >= 0 per layer; or a
-            :class:`taulearn.Criterion`. None: as for ``taulearn.prune``; with a target "contribution".
+            :class:`taulearn.Criterion`. None: as for ``taulearn.prune``; with a target "sensitivity".
         data: Batches on which "loss" compares the layers, as for ``taulearn.prune``.
         loss: Maps (output, target) to a scalar, for "loss". None: that of ``fit``, else the one that the model returns.
         target_blocks: Number of layers to keep.
