@@ -10,7 +10,7 @@ All of them compute the same iterates up to rounding; :class:`Engine` chooses pe
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,16 @@ from ..optim.projections import constrains_trials, searches
 from .batches import LoaderBatches, TensorBatches
 from .distributed import Ranks, has_whole_batches, start_epoch
 from .fast.compiler import compile_once
-from .fast.fused import UNROLL, FusedSGD, has_hooks, steps_per_call, why_not_fused, why_not_pure
-from .fast.line_search import CompiledValues
 from .objective import Objective, StepOptions, autocast_of
 
+if TYPE_CHECKING:  # loaded where steps are compiled
+    from .fast.fused import FusedSGD
+    from .fast.line_search import CompiledValues
+
 Part = tuple[Any, Any, Tensor | None]  # inputs, targets, and what the part weighs
+
+UNROLL = 6
+"""Most steps per compiled call: a call costs a tenth of a millisecond, each step unrolled some seconds of compiling."""
 
 
 class PlainStep:
@@ -48,17 +53,18 @@ class PlainStep:
         self,
         inputs: Any,
         targets: Any,
-        evaluate: Callable[..., Any] | CompiledValues | None = None,
+        evaluate: Callable[..., Any] | None = None,
         samples: int = 1,
+        values: "CompiledValues | None" = None,
     ) -> Tensor:
         """Take one step; returns the row of the record before it, (1, columns)."""
         records: list[Tensor] = []
         parts = self._parts(inputs, targets, samples)
 
         def closure() -> Any:
-            if isinstance(evaluate, CompiledValues):
+            if values is not None:
                 ((x, z, weights),) = parts
-                total, record = evaluate.differentiate_(x, z, weights)
+                total, record = values.differentiate_(x, z, weights)
             else:
                 self.optimizer.zero_grad()
                 total, record = self._backward(evaluate or self.objective, parts)
@@ -67,8 +73,8 @@ class PlainStep:
             return total
 
         def value() -> Tensor:
-            if isinstance(evaluate, CompiledValues):
-                return self.ranks.add(evaluate.value(*parts[0]))
+            if values is not None:
+                return self.ranks.add(values.value(*parts[0]))
             return self.ranks.add(self._value(evaluate or self.objective, parts))
 
         if constrains_trials(self.optimizer):
@@ -151,17 +157,23 @@ class Engine:
         self.most = 1 if single else min(UNROLL, *self.intervals, UNROLL)
         if isinstance(batches, TensorBatches):
             self.most = min(self.most, batches.full)
-        self.hooked = has_hooks(optimizer)
+        names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        self.hooked = any(getattr(optimizer, name, None) for name in names)
         self.rebuild(compiled)
 
     def rebuild(self, compiled: bool) -> None:
         """Follow a changed network; compiled functions of the old one are dropped."""
         self.compiled = compiled
         self.fused: FusedSGD | None = None
-        self.evaluate: Callable[..., Any] | CompiledValues | None = None
+        self.values: CompiledValues | None = None
+        self.evaluate: Callable[..., Any] | None = None
         self.kind, self.unroll = "eager", 1
-        if not compiled:
-            return
+        if compiled:
+            self._compile()
+
+    def _compile(self) -> None:
+        from .fast.fused import FusedSGD, steps_per_call, why_not_fused, why_not_pure
+
         keys = isinstance(self.batches, LoaderBatches) and self.batches.keys is not None
         if keys or self.objective.only_eager:
             self.kind = f"eager ({'batches are dictionaries' if keys else self.objective.only_eager})"
@@ -169,7 +181,9 @@ class Engine:
         if searches(self.optimizer):
             reason = why_not_pure(self.objective, self.options, self.batches)
             if reason is None:
-                self.evaluate = CompiledValues(self.objective, self.batches.sample(), self.failed)
+                from .fast.line_search import CompiledValues
+
+                self.values = CompiledValues(self.objective, self.batches.sample(), self.failed)
                 self.kind = "compiled objective and gradient"
                 return
         reason = why_not_fused(self.objective, self.optimizer, self.options, self.batches)
@@ -192,16 +206,14 @@ class Engine:
             start_epoch(self.batches, epoch)
             for whole in self.batches.epoch(epoch):
                 (inputs, targets), samples = self.ranks.share(whole, whole=self.whole)
-                yield self._plain(self._measured(iteration), inputs, targets, self.evaluate, samples)
+                yield self._plain(self._measured(iteration), inputs, targets, samples, evaluate=self.evaluate)
                 iteration += 1
             return
         size, order = self.batches.batch_size, self.batches.order(epoch)
         batch, pieces = start, self.batches.split(order)
         # callbacks had control between two epochs
         unchanged = self.fused is not None and self.fused.unchanged()
-        evaluate = self.evaluate
-        if isinstance(evaluate, CompiledValues) and not evaluate.unchanged():
-            evaluate = None
+        values = self.values if self.values is not None and self.values.unchanged() else None
         while batch < len(self.batches):
             until_stop = min((every - iteration % every for every in self.intervals), default=self.unroll)
             fits = batch + self.unroll <= self.batches.full and self.unroll <= until_stop
@@ -212,12 +224,13 @@ class Engine:
             if rows is None:
                 (index, _), samples = self.ranks.share((pieces[batch], None))
                 inputs, targets = self.batches.gather(index)
-                rows = self._plain(measured, inputs, targets, evaluate if batch < self.batches.full else None, samples)
+                compiled = (self.evaluate, values) if batch < self.batches.full else ()
+                rows = self._plain(measured, inputs, targets, samples, *compiled)
             batch += len(rows)
             iteration += len(rows)
             yield rows
 
-    def _together(self, fused: FusedSGD, inputs: Tensor, targets: Tensor, iteration: int) -> Tensor | None:
+    def _together(self, fused: "FusedSGD", inputs: Tensor, targets: Tensor, iteration: int) -> Tensor | None:
         """Fused steps; None, with all as before them, where a layer has to go in their midst."""
         pruner, looks = self.pruner, []
         if pruner is not None and pruner.every is not None and self.looks_back and not pruner.over:
@@ -240,11 +253,12 @@ class Engine:
         measured: contextlib.AbstractContextManager[None] | None,
         inputs: Any,
         targets: Any,
-        evaluate: Callable[..., Any] | CompiledValues | None,
         samples: int,
+        evaluate: Callable[..., Any] | None = None,
+        values: "CompiledValues | None" = None,
     ) -> Tensor:
         """One plain step, uncompiled where it is measured."""
         if measured is None:
-            return self.plain(inputs, targets, evaluate, samples)
+            return self.plain(inputs, targets, evaluate, samples, values)
         with measured:
             return self.plain(inputs, targets, None, samples)

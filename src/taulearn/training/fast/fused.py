@@ -17,9 +17,6 @@ from ..batches import Batch, LoaderBatches, TensorBatches
 from ..objective import Objective, StepOptions
 from .compiler import compile_once
 
-UNROLL = 6
-"""Most steps per compiled call: a call costs a tenth of a millisecond, each step unrolled some seconds of compiling."""
-
 _STATES_PER_CALL = 36
 
 
@@ -55,12 +52,6 @@ def steps_per_call(objective: Objective, most: int) -> int:
     layers = time_steps_of(objective.model).num_steps
     recalls = getattr(getattr(objective.model, "scheme", None), "remembers", False)
     return max(1, min(most, _STATES_PER_CALL // (layers * layers if recalls else layers)))
-
-
-def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether ``optimizer.step()`` does more than step."""
-    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    return any(getattr(optimizer, name, None) for name in names)
 
 
 def used_parameters(objective: Objective, batch: Batch) -> set[int]:
