@@ -1,10 +1,12 @@
-"""Calling a model on example inputs, with other forwards in it."""
+"""Calling a model on example inputs, with other forwards in it; and whether something looks into a computation."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -31,3 +33,16 @@ def forwards(others: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
             vars(module).pop("forward")
             if forward is not None:
                 vars(module)["forward"] = forward
+
+
+def transforming() -> bool:
+    """Whether something looks into the computation: torch.compile, export, torch.func, tracing or forward mode.
+
+    A torch.autograd.Function with state would be wrong or refused there; plain operations always work.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )

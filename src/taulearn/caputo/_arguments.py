@@ -5,25 +5,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 
 def to_double(y: Tensor) -> Tensor:
     """Cast y to double precision, real or complex."""
     return y.to(torch.promote_types(y.dtype, torch.float64))
-
-
-def transforming() -> bool:
-    """Whether something looks into the computation: torch.compile, export, torch.func, tracing or forward mode.
-
-    A torch.autograd.Function with state would be wrong or refused there; plain operations always work.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from taulearn._errors import unknown_name
 
-from ._arguments import apply, check_order, check_steps, to_double, transforming
+from .._calls import transforming
+from ._arguments import apply, check_order, check_steps, to_double
 from ._rows import BLOCK, cotangent_of_steps, row_blocks
 
 # Below it a Taylor series, whose omitted terms are < 1e-18; above it the closed form keeps 13 digits of the derivative.

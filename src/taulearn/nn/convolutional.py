@@ -30,8 +30,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .._calls import transforming
 from .._errors import positive_integer
-from ..caputo._arguments import transforming
 from .activations import make_activation
 from .constraints import Constraint
 from .network import TimeVariableNetwork

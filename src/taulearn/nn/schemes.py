@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import caputo, functional as F
+from .. import functional as F
+from .._calls import transforming
 from .._errors import is_number, unknown_name
-from ..caputo._arguments import transforming
 from .skips import Skips
 
 if TYPE_CHECKING:
@@ -221,7 +221,9 @@ class _Coefficients:
     def matrix(self) -> Tensor:
         """All a_{l,j}, (N, N)."""
         if self.weights is None:
-            self.weights = caputo.l1_weights(self.tau, self.gamma, validate=False)
+            from ..caputo import l1_weights
+
+            self.weights = l1_weights(self.tau, self.gamma, validate=False)
         return self.weights
 
     def row(self, l: int) -> Tensor:

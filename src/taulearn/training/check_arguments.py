@@ -17,7 +17,7 @@ from ..nn.time_steps import time_steps_of
 from ..optim.projections import searches
 from ..penalties import Penalty
 
-_OVER_EPOCHS = "laid out over all epochs"
+OVER_EPOCHS = "laid out over all epochs"
 """Among the terms of a run: what changes its course when the number of epochs does."""
 
 
@@ -160,7 +160,7 @@ def terms(
         "scheduler": None if scheduler is None else type(scheduler).__name__,
         "penalties": [penalty.name for penalty in found],
         "pruning": policy,
-        _OVER_EPOCHS: [penalty.name for penalty in found if penalty.scheduled] + ["pruning"] * by_share,
+        OVER_EPOCHS: [penalty.name for penalty in found if penalty.scheduled] + ["pruning"] * by_share,
     }
 
 
@@ -189,18 +189,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "__index__"):
         return int(value)
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else type(value).__name__
-
-
-def disagreements(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The differences between a resumed run and its start, in words; more epochs are none of them."""
-    said = [
-        f"{name} must be {began[name]!r} as at the start of the run, got {value!r}"
-        for name, value in now.items()
-        if name in began and began[name] != value and name not in ("epochs", _OVER_EPOCHS)
-    ]
-    if now.get(_OVER_EPOCHS) and began.get("epochs") != now["epochs"]:
-        said.append(
-            f"epochs must be {began.get('epochs')} as at the start of the run, over which "
-            f"{' and '.join(now[_OVER_EPOCHS])} is laid out, got {now['epochs']}"
-        )
-    return said

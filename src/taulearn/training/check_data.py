@@ -1,11 +1,10 @@
-"""Whether data fit a model and a loss, and which sample is to blame when a loss is no number."""
+"""Whether data fit a model and a loss."""
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,10 @@ from .._errors import first_line
 from .._undisturbed import undisturbed
 from ..nn.time_steps import time_steps_of
 from ..penalties import Penalty
-from .batches import Batch, LoaderBatches, TensorBatches, make_batches
+from .batches import Batch, LoaderBatches, TensorBatches
 from .objective import Loss, as_float, autocast_of, input_dtype
 
 _CHUNK = 1 << 20
-_SEARCH_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -204,50 +202,11 @@ def bad_tensor_sample(batches: TensorBatches) -> str | None:
             bad = ~tensor[start : start + rows].isfinite().reshape(len(tensor[start : start + rows]), -1).all(1)
             if bool(bad.any()):
                 at = start + int(bad.nonzero()[0, 0])
-                return _fault(name, tensor[at], at)
+                return fault_of(name, tensor[at], at)
     return None
 
 
-def bad_sample(batches: TensorBatches | LoaderBatches) -> str | None:
-    """The first sample that is not finite, in words, or None; of a loader's data set, half a minute is searched."""
-    if isinstance(batches, TensorBatches):
-        return bad_tensor_sample(batches)
-    dataset, began = cast(Any, batches.loader.dataset), time.monotonic()
-    for at in range(len(dataset)):
-        if time.monotonic() - began > _SEARCH_SECONDS:
-            return None
-        item = dataset[at]
-        for name, value in (
-            item.items() if isinstance(item, Mapping) else zip(("inputs", "targets"), item, strict=False)
-        ):
-            try:
-                tensor = torch.as_tensor(value)
-            except (TypeError, ValueError, RuntimeError):
-                continue
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                return _fault(name, tensor, at)
-    return None
-
-
-def _fault(name: str, sample: Tensor, at: int) -> str:
+def fault_of(name: str, sample: Tensor, at: int) -> str:
+    """A number of a sample that is not finite, in words."""
     value = sample[~sample.isfinite()].flatten()[0].item() if sample.ndim else sample.item()
     return f"the {name} of sample {at} hold {value}: mend or drop it"
-
-
-def check_validation(data: Any) -> None:
-    """Say which sample of validation data is not finite, where their loss is no number before training."""
-    fault = bad_sample(make_batches(data, 1, 0, torch.device("cpu"), shuffle=False, argument="validation"))
-    if fault is not None:
-        raise ValueError(f"validation must hold finite numbers, but {fault}")
-
-
-def ignored_batch(batches: TensorBatches | LoaderBatches, iteration: int, counting: Counting) -> str | None:
-    """That no label of a batch counts, so that the mean of its losses is 0/0; or None."""
-    if not isinstance(batches, TensorBatches):
-        return None
-    index = batches.split(batches.order(iteration // len(batches)))[iteration % len(batches)]
-    reason = nothing_counts(batches.targets.index_select(0, index), counting)
-    return reason and (
-        f"all labels of its batch, sample {int(index[0])} among them, are {reason}: drop such samples, or take larger "
-        "batches"
-    )

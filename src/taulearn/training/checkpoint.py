@@ -21,7 +21,7 @@ from ..adaptivity.refine import take_grid
 from ..files import check_tensors, read_tensors, write_tensors
 from ..nn.pruned_models import wrapping_of
 from ..nn.time_steps import Grid, time_steps_of
-from .check_arguments import disagreements
+from .check_arguments import OVER_EPOCHS
 from .history import History
 from .parts import Parts, Position, Start
 from .state_without_pickle import from_plain, to_plain
@@ -87,7 +87,7 @@ def load_checkpoint(
     """Put the newest undamaged checkpoint into freshly made parts, whose layers become those that there were."""
     tensors, plain, complaints = _newest(folder)
     position = Position(**plain["position"])
-    differing = disagreements(plain.get("terms", {}), terms)
+    differing = _disagreements(plain.get("terms", {}), terms)
     if differing:
         raise ValueError(f"{'; '.join(differing)}: resume with the same, or start a new run")
     if terms["epochs"] < position.epoch:
@@ -302,3 +302,18 @@ def _optimizer(
         state[name] = to_plain(dict(value) if isinstance(value, dict) else value, f"{prefix}state/{name}", tensors)
     check_follows(optimizer, {p: name for name, p in model.named_parameters()}, (), by_parameter=False)
     return groups, state
+
+
+def _disagreements(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The differences between a resumed run and its start, in words; more epochs are none of them."""
+    said = [
+        f"{name} must be {began[name]!r} as at the start of the run, got {value!r}"
+        for name, value in now.items()
+        if name in began and began[name] != value and name not in ("epochs", OVER_EPOCHS)
+    ]
+    if now.get(OVER_EPOCHS) and began.get("epochs") != now["epochs"]:
+        said.append(
+            f"epochs must be {began.get('epochs')} as at the start of the run, over which "
+            f"{' and '.join(now[OVER_EPOCHS])} is laid out, got {now['epochs']}"
+        )
+    return said

@@ -1,16 +1,20 @@
 """A loss that is no number: since when, what the last values were, whose fault it may be, and what may help."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import torch
 
 from .._counting import Counting
-from .batches import LoaderBatches, TensorBatches
-from .check_data import bad_sample, ignored_batch
+from .batches import LoaderBatches, TensorBatches, make_batches
+from .check_data import bad_tensor_sample, fault_of, nothing_counts
 from .events import Diverged
 from .history import History
 
+_SEARCH_SECONDS = 30.0
 _REMEDY = (
     "Lower the learning rate (lr, tau_lr), clip gradients (clip_norm), "
     "or bound the steps (constraint, lower_bound, penalties.TimeHorizon)"
@@ -36,3 +40,43 @@ def diverged(
     if cause is not None:
         return Diverged(f"{what}; {cause}; {last}{kept}")
     return Diverged(f"{what}; {last}{kept}. {_REMEDY}")
+
+
+def check_validation(data: Any) -> None:
+    """Say which sample of validation data is not finite, where their loss is no number before training."""
+    fault = bad_sample(make_batches(data, 1, 0, torch.device("cpu"), shuffle=False, argument="validation"))
+    if fault is not None:
+        raise ValueError(f"validation must hold finite numbers, but {fault}")
+
+
+def bad_sample(batches: TensorBatches | LoaderBatches) -> str | None:
+    """The first sample that is not finite, in words, or None; of a loader's data set, half a minute is searched."""
+    if isinstance(batches, TensorBatches):
+        return bad_tensor_sample(batches)
+    dataset, began = cast(Any, batches.loader.dataset), time.monotonic()
+    for at in range(len(dataset)):
+        if time.monotonic() - began > _SEARCH_SECONDS:
+            return None
+        item = dataset[at]
+        for name, value in (
+            item.items() if isinstance(item, Mapping) else zip(("inputs", "targets"), item, strict=False)
+        ):
+            try:
+                tensor = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                continue
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                return fault_of(name, tensor, at)
+    return None
+
+
+def ignored_batch(batches: TensorBatches | LoaderBatches, iteration: int, counting: Counting) -> str | None:
+    """That no label of a batch counts, so that the mean of its losses is 0/0; or None."""
+    if not isinstance(batches, TensorBatches):
+        return None
+    index = batches.split(batches.order(iteration // len(batches)))[iteration % len(batches)]
+    reason = nothing_counts(batches.targets.index_select(0, index), counting)
+    return reason and (
+        f"all labels of its batch, sample {int(index[0])} among them, are {reason}: drop such samples, or take larger "
+        "batches"
+    )

@@ -17,7 +17,6 @@ from ..nn.time_steps import time_steps_of
 from ..optim.projections import suspended_projections
 from .batches import LoaderBatches, TensorBatches
 from .check_arguments import Metric, steps_each_iteration
-from .check_data import check_validation
 from .distributed import CHANGED, Ranks, prune_alike
 from .events import Diverged, EpochEnd, Interrupted, StopTraining
 from .fast.compiler import worth_compiling
@@ -283,6 +282,8 @@ class Loop:
             self.model, self.settings.validation, loss=self.objective.loss, metrics=self.settings.metrics
         )
         if self.position.iteration == 0 and not math.isfinite(figures["loss"]):
+            from .divergence import check_validation
+
             check_validation(self.settings.validation)
         return {f"validation.{name}": value for name, value in figures.items()}
 

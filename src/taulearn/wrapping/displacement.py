@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..caputo._arguments import transforming
+from .._calls import transforming
 from ..nn.constraints import Constraint, constraint_of
 
 _MOMENTUM = 0.02
