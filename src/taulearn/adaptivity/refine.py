@@ -24,8 +24,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._distributed import expire, refuse_distributed, wrappers_around
 from .._errors import unknown_name
+from ..nn.grid import Grid
 from ..nn.pruned_models import WRAPPING, prunable_of
-from ..nn.time_steps import Grid
 from ..optim.projections import has_session
 from .coarsen import ALL_OF_THEM, forget_compiled, number_of_variables, prune
 from .indicators import Indicator, NewLayer as LayerMaker, indicators

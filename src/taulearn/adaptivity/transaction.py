@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._undisturbed import Contents
-from ..nn.pruned_models import REPLACED, prunable_of, regrow, retire
+from ..nn.pruned_models import REPLACED, prunable_of, retire
 from ..nn.schemes import Scheme
 from ..nn.skips import Skips
-from ..nn.time_steps import Grid, TimeSteps
+from ..nn.time_steps import TimeSteps
 from .optimizer_state import Change, follow, gathered, optimizers_in, with_inner
+
+if TYPE_CHECKING:
+    from ..nn.grid import Grid
 
 
 class Prunable(Protocol):
@@ -121,8 +124,10 @@ def delete(models: Sequence[nn.Module], kept: Sequence[int], optimizers: Sequenc
     return _change(models, lambda _, prunable: prunable.keep_layers_(kept), entries, optimizers)
 
 
-def become(models: Sequence[nn.Module], grid: Grid, optimizers: Sequence[Any]) -> None:
+def become(models: Sequence[nn.Module], grid: "Grid", optimizers: Sequence[Any]) -> None:
     """Let models built anew have the layers of a grid, and the optimisers follow; all content is to be loaded."""
+    from ..nn.grid import regrow
+
     steps = prunable_of(models[0]).time_steps
     kept, sources, copies = grid.made_from(steps.origin)
     entries = steps.rule.entries([-1 if i in copies else kept[l] for i, l in enumerate(sources)])
