@@ -42,6 +42,9 @@ class Refinable(Prunable, Protocol):
     def not_split(self, theta: float = 0.5) -> dict[int, str]:
         """Positions of layers that cannot be split, each with the reason."""
 
+    def not_inserted(self, *, copied: bool) -> dict[int, str]:
+        """Positions behind which no layer can be inserted, or none that is a copy, each with the reason."""
+
     def copied_behind(self, layer: int) -> int | None:
         """Position of the layer a copy of which fits behind one; None: no copy fits."""
 
