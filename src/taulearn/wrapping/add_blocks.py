@@ -11,6 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .._batches import on_device
+from .._errors import in_short
 from .._undisturbed import undisturbed
 from ..nn.pruned_models import follower_of, set_follower
 from ..nn.time_steps import TimeSteps
@@ -83,8 +85,12 @@ def grow(wrapping: Wrapping, sources: Sequence[int], made: Mapping[int, nn.Modul
     steps.grow_(sources, made, steps.rule.values(torch.stack(idle)))
     install(after)
     set_follower(host, follower)
-    found = _outputs(after)
-    if before is not None and found is not None and (unlike := difference(before, found)):
+    try:
+        found = _outputs(after)
+        unlike = difference(before, found) if before is not None and found is not None else None
+    except Exception as error:  # noqa: BLE001  hosts may raise anything
+        unlike = f"fails with them: {in_short(error)}"
+    if unlike is not None:
         raise ValueError(f"layers must be such that new blocks with step 0 change nothing, but the host {unlike}")
     if unsaved is None and (reason := _unsaved(host)):
         raise ValueError(f"layers must be such that the host's configuration describes it, got others: {reason}")
@@ -106,10 +112,12 @@ def _copied(parent: Layer, block: nn.Module) -> Layer:
 
 def _outputs(wrapping: Wrapping) -> Observation | None:
     """The output of the host on the example inputs, or None where there are none."""
+    host, device = wrapping.host, wrapping.time_steps.values.device
     if wrapping.inputs.value is None:
         return None
-    with undisturbed(wrapping.host, wrapping.inputs.value):
-        return observe(wrapping.host, wrapping.inputs.value, (), memories_of(wrapping.host, wrapping.layers))
+    inputs = on_device(wrapping.inputs.value, device)
+    with undisturbed(host, inputs):
+        return observe(host, inputs, (), memories_of(host, wrapping.layers))
 
 
 def _unsaved(host: nn.Module) -> str | None:

@@ -213,7 +213,8 @@ def _counts(config: Any, name: str, length: int) -> list[str]:
     if "decoder" in name and (found := counting(_COUNTS_OF_ONE_SIDE)):
         return found
     specific, general = counting(_DECODER_COUNTS if "decoder" in name else _ENCODER_COUNTS), counting(_COUNTS)
-    return specific or general if getattr(config, "is_encoder_decoder", False) else specific + general
+    both_sides = getattr(config, "is_encoder_decoder", False) and not getattr(config, "is_decoder", False)
+    return specific or general if both_sides else specific + general  # a decoder may have a configuration of its own
 
 
 def _stage(config: Any, name: str, length: int) -> int | None:
