@@ -205,9 +205,10 @@ def test_a_layer_of_ones_own() -> None:
         return nn.Sequential(nn.Linear(width, width, dtype=DOUBLE), nn.Tanh())
 
     optimizer, averaged = torch.optim.Adam(model.parameters(), lr=0.01), AveragedModel(model)
-    before, neighbours = model(batch()), [model.layers[0], model.layers[3]]
+    before, neighbours = model(batch()), [model.layers[0].state_dict(), model.layers[3].state_dict()]
     report = refine(model, [0, 3], by="insert", layer=make, optimizer=optimizer, averaged=averaged)
-    assert all(a is b for a, b in zip(seen, neighbours, strict=True))
+    assert_same_bits([dict(each.state_dict()) for each in seen], [dict(each) for each in neighbours])
+    assert not {id(p) for each in seen for p in each.parameters()} & {id(p) for p in model.parameters()}
     assert [each.parent for each in report.new] == [0, 3]
     assert torch.equal(model(batch()), before)
     assert torch.equal(averaged(batch()), before)

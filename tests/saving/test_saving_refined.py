@@ -14,7 +14,7 @@ from small_networks import DOUBLE, assert_same_bits, batch, network
 from taulearn import TimeSteps, load_model, prune, refine, save_model, truncate
 from taulearn.integrations.checkpoints import follow_states, mark_
 from taulearn.nn import Residual, TimeVariableNetwork, fractional_dnn, resnet_v2
-from taulearn.nn.time_steps import Grid
+from taulearn.nn.grid import Grid
 
 
 def cycles(model: Any) -> Any:

@@ -24,8 +24,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._distributed import expire, refuse_distributed, wrappers_around
 from .._errors import unknown_name
+from ..nn.grid import Grid
 from ..nn.pruned_models import WRAPPING, prunable_of
-from ..nn.time_steps import Grid
 from ..optim.projections import has_session
 from .coarsen import ALL_OF_THEM, forget_compiled, number_of_variables, prune
 from .indicators import Indicator, NewLayer as LayerMaker, indicators
@@ -125,8 +125,8 @@ def refine(
         number: How many layers to refine, those with the largest indicators.
         bulk: The smallest set whose indicators sum to at least this share of the total, in (0, 1].
         theta: Share of the first half of a split, in (0, 1).
-        layer: What an inserted layer is, a function of the layer behind which it comes. None: a copy of that one, or of
-            the next one where that one changes the width.
+        layer: What an inserted layer is, a function of a copy of the layer behind which it comes. None: a copy of that
+            one, or of the next one where that one changes the width.
         data: What a named indicator looks at, see :func:`taulearn.prune`.
         loss: Maps (output, target) to a scalar. None: the one that the model returns.
         optimizer: The optimiser of the model's parameters, or a list of all of them, see :func:`taulearn.prune`.
@@ -230,16 +230,10 @@ def check_refinable(model: nn.Module) -> Refinable:
 
 def _closed(refinable: Refinable, by: str, theta: float, layer: Any) -> dict[int, str]:
     """Positions that cannot be refined, with the reason."""
-    steps = refinable.time_steps
     if by == "split":
         return refinable.not_split(theta)
-    if refinable.scheme.step_power != 1.0 and not steps.lower_bound:
-        return dict.fromkeys(range(steps.num_steps), "the fractional scheme divides by its steps: set a lower bound")
-    none = {} if layer is not None else {l: None for l in range(steps.num_steps) if refinable.copied_behind(l) is None}
-    return {
-        **dict.fromkeys(none, "no copy of a layer fits there: say what comes there, layer=..."),
-        **steps.rule.not_inserted(steps.num_steps),
-    }
+    steps = refinable.time_steps
+    return refinable.not_inserted(copied=layer is None) | steps.rule.not_inserted(steps.num_steps)
 
 
 def _choose(
@@ -311,9 +305,11 @@ def _carry_out(
         if l in chosen:
             like[len(sources)] = l if by == "split" or layer is not None else cast(int, refinable.copied_behind(l))
             sources.append(like[len(sources)])
-    made = [{i: prunable_of(each).copy_of(l) for i, l in like.items()} for each in models]
-    if layer is not None:
-        made[0] = {i: _made(layer, refinable.layers[l], model) for i, l in like.items()}
+    if layer is None:
+        made = [{i: prunable_of(each).copy_of(l) for i, l in like.items()} for each in models]
+    else:
+        made = [{}] * len(models)
+        made[0] = {i: _made(layer, refinable.copy_of(l), model) for i, l in like.items()}
         made[1:] = [{i: copy.deepcopy(new) for i, new in made[0].items()} for _ in models[1:]]
     pairs = [(f"layer {steps.origin[l]}", refinable.layers[l], made[0][i]) for i, l in like.items()]
     kin = {q: p for pair in pairs for q, p in _kin(*pair, needed=bool(optimizers))}

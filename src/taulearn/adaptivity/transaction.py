@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._undisturbed import Contents
-from ..nn.pruned_models import REPLACED, prunable_of, regrow, retire
+from ..nn.pruned_models import REPLACED, prunable_of, retire
 from ..nn.schemes import Scheme
 from ..nn.skips import Skips
-from ..nn.time_steps import Grid, TimeSteps
+from ..nn.time_steps import TimeSteps
 from .optimizer_state import Change, follow, gathered, optimizers_in, with_inner
+
+if TYPE_CHECKING:
+    from ..nn.grid import Grid
 
 
 class Prunable(Protocol):
@@ -38,6 +41,9 @@ class Refinable(Prunable, Protocol):
 
     def not_split(self, theta: float = 0.5) -> dict[int, str]:
         """Positions of layers that cannot be split, each with the reason."""
+
+    def not_inserted(self, *, copied: bool) -> dict[int, str]:
+        """Positions behind which no layer can be inserted, or none that is a copy, each with the reason."""
 
     def copied_behind(self, layer: int) -> int | None:
         """Position of the layer a copy of which fits behind one; None: no copy fits."""
@@ -121,8 +127,10 @@ def delete(models: Sequence[nn.Module], kept: Sequence[int], optimizers: Sequenc
     return _change(models, lambda _, prunable: prunable.keep_layers_(kept), entries, optimizers)
 
 
-def become(models: Sequence[nn.Module], grid: Grid, optimizers: Sequence[Any]) -> None:
+def become(models: Sequence[nn.Module], grid: "Grid", optimizers: Sequence[Any]) -> None:
     """Let models built anew have the layers of a grid, and the optimisers follow; all content is to be loaded."""
+    from ..nn.grid import regrow
+
     steps = prunable_of(models[0]).time_steps
     kept, sources, copies = grid.made_from(steps.origin)
     entries = steps.rule.entries([-1 if i in copies else kept[l] for i, l in enumerate(sources)])

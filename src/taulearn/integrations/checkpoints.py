@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..adaptivity.refine import take_grid
 from ..files import tensor_bytes
+from ..nn.grid import Grid
 from ..nn.pruned_models import ORIGIN, PARENTS, RECORD, Follower, prunable_of, set_follower
-from ..nn.time_steps import Grid, TimeSteps, time_steps_of
+from ..nn.time_steps import TimeSteps, time_steps_of
 
 
 def models_with_time_steps(module: nn.Module) -> dict[str, nn.Module]:
@@ -86,6 +87,7 @@ def follow_states(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     pruned, need this.
 
     Example:
+        >>> from taulearn import prune
         >>> from taulearn.nn import resnet
         >>> small, fresh = resnet(2, 3, 1, 4), resnet(2, 3, 1, 4)
         >>> optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1)

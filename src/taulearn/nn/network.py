@@ -236,6 +236,14 @@ class TimeVariableNetwork(nn.Module):
         """Positions of layers that cannot be split, each with the reason."""
         return self.time_steps.not_split(theta) | self._no_steps()
 
+    def not_inserted(self, *, copied: bool) -> dict[int, str]:
+        """Positions behind which no layer can be inserted, or none that is a copy, each with the reason."""
+        if self.scheme.step_power != 1.0 and not self.time_steps.lower_bound:
+            why = f"the {self.scheme.name} scheme divides by its steps: set a lower bound"
+            return dict.fromkeys(range(len(self.layers)), why)
+        places = [l for l in range(len(self.layers)) if copied and self.copied_behind(l) is None]
+        return dict.fromkeys(places, "no copy of a layer fits there: say what comes there, layer=...")
+
     def copied_behind(self, layer: int) -> int | None:
         """Position of the layer a copy of which fits behind one: that one, or else the next one; None: no copy fits."""
         places = (l for l in (layer, layer + 1) if l < len(self.layers))

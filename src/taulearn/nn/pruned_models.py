@@ -6,14 +6,13 @@ tensors, so that whatever saves and loads these carries it.
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from .._distributed import expire, wrappers_around
-from .time_steps import Grid
 
 if TYPE_CHECKING:
     from ..wrapping.wrapped_model import Wrapping
+    from .grid import Grid
 
 ORIGIN = "taulearn.origin"
 """The name under which the numbers of the layers travel."""
@@ -62,6 +61,8 @@ class Follower:
         parents = state.pop(prefix + PARENTS, None)
         if not isinstance(origin, Tensor):
             return
+        from .grid import Grid
+
         if origin.ndim > 1:  # all tensors have a dimension of size 1 in front
             state.update({name: value.squeeze(0) for name, value in state.items()})
         wanted, present = origin.reshape(-1).tolist(), model.time_steps.origin
@@ -79,36 +80,15 @@ class Follower:
         if isinstance(record, Tensor):
             self.record = record.cpu().numpy().tobytes()
 
-    def follow(self, model: Any, grid: Grid) -> None:
+    def follow(self, model: Any, grid: "Grid") -> None:
         """Let the model have the layers of a grid; there is no optimiser that could follow."""
+        from .grid import regrow
+
         replaced = model.time_steps.values
         regrow(prunable_of(model), grid)
         if model.time_steps.values is not replaced:
             retire(replaced)
         expire(wrappers_around(model))
-
-
-@torch.no_grad()
-def regrow(prunable: Any, grid: Grid) -> dict[Any, Any]:
-    """Let a model have the layers of a grid: some go, others are copies of those that they were made from.
-
-    Steps and weights of the copies are to be loaded. Returns the copies' parameters, each with that of which it is one.
-
-    Raises:
-        ValueError: If it does not have the layers from which they were made, or some cannot go.
-    """
-    steps, kin = prunable.time_steps, dict[Any, Any]()
-    kept, sources, copies = grid.made_from(steps.origin)
-    if len(kept) < steps.num_steps:
-        prunable.keep_layers_(kept)
-    if copies:
-        made = {i: prunable.copy_of(sources[i]) for i in copies}
-        for i, layer in made.items():
-            kin |= zip(layer.parameters(), prunable.layers[sources[i]].parameters(), strict=True)
-        entries = torch.tensor(steps.rule.entries(sources), device=steps.values.device)
-        prunable.grow_layers_(sources, made, steps.values[entries.clamp(max=len(steps.values) - 1)])
-    steps.take_grid_(grid)
-    return kin
 
 
 def retire(values: Tensor) -> None:

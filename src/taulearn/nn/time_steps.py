@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -11,61 +11,8 @@ from torch import Tensor, nn
 from .._errors import is_number, positive_integer
 from .constraints import Constraint, constraint_of
 
-
-class Grid(NamedTuple):
-    """Which layers there are.
-
-    Attributes:
-        origin: Their numbers, in their order.
-        next_number: The number that the next new layer gets.
-        parent: For each layer that was ever new its number, and that of the layer that it was made from.
-    """
-
-    origin: tuple[int, ...]
-    next_number: int
-    parent: Mapping[int, int]
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
-        parents = [[number, parent] for number, parent in self.parent.items()]
-        return {"origin": list(self.origin), "next_number": self.next_number, "parents": parents}
-
-    @classmethod
-    def from_plain(cls, written: Mapping[str, Any]) -> Self:
-        """What :meth:`plain` wrote; files from before there was refinement lack what only that needs."""
-        origin, parent = tuple(written["origin"]), dict(written.get("parents", ()))
-        return cls(origin, max(written.get("next_number", 0), *(1 + n for n in (*origin, *parent))), parent)
-
-    def made_from(self, present: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-        """How to get it from a grid whose layers have the numbers ``present``.
-
-        Returns:
-            Positions there of the layers to keep; for each layer here the position among those, its own or an
-            ancestor's; and the positions here of those that are copies.
-
-        Raises:
-            ValueError: If a layer has no ancestor there, or the order is another.
-
-        Example:
-            >>> Grid((0, 5, 4), 6, {4: 2, 5: 4}).made_from([0, 1, 2, 3])
-            ([0, 2], [0, 1, 1], [2])
-        """
-        positions, places = {number: l for l, number in enumerate(present)}, list[int]()
-        for number in self.origin:
-            ancestor = number
-            while ancestor not in positions and self.parent.get(ancestor, ancestor) < ancestor:
-                ancestor = self.parent[ancestor]
-            if ancestor not in positions:
-                raise ValueError(f"origin must be numbers of {len(present)} layers, got {ancestor}")
-            places.append(positions[ancestor])
-        if places != sorted(places) or len(set(self.origin)) < len(self.origin):
-            raise ValueError(f"origin must increase, but for layers that were new, got {str(list(self.origin))[:80]}")
-        kept = sorted(set(places))
-        # where the layer itself goes: to that of its number, or where it was deleted to its first descendant
-        itself = {l: i for i, l in reversed([*enumerate(places)])}
-        itself |= {l: i for i, l in enumerate(places) if self.origin[i] == present[l]}
-        rank = {l: k for k, l in enumerate(kept)}
-        return kept, [rank[l] for l in places], [i for i, l in enumerate(places) if itself[l] != i]
+if TYPE_CHECKING:
+    from .grid import Grid
 
 
 class TimeSteps(nn.Module):
@@ -189,8 +136,10 @@ class TimeSteps(nn.Module):
         return len(self.origin)
 
     @property
-    def grid(self) -> Grid:
+    def grid(self) -> "Grid":
         """Which layers there are."""
+        from .grid import Grid
+
         return Grid(self.origin, self.next_number, self.parent)
 
     @property
@@ -278,6 +227,8 @@ class TimeSteps(nn.Module):
             >>> steps.tau.tolist(), steps.origin, steps.parent
             ([0.25, 0.25, 0.5], (0, 2, 1), {2: 0})
         """
+        from .grid import twice
+
         chosen = self._chosen("indices", indices)
         self.grow_(*twice(self.num_steps, chosen), self.split(chosen, theta))
 
@@ -297,6 +248,8 @@ class TimeSteps(nn.Module):
             >>> steps.tau.tolist(), steps.origin
             ([0.5, 0.5, 0.0], (0, 1, 2))
         """
+        from .grid import twice
+
         chosen = self._chosen("behind", behind)
         self.grow_(*twice(self.num_steps, chosen), self.insert(chosen))
 
@@ -365,7 +318,7 @@ class TimeSteps(nn.Module):
         self.values = values
         self.origin = tuple(numbers)
 
-    def take_grid_(self, grid: Grid) -> None:
+    def take_grid_(self, grid: "Grid") -> None:
         """Let the layers have numbers and parents that they had before, as far as it goes."""
         self.origin, self.parent = grid.origin, dict(grid.parent)
         self.next_number = max(self.next_number, grid.next_number)
@@ -388,18 +341,6 @@ class TimeSteps(nn.Module):
         if self.origin != tuple(range(self.num_steps)):
             parts.append(f"origin={self.origin}")
         return ", ".join(parts)
-
-
-def twice(number: int, indices: Iterable[int]) -> tuple[list[int], list[int]]:
-    """The positions 0 .. number - 1, those at ``indices`` twice; and where the second ones stand.
-
-    Example:
-        >>> twice(3, [0, 2])
-        ([0, 0, 1, 2, 2], [1, 4])
-    """
-    again = set(indices)
-    sources = [l for l in range(number) for _ in range(1 + (l in again))]
-    return sources, [i for i in range(1, len(sources)) if sources[i] == sources[i - 1]]
 
 
 def time_steps_of(model: nn.Module) -> TimeSteps:

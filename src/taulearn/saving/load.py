@@ -10,9 +10,9 @@ from ..adaptivity.refine import take_grid
 from ..adaptivity.transaction import all_or_nothing
 from ..files import read_tensors
 from ..nn.constraints import CONSTRAINTS
+from ..nn.grid import Grid
 from ..nn.network import TimeVariableNetwork
 from ..nn.pruned_models import prunable_of, wrapping_of
-from ..nn.time_steps import Grid
 from ..wrapping.branches import Branch
 from ..wrapping.folding import drop_units, unwrap
 from ..wrapping.wrap_as_saved import read_branch, rewrap, take_form, take_states

@@ -27,11 +27,11 @@ from ..nn.activations import activation_names, make_activation
 from ..nn.builders import BUILDERS, FlattenInput, FullyConnected
 from ..nn.constraints import Constraint
 from ..nn.convolutional import ConvolutionalStem, PointwiseSkip, PooledHead, PreActivationBlock, resnet_v2
+from ..nn.grid import Grid, regrow
 from ..nn.network import TimeVariableNetwork
-from ..nn.pruned_models import regrow
 from ..nn.schemes import SCHEMES, Residual, Scheme
 from ..nn.skips import ComposedSkips, IdentitySkips, Pad, PadSkips, Skips
-from ..nn.time_steps import Grid, TimeSteps
+from ..nn.time_steps import TimeSteps
 from .manifest import COUNT, LAYERS, NAMED, RECIPE, check, short
 
 M = TypeVar("M", bound=nn.Module)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..adaptivity.optimizer_state import check_follows, with_inner
 from ..adaptivity.refine import take_grid
 from ..files import check_tensors, read_tensors, write_tensors
+from ..nn.grid import Grid
 from ..nn.pruned_models import wrapping_of
-from ..nn.time_steps import Grid, time_steps_of
+from ..nn.time_steps import time_steps_of
 from .check_arguments import OVER_EPOCHS
 from .history import History
 from .parts import Parts, Position, Start

@@ -1,11 +1,11 @@
-"""Configurations and layer numbers of Hugging Face transformers, which follow a deletion.
+"""Configurations and layer numbers of Hugging Face transformers, which follow when blocks go or come.
 
 A configuration says how many layers there are (``num_hidden_layers`` and its relatives, ``depths`` of stages). It also
 speaks of single layers, in four ways: by one entry per layer (``layer_types``), by one entry per state between layers
 (``stage_names``), by the numbers of layers or states (``mlp_only_layers``, ``out_indices``, the keys of
 ``per_layer_config``), and by how many come first (``first_k_dense_replace``). Modules hold copies of all that, and the
 number of their own layer, under which the cache keeps their keys. All must fit each other after a deletion: entries of
-layers that are gone go, and the numbers of those behind them get smaller.
+layers that are gone go, and the numbers of those behind them get smaller. A copy of a layer has what its layer has.
 
 Which entry means which is told by its name, its size and its values. Whether that was right, and whether an entry is
 missing here, is tried by those who rely on it: by ``wrap``, which compares outputs, and by
@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from .remove_blocks import LISTS, Shortened
+from .remove_blocks import LISTS, Changed
 from .single_branches import NoBranch
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "num_hidden_groups")
@@ -64,26 +64,26 @@ def counts(host: nn.Module, name: str) -> bool:
     return bool(configs and _counted_by(host, configs[0], name))
 
 
-def follow_deletion(host: nn.Module, shortened: Sequence[Shortened]) -> None:
+def follow_lists(host: nn.Module, changed: Sequence[Changed]) -> None:
     """Let configurations, their copies in modules, and layer numbers follow.
 
     A configuration is replaced by a changed copy wherever the host refers to it: other models may have been built from
     the same object.
     """
-    for each in shortened:
+    for each in changed:
         configs = _configs_around(host, each.name)
         if not configs:
             continue
-        for new, old in enumerate(each.kept):
-            _renumber(each.before[old], old - new)
+        for new, (old, member) in enumerate(zip(each.kept, each.members, strict=True)):
+            _renumber(member, old - new)
         memo: dict[int, Any] = {}
         for module in host.modules():
             for key, value in list(vars(module).items()):
                 if is_of_transformers(value, *_CONFIGS):
                     vars(module)[key] = copy.deepcopy(value, memo)
-        cut = _Cut(each.name, len(each.before), each.kept)
+        cut = _Cut(each.name, each.length, each.kept)
         around = _around(host, each.name)
-        inside = [module for old in each.kept for module in each.before[old].modules()]
+        inside = [module for member in each.members for module in member.modules()]
         for config in configs:
             _mend_modules([*around, *inside], cut, _edit(memo[id(config)], cut))
         _mend_counts(around[1:2], cut)
@@ -158,20 +158,23 @@ def _inside(block: nn.Module, name: str) -> nn.Module | None:
 
 @dataclass(frozen=True)
 class _Cut:
-    """What a list of layers lost."""
+    """How a list of layers changed."""
 
     name: str  # its name in the host
     length: int  # number of its layers before
-    kept: tuple[int, ...]  # numbers of those that stayed
+    kept: tuple[int, ...]  # for each layer now its number before, or that of which it is a copy
 
     def before(self, number: int) -> int:
-        """How many of the first ``number`` layers stayed, which is the new number of the state between two layers."""
+        """How many the first ``number`` layers are now, which is the new number of the state between two layers."""
         return sum(old < number for old in self.kept)
 
+    def of(self, number: int) -> list[int]:
+        """New numbers of a layer and its copies; none where it is gone."""
+        return [new for new, old in enumerate(self.kept) if old == number]
+
     def numbers(self, values: Sequence[int]) -> list[int]:
-        """New numbers of the layers that stayed, from the end where the old ones were."""
-        stayed = [value for value in values if value % self.length in self.kept]
-        return [self.kept.index(v % self.length) - (len(self.kept) if v < 0 else 0) for v in stayed]
+        """New numbers of layers, from the end where the old ones were."""
+        return [new - (len(self.kept) if v < 0 else 0) for v in values for new in self.of(v % self.length)]
 
     def states(self, values: Sequence[int]) -> list[int]:
         """New numbers of states, of which there is one more than layers; those that became one are named once."""
@@ -210,7 +213,8 @@ def _counts(config: Any, name: str, length: int) -> list[str]:
     if "decoder" in name and (found := counting(_COUNTS_OF_ONE_SIDE)):
         return found
     specific, general = counting(_DECODER_COUNTS if "decoder" in name else _ENCODER_COUNTS), counting(_COUNTS)
-    return specific or general if getattr(config, "is_encoder_decoder", False) else specific + general
+    both_sides = getattr(config, "is_encoder_decoder", False) and not getattr(config, "is_decoder", False)
+    return specific or general if both_sides else specific + general  # a decoder may have a configuration of its own
 
 
 def _stage(config: Any, name: str, length: int) -> int | None:
@@ -307,7 +311,7 @@ def _numbers_layers(value: Mapping[Any, Any], length: int) -> bool:
 
 def _by_number(value: Mapping[Any, Any], cut: _Cut) -> dict[Any, Any]:
     """A dictionary by layer number, whose keys stay what they were, numbers or strings."""
-    return {type(key)(cut.kept.index(int(key))): each for key, each in value.items() if int(key) in cut.kept}
+    return {type(key)(new): each for key, each in value.items() for new in cut.of(int(key))}
 
 
 def _per_layer_overrides(config: Any) -> dict[Any, Any] | None:
@@ -323,7 +327,7 @@ def _follow_outputs(config: Any, cut: _Cut) -> None:
     names, numbers = (getattr(config, key, None) for key in ("stage_names", "_out_indices"))
     if names is None or len(names) != cut.length + 1:
         return
-    names = names[: len(cut.kept) + 1]
+    names = [*names, *(f"stage{i}" for i in range(len(names), len(cut.kept) + 1))][: len(cut.kept) + 1]
     changed: dict[str, Any] = {"stage_names": names}
     if numbers is not None:
         numbers = cut.states(numbers)
@@ -364,7 +368,7 @@ def _mend_generation(module: nn.Module, cut: _Cut) -> None:
     heads, leave = getattr(settings, "alignment_heads", None), getattr(settings, "assistant_early_exit", None)
     edits: dict[str, Callable[[], Any]] = {}
     if heads and "decoder" in cut.name and all(0 <= layer < cut.length for layer, _ in heads):
-        edits["alignment_heads"] = lambda: [[cut.kept.index(l), head] for l, head in heads if l in cut.kept]
+        edits["alignment_heads"] = lambda: [[new, head] for l, head in heads for new in cut.of(l)]
     if type(leave) is int and "encoder" not in cut.name:
         edits["assistant_early_exit"] = lambda: cut.before(leave)
     if edits:

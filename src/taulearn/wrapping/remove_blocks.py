@@ -1,4 +1,4 @@
-"""Deleting blocks from the modules that hold them: lists get shorter, elsewhere a placeholder stays.
+"""Deleting blocks from the modules that hold them, and inserting others: lists change, elsewhere a placeholder stays.
 
 Everything is done by assigning attributes of modules, never by changing an object they share, so that the transaction
 of pruning can undo it.
@@ -17,12 +17,13 @@ LISTS = (nn.ModuleList, nn.Sequential)
 
 
 @dataclass(frozen=True)
-class Shortened:
-    """A list that lost blocks."""
+class Changed:
+    """A list with other members than before."""
 
     name: str  # its name in the host
-    before: tuple[nn.Module, ...]  # its members before; the list now has those at ``kept``
-    kept: tuple[int, ...]  # positions of the members that stayed
+    length: int  # number of its members before
+    kept: tuple[int, ...]  # for each member now the position before, its own or that of which it is a copy
+    members: tuple[nn.Module, ...]  # those that it has now
 
 
 def holders(host: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
@@ -50,10 +51,10 @@ def sure_to_shorten(host: nn.Module, name: str) -> bool:
     )
 
 
-def remove(host: nn.Module, blocks: Mapping[nn.Module, Form], shorten: Collection[str]) -> list[Shortened]:
+def remove(host: nn.Module, blocks: Mapping[nn.Module, Form], shorten: Collection[str]) -> list[Changed]:
     """Take blocks out of a host."""
     stand_ins = {block: PassThrough(form) for block, form in blocks.items()}
-    shortened: list[Shortened] = []
+    shortened: list[Changed] = []
     without: set[nn.Module] = set()
     for name, holder in list(host.named_modules()):
         present = {key: module for key, module in holder._modules.items() if module is not None}
@@ -64,12 +65,38 @@ def remove(host: nn.Module, blocks: Mapping[nn.Module, Form], shorten: Collectio
             continue
         before = tuple(present.values())
         kept = tuple(i for i, module in enumerate(before) if module not in blocks)
-        shortened.append(Shortened(name, before, kept))
+        shortened.append(Changed(name, len(before), kept, tuple(before[i] for i in kept)))
         without |= set(before) & blocks.keys()
         holder._modules = _renumbered(present, blocks)
         _follow(host, name, holder, before[0])
     _mend_plain_lists(host, stand_ins, without)
     return shortened
+
+
+def insert(host: nn.Module, behind: Mapping[nn.Module, nn.Module]) -> list[Changed]:
+    """Put blocks into the lists of a host, each behind another one."""
+    longer: list[Changed] = []
+    for name, holder in list(host.named_modules()):
+        present = {key: module for key, module in holder._modules.items() if module is not None}
+        if not any(module in behind for module in present.values()):
+            continue
+        result: dict[str, nn.Module | None] = {}
+        kept: list[int] = []
+        number = 0
+        for i, (key, module) in enumerate(present.items()):
+            for each in (module, *([behind[module]] if module in behind else ())):
+                result[str(number) if key.isdigit() else key if each is module else f"{key}_{len(present)}"] = each
+                number += key.isdigit()
+                kept.append(i)
+        longer.append(Changed(name, len(present), tuple(kept), tuple(m for m in result.values() if m is not None)))
+        holder._modules = result
+        _follow(host, name, holder, next(iter(present.values())))
+    for module in host.modules():
+        for key, value in list(vars(module).items()):
+            if type(value) in (list, tuple) and any(isinstance(v, nn.Module) and v in behind for v in value):
+                pairs = [(v, behind.get(v)) if isinstance(v, nn.Module) else (v, None) for v in value]
+                vars(module)[key] = type(value)(each for pair in pairs for each in pair[: 1 + (pair[1] is not None)])
+    return longer
 
 
 def put_in_place(host: nn.Module, stand_ins: Mapping[nn.Module, nn.Module]) -> None:

@@ -76,7 +76,7 @@ class SavePretrained:
             )
         with without_steps(wrapping) as changed, _zeros_for_branches(self.host) as zeros:
             given = self._folded(given, changed, zeros)
-            if self.has_lost_blocks():
+            if self.has_other_blocks():
                 found = self.why_not(held=False) or self._loaded_unlike(given)
                 if found:
                     raise ValueError(
@@ -85,10 +85,10 @@ class SavePretrained:
                     )
             return self._write(given)
 
-    def has_lost_blocks(self) -> bool:
-        """Whether blocks were deleted, now or before."""
+    def has_other_blocks(self) -> bool:
+        """Whether blocks were deleted or came, now or before."""
         wrapping = vars(self.host).get(WRAPPING)
-        return self.pruned or (wrapping is not None and wrapping.has_lost_blocks())
+        return self.pruned or (wrapping is not None and wrapping.has_other_blocks())
 
     def why_not(self, known: dict[str, Description] | None = None, *, held: bool = True) -> list[str]:
         """Why a model that lost blocks cannot be saved, as far as it shows without saving it; empty: it may."""
@@ -225,7 +225,7 @@ def release_saving(host: nn.Module) -> None:
         if guard is None:
             continue
         del vars(module)[_SAVE]
-        if guard.has_lost_blocks() and (not _has_configuration(module) or guard.why_not()):
+        if guard.has_other_blocks() and (not _has_configuration(module) or guard.why_not()):
             vars(module)[_SAVE] = replace(guard, pruned=True)
         elif guard.own is not None:
             vars(module)[_SAVE] = guard.own
@@ -242,7 +242,7 @@ def find_unsaved(wrapping: Wrapping) -> dict[int, str]:
     for gone in sorted(set(range(number)) - wrapping.fixed_layers().keys()):
         try:
             wrapping.keep_layers_([l for l in range(number) if l != gone])
-            reason = _refused(host, known)
+            reason = refused(host, known)
             if reason is not None:
                 reasons[gone] = reason
         finally:
@@ -250,7 +250,7 @@ def find_unsaved(wrapping: Wrapping) -> dict[int, str]:
     return reasons
 
 
-def _refused(host: nn.Module, known: dict[str, Description]) -> str | None:
+def refused(host: nn.Module, known: dict[str, Description]) -> str | None:
     """Why ``save_pretrained`` would refuse the host as it is now, as far as it shows without saving.
 
     Of models within models the outermost counts: parts of it were built otherwise than alone, without a pooler, say.

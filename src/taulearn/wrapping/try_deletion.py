@@ -107,7 +107,7 @@ class _Trial:
         self.answered = False  # whether the output was another with some block at tau = 0
         around = [each for each in host.modules() if each is not host and each not in inside]
         self.watched = [each for each in (*blocks, *around) if not isinstance(each, torch.jit.ScriptModule)]
-        self.memories = _memories(host, blocks)
+        self.memories = memories_of(host, blocks)
         self.noise = noise_for(host)
         self.bare = self._bare()
         self._check_ones()
@@ -250,7 +250,7 @@ class _Trial:
             yield
 
 
-def _memories(host: nn.Module, blocks: Sequence[nn.Module]) -> frozenset[str]:
+def memories_of(host: nn.Module, blocks: Sequence[nn.Module]) -> frozenset[str]:
     """Names of what modules around blocks take where it is given, and return for the next call, such as a cache."""
     names: set[str] = set()
     for module in host.modules():

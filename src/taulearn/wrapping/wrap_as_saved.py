@@ -67,7 +67,7 @@ def rewrap(
 
 def take_form(wrapping: Wrapping, found: Sequence[tuple[Branch, ...]]) -> None:
     """Let a model that is wrapped per block, and has all of its blocks, have the form of one that was saved."""
-    if wrapping.per == "branch" or wrapping.has_lost_blocks() or bool(found) == (wrapping.form == "branches"):
+    if wrapping.per == "branch" or wrapping.has_other_blocks() or bool(found) == (wrapping.form == "branches"):
         return
     if found and len(found) != len(wrapping.present):
         return
@@ -97,11 +97,11 @@ def _check_names(names: Sequence[str], layers: Sequence[nn.Module], found: Seque
 
 
 def states_of(wrapping: Wrapping) -> tuple[tuple[str | int | None, str | int | None], ...]:
-    """Where the states of all blocks at the start are: argument and entry of the output; None of deleted ones."""
+    """Where the states of all blocks are, by number: argument and entry of the output; None of deleted ones."""
     forms = [block.form for block in wrapping.blocks]
     if wrapping.form == "whole":
         known = dict(zip(wrapping.time_steps.origin, wrapping.present, strict=True))
-        forms = [known[l].form if l in known else Form() for l in range(len(wrapping.blocks))]
+        forms = [known[l].form if l in known else Form() for l in range(wrapping.time_steps.next_number)]
     return tuple((form.argument, form.key) for form in forms)
 
 

@@ -1,6 +1,6 @@
 """The time steps of an existing model, as pruning sees them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Wrapping:
-    """The wrapping of a model: its steps and blocks. It is never changed: a deletion puts another in place.
+    """The wrapping of a model: its steps and blocks. It is never changed: a change of the grid puts another in place.
 
     Attributes:
         host: The model.
@@ -169,9 +169,9 @@ class Wrapping:
             take_branches_out(self.host, [layer for layer in lost if layer.block not in gone])
         shortened = structure.remove(self.host, gone, self.shorten)
         if is_configured(self.host):
-            from .configurations import follow_deletion, number_caches
+            from .configurations import follow_lists, number_caches
 
-            follow_deletion(self.host, shortened)
+            follow_lists(self.host, shortened)
             if self.per == "branch":
                 number_caches(self.host, {branch.site for block in self.blocks for branch in block.branches})
         if self.form == "whole":
@@ -182,9 +182,37 @@ class Wrapping:
                 vars(block)["forward"] = replace(vars(block)["forward"], indices=positions)
         vars(self.host)[WRAPPING] = replace(self, present=left)
 
-    def has_lost_blocks(self) -> bool:
-        """Whether blocks were deleted, or branches."""
-        return len(self.present) < len(self.names)
+    def not_split(self, theta: float = 0.5) -> dict[int, str]:
+        """Positions of blocks that cannot be split, each with the reason."""
+        return self.time_steps.not_split(theta) | self.not_inserted(copied=True)
+
+    def not_inserted(self, *, copied: bool) -> dict[int, str]:
+        """Positions behind which no block can be inserted, each with the reason."""
+        from .add_blocks import why_not_copied
+
+        reasons = {l: why_not_copied(self, l) for l in range(len(self.present))}
+        return {l: reason for l, reason in reasons.items() if reason}
+
+    def copied_behind(self, layer: int) -> int:
+        """Position of the block a copy of which fits behind one: the same."""
+        return layer
+
+    def copy_of(self, layer: int) -> nn.Module:
+        """A block once more, without its step."""
+        from .add_blocks import copy_of
+
+        return copy_of(self, layer)
+
+    @torch.no_grad()
+    def grow_layers_(self, sources: Sequence[int], made: Mapping[int, nn.Module], values: Tensor) -> None:
+        """Take blocks in between, as :meth:`taulearn.nn.TimeVariableNetwork.grow_layers_`."""
+        from .add_blocks import grow
+
+        grow(self, sources, made, values)
+
+    def has_other_blocks(self) -> bool:
+        """Whether blocks were deleted, or branches, or new ones came."""
+        return self.time_steps.origin != tuple(range(len(self.names)))
 
 
 def is_configured(host: nn.Module) -> bool:
