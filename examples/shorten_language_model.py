@@ -6,8 +6,9 @@
     python examples/shorten_language_model.py report --cells cells --out page
 
 The text is any; its last tenth is held out. ``train`` takes 20 minutes of two cores for a width of 128 (a decoder as
-Llama's: pre-norm, rotary positions, gated linear units). The ways are in _shortening.py; an epoch is 400 steps of 32
-windows of 128 characters. ``--quick`` takes some seconds: four blocks, trained and shortened on this file's text.
+Llama's: pre-norm, rotary positions, gated linear units). The ways are in _shortening.py; an epoch is as many windows
+of 128 characters, from random places, as the text has. ``--quick`` takes some seconds: four blocks, trained and
+shortened on this file's text.
 """
 
 import argparse
@@ -98,7 +99,7 @@ def make_case(given: argparse.Namespace) -> Case:
     first, second = 9 * len(codes) // 10, 19 * len(codes) // 20
     parts = {"train": codes[:first], "dev": codes[first:second], "test": codes[second:]}
     config = LlamaConfig.from_pretrained(given.weights)
-    batches = 20 if given.quick else 400
+    batches = 20 if given.quick else first // (BATCH * given.context)
 
     def epoch(generator: torch.Generator) -> list[Batch]:
         return [random_windows(parts["train"], given.context, generator) for _ in range(batches)]
@@ -132,7 +133,7 @@ def make_case(given: argparse.Namespace) -> Case:
 REMARKS = """Made by `python examples/shorten_language_model.py`, from `cells.jsonl` and `times` alone (`report --cells
 docs/results/shorten-language-model --out docs/results/shorten-language-model`). A decoder with 12 blocks that was
 trained on the text by the same example (`train`), shortened, then trained on with AdamW at 3e-4 after a warm-up of a
-tenth; an epoch is 400 steps of 32 windows of 128 characters. The criteria see 128 windows, drawn by the seed. Faded
+tenth; an epoch is 245 steps of 32 windows of 128 characters. The criteria see 128 windows, drawn by the seed. Faded
 ways are done at 0.2 epochs; at 0 epochs their blocks went at once. Nats per character on the last twentieth of the
 text; perplexity is their exponential."""
 
