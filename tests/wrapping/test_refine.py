@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from small_networks import Picture, assert_same_bits
-from taulearn import load_model, prune, refine, save_model, unwrap, wrap
+from taulearn import fit, load_model, prune, refine, save_model, unwrap, wrap
 from taulearn._calls import call
+from taulearn.integrations.checkpoints import mark_
 from taulearn.nn.pruned_models import prunable_of
+from taulearn.training import EpochEnd
+from training.support import Crash, assert_same_history, assert_same_weights, crash_after
 from wrapping.hosts import BY_NAME, HOSTS, LANGUAGE, Block, Host, evaluated, every_host, features, sequential, tensor
 
 FORMS = ["whole", "branches"]
@@ -317,3 +320,47 @@ def test_lists_of_an_untried_host_are_not_made_longer() -> None:
     model = wrap(Counting(), blocks=["blocks.0", "blocks.1"])
     with pytest.raises(ValueError, match=r"layers.*example_inputs"):
         refine(model, [0])
+
+
+@pytest.mark.parametrize("name", ["sequential", "llama"])
+@both_forms
+def test_a_marked_state_dict(name: str, form: str) -> None:
+    host = BY_NAME[name]
+    model = host.wrapped(form=form, init=0.8).eval()
+    refine(model, [1, 2])
+    prune(model, keep=[0, 2, 3, 5])
+    state = dict(model.state_dict())
+    mark_(model, state)
+    fresh = host.wrapped(form=form).eval()
+    fresh.load_state_dict(state)
+    assert fresh.time_steps.grid == model.time_steps.grid
+    assert torch.equal(evaluated(fresh, host.inputs()), evaluated(model, host.inputs()))
+
+
+@both_forms
+def test_a_run_that_a_callback_refined_goes_on_with_the_same_bits(form: str, tmp_path: Path) -> None:
+    def run(folder: str, *more: Callable[[EpochEnd], None], **options: Any) -> tuple[Any, Any]:
+        model = BY_NAME["sequential"].wrapped(form=form, init=0.8)
+        optimizer = torch.optim.Adam(model.named_parameters(), lr=0.01)
+
+        def callback(end: EpochEnd) -> None:
+            if end.epoch == 2:
+                refine(end.model, [1], optimizer=end.optimizer)
+            if end.epoch == 3:
+                prune(end.model, keep=[0, 2, 3, 4], optimizer=end.optimizer)
+
+        torch.manual_seed(5)
+        x = torch.randn(20, 4)
+        options = {"epochs": 4, "batch_size": 5, "progress": False, "run": tmp_path / folder} | options
+        loss = nn.functional.mse_loss
+        return model, fit(model, (x, x[:, :2]), loss=loss, optimizer=optimizer, callbacks=[callback, *more], **options)
+
+    model, history = run("whole")
+    assert model.time_steps.origin == (0, 4, 2, 3)
+    assert [(each.layer, each.parent) for each in history.insertions] == [(4, 1)]
+    for epoch in (2, 3):
+        with pytest.raises(Crash):
+            run(str(epoch), crash_after(epoch))
+        resumed, record = run(str(epoch), resume=True)
+        assert_same_weights(resumed, model)
+        assert_same_history(record, history)
