@@ -482,11 +482,11 @@ def draw(tables: dict[str, Table], times: dict[str, Cell], measure: str, path: P
         measured = times.get(table.cells[0]["task"])
         ways = table.ways()
         budgets = [figure["budget"] for figure in table.cells[0]["figures"]]
-        palette = colormaps["tab10"]
         bases = list(dict.fromkeys(way.partition("+")[0] for way in ways))
+        palette = colormaps["tab10" if len(bases) <= 10 else "tab20"]
         for place, way in enumerate(ways):
             base, _, taught = way.partition("+")
-            style = {"color": palette(bases.index(base) % 10), "marker": "s" if taught else "o"}
+            style = {"color": palette(bases.index(base) % palette.N), "marker": "s" if taught else "o"}
             rows = [list(table.figures(way, budget).values()) for budget in budgets]
             means, halves = zip(*(interval(row) for row in rows), strict=True)
             right.plot(range(len(budgets)), means, linestyle="--" if taught else "-", label=way, **style, markersize=4)
