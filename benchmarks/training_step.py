@@ -102,7 +102,7 @@ def steps_alone(
     With ``looking``, after each of them it is asked whether a layer has to go, as ``Pruning(every=1)`` does.
     """
     from taulearn import Pruning
-    from taulearn.adaptivity.controller import Pruner
+    from taulearn.adaptivity.adaptation import Adaptation
     from taulearn.training.batches import TensorBatches
     from taulearn.training.objective import Objective, StepOptions
     from taulearn.training.step import Engine
@@ -111,13 +111,13 @@ def steps_alone(
     objective = Objective(network, nn.functional.cross_entropy, ())
     batches = TensorBatches(images, targets, BATCH, 0)
     optimizer = torch.optim.SGD(network.parameters(), lr=LR)
-    pruner = Pruner(Pruning(every=1), network, optimizer, 1, len(batches)) if looking else None
-    engine = Engine(objective, optimizer, batches, StepOptions(), compiled=True, pruner=pruner)
+    policies = Adaptation(Pruning(every=1), None, network, optimizer, 1, len(batches)) if looking else None
+    engine = Engine(objective, optimizer, batches, StepOptions(), compiled=True, policies=policies)
 
     def epoch() -> float:
         began = time.perf_counter()
         for _ in engine.epoch(0, 0, 0):
-            if pruner is not None and not pruner.idle(network.time_steps.tau.detach()[None]):
+            if policies is not None and not policies.pruner.idle(network.time_steps.tau.detach()[None]):
                 raise RuntimeError("a layer would be deleted: the loops are no longer alike")
         return time.perf_counter() - began
 

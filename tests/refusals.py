@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import taulearn
 from small_networks import assert_same_bits, network as small
-from taulearn import Pruning, TimeSteps, adjoint, attach, data, diagnostics, prune, refine, unwrap, wrap
+from taulearn import Pruning, Refinement, TimeSteps, adjoint, attach, data, diagnostics, prune, refine, unwrap, wrap
 from taulearn.adaptivity.estimate import MEASURED, Power
 from taulearn.calibration import recalibrate_
 from taulearn.caputo import ExponentialKernel, derivative, exponential_memory, l1_weights, solve
@@ -708,6 +708,25 @@ def unbounded() -> nn.Module:
     return TimeVariableNetwork(layers, nn.Linear(3, 1), Fractional(), TimeSteps(3), stem=nn.Identity())
 
 
+REFINEMENT = [
+    *each(ValueError, "target_blocks", lambda number: Refinement(number), 0, True, 2.5, None),
+    *each(ValueError, "every", lambda every: Refinement(9, every=every), 0, True, "epochs", 1.5),
+    *each(ValueError, "number", lambda number: Refinement(9, number=number), 0, True, 0.5),
+    *each(ValueError, "bulk", lambda bulk: Refinement(9, bulk=bulk), 0.0, 1.5, NAN),
+    *each(ValueError, "theta", lambda theta: Refinement(9, theta=theta), 0.0, 1.0, NAN, "half"),
+    *each(ValueError, "until", lambda until: Refinement(9, until=until), 0, 0.0, 1.5, NAN, True, "half"),
+    *each(ValueError, "rest", lambda rest: Refinement(9, rest=rest), -1, 1.5, True),
+    R(ValueError, "bulk", lambda: Refinement(9, bulk=0.5, number=2), ("0.5", "number")),
+    R(ValueError, "by", lambda: Refinement(9, by="halve"), ("'halve'", "'split'")),
+    R(ValueError, "theta", lambda: Refinement(9, by="insert", theta=0.3), ("0.3", "'insert'")),
+    R(ValueError, "layer", lambda: Refinement(9, layer=lambda each: each), ("'split'",)),
+    R(TypeError, "layer", lambda: Refinement(9, by="insert", layer=nn.Linear(2, 2)), ("Linear",)),
+    R(ValueError, "indicator", lambda: Refinement(9, indicator="dual"), ("'dual'", "'dual-weighted'")),
+    R(TypeError, "indicator", lambda: Refinement(9, indicator=Power), ("Power",)),
+    R(ValueError, "loss", lambda: Refinement(9, indicator=lambda tau, _: tau, loss=mse_loss), ("own",)),
+    R(ValueError, "data", lambda: Refinement(9, indicator=Power(), data=PAIRS), ("Criterion",)),
+    R(TypeError, "data", lambda: Refinement(9, data=torch.ones(3)), ("Tensor",)),
+]
 REFINING = [
     *each(ValueError, "by", lambda by: refined(small, [1], by=by)(), "splits", None, "in"),
     *each(ValueError, "theta", lambda theta: refined(small, [1], theta=theta)(), 0.0, 1.0, -0.5, NAN, "half", None),
@@ -818,6 +837,7 @@ REFUSALS = {
     "penalties": PENALTIES,
     "optim": OPTIM,
     "pruning": PRUNING,
+    "refinement": REFINEMENT,
     "refining": REFINING,
     "data": SAMPLES,
     "files": FILES,

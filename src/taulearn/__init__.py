@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .adaptivity.estimate import Criterion as Criterion
     from .adaptivity.policies import Pruning as Pruning
     from .adaptivity.refine import RefineReport as RefineReport, refine as refine
+    from .adaptivity.refiner import Refinement as Refinement
     from .depth.truncate import truncate as truncate
     from .diagnostics import summary as summary
     from .export import export_model as export_model
@@ -60,6 +61,7 @@ __getattr__, __dir__, __all__ = lazily(
         ".adaptivity.estimate": ("Criterion",),
         ".adaptivity.policies": ("Pruning",),
         ".adaptivity.refine": ("RefineReport", "refine"),
+        ".adaptivity.refiner": ("Refinement",),
         ".depth.truncate": ("truncate",),
         ".diagnostics": ("summary",),
         ".export": ("export_model",),

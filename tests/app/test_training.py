@@ -224,3 +224,20 @@ def test_pruning_an_unfinished_run_says_how_to_finish_it(tmp_path):
     Run.create(tmp_path / "a", small("a").record())
     with pytest.raises(FileNotFoundError, match=r"run must be finished.*taulearn resume"):
         prune_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_refinement_by_settings(tmp_path):
+    config = TrainConfig(
+        hidden_layers=3,
+        width=8,
+        epochs=4,
+        refine=5,
+        refine_until=2,
+        prune_blocks=2,
+        prune_by=4,
+        run=str(tmp_path / "run"),
+    )
+    result = train(config, progress=False)
+    assert result.layers == (3, 2)
+    assert [each.epoch for each in result.history.insertions] == [1, 2]
+    assert result.history.epochs["layers"].max() == 5

@@ -28,8 +28,8 @@ def test_steps_that_a_scaler_skips_are_none(options: dict[str, Any], order: str)
     companion.begin(model, optimizer, epochs=1, per_epoch=12, processes=1, averages=list)
     session = companion.session
     inputs, expected, looks = torch.randn(8, 4), [], []
-    look = companion._prune
-    companion._prune = lambda *a, **k: (looks.append(session.iteration), look(*a, **k))  # type: ignore[method-assign]
+    look = companion._change
+    companion._change = lambda *a, **k: (looks.append(session.iteration), look(*a, **k))  # type: ignore[method-assign]
     with ExitStack() as training:
         if order == "as Trainer":
             training.callback(optimizer.register_step_pre_hook(lambda *_: session.before_step()).remove)

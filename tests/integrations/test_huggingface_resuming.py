@@ -19,11 +19,13 @@ from integrations.huggingface_runs import (
     transformers,
     vit,
 )
-from taulearn import Pruning
+from taulearn import Pruning, Refinement
 from taulearn.files import read_tensors
 from taulearn.integrations.checkpoints import RECORD, follow_states
 from taulearn.penalties import L1
 from taulearn.training import History
+
+PRUNING = Pruning(target_blocks=4, by=0.9)
 
 
 @pytest.mark.parametrize("make", [vit, pytest.param(Plain, marks=pytest.mark.long)])
@@ -48,6 +50,26 @@ def test_resumed_training_ends_with_the_same_bits(make: Any, tmp_path: Path) -> 
         assert history.deletions == record.deletions
         for name in ("tau", "penalty.l1", "loss"):
             np.testing.assert_array_equal(history.iterations[name], record.iterations[name])
+
+
+def test_layers_come_and_training_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    def run(**resume: Any) -> tuple[Any, History]:
+        items = Items(40)
+        data = items.inputs, items.targets
+        refinement = Refinement(7, until=0.5, data=data, loss=torch.nn.functional.cross_entropy)
+        model, callback = Plain(), TimeStepsCallback(pruning=PRUNING, refinement=refinement, progress=False)
+        trainer(model, callback, tmp_path, num_train_epochs=4, save_strategy="epoch").train(**resume)
+        return model, callback.history
+
+    expected, record = run()
+    assert [each.iteration for each in record.insertions] == [10, 20]
+    assert len(record.deletions) == 3
+    for iteration in (10, 20):
+        model, history = run(resume_from_checkpoint=str(tmp_path / f"checkpoint-{iteration}"))
+        assert model.state_dict().keys() == expected.state_dict().keys()
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.state_dict().items())
+        assert (history.insertions, history.deletions) == (record.insertions, record.deletions)
+        np.testing.assert_array_equal(history.iterations["tau"], record.iterations["tau"])
 
 
 def test_checkpoints_hold_the_record_and_are_not_taken_for_models(tmp_path: Path) -> None:

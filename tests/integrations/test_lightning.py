@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import taulearn
-from taulearn import Pruning
+from taulearn import Pruning, Refinement
 from taulearn.penalties import L1, ElasticNet
 from taulearn.training import History
 
@@ -205,6 +205,27 @@ def test_a_target_is_reached() -> None:
     assert len({d.iteration for d in callback.history.deletions}) == 2
 
 
+def test_layers_come_and_training_resumes_with_the_same_bits(tmp_path: Path, capsys: Any) -> None:
+    def run(folder: Path | None = None, **options: Any) -> tuple[Any, History]:
+        module = Module()
+        refinement = Refinement(7, until=0.6, rest=1, data=digits(), loss=nn.functional.cross_entropy)
+        callback = TimeStepsCallback(pruning=Pruning(target_blocks=4, by=0.9), refinement=refinement)
+        fit(module, callback, folder, **options)
+        return module, callback.history
+
+    expected, record = run(tmp_path)
+    assert [each.iteration for each in record.insertions] == [15, 30]
+    assert expected.network.time_steps.num_steps == 4
+    assert "split layer" in capsys.readouterr().out
+    for epoch in (0, 1, 3):
+        module, history = run(ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        state = module.state_dict()
+        assert state.keys() == expected.state_dict().keys()
+        assert all(torch.equal(state[name], value) for name, value in expected.state_dict().items())
+        assert (history.insertions, history.deletions) == (record.insertions, record.deletions)
+        np.testing.assert_array_equal(history.iterations["tau"], record.iterations["tau"])
+
+
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     class ByHand(Module):
         def __init__(self) -> None:
@@ -215,6 +236,8 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.network.head.parameters(), lr=0.1)
 
+    with pytest.raises(ValueError, match="data must be given with indicator 'dual-weighted' in this trainer"):
+        TimeStepsCallback(refinement=Refinement(7))
     with pytest.raises(ValueError, match="automatic_optimization must be True for this callback"):
         fit(ByHand(), TimeStepsCallback())
 

@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 import taulearn
-from taulearn import Pruning
+from taulearn import Pruning, Refinement
 from taulearn.files import write_tensors
 from taulearn.penalties import L1, Distillation, StageCost
 from taulearn.training.history import Recorder
@@ -222,6 +222,12 @@ def compiled(folder: Path) -> None:
 def target(folder: Path) -> None:
     """A policy that has to come down to four layers."""
     train(folder, penalties=[], pruning=Pruning(target_blocks=4))
+
+
+def refined(folder: Path) -> None:
+    """Layers come, by the batch that all processes share, and go."""
+    pruning, loss = Pruning(target_blocks=6), torch.nn.functional.cross_entropy
+    train(folder, penalties=[], pruning=pruning, refinement=Refinement(11, until=0.4, rest=2, loss=loss))
 
 
 def measured(folder: Path) -> None:

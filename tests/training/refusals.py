@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from refusals import INF, NAN, R, Refusal, on
-from taulearn import Pruning, wrap
+from taulearn import Pruning, Refinement, wrap
 from taulearn.nn import (
     densenet,
     feedforward,
@@ -165,6 +165,25 @@ FIT = [
     R(TypeError, "penalties", fitting(penalties=None), ("None",)),
     R(ValueError, "penalties", fitting(optimizer=with_projection), ("'l1'", "register_projection")),
     R(ValueError, "penalties", fitting(pruning=Pruning(target_blocks=3), penalties=[L1(0.1)]), ("L1", "target")),
+    *[
+        R(error, argument, fitting(make, refinement=policy, **more), says)
+        for error, argument, make, policy, more, says in (
+            (TypeError, "refinement", network, 9, {}, ("9", "taulearn.Refinement")),
+            (ValueError, "target_blocks", network, Refinement(5), {}, ("5",)),
+            (ValueError, "target_blocks", network, Refinement(3), {}, ("5", "3")),
+            (ValueError, "until", network, Refinement(9, until=1, every=9), {}, ("5", "9")),
+            (ValueError, "until", network, Refinement(20, until=2), {}, ("15 rounds", "10")),
+            (ValueError, "until", network, Refinement(9, until=4), {}, ("3", "4")),
+            (ValueError, "number", network, Refinement(9, number=1, every=3, until=1), {}, ("4", "1")),
+            (ValueError, "every", network, Refinement(99, every=5, until=1), {}, ("1", "99")),
+            (ValueError, "model", lambda: network(1), Refinement(3), {}, ("layer 0",)),
+            (ValueError, "model", lambda: densenet(64, 12, 10, 3), Refinement(9), {}, ("dense",)),
+            (ValueError, "model", lambda: network(constraint="fixed"), Refinement(9, by="insert"), {}, ("fixed",)),
+            (ValueError, "model", lambda: network(lower_bound=0.15), Refinement(9), {}, ("0.15",)),
+            (ValueError, "target_blocks", network, Refinement(7), {"pruning": Pruning(target_blocks=7)}, ("7",)),
+            (ValueError, "by", network, Refinement(7), {"pruning": Pruning(target_blocks=3, by=0.5)}, ("until", "0.5")),
+        )
+    ],
     R(TypeError, "scheduler", fitting(scheduler="cosine"), ("'cosine'",)),
     R(TypeError, "scheduler", fitting(scheduler=lr_scheduler.StepLR), ("StepLR",)),
     R(TypeError, "scheduler", fitting(scheduler=lambda epoch: 0.1), ("function",)),

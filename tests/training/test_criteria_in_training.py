@@ -198,7 +198,7 @@ class TestLoss:
         pruner = Pruner(policy, model, adamw(model), 1, 5)
         pruner.begin(None)
         twin = copy.deepcopy(model)
-        report = pruner.prune(5, None)
+        report = pruner.prune(5)
         expected = prune(twin, budget=2, criterion="loss", data=calibration(), loss=LOSS)
         assert report is not None
         assert sorted(d.layer for d in report.deleted) == sorted(d.layer for d in expected.deleted)

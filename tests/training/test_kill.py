@@ -17,10 +17,10 @@ from training.support import assert_same_history
 TESTS = Path(__file__).parents[1]
 
 
-def start(folder: Path) -> "subprocess.Popen[str]":
+def start(folder: Path, kind: str) -> "subprocess.Popen[str]":
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "training.kill_run", str(folder)],
+        [sys.executable, "-m", "training.kill_run", str(folder), kind],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -38,13 +38,13 @@ def finish(process: "subprocess.Popen[str]") -> None:
     assert process.returncode == 0, errors
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A run in this process that nothing happened to, and how long it trained."""
+@pytest.fixture(scope="module", params=list(kill_run.POLICIES))
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, float]:
+    """A run in this process that nothing happened to: its kind, its folder, and how long it trained."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     began = time.perf_counter()
-    kill_run.main(folder)
-    return folder, time.perf_counter() - began
+    kill_run.main(folder, request.param)
+    return request.param, folder, time.perf_counter() - began
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
@@ -53,14 +53,14 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert_same_history(History.load(folder / "history.safetensors"), History.load(expected / "history.safetensors"))
 
 
-def kill_and_resume(folder: Path, kills: int, seconds: float, generator: random.Random) -> int:
+def kill_and_resume(folder: Path, kind: str, kills: int, seconds: float, generator: random.Random) -> int:
     """Kill a run so often, at random moments of importing or of training for so many seconds, and let it end.
 
     Returns how many of the kills hit it while it was alive.
     """
     hit = 0
     for _ in range(kills):
-        process = start(folder)
+        process = start(folder, kind)
         if generator.random() < 0.2:
             time.sleep(generator.uniform(0.0, 2.0))
         else:
@@ -69,28 +69,30 @@ def kill_and_resume(folder: Path, kills: int, seconds: float, generator: random.
         hit += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    finish(start(folder))
+    finish(start(folder, kind))
     return hit
 
 
-def test_the_run_prunes_at_several_times(undisturbed: tuple[Path, float]) -> None:
-    deletions = History.load(undisturbed[0] / "history.safetensors").deletions
-    assert len({d.iteration for d in deletions}) >= 3
+def test_the_layers_change_at_several_times(undisturbed: tuple[str, Path, float]) -> None:
+    kind, folder, _ = undisturbed
+    history = History.load(folder / "history.safetensors")
+    assert len({d.iteration for d in history.deletions}) >= 3
+    assert len({i.iteration for i in history.insertions}) == (4 if kind == "refined" else 0)
 
 
-def test_killed_once(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
-    expected, seconds = undisturbed
+def test_killed_once(undisturbed: tuple[str, Path, float], tmp_path: Path) -> None:
+    kind, expected, seconds = undisturbed
     generator = random.Random(time.time_ns())
-    kill_and_resume(tmp_path / "run", 1, seconds / 2, generator)
+    kill_and_resume(tmp_path / "run", kind, 1, seconds / 2, generator)
     assert_same_run(tmp_path / "run", expected)
 
 
 @pytest.mark.long
-def test_killed_thirty_times(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
-    expected, seconds = undisturbed
+def test_killed_thirty_times(undisturbed: tuple[str, Path, float], tmp_path: Path) -> None:
+    kind, expected, seconds = undisturbed
     generator = random.Random(0)
     hits = 0
     for i in range(10):
-        hits += kill_and_resume(tmp_path / str(i), 3, seconds / 2, generator)
+        hits += kill_and_resume(tmp_path / str(i), kind, 3, seconds / 2, generator)
         assert_same_run(tmp_path / str(i), expected)
     assert hits >= 20

@@ -40,6 +40,7 @@ SAME = (
     "batch_sampler",
     "text",
     "target",
+    "refined",
     "measured",
 )
 REFUSED = ("shuffled_loader", "shuffled_batches", "odd_batches", "other_model", "other_arguments", "odd_batch")
@@ -138,6 +139,13 @@ def test_layers_went_in_the_middle(two: Path) -> None:
     assert len(tensors["iteration/loss"]) == 100
     assert len(set(tensors["deletion/iteration"].tolist())) >= 4
     assert tensors["model/time_steps.values"].shape == (3,)
+
+
+def test_layers_came_and_went(two: Path) -> None:
+    tensors = results(two / "refined", 2)[0]
+    assert tensors["insertion/iteration"].tolist() == [14, 27, 40]
+    assert len(tensors["deletion/iteration"]) == 5
+    assert tensors["model/time_steps.values"].shape == (6,)
 
 
 def test_weights_of_the_first_process_count(one: Path, two: Path) -> None:

@@ -150,7 +150,7 @@ def test_a_target_that_is_missed_is_said() -> None:
     assert pruner.target is not None
     pruner.target.excess = 9.0
     with pytest.warns(UserWarning, match="target of pruning is not reached at its time, iteration 10: 5 of 9 went"):
-        pruner.prune(10, None)
+        pruner.prune(10)
     assert model.time_steps.num_steps == 1
 
 

@@ -261,7 +261,7 @@ def _choose(
     budget: Budget | None,
 ) -> tuple[list[tuple[int, float]], str]:
     """Positions of what goes, with shares, and what the report says of the choice."""
-    steps, fixed, note = prunable.time_steps, prunable.fixed_layers(), ""
+    steps, fixed, note = prunable.time_steps, layers_that_stay(prunable), ""
     scores, exponent = scores_of(criterion, model)
     again = partial(scores_without, criterion, model) if criterion.greedy else None
     if budget is not None:
@@ -281,6 +281,15 @@ def _choose(
         kept = [i for i in range(steps.num_steps) if i not in gone]
         raise ValueError(f"keep must contain layer {layer}, got {kept}: {fixed[layer]}")
     return chosen, note
+
+
+def layers_that_stay(prunable: Prunable) -> dict[int, str]:
+    """Positions of the layers that cannot be deleted now, with the reason."""
+    steps = prunable.time_steps
+    resting = {
+        i: "it is new and rests, see Refinement(rest=..)" for i, l in enumerate(steps.origin) if l in steps.resting
+    }
+    return resting | prunable.fixed_layers()
 
 
 def scores_without(criterion: Criterion, model: nn.Module, gone: Sequence[int]) -> list[float]:

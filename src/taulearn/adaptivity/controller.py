@@ -1,18 +1,17 @@
 """Pruning inside the loop: what a policy asks for, carried out on model, optimiser and record together."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from .._milliseconds import layer_milliseconds
 from ..nn.pruned_models import prunable_of
 from ..optim import group_of
-from .coarsen import PruneReport, check_prunable, prune, scores_without
+from .coarsen import PruneReport, check_prunable, layers_that_stay, prune, scores_without
 from .estimate import Criterion, Power, as_criterion, scores_of, shares, shares_of
 from .optimizer_state import check_follows, optimizers_in, with_inner
 from .policies import TARGET_CRITERION, Pruning
@@ -74,8 +73,14 @@ class Pruner:
         for each in with_inner(optimizers_in(self.optimizer)):
             check_follows(each, named, gone)
 
-    def begin(self, sample: Any) -> None:
-        """Find out what has to go; to be called once, before training."""
+    def begin(self, sample: Any, refined: tuple[int, int] | None = None) -> None:
+        """Find out what has to go; to be called once, before training.
+
+        Args:
+            sample: An input, for times.
+            refined: The number of layers that refinement leads to, and the iteration after which the last new one has
+                had its rest.
+        """
         if not self.policy.targeted:
             return
         steps, fixed = self.prunable.time_steps, self.prunable.fixed_layers()
@@ -83,9 +88,11 @@ class Pruner:
             check_survivors(self.prunable)
         number, wanted, whole = steps.num_steps, self.policy.target_blocks, 0.0
         if wanted is not None:
-            if wanted >= number:
+            most = number if refined is None else refined[0]
+            if wanted >= most:
+                whose = "of the model" if refined is None else "that refinement leads to"
                 raise ValueError(
-                    f"target_blocks must be less than {number}, the number of layers of the model, got {wanted}: "
+                    f"target_blocks must be less than {most}, the number of layers {whose}, got {wanted}: "
                     "nothing would go; train without pruning"
                 )
             if wanted < len(fixed):
@@ -97,14 +104,27 @@ class Pruner:
             costs, excess = (1.0,) * number, float(number - wanted)
         else:
             costs, whole = self._measure(sample)
-            excess = self._excess(costs, whole, fixed)
+            excess = self._excess(costs, whole, fixed, grows=refined is not None)
+        if refined is not None:
+            self._wait_for(refined[1])
         from .target import Target
 
         by_number = dict(zip(steps.origin, costs, strict=True))
-        numbers = range(max(steps.origin) + 1)
+        numbers = range(steps.next_number)
         self.target = Target(
             self.policy.penalised, *self._window, [by_number.get(l, 0.0) for l in numbers], excess, whole
         )
+
+    def _wait_for(self, rested: int) -> None:
+        """Let deletions begin when refinement is over."""
+        begin, deadline, every = self._window
+        if rested >= deadline:
+            raise ValueError(
+                f"by must leave room behind refinement, whose last layers have had their rest after iteration "
+                f"{rested}, got {self.policy.by!r}, which is iteration {deadline}: choose a later by, or Refinement "
+                "with an earlier until or a shorter rest"
+            )
+        self._window = max(begin, rested), deadline, every
 
     def _measure(self, sample: Any) -> tuple[tuple[float, ...], float]:
         inputs = sample if self.policy.example_inputs is None else self.policy.example_inputs
@@ -115,12 +135,12 @@ class Pruner:
             )
         return layer_milliseconds(self.model, tuple(self.prunable.layers), inputs)
 
-    def _excess(self, costs: tuple[float, ...], whole: float, fixed: Mapping[int, str]) -> float:
+    def _excess(self, costs: tuple[float, ...], whole: float, fixed: Mapping[int, str], *, grows: bool) -> float:
         limit = self.policy.target_latency_ms
         assert limit is not None
         free = sorted(costs[i] for i in range(len(costs)) if i not in fixed)
         smallest = whole - sum(free[1:] if not fixed else free)
-        if limit >= whole:
+        if limit >= whole and not grows:
             raise ValueError(
                 f"target_latency_ms must be less than the {whole:.3g} ms that a forward pass takes now on this "
                 f"machine, got {limit:g}: nothing would go; train without pruning"
@@ -137,6 +157,11 @@ class Pruner:
         """The model, or its wrapping, as it is now."""
         found: Prunable = prunable_of(self.model)
         return found
+
+    @property
+    def deadline(self) -> int | None:
+        """The iteration after which the target is reached; None without one."""
+        return self._window[1] if self.policy.targeted else None
 
     @property
     def measure_every(self) -> int | None:
@@ -163,7 +188,7 @@ class Pruner:
         """Whether, as the policy goes by the steps, no layer has to go with any of these."""
         assert self.policy.threshold is not None
         assert self.criterion.power is not None
-        fixed = self.prunable.fixed_layers()
+        fixed = layers_that_stay(self.prunable)
         found = shares_of(tau.cpu(), self.criterion.power)[:, [i for i in range(tau.shape[1]) if i not in fixed]]
         self.least = float(found[-1].min()) if found.numel() else None
         return bool((found >= float(self.policy.threshold)).all())
@@ -173,11 +198,11 @@ class Pruner:
         every, measuring = self.measure_every, self.criterion.measuring
         return None if measuring is None or every is None or iteration % every or self.over else measuring()
 
-    def prune(self, iteration: int, averaged: AveragedModel | None) -> PruneReport | None:
+    def prune(self, iteration: int) -> PruneReport | None:
         """Look at the layers: delete what has to go, and let the target steer the penalty."""
         if self._waits(iteration):
             return None
-        options: dict[str, Any] = {"optimizer": self.optimizer, "averaged": averaged}
+        options: dict[str, Any] = {"optimizer": self.optimizer}
         origin = self.prunable.time_steps.origin
         if self.target is None:
             assert self.policy.threshold is not None
@@ -185,7 +210,7 @@ class Pruner:
         else:
             report = self._reach(iteration, options)
         if report:
-            self._follow([origin.index(l) for l in self.prunable.time_steps.origin])
+            self.keep([origin.index(l) for l in self.prunable.time_steps.origin])
         if self.target is not None:
             self._steer(iteration)
         return report or None
@@ -221,16 +246,10 @@ class Pruner:
             when, remedy = "", "the other layers must stay, or nothing was known of them: choose another target"
         return "" if reached else f"the target of pruning is not reached: {left} asked for{when}: {remedy}"
 
-    def follow(
-        self, kept: Sequence[int] | None, target: Mapping[str, Any] | None, averaged: AveragedModel | None
-    ) -> PruneReport | None:
+    def follow(self, kept: Sequence[int]) -> None:
         """Do what another process's :meth:`prune` did."""
-        report = None
-        if kept is not None:
-            report = prune(self.model, keep=kept, optimizer=self.optimizer, averaged=averaged)
-            self._follow(list(kept))
-        self.aim(target)
-        return report
+        prune(self.model, keep=kept, optimizer=self.optimizer)
+        self.keep(kept)
 
     def aim(self, target: Mapping[str, Any] | None) -> None:
         """Take over the target of another process, or of a checkpoint."""
@@ -247,7 +266,7 @@ class Pruner:
         if iteration < self.target.begin:
             return None
         steps, greedy = self.prunable.time_steps, self._criterion.greedy
-        fixed, left = self.prunable.fixed_layers(), list(range(steps.num_steps))
+        fixed, left = layers_that_stay(self.prunable), list(range(steps.num_steps))
         first = scores = self._scores()
         while found := self.target.deletions(
             iteration,
@@ -292,7 +311,7 @@ class Pruner:
         """Let the target move alpha."""
         if self.penalty is None or self.target is None:
             return
-        steps, fixed = self.prunable.time_steps, list(self.prunable.fixed_layers())
+        steps, fixed = self.prunable.time_steps, list(layers_that_stay(self.prunable))
         group = group_of(self.optimizer, steps.values)
         assert group is not None
         tau = steps.tau.detach().double().tolist()
@@ -317,7 +336,17 @@ class Pruner:
         found: list[float] = shares(self.prunable.time_steps, power).tolist() if scores is None else scores
         return found
 
-    def _follow(self, kept: list[int]) -> None:
+    def grow(self, sources: Sequence[int], new: Collection[int]) -> None:
+        """Follow a refinement, see :meth:`Criterion.grow_`."""
+        self.criterion.grow_(sources, new)
+        if self.target is not None:
+            self.target.grow(self.prunable.time_steps.next_number, self.prunable.time_steps.parent)
+        if self.penalty is not None:
+            self.penalty.resize_(self.prunable.time_steps.values)
+            self._set_penalty()
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Follow a deletion, see :meth:`Criterion.keep_`."""
         self.criterion.keep_(kept)
         if self.penalty is not None:
             self.penalty.resize_(self.prunable.time_steps.values)

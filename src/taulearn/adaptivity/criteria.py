@@ -20,7 +20,7 @@ References:
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,7 +54,7 @@ class Measured(Criterion):
 
     Attributes:
         values: The figures, (num_steps,), float32; 0 before the first measurement.
-        number: Number of measurements.
+        number: Number of measurements since layers came in last.
         counts: How many of them gave a figure of each layer, (num_steps,).
     """
 
@@ -115,6 +115,12 @@ class Measured(Criterion):
     def keep_(self, indices: Iterable[int]) -> None:
         kept = torch.tensor(list(indices), dtype=torch.long, device=self.values.device)
         self.values, self.counts = self.values[kept], self.counts[kept]
+
+    def grow_(self, sources: Sequence[int], new: Collection[int]) -> None:
+        self.keep_(sources)
+        self.number = 0
+        for each in (self.values, self.counts):
+            each[list(new)] = 0
 
     def state(self) -> dict[str, Any]:
         return {self.name: self.values, "measurements": self.number, "counts": self.counts.tolist()}

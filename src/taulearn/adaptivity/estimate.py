@@ -4,7 +4,7 @@ Criteria that look at the model at work are in :mod:`~taulearn.adaptivity.criter
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -63,7 +63,8 @@ def shares_of(tau: Tensor, power: float) -> Tensor:
 class Criterion(ABC):
     """What each layer is worth: deletions take those with the smallest shares of the scores.
 
-    One of your own defines :meth:`scores`; and ``measuring`` and :meth:`keep_`, where it watches the training.
+    One of your own defines :meth:`scores`; and ``measuring``, :meth:`keep_` and :meth:`grow_`, where it watches the
+    training.
 
     Attributes:
         power: The exponent p where the scores are abs(tau)^p, which follow the steps while layers go; else None.
@@ -71,7 +72,7 @@ class Criterion(ABC):
             iterations, every twentieth or so; otherwise all that happens between two steps, evaluation included. None:
             nothing is watched.
         unseen: Positions of the layers of which nothing is known yet; while there are some, deletions wait.
-        number: Number of measurements.
+        number: Number of measurements since layers came in last.
         greedy: Whether scores are taken again after each deletion, with the layers gone that are to go. They go with
             budgets and targets then, not with thresholds.
 
@@ -97,6 +98,14 @@ class Criterion(ABC):
 
     def keep_(self, indices: Sequence[int]) -> None:  # noqa: B027  most have nothing to do
         """Told after a deletion which layers stayed, by their positions before it."""
+
+    def grow_(self, sources: Sequence[int], new: Collection[int]) -> None:  # noqa: B027
+        """Told after a refinement which layers there are: nothing is known of new ones, halves of a split or others.
+
+        Args:
+            sources: For each layer now the position before, its own or its parent's.
+            new: Positions now of those that are new.
+        """
 
     def state(self) -> dict[str, Any]:
         """What a resumed training needs, plain data and tensors by name."""

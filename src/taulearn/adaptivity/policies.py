@@ -1,4 +1,4 @@
-"""When layers are deleted in training, and how many: the policies that ``fit`` takes."""
+"""When layers are deleted in training, and how many: the policy that ``fit`` takes; refinement's is in refiner.py."""
 
 import math
 from collections.abc import Callable
@@ -79,8 +79,7 @@ class Pruning:
 
     def __post_init__(self) -> None:
         every = self.every
-        if every not in ("epoch", None) and (not isinstance(every, int) or every is True or every < 1):
-            raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
+        check_every(every)
         self._check_criterion()
         if self.targeted:
             self._check_target()
@@ -134,15 +133,7 @@ class Pruning:
             raise ValueError(
                 f"target_latency_ms must be a positive number of milliseconds, got {limit!r}: give a float such as 4.0"
             )
-        if isinstance(self.by, bool) or not isinstance(self.by, int | float):
-            raise ValueError(f"by must be a number of epochs, or a share of the run in (0, 1], got {self.by!r}")
-        if isinstance(self.by, int):
-            positive_integer("by", self.by, "the target is reached after so many epochs")
-        elif not 0.0 < self.by <= 1.0:
-            raise ValueError(
-                f"by must lie in (0, 1] as a float, got {self.by!r}: it is a share of the run; a number of epochs is "
-                "an integer"
-            )
+        check_time("by", self.by)
         if self.penalised not in PENALISED:
             raise unknown_name("penalised", self.penalised, PENALISED)
         if self.survivors not in SURVIVORS:
@@ -163,6 +154,34 @@ class Pruning:
 
 
 _OF_TARGETS = {"example_inputs": None, "by": 0.6, "penalised": "next", "survivors": "free"}
+
+
+def iterations_of(name: str, time: float | int, epochs: float, per_epoch: int) -> int:
+    """A time as a policy has it, a number of epochs or a share of the run, in iterations."""
+    if isinstance(time, int) and time > epochs:
+        raise ValueError(
+            f"{name} must be at most {epochs:g}, the number of epochs, got {time}: layers change during training"
+        )
+    return time * per_epoch if isinstance(time, int) else round(time * epochs * per_epoch)
+
+
+def check_every(every: Any) -> None:
+    """Refuse what is no time between two looks."""
+    if every not in ("epoch", None) and (not isinstance(every, int) or every is True or every < 1):
+        raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
+
+
+def check_time(name: str, time: Any) -> None:
+    """Refuse what is neither a number of epochs nor a share of the run."""
+    if isinstance(time, bool) or not isinstance(time, int | float):
+        raise ValueError(f"{name} must be a number of epochs, or a share of the run in (0, 1], got {time!r}")
+    if isinstance(time, int):
+        positive_integer(name, time, "the target is reached after so many epochs")
+    elif not 0.0 < time <= 1.0:
+        raise ValueError(
+            f"{name} must lie in (0, 1] as a float, got {time!r}: it is a share of the run; a number of epochs is an "
+            "integer"
+        )
 
 
 def check_one_decides(threshold: float | None, **others: object) -> None:

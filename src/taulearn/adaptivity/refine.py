@@ -153,7 +153,9 @@ def refine(
         >>> network.time_steps.tau.tolist(), network.time_steps.origin
         ([0.5, 0.25, 0.0, 0.25], (0, 1, 3, 2))
     """
-    _check_words(by, train, theta, layer)
+    check_way(by, theta, layer)
+    if train not in (None, "new"):
+        raise ValueError(f"train must be None or 'new', got {train!r}: 'new' trains the new layers alone")
     refinable = check_refinable(model)
     model = getattr(model, "_orig_mod", model)
     optimizers = optimizers_in(optimizer)
@@ -194,11 +196,10 @@ def take_grid(model: nn.Module, grid: Grid, *, optimizer: Any = None, averaged: 
         become(models, grid, optimizers_in(optimizer))
 
 
-def _check_words(by: str, train: str | None, theta: float, layer: Any) -> None:
+def check_way(by: str, theta: float, layer: Any) -> None:
+    """Refuse ways of refining that are unknown or contradict themselves."""
     if by not in ("split", "insert"):
         raise unknown_name("by", by, ("split", "insert"))
-    if train not in (None, "new"):
-        raise ValueError(f"train must be None or 'new', got {train!r}: 'new' trains the new layers alone")
     if by == "insert" and theta != 0.5:
         raise ValueError(f"theta must be left out with by='insert', got {theta!r}: a new layer has the step 0")
     if layer is not None and by == "split":
@@ -228,7 +229,7 @@ def check_refinable(model: nn.Module) -> Refinable:
     return refinable
 
 
-def _closed(refinable: Refinable, by: str, theta: float, layer: Any) -> dict[int, str]:
+def closed_layers(refinable: Refinable, by: str, theta: float, layer: Any) -> dict[int, str]:
     """Positions that cannot be refined, with the reason."""
     if by == "split":
         return refinable.not_split(theta)
@@ -253,7 +254,7 @@ def _choose(
     given = [name for name, value in {"layers": layers, "number": number, "bulk": bulk}.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"one of layers, number and bulk must be given, got {' and '.join(given) or 'none of them'}")
-    closed, total = _closed(refinable, by, theta, layer), refinable.time_steps.num_steps
+    closed, total = closed_layers(refinable, by, theta, layer), refinable.time_steps.num_steps
     if layers is not None:
         for name, value in {"indicator": indicator, "data": data, "loss": loss}.items():
             if value is not None:

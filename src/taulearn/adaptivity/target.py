@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..functional import soft_threshold
 from ..nn.time_steps import time_steps_of
 from ..penalties import Penalty
-from .policies import THRESHOLD
+from .policies import THRESHOLD, iterations_of
 
 _LOOKS = 100
 _QUIET = 0.1
@@ -98,6 +98,14 @@ class Target:
     def state(self) -> dict[str, Any]:
         """All numbers, for a checkpoint."""
         return asdict(self)
+
+    def grow(self, next_number: int, parent: Mapping[int, int]) -> None:
+        """Follow a refinement: a new layer counts what its parent does, and so much more has to go."""
+        for number in range(len(self.costs), next_number):
+            cost = self.costs[parent[number]] if number in parent else 0.0
+            self.costs.append(cost)
+            self.excess += cost
+            self.whole += cost if self.whole else 0.0
 
     @property
     def reached(self) -> bool:
@@ -195,9 +203,7 @@ class Target:
 
 def window(by: float | int, every: str | int | None, epochs: float, per_epoch: int) -> tuple[int, int, int]:
     """From when to when layers go, and how often the controller looks, in iterations."""
-    if isinstance(by, int) and by > epochs:
-        raise ValueError(f"by must be at most {epochs:g}, the number of epochs, got {by}: layers go during training")
-    end = by * per_epoch if isinstance(by, int) else round(by * epochs * per_epoch)
+    end = iterations_of("by", by, epochs, per_epoch)
     look = per_epoch if every == "epoch" else max(1, end // _LOOKS) if every is None else int(every)
     deadline = end // look * look
     if deadline == 0:

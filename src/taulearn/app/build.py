@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR,
 from .. import data, penalties
 from .._errors import unknown_name
 from ..adaptivity.policies import Pruning
+from ..adaptivity.refiner import Refinement
 from ..data import Samples
 from ..data.catalog import CATALOGUE
 from ..functional import half_mse_loss
@@ -149,6 +150,13 @@ def make_pruning(config: TrainConfig) -> Pruning | None:
     if config.prune is None:
         return None
     return Pruning(config.prune, config.prune_every)
+
+
+def make_refinement(config: TrainConfig) -> Refinement | None:
+    """The policy of refinement, or None for none."""
+    if config.refine is None:
+        return None
+    return Refinement(config.refine, until=Refinement.until if config.refine_until is None else config.refine_until)
 
 
 def _initial_steps(config: TrainConfig) -> float | list[float] | None:

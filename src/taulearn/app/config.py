@@ -154,6 +154,13 @@ class TrainConfig(BaseModel):
         None, ge=1, description="Epoch by which prune_blocks is reached; at 0.6 of the epochs unless given."
     )
 
+    refine: int | None = Field(
+        None, ge=2, description="While training, split layers one after the other until there are so many."
+    )
+    refine_until: int | None = Field(
+        None, ge=1, description="Epoch by which they are there; half of the epochs unless given."
+    )
+
     epochs: int = Field(20, ge=1, description="Passes through the training data.")
     batch_size: int | Literal["auto", "full"] = Field(
         "auto", description="Samples per iteration; auto is 100, or 10 where there are fewer than 5,000; full is all."

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def contradictions(config: "TrainConfig") -> Iterator[str]:
         yield from _not_prunable(config, "prune")
     elif config.prune_blocks is not None:
         yield from _not_prunable(config, "prune_blocks")
+    if config.refine is not None:
+        yield from _not_refinable(config, config.refine)
 
 
 def _impossible(config: "TrainConfig") -> Iterator[str]:
@@ -88,6 +91,8 @@ def _without_effect(config: "TrainConfig") -> Iterator[str]:
         yield "prune_every must be left out without prune; or give prune a threshold, for instance 0.01"
     if config.prune_by is not None and config.prune_blocks is None:
         yield "prune_by must be left out without prune_blocks; or give prune_blocks the number of layers to keep"
+    if config.refine_until is not None and config.refine is None:
+        yield "refine_until must be left out without refine; or give refine the number of layers to reach"
     if config.network != "fractional":
         for name in ("gamma", "memory_from", "memory", "tolerance"):
             if getattr(config, name) != type(config).model_fields[name].default:
@@ -172,9 +177,10 @@ def _wrong_target(config: "TrainConfig") -> Iterator[str]:
         yield "prune must be left out with prune_blocks, which says how many layers go"
     if config.l1:
         yield "l1 must be left out with prune_blocks, for which the weight of that penalty is found on the way"
-    if config.prune_blocks is not None and config.prune_blocks >= config.hidden_layers:
+    most, name = (config.hidden_layers, "hidden_layers") if config.refine is None else (config.refine, "refine")
+    if config.prune_blocks is not None and config.prune_blocks >= most:
         yield (
-            f"prune_blocks must be less than the {config.hidden_layers} layers that there are (hidden_layers), got "
+            f"prune_blocks must be less than the {most} layers that there are ({name}), got "
             f"{config.prune_blocks}: nothing would go; leave it out"
         )
     if config.prune_by is not None and config.prune_by > config.epochs:
@@ -199,6 +205,24 @@ def _not_prunable(config: "TrainConfig", name: str) -> Iterator[str]:
             f"{name} must be left out, as no layer could be deleted: the first one must stay, and {reason}; "
             "or use more hidden layers of equal width"
         )
+
+
+def _not_refinable(config: "TrainConfig", refine: int) -> Iterator[str]:
+    if config.network in ("feedforward", "densenet"):
+        yield (
+            f"refine must be left out with network {config.network!r}, whose layers are no steps of a differential "
+            "equation; or use network 'resnet' or 'fractional'"
+        )
+    if refine <= config.hidden_layers:
+        yield (
+            f"refine must be more than the {config.hidden_layers} layers that there are (hidden_layers), got {refine}: "
+            "nothing would come; leave it out"
+        )
+    if config.network != "resnet-v2" and not any(a == b for a, b in pairwise(config.widths)):
+        reason = "start with more" if config.hidden_layers == 1 else "use hidden layers of equal width"
+        yield f"refine must be left out, as no layer keeps the width, so that none can be split; or {reason}"
+    if config.refine_until is not None and config.refine_until > config.epochs:
+        yield f"refine_until must be at most epochs = {config.epochs}, got {config.refine_until}: layers come during it"
 
 
 def one_or_several(

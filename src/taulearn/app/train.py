@@ -303,6 +303,7 @@ def _train(
             batch_size=batch_size,
             penalties=build.make_penalties(config, loss),
             pruning=build.make_pruning(config) if hooks is None else hooks.pruning(config),
+            refinement=build.make_refinement(config),
             validation=tuple(splits.validation),
             run=run,
             resume=resume,

@@ -13,14 +13,15 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._batches import LABELS
 from .._distributed import refuse_distributed
-from ..adaptivity.controller import Pruner
+from ..adaptivity.adaptation import Adaptation
 from ..adaptivity.optimizer_state import check_holds, check_holds_steps
 from ..adaptivity.policies import Pruning
+from ..adaptivity.refiner import Refinement
 from ..nn.time_steps import time_steps_of
 from ..optim import group_of
 from ..optim.projections import check_unattached
 from ..penalties import Penalty
-from ..training.check_arguments import check_pruning
+from ..training.check_arguments import check_policies
 from ..training.history import History
 from ..training.objective import as_penalties
 from ..training.session import Session, active_penalties, needs_batch
@@ -62,13 +63,26 @@ class Companion:
 
     session: Session
 
-    def __init__(self, penalties: Penalty | Sequence[Penalty], pruning: Pruning | None, *, progress: bool) -> None:
-        self.penalties, self.policy, self.progress = as_penalties(penalties), pruning, progress
+    def __init__(
+        self,
+        penalties: Penalty | Sequence[Penalty],
+        pruning: Pruning | None,
+        refinement: Refinement | None = None,
+        *,
+        progress: bool,
+    ) -> None:
+        self.penalties, self.progress = as_penalties(penalties), progress
+        self.pruning, self.refinement = pruning, refinement
         self.of_batches = [penalty.name for penalty in self.penalties if needs_batch(penalty)]
-        check_pruning(pruning, self.penalties)
+        check_policies(pruning, refinement, self.penalties)
+        if refinement is not None and refinement.named is not None and refinement.data is None:
+            raise ValueError(
+                f"data must be given with indicator {refinement.named!r} in this trainer, got None: write "
+                "Refinement(.., data=batches), and loss= where the model returns none"
+            )
         self.past = History()
         self.state: Mapping[str, Any] | None = None
-        self.pruner: Pruner | None = None
+        self.policies: Adaptation | None = None
         self._seen = 0
         self._call: tuple[Any, Any] | None = None  # inputs and outputs of the model's last forward pass
         self.adding = False
@@ -85,10 +99,11 @@ class Companion:
     ) -> None:
         """Start beside a loop, from the record and the state of a checkpoint where these were set."""
         refuse_distributed("model", model)
-        if self.policy is not None and processes > 1:
+        if self.changes and processes > 1:
+            name = "refinement" if self.pruning is None else "pruning"
             raise ValueError(
-                f"pruning must be None where {processes} processes train in this trainer, whose wrapper around the "
-                "model would keep averaging the gradients of deleted layers: use one process, or train with "
+                f"{name} must be None where {processes} processes train in this trainer, whose wrapper around the "
+                "model would keep averaging the gradients of the layers at its start: use one process, or train with "
                 "taulearn.fit under torchrun"
             )
         check_holds(optimizer, model)
@@ -96,17 +111,16 @@ class Companion:
         check_unattached(optimizer, model)
         _averages_of(model, averages())
         warn_of_frozen(model)
-        if self.policy is not None:
-            self.pruner = Pruner(self.policy, model, optimizer, epochs, per_epoch, recording=True)
-            if self.state is not None:
-                self.pruner.load_state(self.state)
-            else:
-                self.pruner.begin(None)
+        self.policies = Adaptation(self.pruning, self.refinement, model, optimizer, epochs, per_epoch, recording=True)
+        if self.policies and self.state is not None:
+            self.policies.load_state(self.state)
+        else:
+            self.policies.begin(None)
         self.session = Session(
             model,
             optimizer,
-            active_penalties(self.penalties, self.pruner),
-            self.pruner,
+            active_penalties(self.penalties, self.policies),
+            self.policies,
             epochs=epochs,
             past=self.past if self.past.num_iterations else None,
             averages=lambda: _averages_of(model, averages()),
@@ -115,6 +129,15 @@ class Companion:
         if not self.past.num_iterations:
             self.session.record_epoch()
         self.past, self.state = History(), None  # another training begins anew
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is a policy."""
+        return self.pruning is not None or self.refinement is not None
+
+    def policy_state(self) -> dict[str, Any] | None:
+        """How far the policies are, None without any."""
+        return self.policies.state() if self.policies else None
 
     def constrained(self, until: ExitStack) -> None:
         """Let the optimiser's steps end with the proximal step and the projection, and be counted."""
@@ -173,31 +196,31 @@ class Companion:
             warnings.warn(f"the optimizer shrinks the time steps by weight decay, {decay:g}: {remedy}", stacklevel=3)
 
     def after_step(self, loss: Tensor | None, *, epoch: int) -> None:
-        """Note the loss, and prune where the policy counts iterations; nothing where no step was taken since."""
+        """Note the loss, and let policies act that count iterations; nothing where no step was taken since."""
         if self.session.iteration == self._seen:
             return  # gradients accumulate, or a GradScaler skipped the step
         self._seen = self.session.iteration
         if loss is not None and not self.of_batches:  # else the session was told the loss without penalties
             self.session.note(loss)
-        if self.pruner is not None and self.pruner.every is not None:
-            self._prune(epoch, epoch_ends=False)
+        self._change(epoch, epoch_ends=False)
 
     def end_epoch(self, epoch: int) -> None:
-        """Prune where the policy counts epochs, and record the epoch, counted from 1."""
-        if self.pruner is not None and self.pruner.every is None:
-            self._prune(epoch, epoch_ends=True)
+        """Let policies act that count epochs, and record the epoch, counted from 1."""
+        if self.session.pruner is not None and self.session.pruner.every is None:
+            self._change(epoch, epoch_ends=True)
         self.session.record_epoch()
 
-    def _prune(self, epoch: int, *, epoch_ends: bool) -> None:
-        if self.session.due(epoch_ends=epoch_ends):
-            report = self.session.change_grid(epoch)
-            if report is not None and self.progress:
-                sys.stdout.write(f"epoch {epoch}, iteration {self.session.iteration}: {report}\n")
-                sys.stdout.flush()
+    def _change(self, epoch: int, *, epoch_ends: bool) -> None:
+        if due := self.session.due(epoch_ends=epoch_ends):
+            for report, _ in self.session.change_grid(epoch, due):
+                if self.progress:
+                    sys.stdout.write(f"epoch {epoch}, iteration {self.session.iteration}: {report}\n")
+                    sys.stdout.flush()
 
     def end(self) -> None:
         """Leave the model as it was found, but trained."""
         self.session.stop_measuring()
+        self.session.policies.end()
         self.session.averages = list
 
     def history(self) -> History:

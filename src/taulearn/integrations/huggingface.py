@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..adaptivity.optimizer_state import bare
 from ..adaptivity.policies import Pruning
+from ..adaptivity.refiner import Refinement
 from ..files import write_tensors
 from ..nn.pruned_models import ORIGIN, Follower, follower_of
 from ..optim.projections import steps_under_way
@@ -58,7 +59,9 @@ class TimeStepsCallback(TrainerCallback):
         penalties: Added to the loss. Those that need the batch, as distillation does, are added to the loss that the
             model returns; hidden states cost another forward pass.
         pruning: When and which layers are deleted. None: none.
-        progress: Whether deletions are printed.
+        refinement: When layers come in, and how many; a named indicator needs ``data``, and ``loss`` where the model
+            returns none. None: none.
+        progress: Whether deletions and new layers are printed.
 
     Attributes:
         history: The record: steps and penalties of each iteration, losses where Trainer logged them (the mean since the
@@ -82,10 +85,11 @@ class TimeStepsCallback(TrainerCallback):
         self,
         penalties: Penalty | Sequence[Penalty] = (),
         pruning: Pruning | None = None,
+        refinement: Refinement | None = None,
         *,
         progress: bool = True,
     ) -> None:
-        self._companion = Companion(penalties, pruning, progress=progress)
+        self._companion = Companion(penalties, pruning, refinement, progress=progress)
         self._training, self._step = ExitStack(), ExitStack()
         self._early = False
 
@@ -105,7 +109,7 @@ class TimeStepsCallback(TrainerCallback):
         """Start beside the optimiser."""
         self._training.close()  # of a training that failed
         model, optimizer = model_with_time_steps(kwargs["model"]), bare(kwargs["optimizer"])
-        _check_arguments(args, prunes=self._companion.policy is not None)
+        _check_arguments(args, changes=self._companion.changes)
         whole = getattr(kwargs["model"], "_orig_mod", kwargs["model"])
         self._control, companion, follower = control, self._companion, follower_of(model)
         late = not self._early and not isinstance(follower, OptimizerFollower)
@@ -237,7 +241,8 @@ class TimeStepsCallback(TrainerCallback):
         """The record, and how far the policy is, as tensors."""
         companion = self._companion
         tensors = dict(companion.history().tensors())
-        pruner = None if companion.pruner is None else to_plain(companion.pruner.state(), "pruner", tensors)
+        state = companion.policy_state()
+        pruner = None if state is None else to_plain(state, "pruner", tensors)
         return tensors | {_PRUNER: torch.frombuffer(bytearray(json.dumps(pruner).encode()), dtype=torch.uint8)}
 
     def _read(self, follower: Follower | None) -> None:
@@ -273,7 +278,7 @@ def _write_state(model: nn.Module, folder: Any, *_: Any, **kwargs: Any) -> Any:
     return write_tensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
 
 
-def _check_arguments(args: Any, *, prunes: bool) -> None:
+def _check_arguments(args: Any, *, changes: bool) -> None:
     """Refuse, before the first step, what could not be carried out at its end."""
     if getattr(args, "deepspeed", None):
         raise ValueError(
@@ -285,10 +290,10 @@ def _check_arguments(args: Any, *, prunes: bool) -> None:
             "max_grad_norm must be positive with fp16, got none: without clipping, gradients are still scaled when "
             "penalties are added to them; clip them, or use bf16"
         )
-    if prunes and args.load_best_model_at_end:
+    if changes and args.load_best_model_at_end:
         raise ValueError(
-            "load_best_model_at_end must be False where layers are pruned, got True: the best checkpoint may have "
-            "layers that the model has no more at the end. Trainer notes it in trainer.state.best_model_checkpoint "
+            "load_best_model_at_end must be False where layers are pruned or refined, got True: the best checkpoint "
+            "may have other layers than the model at the end. Trainer notes it in trainer.state.best_model_checkpoint "
             "all the same where metric_for_best_model is given; load it into a model that was built and wrapped anew, "
             "taulearn.integrations.huggingface.load_checkpoint(model, folder)"
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..adaptivity.policies import Pruning
+from ..adaptivity.refiner import Refinement
 from ..nn.time_steps import time_steps_of
 from ..optim import group_of
 from ..optim.projections import searches
@@ -40,7 +41,9 @@ class TimeStepsCallback(Callback):
         penalties: Added to the loss. Those that need the batch, as distillation does, are added to the loss that
             training_step returns, of the model's last forward pass in it; hidden states cost another one.
         pruning: When and which layers are deleted. None: none.
-        progress: Whether deletions are printed.
+        refinement: When layers come in, and how many; a named indicator needs ``data``, and ``loss`` where the model
+            returns none. None: none.
+        progress: Whether deletions and new layers are printed.
 
     Attributes:
         history: The record: loss, steps and penalties of each iteration, layers of each epoch, deletions.
@@ -62,11 +65,12 @@ class TimeStepsCallback(Callback):
         self,
         penalties: Penalty | Sequence[Penalty] = (),
         pruning: Pruning | None = None,
+        refinement: Refinement | None = None,
         *,
         progress: bool = True,
     ) -> None:
         super().__init__()
-        self._companion = Companion(penalties, pruning, progress=progress)
+        self._companion = Companion(penalties, pruning, refinement, progress=progress)
         self._training = ExitStack()
         self._trained = False
 
@@ -175,8 +179,7 @@ class TimeStepsCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The record, and how far the policy is."""
-        pruner = self._companion.pruner
-        return {"history": self.history.tensors(), "pruner": None if pruner is None else pruner.state()}
+        return {"history": self.history.tensors(), "pruner": self._companion.policy_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""

@@ -36,6 +36,7 @@ class TimeSteps(nn.Module):
             all changes of the grid.
         next_number: The number that the next new layer gets; none is used twice.
         held: Numbers of the layers whose steps get no gradient.
+        resting: Numbers of new layers that a policy of refinement has neither deleted nor penalised for now.
         parent: For each layer that was not there at the start, by its number, that of the layer that it was made from.
 
     Raises:
@@ -79,6 +80,8 @@ class TimeSteps(nn.Module):
         self.next_number = num_steps
         self.parent: Mapping[int, int] = {}
         self.held: frozenset[int] = frozenset()
+        self.resting: frozenset[int] = frozenset()
+        self._spared: Tensor | None = None  # which layers rest; changed in place, so that compiled steps see it
         start = self._start(num_steps, init, dtype or torch.get_default_dtype(), device)
         if self.rule.trains:
             self.values = nn.Parameter(self.rule.values(start))
@@ -159,6 +162,29 @@ class TimeSteps(nn.Module):
             return self.values
         held = [self.origin[i] in self.held for i in self.rule.entries(range(self.num_steps))]
         return torch.where(torch.tensor(held, device=self.values.device), self.values.detach(), self.values)
+
+    def rest_(self, numbers: Iterable[int] | None) -> None:
+        """Let these layers rest, and no others, until the grid changes again; None: the training is over."""
+        self.resting = frozenset(numbers or ()) & frozenset(self.origin)
+        if numbers is None:
+            self._spared = None
+            return
+        mask = torch.tensor([number in self.resting for number in self.origin], device=self.values.device)
+        if self._spared is not None and self._spared.shape == mask.shape:
+            self._spared.copy_(mask)
+        elif self.resting or self._spared is not None:
+            self._spared = mask
+
+    @property
+    def penalised(self) -> Float[Tensor, " num_steps"]:
+        """The steps as penalties see them, without gradients of those that rest, shape (num_steps,)."""
+        return self.tau if self._spared is None else torch.where(self._spared, self.tau.detach(), self.tau)
+
+    def sparing(self, values: Tensor, change: Tensor) -> Tensor:
+        """A proximal step on the parameter, but for the layers that rest."""
+        if self._spared is None:
+            return change
+        return torch.where(self._spared[self.rule.entries(range(self.num_steps))], values, change)
 
     @property
     def bounded(self) -> bool:

@@ -75,7 +75,7 @@ def constrain_(
     if not values.requires_grad:
         return
     for penalty in penalties:
-        values = penalty.proximal(values, group["lr"])
+        values = steps.sparing(values, penalty.proximal(values, group["lr"]))
     values = steps.projected(values)
     if values is not steps.values:
         for found in overflows(optimizer, scaler):

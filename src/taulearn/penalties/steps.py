@@ -25,7 +25,7 @@ class _StepPenalty(Penalty):
         states: list[Tensor] | None = None,
     ) -> Tensor:
         steps = time_steps_of(model)
-        return self.of(steps.tau, steps)
+        return self.of(steps.penalised, steps)
 
 
 class L1(_StepPenalty):

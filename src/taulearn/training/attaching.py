@@ -4,7 +4,7 @@ Of the optimisers, one or several, each steps once a round, which is an iteratio
 
     before each step         the penalties' gradients, of the parameters that it moves, join those of the loss
     after each               proximal step and projection, where the optimiser holds the time steps
-    after the last           the record, and what the policy of pruning deletes
+    after the last           the record, and the layers that policies delete or let in
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._distributed import refuse_distributed, wrappers_around
 from .._errors import positive_integer
-from ..adaptivity.controller import Pruner
+from ..adaptivity.adaptation import Adaptation
 from ..adaptivity.optimizer_state import LACKING, check_holds, check_holds_steps, optimizers_in, parameters_held
 from ..adaptivity.policies import Pruning
+from ..adaptivity.refiner import Refinement
 from ..adaptivity.transaction import check_averaged
 from ..optim.projections import (
     SESSIONS,
@@ -30,7 +31,7 @@ from ..optim.projections import (
     steps_under_way,
 )
 from ..penalties import Penalty
-from .check_arguments import check_pruning
+from .check_arguments import check_policies
 from .objective import as_penalties
 from .session import Session, active_penalties
 
@@ -41,6 +42,7 @@ def attach(
     *,
     penalties: Penalty | Sequence[Penalty] = (),
     pruning: Pruning | None = None,
+    refinement: Refinement | None = None,
     averaged: AveragedModel | None = None,
     iterations: int | None = None,
     iterations_per_epoch: int | None = None,
@@ -61,10 +63,12 @@ def attach(
             accelerate or Lightning's Fabric made of it will do.
         penalties: One or several, added to the loss; those that need the batch enter by :meth:`Session.loss`.
         pruning: When and which layers are deleted. None: none.
-        averaged: torch's AveragedModel of the model, which the loop updates; it loses the same layers.
-        iterations: Number of iterations of the whole training, which a target of pruning needs.
-        iterations_per_epoch: Number of iterations of an epoch, for ``Pruning(every="epoch")`` or an integer ``by``, and
-            for penalties that change with the epoch.
+        refinement: When layers come in, and how many; without ``data`` it looks at the batch that :meth:`Session.loss`
+            is told. None: none.
+        averaged: torch's AveragedModel of the model, which the loop updates; its layers follow.
+        iterations: Number of iterations of the whole training, which refinement and a target of pruning need.
+        iterations_per_epoch: Number of iterations of an epoch, for policies with ``every="epoch"`` or an integer ``by``
+            or ``until``, and for penalties that change with the epoch.
 
     Returns:
         The session: ``.history``, ``.loss(..)`` and ``.detach()``.
@@ -97,22 +101,22 @@ def attach(
         _check_optimizer(each, model)
     check_holds_steps(optimizers, model, LACKING if len(optimizers) == 1 else f"hand over all of them; else {LACKING}")
     found = as_penalties(penalties)
-    check_pruning(pruning, found)
+    check_policies(pruning, refinement, found)
     if averaged is not None:
         check_averaged(averaged, model)
-    _check_numbers(pruning, found, iterations, iterations_per_epoch)
-    pruner, epochs = None, 1.0
+    _check_numbers(pruning, refinement, found, iterations, iterations_per_epoch)
+    epochs, per_epoch = 1.0, iterations_per_epoch or iterations or 1
     if iterations is not None and iterations_per_epoch is not None:
         epochs = iterations / iterations_per_epoch
-    if pruning is not None:
-        _refuse_wrapped(model)
-        pruner = Pruner(pruning, model, optimizers, epochs, iterations_per_epoch or iterations or 1, recording=True)
-        pruner.begin(None)
+    if pruning is not None or refinement is not None:
+        _refuse_wrapped(model, "refinement" if pruning is None else "pruning")
+    policies = Adaptation(pruning, refinement, model, optimizers, epochs, per_epoch, recording=True)
+    policies.begin(None)
     session = Session(
         model,
         optimizers,
-        active_penalties(found, pruner),
-        pruner,
+        active_penalties(found, policies),
+        policies,
         epochs=epochs,
         averages=list if averaged is None else lambda: [averaged.module],
     )
@@ -139,8 +143,8 @@ class _Hooks(Attached):
         session = self.session
         if steps_under_way(optimizer) > 1:
             return None
-        if session.pruner is not None and not self._looked:
-            _refuse_wrapped(session.model)
+        if session.policies and not self._looked:
+            _refuse_wrapped(session.model, "refinement" if session.pruner is None else "pruning")
             self._looked = True
         closure = options.get("closure", args[1] if len(args) > 1 else None)
         if callable(closure):
@@ -200,10 +204,10 @@ class _Hooks(Attached):
         iteration, per_epoch = session.iteration, self.per_epoch
         ends = per_epoch is not None and iteration % per_epoch == 0
         epoch = 1 if per_epoch is None else -(-iteration // per_epoch)
-        if session.due(epoch_ends=ends):
-            SESSIONS.discard(session)  # what the policy deletes, the session follows
+        if due := session.due(epoch_ends=ends):
+            SESSIONS.discard(session)  # what the policy changes, the session follows
             try:
-                session.change_grid(epoch)
+                session.change_grid(epoch, due)
             finally:
                 SESSIONS.add(session)
         if ends:
@@ -231,20 +235,26 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
 
 
 def _check_numbers(
-    pruning: Pruning | None, penalties: Sequence[Penalty], iterations: int | None, per_epoch: int | None
+    pruning: Pruning | None,
+    refinement: Refinement | None,
+    penalties: Sequence[Penalty],
+    iterations: int | None,
+    per_epoch: int | None,
 ) -> None:
     """Refuse a policy or a penalty that needs a number that is missing."""
     for name, number in (("iterations", iterations), ("iterations_per_epoch", per_epoch)):
         if number is not None:
             positive_integer(name, number)
-    if pruning is not None and pruning.targeted and iterations is None:
+    targeted = {"pruning": pruning is not None and pruning.targeted, "refinement": refinement is not None}
+    for name in (name for name, has_target in targeted.items() if has_target and iterations is None):
         raise ValueError(
-            "iterations must be given where pruning has a target, got None: it is reached by a share of the training; "
+            f"iterations must be given where {name} has a target, got None: it is reached by a share of the training; "
             "write attach(.., iterations=epochs * len(loader))"
         )
     counts = {
-        "every='epoch'": pruning is not None and pruning.every == "epoch",
+        "every='epoch'": any(each is not None and each.every == "epoch" for each in (pruning, refinement)),
         f"by={getattr(pruning, 'by', None)}": pruning is not None and pruning.targeted and isinstance(pruning.by, int),
+        f"until={getattr(refinement, 'until', None)}": refinement is not None and isinstance(refinement.until, int),
         **{f"the penalty {p.name!r}": p.scheduled for p in penalties},
     }
     for what in (name for name, counts_epochs in counts.items() if counts_epochs and per_epoch is None):
@@ -258,10 +268,11 @@ def _check_numbers(
         )
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
-    """Refuse to prune a model in a DistributedDataParallel, whose processes would decide each for themselves."""
+def _refuse_wrapped(model: nn.Module, policy: str) -> None:
+    """Refuse to change a model in a DistributedDataParallel, whose processes would decide each for themselves."""
     if wrappers_around(model):
         raise ValueError(
-            "pruning must be None while a DistributedDataParallel is around the model, got a policy: the wrapper would "
-            "keep averaging the gradients of deleted layers; train in one process, or with taulearn.fit under torchrun"
+            f"{policy} must be None while a DistributedDataParallel is around the model, got a policy: the wrapper "
+            "would keep averaging the gradients of the layers at its start; train in one process, or with taulearn.fit "
+            "under torchrun"
         )

@@ -1,7 +1,7 @@
 """Checks of the arguments of ``fit``, other than data: options, optimiser, scheduler, averaged weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import time_steps_of
 from ..optim.projections import searches
 from ..penalties import Penalty
+
+if TYPE_CHECKING:
+    from ..adaptivity.refiner import Refinement
 
 OVER_EPOCHS = "laid out over all epochs"
 """Among the terms of a run: what changes its course when the number of epochs does."""
@@ -67,8 +70,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, clip_nor
         raise ValueError(f"clip_norm must be None with {name}, whose line search needs the true gradient")
 
 
-def check_pruning(pruning: Pruning | None, penalties: Iterable[Penalty]) -> None:
+def check_policies(pruning: Pruning | None, refinement: "Refinement | None", penalties: Iterable[Penalty]) -> None:
     """Refuse what is no policy, and an l1 penalty beside that of a target."""
+    if refinement is not None:
+        from ..adaptivity.refiner import Refinement
+
+        if not isinstance(refinement, Refinement):
+            raise TypeError(
+                f"refinement must be a Refinement policy, got {refinement!r}: write refinement=taulearn.Refinement(12)"
+            )
     if pruning is None:
         return
     if not isinstance(pruning, Pruning):
@@ -147,12 +157,14 @@ def terms(
     scheduler: LRScheduler | None,
     penalties: Iterable[Penalty],
     pruning: Pruning | None,
+    refinement: "Refinement | None",
     **plain: int | float | str | bool | None,
 ) -> dict[str, Any]:
     """The settings that a run is started with and must be resumed with, as plain data for its checkpoints."""
     found = list(penalties)
     policy = None if pruning is None else _policy(vars(pruning))
     by_share = pruning is not None and pruning.targeted and isinstance(pruning.by, float)
+    until_share = refinement is not None and isinstance(refinement.until, float)
     return {
         **{name: _plain(value) for name, value in plain.items()},
         "model": _described(model),
@@ -160,7 +172,10 @@ def terms(
         "scheduler": None if scheduler is None else type(scheduler).__name__,
         "penalties": [penalty.name for penalty in found],
         "pruning": policy,
-        OVER_EPOCHS: [penalty.name for penalty in found if penalty.scheduled] + ["pruning"] * by_share,
+        "refinement": None if refinement is None else _policy(vars(refinement)),
+        OVER_EPOCHS: [penalty.name for penalty in found if penalty.scheduled]
+        + ["pruning"] * by_share
+        + ["refinement"] * until_share,
     }
 
 

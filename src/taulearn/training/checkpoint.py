@@ -158,8 +158,8 @@ def _restore(parts: Parts, tensors: Mapping[str, Tensor], plain: Mapping[str, An
         _restore_optimizer(each, its["optimizer"], its["state"], dict(model.named_parameters()), tensors)
     if parts.scheduler is not None:
         parts.scheduler.load_state_dict(from_plain(plain["scheduler"], tensors))
-    if parts.pruner is not None and "pruner" in plain:
-        parts.pruner.load_state(from_plain(plain["pruner"], tensors))
+    if parts.policies:
+        parts.policies.load_state(from_plain(plain.get("pruner", {}), tensors))
     version, words, gauss = plain["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(plain["numpy"]))  # noqa: NPY002
@@ -269,8 +269,8 @@ def _contents(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
             plain["optimizer"], plain["state"] = groups, state
     if parts.scheduler is not None:
         plain["scheduler"] = to_plain(parts.scheduler.state_dict(), "scheduler", tensors)
-    if parts.pruner is not None:
-        plain["pruner"] = to_plain(parts.pruner.state(), "pruner", tensors)
+    if parts.policies:
+        plain["pruner"] = to_plain(parts.policies.state(), "pruner", tensors)
     return tensors, plain
 
 

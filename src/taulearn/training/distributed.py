@@ -22,13 +22,12 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from .._batches import leading, split
 from .._errors import first_line
-from ..adaptivity.coarsen import PruneReport
-from ..adaptivity.controller import Pruner
+from ..adaptivity.adaptation import Adaptation, Changed
+from ..nn.time_steps import time_steps_of
 from .batches import Batch, LoaderBatches, TensorBatches
 from .objective import Objective
 
@@ -120,6 +119,10 @@ class Ranks:
         self.same("the model's tensors", shapes, "build the same model in all processes")
         for name, value in settings.items():
             self.same(name, value, "call fit with the same arguments in all processes")
+        self.copy_first(models)
+
+    def copy_first(self, models: Iterable[nn.Module]) -> None:
+        """Give all processes the weights and buffers of rank 0."""
         self._copy_first(t for model in models for t in (*model.parameters(), *model.buffers()))
 
     def share_buffers(self, models: Iterable[nn.Module]) -> None:
@@ -301,31 +304,40 @@ def check_shares(
         check_batch_size(ranks, size, size * len(batches), resumed=resumed)
 
 
-def begin_pruning(ranks: Ranks, pruner: Pruner, sample: Tensor) -> None:
+def begin_alike(ranks: Ranks, policies: Adaptation, sample: Tensor) -> None:
     """Let rank 0 find out what has to go, which may depend on times that it measures on a sample."""
 
-    def begin() -> dict[str, Any] | None:
-        pruner.begin(sample)
-        return None if pruner.target is None else pruner.target.state()
+    def begin() -> dict[str, Any]:
+        policies.begin(sample)
+        return policies.decisions()
 
     state = ranks.told(begin)
     if not ranks.first:
-        pruner.aim(state)
+        policies.aim(state)
 
 
-def prune_alike(ranks: Ranks, pruner: Pruner, iteration: int, averaged: AveragedModel | None) -> PruneReport | None:
-    """Let rank 0 decide which layers go, delete them in all processes, and compare the steps that are left."""
-    pruner.criterion.average_(lambda values: ranks.add(values) / ranks.size)
+def change_alike(
+    ranks: Ranks,
+    policies: Adaptation,
+    iteration: int,
+    due: Sequence[Any],
+    averages: Sequence[nn.Module],
+    batch: Callable[[], Any],
+) -> list[Changed]:
+    """Let rank 0 decide which layers come and go, change them in all processes, and compare the steps then."""
+    if (pruner := policies.pruner) is not None and pruner in due:
+        pruner.criterion.average_(lambda values: ranks.add(values) / ranks.size)
 
-    def decide() -> tuple[PruneReport | None, dict[str, Any] | None]:
-        report = pruner.prune(iteration, averaged)
-        return report, None if pruner.target is None else pruner.target.state()
+    def decide() -> tuple[list[Changed], dict[str, Any]]:
+        return policies.change(iteration, due, averages, batch), policies.decisions()
 
-    report: PruneReport | None
-    report, target = ranks.told(decide)
+    changes: list[Changed]
+    changes, state = ranks.told(decide)
     if not ranks.first:
-        pruner.follow(None if report is None else report.kept, target, averaged)
-    if report is not None:
-        steps = pruner.prunable.time_steps
+        policies.follow(changes, state, averages)
+    if changes:
+        steps = time_steps_of(policies.model)
         ranks.same(f"the time steps after iteration {iteration}", (steps.origin, steps.tau.tolist()), CHANGED)
-    return report
+        if policies.refiner is not None and policies.refiner.policy.layer is not None:
+            ranks.copy_first([policies.model, *averages])  # new layers may have random weights
+    return changes

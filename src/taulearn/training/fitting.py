@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._batches import check_loss, leading, split
 from .._distributed import refuse_distributed
-from ..adaptivity.controller import Pruner
+from ..adaptivity.adaptation import Adaptation
 from ..adaptivity.optimizer_state import bare
 from ..adaptivity.policies import Pruning
 from ..nn.time_steps import time_steps_of
@@ -28,11 +28,11 @@ from .check_arguments import (
     check_optimizer,
     check_options,
     check_parts,
-    check_pruning,
+    check_policies,
     terms,
 )
 from .check_data import check_data
-from .distributed import begin_pruning, check_shares, has_whole_batches, join
+from .distributed import begin_alike, check_shares, has_whole_batches, join
 from .events import EpochEnd
 from .history import History
 from .interruption import announced
@@ -42,6 +42,7 @@ from .parts import Parts
 from .session import active_penalties
 
 if TYPE_CHECKING:
+    from ..adaptivity.refiner import Refinement
     from .run_folder import Run
 
 
@@ -55,6 +56,7 @@ def fit(
     batch_size: int = 100,
     penalties: Penalty | Sequence[Penalty] = (),
     pruning: Pruning | None = None,
+    refinement: "Refinement | None" = None,
     validation: Any = None,
     run: "Run | str | os.PathLike[str] | None" = None,
     resume: bool = False,
@@ -73,7 +75,7 @@ def fit(
     tensorboard: bool = False,
     overwrite: bool = False,
 ) -> History:
-    """Train a model, its time steps among the parameters, and prune it on the way.
+    """Train a model, its time steps among the parameters, and prune or refine it on the way.
 
     Started by torchrun, or where torch.distributed is initialised, all processes train one model together: each takes
     its share of every batch, and gradients are averaged. Rank 0 decides, evaluates and writes; callbacks run in each.
@@ -97,6 +99,7 @@ def fit(
             it goes with the one before, and a DataLoader that ends so is refused.
         penalties: One or several, added to the loss; each is recorded.
         pruning: When and at which threshold layers are deleted. None: never.
+        refinement: When layers come in, and how many. None: never.
         validation: Data like ``train``, evaluated before training and after each epoch.
         run: Folder for configuration, record, checkpoints and model. None: nothing is written.
         resume: Go on from the newest checkpoint of ``run``; all that decides the iterates must be as at the start
@@ -162,7 +165,7 @@ def fit(
         )
         check_callbacks(callbacks)
         check_optimizer(optimizer, model, clip_norm)
-        check_pruning(pruning, penalties)
+        check_policies(pruning, refinement, penalties)
         batches = make_batches(train, batch_size, seed, where)
         check_shares(ranks, batches, batch_size, resumed=resume)
         sample = batches.sample()
@@ -172,8 +175,8 @@ def fit(
         if seen.least > 1:
             batches.join_last(seen.least * (ranks.size if has_whole_batches(batches) else 1))
         check_parts(model, optimizer, scheduler, averaged, epochs * len(batches))
-        pruner = None if pruning is None else Pruner(pruning, model, optimizer, epochs, len(batches), loss=loss)
-        penalties = active_penalties(penalties, pruner)
+        policies = Adaptation(pruning, refinement, model, optimizer, epochs, len(batches), loss=loss)
+        penalties = active_penalties(penalties, policies)
         check_projections(optimizer, model, penalties)
         if validation is not None:
             held_out = make_batches(validation, batch_size, seed, where, argument="validation")
@@ -185,8 +188,8 @@ def fit(
             from .tensorboard import TensorBoard
 
             callbacks = (*callbacks, TensorBoard(run))
-        if pruner is not None and not (resume and _has_checkpoints(run)):
-            begin_pruning(ranks, pruner, as_float(split(sample, len(leading(sample)))[0][0], input_dtype(model)))
+        if policies and not (resume and _has_checkpoints(run)):
+            begin_alike(ranks, policies, as_float(split(sample, len(leading(sample)))[0][0], input_dtype(model)))
         settings = Settings(
             epochs=epochs,
             validation=validation,
@@ -201,6 +204,7 @@ def fit(
                 scheduler,
                 penalties,
                 pruning,
+                refinement,
                 epochs=epochs,
                 batches=len(batches),
                 batch_size=batch_size,
@@ -212,7 +216,7 @@ def fit(
             ),
         )
         config = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
-        parts = Parts(model, optimizer, scheduler, averaged, pruner=pruner)
+        parts = Parts(model, optimizer, scheduler, averaged, policies=policies)
         if run is not None:
             from .checkpoint import check_contents
 

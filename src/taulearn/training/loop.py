@@ -5,19 +5,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..adaptivity.controller import Pruner
 from ..adaptivity.optimizer_state import check_holds_steps
 from ..nn.time_steps import time_steps_of
 from ..optim.projections import suspended_projections
 from .batches import LoaderBatches, TensorBatches
 from .check_arguments import Metric, steps_each_iteration
-from .distributed import CHANGED, Ranks, prune_alike
+from .distributed import CHANGED, Ranks, change_alike
 from .events import Diverged, EpochEnd, Interrupted, StopTraining
 from .fast.compiler import worth_compiling
 from .history import FLUSH_EVERY, History
@@ -78,8 +78,8 @@ class Loop:
             self._warn_of_target()
             raise
         self._warn_of_target()
-        if self.parts.pruner is not None and not self.recorder.deletions and self.parts.pruner.advice:
-            self.progress.say(self.parts.pruner.advice)
+        if (pruner := self.session.pruner) is not None and not self.recorder.deletions and pruner.advice:
+            self.progress.say(pruner.advice)
         return self.recorder.history()
 
     def _run(self, resume: bool) -> None:
@@ -97,10 +97,11 @@ class Loop:
                         break
             finally:
                 self.progress.close(self.position.iteration)
+                self.session.policies.end()
             self.ranks.told(self._save)
 
     def _warn_of_target(self) -> None:
-        """Warn where training ended, in whatever way, before the policy's target was reached."""
+        """Warn where training ended, in whatever way, before a policy's target was reached."""
         if self.ranks.first:
             self.session.warn_of_target(stacklevel=5)
 
@@ -114,8 +115,10 @@ class Loop:
                 drop_old(self.folder.checkpoints)
                 self.recorder.history().save(self.folder.history_path)
             save_model(self.model if self.folder.result is None else self.folder.result(), self.folder.path)
-            if (pruner := self.parts.pruner) is not None and pruner.target is not None:
-                self.folder.decide("target reached", pruner.shortfall(self.position.iteration) or "yes")
+            policies = self.session.policies
+            if policies.targeted:
+                missed = "; ".join(policies.shortfall(self.position.iteration))
+                self.folder.decide("target reached", missed or "yes")
 
     def _begin(self, resume: bool) -> range:
         """Restore what is to be gone on with and make the engine; returns the epochs to come."""
@@ -137,23 +140,24 @@ class Loop:
             self.model,
             self.parts.optimizer,
             self.objective.penalties,
-            self.parts.pruner,
+            self.parts.policies,
             epochs=epochs,
             past=past,
+            averages=lambda: [averaged.module for averaged in (self.parts.averaged,) if averaged is not None],
         )
         self.recorder = self.session.recorder
         self.fresh = past is None
         if self.fresh:
             self.position.compiled = self._decide_compile()
         self.ranks.begin(self.models, {**self.settings.terms, "the iteration": self.position.iteration})
-        pruner = self.parts.pruner
+        pruner, refiner = self.session.pruner, self.session.policies.refiner
         self.engine = Engine(
             self.objective,
             self.parts.optimizer,
             self.batches,
             self.options,
             compiled=self.position.compiled,
-            pruner=pruner,
+            policies=self.parts.policies,
             single=self.per_iteration,
             failed=self._compilation_failed,
             ranks=self.ranks,
@@ -162,6 +166,8 @@ class Loop:
             self.folder.decide("step", self.engine.kind)
             if self.fresh and pruner is not None and pruner.target is not None:
                 self.folder.decide("target", str(pruner.target))
+            if self.fresh and refiner is not None:
+                self.folder.decide("refinement", f"{refiner.policy.target_blocks} layers, {refiner.rounds}")
         progress = self.settings.progress and self.ranks.first
         self.progress = Progress(self.total, self.position.iteration, enabled=progress)
         return range(epochs if self.position.stopped else self.position.epoch, epochs)
@@ -171,7 +177,7 @@ class Loop:
         self.model.train()
         self.ranks.reseed(self.settings.terms["seed"], epoch)
         self.session.start_epoch(epoch)
-        position, pruner = self.position, self.parts.pruner
+        position = self.position
         began, before, pending, looked = time.perf_counter(), position.seconds, 0, False
         for rows in self.engine.epoch(epoch, position.batch, position.iteration):
             position.iteration += len(rows)
@@ -181,8 +187,8 @@ class Loop:
             if self.per_iteration and self.parts.scheduler is not None:
                 _step(self.parts.scheduler)
             ends = position.batch >= len(self.batches)
-            if pruner is not None and self.session.due(epoch_ends=ends):
-                self._prune(pruner, epoch, trusting=looked)
+            if due := self.session.due(epoch_ends=ends):
+                self._change(due, epoch, trusting=looked)
                 looked = True
             if pending >= FLUSH_EVERY:
                 self._flush()
@@ -202,21 +208,24 @@ class Loop:
         self._check(self.model.parameters())
         position.seconds = before + time.perf_counter() - began
 
-    def _prune(self, pruner: Pruner, epoch: int, *, trusting: bool) -> None:
-        """Delete what the policy deletes; the record, the compiled step and the optimiser follow.
+    def _change(self, due: tuple[Any, ...], epoch: int, *, trusting: bool) -> None:
+        """Let the policies that are due change the layers; the record, the compiled step and the optimiser follow.
 
         Trusting that the optimiser still holds the model's parameters, the steps are looked at first.
         """
-        idle = pruner.by_steps and pruner.idle(self.steps.tau.detach()[None])
+        pruner, policies = self.session.pruner, self.session.policies
+        alone = pruner if due == (pruner,) else None
+        idle = alone is not None and alone.by_steps and alone.idle(self.steps.tau.detach()[None])
         if idle and trusting and self.ranks.size == 1:
             return
         self._flush()
         self._check([self.steps.values])
-        iteration, averaged = self.position.iteration, self.parts.averaged
-        report = self.session.change_grid(epoch + 1, lambda: prune_alike(self.ranks, pruner, iteration, averaged))
-        if report is None:
+        alike = partial(change_alike, self.ranks, policies)
+        changes = self.session.change_grid(epoch + 1, due, self.engine.batch, alike)
+        for report, _ in changes:
+            self.progress.say(f"epoch {epoch + 1}, iteration {self.position.iteration}: {report}")
+        if not changes:
             return
-        self.progress.say(f"epoch {epoch + 1}, iteration {iteration}: {report}")
         self.position.compiled = self.position.compiled and self._decide_compile()
         self.engine.rebuild(self.position.compiled)
 
@@ -242,7 +251,7 @@ class Loop:
             except StopTraining:
                 stop = position.stopped = True
         if self.steps.origin != layers:
-            self._follow_callbacks(epoch)
+            self._follow_callbacks(epoch, layers)
         stop, position.stopped = self.ranks.any(stop), self.ranks.any(position.stopped)
         self.ranks.same(f"the time steps after iteration {position.iteration}", self.steps.tau.tolist(), CHANGED)
         if stop and self.folder is not None:
@@ -253,10 +262,11 @@ class Loop:
             raise self._interrupted()
         return stop
 
-    def _follow_callbacks(self, epoch: int) -> None:
-        """Go on with the layers that a callback left."""
+    def _follow_callbacks(self, epoch: int, before: Sequence[int]) -> None:
+        """Go on with the layers that a callback left, which found those of these numbers."""
         check_holds_steps(self.parts.optimizer, self.model, "hand it to taulearn.refine and prune")
         self.session.note_new_layers(epoch + 1)
+        self.session.policies.follow_grid(self.position.iteration, before)
         self.position.compiled = self.position.compiled and self._decide_compile()
         self.engine.rebuild(self.position.compiled)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from ..adaptivity.controller import Pruner
+from ..adaptivity.adaptation import Adaptation
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Parts:
         scheduler: Learning rate scheduler, or None.
         averaged: Averaged weights, or None.
         generator: The generator of a DataLoader's order, or None.
-        pruner: The pruning policy at work, or None.
+        policies: Those at work, of pruning and of refinement, or None.
     """
 
     model: nn.Module
@@ -51,7 +51,7 @@ class Parts:
     scheduler: LRScheduler | None = None
     averaged: AveragedModel | None = None
     generator: torch.Generator | None = None
-    pruner: Pruner | None = None
+    policies: Adaptation | None = None
 
 
 @dataclass(frozen=True)

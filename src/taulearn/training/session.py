@@ -5,7 +5,7 @@ With the penalties R_i of the time steps and the weights, and the constraint's s
     before_step    g <- g + sum_i grad R_i(x)            a row of the record is taken
     the step       x <- x - lr g                         that of any optimiser
     after_step     tau <- P_C(prox(tau))                 the iteration counts
-    change_grid    now and then layers go from model, optimisers, averages and record together
+    change_grid    now and then layers come to model, optimisers, averages and record, or go from them, together
 
 ``fit`` differentiates the penalties together with the loss, and compiles the first three; the callbacks for other
 trainers call them one by one; :func:`taulearn.attach` hangs them on the optimiser.
@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from .._batches import inputs_and_targets
-from ..adaptivity.coarsen import PruneReport, prune
-from ..adaptivity.controller import Pruner
+from ..adaptivity.adaptation import Adaptation, Changed
+from ..adaptivity.coarsen import PruneReport
 from ..adaptivity.optimizer_state import optimizers_in, parameters_held
-from ..adaptivity.transaction import all_or_nothing
 from ..nn.module_on_states import running_statistics_held
 from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import time_steps_of
@@ -36,8 +35,9 @@ from ..penalties import Penalty
 from .history import FLUSH_EVERY, Array, Deletion, History, Insertion, Recorder, Row
 
 
-def active_penalties(penalties: tuple[Penalty, ...], pruner: Pruner | None) -> tuple[Penalty, ...]:
+def active_penalties(penalties: tuple[Penalty, ...], policies: Adaptation) -> tuple[Penalty, ...]:
     """The caller's penalties, and that which the target of pruning steers."""
+    pruner = policies.pruner
     return penalties if pruner is None or pruner.penalty is None else (*penalties, pruner.penalty)
 
 
@@ -61,10 +61,10 @@ class Session:
         model: The model with time steps.
         optimizer: Its optimiser, or several, each of which steps once an iteration.
         penalties: All of them, with that of the target of pruning.
-        pruner: The policy of pruning at work, or None.
+        policies: Those at work, of pruning and of refinement. None: none.
         epochs: Number of epochs that penalties are told.
         past: The record that is gone on with, or None.
-        averages: Finds averaged copies of the model, which lose the same layers.
+        averages: Finds averaged copies of the model, which follow all changes.
 
     Attributes:
         iteration: Number of iterations taken.
@@ -90,14 +90,18 @@ class Session:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         penalties: tuple[Penalty, ...] = (),
-        pruner: Pruner | None = None,
+        policies: Adaptation | None = None,
         *,
         epochs: float = 1,
         past: History | None = None,
         averages: Callable[[], Sequence[nn.Module]] = list,
     ) -> None:
-        self.model, self.steps, self.penalties, self.pruner = model, time_steps_of(model), penalties, pruner
+        self.model, self.steps, self.penalties = model, time_steps_of(model), penalties
+        self.policies = Adaptation(None, None, model, optimizer) if policies is None else policies
+        self.pruner, refiner = self.policies.pruner, self.policies.refiner
         self.optimizers = optimizers_in(optimizer)
+        self._looks_at_batch = refiner is not None and refiner.needs_batch
+        self._batch: Any = None  # that of the last loss, where refinement looks at it
         self.averages, self.epochs = averages, max(1, math.ceil(epochs))
         known = {} if past is None else past.iterations
         layers = known["tau"].shape[1] if "tau" in known else max(self.steps.origin) + 1
@@ -155,6 +159,8 @@ class Session:
         if isinstance(inputs, Mapping):
             inputs, labels = inputs_and_targets(inputs)
             targets = labels if targets is None else targets
+        if self._looks_at_batch and inputs is not None:
+            self._batch = inputs, targets
         if inputs is not None and any(p.needs_states for p in self.penalties):
             from ..depth.states import forward_with_states
 
@@ -176,7 +182,7 @@ class Session:
     def detach(self) -> None:
         """Leave the optimisers as they were before :func:`taulearn.attach`; the record stays.
 
-        A target of pruning that is not reached is warned of.
+        A target that is not reached is warned of.
 
         Raises:
             RuntimeError: If a step is under way, as in a hook of the optimiser.
@@ -189,11 +195,12 @@ class Session:
             )
         self.stop_measuring()
         self._hooks.close()
+        self.policies.end()
         self.warn_of_target()
 
     def warn_of_target(self, stacklevel: int = 3) -> None:
-        """Warn where training ended before the target of pruning was reached."""
-        if self.pruner is not None and (shortfall := self.pruner.shortfall(self.iteration)):
+        """Warn where training ended before the target of a policy was reached."""
+        for shortfall in self.policies.shortfall(self.iteration):
             warnings.warn(shortfall, stacklevel=stacklevel)
 
     def start_epoch(self, epoch: int) -> None:
@@ -227,8 +234,11 @@ class Session:
 
         Raises:
             RuntimeError: If a penalty needs the batch, and :meth:`loss` was not called since the last step.
+            ValueError: If refinement looks at the batch, and :meth:`loss` was never told one.
         """
         self.stop_measuring()
+        if self._looks_at_batch:
+            self._told_batch()
         optimizer = self.optimizers[0] if optimizer is None else optimizer
         if optimizer is self._leader or optimizer in self._begun:
             self._begin()
@@ -322,28 +332,49 @@ class Session:
         self._pending.clear()
         return self.recorder.flush(self.steps.origin)
 
-    def due(self, *, epoch_ends: bool) -> bool:
-        """Whether the policy looks at the layers now."""
-        return self.pruner is not None and self.pruner.due(self.iteration, epoch_ends=epoch_ends)
+    def due(self, *, epoch_ends: bool) -> tuple[Any, ...]:
+        """The policies that look at the layers now."""
+        return self.policies.due(self.iteration, epoch_ends=epoch_ends)
 
-    def change_grid(self, epoch: int, delete: Callable[[], PruneReport | None] | None = None) -> PruneReport | None:
-        """Let the policy delete layers: model, optimisers, averages and record follow together.
+    def change_grid(
+        self,
+        epoch: int,
+        due: Sequence[Any],
+        batch: Callable[[], Any] | None = None,
+        change: Callable[..., list[Changed]] | None = None,
+    ) -> list[Changed]:
+        """Let policies change the layers: model, optimisers, averages and record follow together.
 
         Args:
             epoch: Number of the epoch, from 1, for the record.
-            delete: Carries it out, where processes have to agree. None: this one alone.
+            due: The policies, of :meth:`due`.
+            batch: Makes the batch that refinement looks at. None: that of :meth:`loss`.
+            change: ``Adaptation.change``, where processes have to agree. None: this one alone.
 
         Returns:
-            What was deleted, or None if nothing was.
+            What was done.
         """
         self.stop_measuring()
         self.flush()
-        report = self._delete() if delete is None else delete()
-        self.recorder.deletions += [
-            Deletion(self.iteration, epoch, d.layer, d.share, d.parameters)
-            for d in (() if report is None else report.deleted)
-        ]
-        return report
+        act = self.policies.change if change is None else change
+        changes = act(self.iteration, due, self.averages(), self._told_batch if batch is None else batch)
+        for report, _ in changes:
+            if isinstance(report, PruneReport):
+                self.recorder.deletions += [
+                    Deletion(self.iteration, epoch, d.layer, d.share, d.parameters) for d in report.deleted
+                ]
+            else:
+                self.note_new_layers(epoch)
+        return changes
+
+    def _told_batch(self) -> Any:
+        if self._batch is None:
+            raise ValueError(
+                "data must be given with a refinement whose indicator looks at the loss, got None, and session.loss "
+                "was not told the batch: write Refinement(.., data=batches), or session.loss(loss, inputs=inputs, "
+                "targets=targets)"
+            )
+        return self._batch
 
     def note_new_layers(self, epoch: int) -> None:
         """Record the layers that have come since the last record; nothing may be pending from before.
@@ -358,17 +389,6 @@ class Session:
                 parameters = own + sum(p.numel() for p in layers[l].parameters())
                 parent = self.steps.parent[number]
                 self.recorder.insertions.append(Insertion(self.iteration, epoch, number, parent, step, parameters))
-
-    def _delete(self) -> PruneReport | None:
-        """Let the policy delete layers, in the model and its averages or in none of them."""
-        assert self.pruner is not None
-        averages = self.averages()
-        with all_or_nothing([self.model, *averages], self.optimizers):
-            report = self.pruner.prune(self.iteration, None)
-            if report is not None:
-                for each in averages:
-                    prune(each, keep=report.kept)
-        return report
 
     def record_epoch(self) -> None:
         """Record the layers at the end of an epoch, or before training."""

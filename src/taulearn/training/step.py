@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._batches import leading, split
-from ..adaptivity.controller import Pruner
+from ..adaptivity.adaptation import Adaptation
 from ..nn.pruned_models import wrapping_of
 from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
@@ -24,7 +24,7 @@ from ..optim.projections import constrains_trials, searches
 from .batches import LoaderBatches, TensorBatches
 from .distributed import Ranks, has_whole_batches, start_epoch
 from .fast.compiler import compile_once
-from .objective import Objective, StepOptions, autocast_of
+from .objective import Objective, StepOptions, as_float, autocast_of, input_dtype
 
 if TYPE_CHECKING:  # loaded where steps are compiled
     from .fast.fused import FusedSGD
@@ -142,7 +142,7 @@ class Engine:
         options: StepOptions,
         *,
         compiled: bool,
-        pruner: Pruner | None = None,
+        policies: Adaptation | None = None,
         single: bool = False,
         failed: Callable[[str], None] | None = None,
         ranks: Ranks | None = None,
@@ -150,11 +150,14 @@ class Engine:
         self.objective, self.optimizer, self.batches, self.options = objective, optimizer, batches, options
         self.ranks, self.whole = Ranks() if ranks is None else ranks, has_whole_batches(batches)
         self.plain = PlainStep(objective, optimizer, options, self.ranks)
-        self.pruner, self.failed = pruner, failed
+        self.pruner = pruner = None if policies is None else policies.pruner
+        self.refiner, self.failed = None if policies is None else policies.refiner, failed
+        self._latest: Any = None  # the batch that was taken last, or its samples' numbers
         self.looks_back = pruner is not None and pruner.by_steps and pruner.every is not None
         intervals = () if pruner is None or self.looks_back else (pruner.every, pruner.measure_every)
         self.intervals = [every for every in intervals if every is not None]
-        self.most = 1 if single else min(UNROLL, *self.intervals, UNROLL)
+        often = [*self.intervals, *([] if self.refiner is None else [self.refiner.rounds.every])]
+        self.most = 1 if single else min(UNROLL, *often, UNROLL)
         if isinstance(batches, TensorBatches):
             self.most = min(self.most, batches.full)
         names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -200,11 +203,18 @@ class Engine:
             self.evaluate = compile_once(self.objective.forward, failed=self.failed)
             self.kind = f"compiled objective ({reason})"
 
+    def batch(self) -> Any:
+        """The batch that was taken last, of all processes together where they share one, in the parts it comes in."""
+        latest = self.batches.gather(self._latest) if isinstance(self.batches, TensorBatches) else self._latest
+        latest = as_float(latest[0], input_dtype(self.objective.model)), *latest[1:]
+        return split(latest, max(1, min(self.options.accumulate, len(leading(latest)) // self.options.least)))
+
     def epoch(self, epoch: int, start: int, iteration: int) -> Iterator[Tensor]:
         """Go through an epoch, rows by rows; the caller may prune and :meth:`rebuild` between two yields."""
         if isinstance(self.batches, LoaderBatches):
             start_epoch(self.batches, epoch)
             for whole in self.batches.epoch(epoch):
+                self._latest = whole
                 (inputs, targets), samples = self.ranks.share(whole, whole=self.whole)
                 yield self._plain(self._measured(iteration), inputs, targets, samples, evaluate=self.evaluate)
                 iteration += 1
@@ -215,7 +225,10 @@ class Engine:
         unchanged = self.fused is not None and self.fused.unchanged()
         values = self.values if self.values is not None and self.values.unchanged() else None
         while batch < len(self.batches):
-            until_stop = min((every - iteration % every for every in self.intervals), default=self.unroll)
+            stops = [every - iteration % every for every in self.intervals]
+            if self.refiner is not None and (following := self.refiner.next(iteration)) is not None:
+                stops.append(following - iteration)
+            until_stop = min(stops, default=self.unroll)
             fits = batch + self.unroll <= self.batches.full and self.unroll <= until_stop
             measured, rows = self._measured(iteration), None
             if measured is None and self.fused is not None and unchanged and fits and self.fused.ready():
@@ -228,6 +241,7 @@ class Engine:
                 rows = self._plain(measured, inputs, targets, samples, *compiled)
             batch += len(rows)
             iteration += len(rows)
+            self._latest = pieces[batch - 1]
             yield rows
 
     def _together(self, fused: "FusedSGD", inputs: Tensor, targets: Tensor, iteration: int) -> Tensor | None:

@@ -20,6 +20,7 @@ GROUPS = {
     "network": "data",
     "objective": "loss",
     "pruning": "prune",
+    "refinement": "refine",
     "optimisation": "epochs",
     "machine": "device",
     "run": "run",

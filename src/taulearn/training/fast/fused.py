@@ -200,6 +200,6 @@ class FusedSGD:
         p = p - lr * g
         if self.parameters[name] is self.time_steps.values:
             for penalty in self.objective.penalties:
-                p = penalty.proximal(p, lr)
+                p = self.time_steps.sparing(p, penalty.proximal(p, lr))
             p = self.time_steps.projected(p)
         return p

@@ -1,0 +1,197 @@
+"""The policies at work on one model: pruning, refinement, both of them, or none.
+
+A training loop asks one object, after each iteration, which of them are due, and lets those change the grid. Deletions
+come first; refinement then makes up for them. The one that did not act follows: scores, penalties and the target of
+pruning go on with the layers that there are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.time_steps import time_steps_of
+from .coarsen import PruneReport, prune
+from .controller import Pruner
+from .optimizer_state import optimizers_in
+from .policies import Pruning
+from .transaction import all_or_nothing
+
+if TYPE_CHECKING:
+    from .refine import RefineReport
+    from .refiner import Refinement, Refiner
+
+
+class Changed(NamedTuple):
+    """A change of the grid: its report, and positions before it, of those that stayed or of those that were refined."""
+
+    report: Union[PruneReport, "RefineReport"]
+    positions: list[int]
+
+
+class Adaptation:
+    """The policies at work on one model; false where there is none.
+
+    Args:
+        pruning: The policy of pruning, or None.
+        refinement: The policy of refinement, or None.
+        model: The model.
+        optimizer: Its optimiser, or several.
+        epochs: Number of epochs of the training.
+        per_epoch: Iterations of one.
+        recording: As for :class:`~taulearn.adaptivity.controller.Pruner`.
+        loss: That of the training, where it is known.
+    """
+
+    pruner: Pruner | None = None
+    refiner: "Refiner | None" = None
+
+    def __init__(
+        self,
+        pruning: Pruning | None,
+        refinement: "Refinement | None",
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        epochs: float = 1,
+        per_epoch: int = 1,
+        *,
+        recording: bool = False,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        if refinement is not None:
+            from .refiner import Refiner
+
+            self.refiner = Refiner(refinement, model, optimizer, epochs, per_epoch, loss=loss)
+        if pruning is not None:
+            self.pruner = Pruner(pruning, model, optimizer, epochs, per_epoch, recording=recording, loss=loss)
+
+    def __bool__(self) -> bool:
+        return self.pruner is not None or self.refiner is not None
+
+    @property
+    def targeted(self) -> bool:
+        """Whether there is a target."""
+        return self.refiner is not None or (self.pruner is not None and self.pruner.target is not None)
+
+    def begin(self, sample: Any) -> None:
+        """Find out what has to come and to go; to be called once, before training."""
+        refined = None
+        if self.refiner is not None:
+            self.refiner.begin(None if self.pruner is None else self.pruner.deadline)
+            refined = self.refiner.policy.target_blocks, self.refiner.rounds.end + self.refiner.rest
+        if self.pruner is not None:
+            self.pruner.begin(sample, refined)
+
+    def due(self, iteration: int, *, epoch_ends: bool) -> "tuple[Pruner | Refiner, ...]":
+        """Those that look at the layers after this iteration, counted from 1, in their order."""
+        policies = (self.pruner, self.refiner)
+        return tuple(each for each in policies if each is not None and each.due(iteration, epoch_ends=epoch_ends))
+
+    def change(
+        self,
+        iteration: int,
+        due: "Sequence[Pruner | Refiner]",
+        averages: Sequence[nn.Module],
+        batch: Callable[[], Any],
+    ) -> list[Changed]:
+        """Let those that are due change the grid, in the model, its optimisers and its averages, or in none of them.
+
+        Args:
+            iteration: The iteration after which this happens.
+            due: Of :meth:`due`.
+            averages: Averages of the model, which follow.
+            batch: Makes the batch that an indicator looks at, where the policy has no data.
+        """
+        changes = []
+        models = [self.model, *averages]
+        with all_or_nothing(models, optimizers_in(self.optimizer)) if averages else nullcontext():
+            self._rest(iteration)
+            for each in due:
+                if isinstance(each, Pruner):
+                    report = each.prune(iteration)
+                    if report is not None:
+                        changes.append(Changed(report, list(report.kept)))
+                        for average in averages:
+                            prune(average, keep=report.kept)
+                else:
+                    number = time_steps_of(self.model).num_steps
+                    found = each.refine(iteration, averages, batch)
+                    if found is not None:
+                        changes.append(Changed(*found))
+                        self._grow(number, found[1])
+            self._rest(iteration)
+        return changes
+
+    def follow(self, changes: Sequence[Changed], state: Mapping[str, Any], averages: Sequence[nn.Module]) -> None:
+        """Do what another process's :meth:`change` did, and take over its :meth:`decisions`."""
+        for report, positions in changes:
+            if isinstance(report, PruneReport):
+                assert self.pruner is not None
+                self.pruner.follow(positions)
+                for average in averages:
+                    prune(average, keep=positions)
+            else:
+                assert self.refiner is not None
+                number = time_steps_of(self.model).num_steps
+                self.refiner.carry_out(positions, averages)
+                self._grow(number, positions)
+        self.aim(state)
+
+    def decisions(self) -> dict[str, Any]:
+        """How far the policies are, for other processes."""
+        target = None if self.pruner is None or self.pruner.target is None else self.pruner.target.state()
+        return {"target": target, "refiner": None if self.refiner is None else self.refiner.state()}
+
+    def aim(self, state: Mapping[str, Any]) -> None:
+        """Take over the decisions of another process."""
+        if self.pruner is not None:
+            self.pruner.aim(state["target"])
+        if self.refiner is not None:
+            self.refiner.load_state(state["refiner"])
+            self._rest(self.refiner.done)
+
+    def state(self) -> dict[str, Any]:
+        """Plain data and tensors for a checkpoint."""
+        found = {} if self.pruner is None else self.pruner.state()
+        return found if self.refiner is None else {**found, "refiner": self.refiner.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`, of a run whose layers the model has now."""
+        if (self.refiner is None) != ("refiner" not in state):
+            raise ValueError("refinement must be as at the start of the run, got one where there was none, or none")
+        if self.refiner is not None:
+            self.refiner.load_state(state["refiner"])
+            self._rest(self.refiner.done)
+        if self.pruner is not None:
+            self.pruner.load_state({name: value for name, value in state.items() if name != "refiner"})
+
+    def follow_grid(self, iteration: int, before: Sequence[int]) -> None:
+        """Go on with the layers that somebody else left, who found those of these numbers."""
+        kept, sources, copies = time_steps_of(self.model).grid.made_from(before)
+        if self.pruner is not None:
+            self.pruner.keep(kept)
+            self.pruner.grow(sources, copies)
+        self._rest(iteration)
+
+    def shortfall(self, iteration: int) -> list[str]:
+        """How far targets are missed where training ends, and what to do."""
+        policies = (self.refiner, self.pruner)
+        return [said for each in policies if each is not None and (said := each.shortfall(iteration))]
+
+    def end(self) -> None:
+        """Leave the model to others."""
+        if self.refiner is not None:
+            time_steps_of(self.model).rest_(None)
+
+    def _grow(self, number: int, positions: Sequence[int]) -> None:
+        if self.pruner is not None:
+            from ..nn.grid import twice
+
+            self.pruner.grow(*twice(number, positions))
+
+    def _rest(self, iteration: int) -> None:
+        if self.refiner is not None:
+            time_steps_of(self.model).rest_(self.refiner.resting(iteration))

@@ -1,0 +1,351 @@
+"""Refinement while training: the policy that ``fit`` takes, and what it does to model, optimisers and averages.
+
+There are R rounds, ``every`` iterations apart, the last one at the iteration ``end``. In a round where M layers are
+missing, with R' rounds left, itself among them, the
+
+    n = min(M, max(w, ceil(M / R')))
+
+layers with the largest indicators are refined; w is what the policy asks for: a number, or the size of Dörfler's set.
+So the target is reached in the last round at the latest, whatever was deleted on the way.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._batches import batches_of
+from .._errors import is_number, positive_integer, unknown_name
+from ..nn.time_steps import TimeSteps, time_steps_of
+from .estimate import Criterion
+from .indicators import NAMES, indicators, not_refined
+from .mark import bulk as smallest_set, largest
+from .optimizer_state import check_follows, optimizers_in, with_inner
+from .policies import check_every, check_time, iterations_of
+from .refine import RefineReport, check_refinable, check_way, closed_layers, refine
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """The policy that ``fit`` takes: layers come in until there are so many, at the latest at a given time.
+
+    In each round the layers with the largest indicators are refined, see :func:`taulearn.refine`. With a
+    ``Pruning(threshold)`` both go on, layers come and go; with a ``Pruning(target_blocks=...)`` that one's target is
+    the final number of layers, and its deletions begin when refinement is over.
+
+    Args:
+        target_blocks: Number of layers to reach, more than there are.
+        every: "epoch", or a number of iterations >= 1 between two rounds. None: as many rounds as it takes, at equal
+            distances, the last one at ``until``.
+        number: Layers a round. None: one, or as many as ``every`` forces.
+        bulk: Or the smallest set whose indicators sum to at least this share of the total, in (0, 1].
+        by: "split": layers become two; "insert": new ones with step 0 come in.
+        indicator: As for ``taulearn.refine``.
+        data: Batches for a named indicator, as for ``taulearn.refine``. None: the batch of the iteration; in
+            ``attach`` what ``session.loss`` was given.
+        loss: Maps (output, target) to a scalar, for a named indicator. None: that of ``fit``, else the one that the
+            model returns.
+        theta: Share of the first half of a split, in (0, 1).
+        layer: What an inserted layer is, as for ``taulearn.refine``.
+        until: When the target is reached: a number of epochs, or as a float the share of the run, in (0, 1].
+        rest: Iterations in which a new layer is neither deleted nor penalised by what acts on the steps (L1, L2,
+            ElasticNet, TimeHorizon, proximal maps). None: ``every``, as it was given or found; with a target of pruning
+            at most half of the time that is left for deletions.
+
+    Raises:
+        ValueError, TypeError: If an argument lies outside its range or contradicts another one.
+
+    Example:
+        >>> Refinement(12, number=2, until=10).by
+        'split'
+    """
+
+    target_blocks: int
+    every: str | int | None = field(default=None, kw_only=True)
+    number: int | None = field(default=None, kw_only=True)
+    bulk: float | None = field(default=None, kw_only=True)
+    by: str = field(default="split", kw_only=True)
+    indicator: str | Criterion | Callable[[Any, Any], Tensor] | None = field(default=None, kw_only=True)
+    data: Any = field(default=None, kw_only=True, compare=False, repr=False)
+    loss: Callable[[Any, Any], Tensor] | None = field(default=None, kw_only=True)
+    theta: float = field(default=0.5, kw_only=True)
+    layer: Callable[[nn.Module], nn.Module] | None = field(default=None, kw_only=True)
+    until: float | int = field(default=0.5, kw_only=True)
+    rest: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        positive_integer("target_blocks", self.target_blocks, "so many layers are reached")
+        check_every(self.every)
+        if self.number is not None and self.bulk is not None:
+            raise ValueError(f"bulk must be left out with number, got {self.bulk!r}: one of them says how many come")
+        if self.number is not None:
+            positive_integer("number", self.number, "so many layers come in a round")
+        if self.bulk is not None and not (is_number(self.bulk) and 0.0 < self.bulk <= 1.0):
+            raise ValueError(f"bulk must lie in (0, 1], got {self.bulk!r}: it is a share of the indicators' sum")
+        check_way(self.by, self.theta, self.layer)
+        if not (is_number(self.theta) and 0.0 < self.theta < 1.0):
+            raise ValueError(f"theta must lie in (0, 1), got {self.theta!r}: it is the first half's share of a step")
+        self._check_indicator()
+        check_time("until", self.until)
+        if self.rest is not None and (isinstance(self.rest, bool) or not isinstance(self.rest, int) or self.rest < 0):
+            raise ValueError(f"rest must be a number of iterations >= 0, got {self.rest!r}")
+
+    @property
+    def named(self) -> str | None:
+        """The indicator that looks at batches with a loss; None: an object or a function."""
+        if self.indicator is None:
+            return "dual-weighted" if self.by == "split" else "sensitivity"
+        return self.indicator if isinstance(self.indicator, str) else None
+
+    def _check_indicator(self) -> None:
+        given = self.indicator
+        if isinstance(given, str):
+            if given not in NAMES:
+                raise unknown_name("indicator", given, NAMES)
+        elif given is not None and (isinstance(given, type) or not (isinstance(given, Criterion) or callable(given))):
+            raise TypeError(f"indicator must be a name or a function, got {given!r}: see taulearn.refine")
+        if self.loss is not None and self.named is None:
+            raise ValueError("loss must be left out with an indicator of your own, which is called without one")
+        if self.data is not None:
+            if isinstance(given, Criterion):
+                raise ValueError("data must be left out with a Criterion, which looks at the model alone")
+            object.__setattr__(self, "data", batches_of(self.data))
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The iterations after which there is a round."""
+
+    end: int  # the last one
+    every: int
+    number: int
+
+    @property
+    def first(self) -> int:
+        """The first one."""
+        return self.end - (self.number - 1) * self.every
+
+    def left(self, iteration: int) -> int:
+        """The number of rounds left, that after this iteration among them; 0 where there is none after it."""
+        inside = self.first <= iteration <= self.end and (self.end - iteration) % self.every == 0
+        return (self.end - iteration) // self.every + 1 if inside else 0
+
+    def next(self, iteration: int) -> int | None:
+        """The first one behind an iteration."""
+        if iteration >= self.end:
+            return None
+        return max(self.first, self.end - (self.end - iteration - 1) // self.every * self.every)
+
+
+def rounds_for(missing: int, end: int, every: int | None, number: int | None) -> Rounds:
+    """Rounds in which so many layers can come, until an iteration.
+
+    Args:
+        missing: Number of layers to come, >= 1.
+        end: The iteration by which they are there.
+        every: Iterations between two rounds. None: as many rounds as it takes, at equal distances.
+        number: Layers a round. None: at least one.
+
+    Raises:
+        ValueError: If there is no room for them.
+
+    Example:
+        >>> rounds_for(4, 50, None, 2), rounds_for(4, 50, 15, None)
+        (Rounds(end=50, every=25, number=2), Rounds(end=45, every=15, number=3))
+    """
+    needed = -(-missing // (number or 1))
+    found = Rounds(end, end // needed, needed) if every is None else Rounds(end // every * every, every, end // every)
+    if found.every == 0 or found.number == 0:
+        wanted = f"{needed} rounds" if every is None else f"a round every {every} iterations"
+        raise ValueError(
+            f"until must leave room for {wanted}, got iteration {end}: set until later, or more layers a round (number)"
+        )
+    if number is not None and number * found.number < missing:
+        raise ValueError(
+            f"number must be at least {-(-missing // found.number)}, so that {missing} layers come in {found.number} "
+            f"rounds until iteration {end}, got {number}: leave it out, or set every lower"
+        )
+    return found
+
+
+class Refiner:
+    """A policy of refinement at work on one model. The loss is that of the training, where it is known."""
+
+    def __init__(
+        self,
+        policy: Refinement,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        epochs: float,
+        per_epoch: int,
+        *,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+    ) -> None:
+        self.policy, self.model, self.optimizer = policy, model, optimizer
+        self.loss = loss if policy.loss is None else policy.loss
+        check_refinable(model)
+        named = {p: name for name, p in model.named_parameters()}
+        for each in with_inner(optimizers_in(optimizer)):
+            check_follows(each, named, {id(self.steps.values)})
+        self._until = iterations_of("until", policy.until, epochs, per_epoch)
+        self._every = policy.every if isinstance(policy.every, int) else per_epoch if policy.every else None
+        self.rounds, self.rest = Rounds(0, 1, 0), 0  # until begin; iterations in which a new layer is left alone
+        self.done = 0  # the last iteration after which something was looked at
+        self.missing = 0  # layers that could not be had in the last round
+        self._born: dict[int, int] = {}  # iterations after which layers came that still rest, by their numbers
+
+    @property
+    def steps(self) -> TimeSteps:
+        """The model's time steps."""
+        return time_steps_of(self.model)
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether the indicator looks at the batch of the iteration."""
+        return self.policy.named is not None and self.policy.data is None
+
+    def begin(self, deadline: int | None = None) -> None:
+        """Lay out the rounds; to be called once, before training.
+
+        Args:
+            deadline: The iteration after which pruning has reached its target, where it has one.
+        """
+        present, target = self.steps.num_steps, self.policy.target_blocks
+        if target <= present:
+            raise ValueError(
+                f"target_blocks must be more than {present}, the number of layers of the model, got {target}: nothing "
+                "would come; train without refinement"
+            )
+        closed = self._closed()
+        if len(closed) == present:
+            layer, reason = max(closed.items())
+            raise ValueError(
+                f"model must have a layer that can be refined with by={self.policy.by!r}, got none: layer {layer} "
+                f"cannot: {reason}"
+            )
+        self.rounds = rounds_for(target - present, self._until, self._every, self.policy.number)
+        most = self.rounds.every if deadline is None else max(0, (deadline - self.rounds.end) // 2)
+        self.rest = min(self.rounds.every, most) if self.policy.rest is None else self.policy.rest
+        open_, missing, left = present - len(closed), target - present, self.rounds.number
+        while missing:  # each round refines a layer once
+            number = self._number(missing, left, self.policy.number or 1)
+            if number > open_:
+                raise ValueError(
+                    f"every must leave more rounds until iteration {self.rounds.end}, got {self.rounds.number}, in "
+                    f"which {target} layers cannot be reached: a round refines each of {open_} layers at most once"
+                )
+            open_, missing, left = open_ + number, missing - number, left - 1
+
+    def due(self, iteration: int, *, epoch_ends: bool = False) -> bool:
+        """Whether there is a round after this iteration, counted from 1, or the rest of a layer ends."""
+        ends = any(born + self.rest == iteration for born in self._born.values())
+        return iteration > self.done and (ends or self.rounds.left(iteration) > 0)
+
+    def next(self, iteration: int) -> int | None:
+        """The first iteration behind this one after which something is due."""
+        times = [self.rounds.next(iteration), *(born + self.rest for born in self._born.values())]
+        return min((time for time in times if time is not None and time > iteration), default=None)
+
+    def resting(self, iteration: int) -> set[int]:
+        """Numbers of the layers that rest after an iteration."""
+        return {number for number, born in self._born.items() if iteration < born + self.rest}
+
+    def refine(
+        self, iteration: int, averages: Sequence[nn.Module], batch: Any
+    ) -> tuple[RefineReport, list[int]] | None:
+        """Refine what is to be refined after an iteration; returns the report and the positions, then, of the layers.
+
+        Args:
+            iteration: Its number, counted from 1.
+            averages: Averages of the model, which are refined alike.
+            batch: Makes the batch that the indicator looks at, where the policy has no data.
+        """
+        self.done, left = iteration, self.rounds.left(iteration)
+        self._born = {number: born for number, born in self._born.items() if iteration < born + self.rest}
+        missing = max(0, self.policy.target_blocks - self.steps.num_steps) if left else 0
+        chosen = self._choose(missing, left, batch) if missing else {}
+        if left == 1 and (short := missing - len(chosen)):
+            self.missing = short
+            warnings.warn(self.shortfall(iteration), stacklevel=2)
+        if not chosen:
+            return None
+        report = self.carry_out(list(chosen), averages)
+        found = zip(report.new, chosen.values(), strict=True)
+        report = replace(report, new=tuple(replace(new, indicator=eta) for new, eta in found))
+        self._born |= {new.layer: iteration for new in report.new}
+        return report, list(chosen)
+
+    def carry_out(self, positions: Sequence[int], averages: Sequence[nn.Module]) -> RefineReport:
+        """Refine layers of the model and of its averages."""
+        policy, made = self.policy, list[nn.Module]()
+        options: dict[str, Any] = {"by": policy.by, "theta": policy.theta}
+
+        def make(neighbour: nn.Module) -> nn.Module:
+            assert policy.layer is not None
+            made.append(policy.layer(neighbour))
+            return copy.deepcopy(made[-1]) if averages else made[-1]
+
+        def again(_: nn.Module) -> nn.Module:  # of the averages, in the same order
+            made.append(made.pop(0))
+            return copy.deepcopy(made[-1])
+
+        layers = (None, None) if policy.layer is None else (make, again)
+        report = refine(self.model, positions, layer=layers[0], optimizer=self.optimizer, **options)
+        for each in averages:
+            refine(each, positions, layer=layers[1], **options)
+        return report
+
+    def shortfall(self, iteration: int) -> str:
+        """How far the target is missed where training ends, and what to do; empty where it was reached."""
+        target, number, end = self.policy.target_blocks, self.steps.num_steps, self.rounds.end
+        said = f"the target of refinement is not reached: {number} layers, target_blocks={target} asked for"
+        if iteration < end and number < target:
+            return (
+                f"{said}; training ended after iteration {iteration}, and layers come until iteration {end}: train "
+                "longer, or choose an earlier until"
+            )
+        return f"{said}: the other layers could not be refined; choose another target" if self.missing else ""
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint, or another process."""
+        born = [list(each) for each in self._born.items()]
+        plain = {"rest": self.rest, "done": self.done, "missing": self.missing}
+        return {"rounds": asdict(self.rounds), "born": born, **plain}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.rounds, self.rest = Rounds(**state["rounds"]), state["rest"]
+        self.done, self.missing = state["done"], state["missing"]
+        self._born = dict(state["born"])
+
+    def _closed(self) -> dict[int, str]:
+        """Positions that cannot be refined now, with the reasons."""
+        policy = self.policy
+        closed = closed_layers(check_refinable(self.model), policy.by, policy.theta, policy.layer)
+        if policy.named is not None:
+            closed = not_refined(self.model, policy.named, policy.layer) | closed
+        return closed
+
+    @staticmethod
+    def _number(missing: int, left: int, wanted: int) -> int:
+        """How many layers are refined in a round."""
+        return min(missing, max(wanted, math.ceil(missing / left)))
+
+    def _choose(self, missing: int, left: int, batch: Any) -> dict[int, float]:
+        """Positions of the layers that are refined now, in order, with their indicators."""
+        policy, closed = self.policy, self._closed()
+        if len(closed) == self.steps.num_steps:
+            return {}
+        data = batch() if self.needs_batch else policy.data
+        given = policy.named if policy.named is not None else policy.indicator
+        assert given is not None
+        eta = indicators(self.model, given, data, self.loss, theta=policy.theta, layer=policy.layer).cpu()
+        eta[list(closed)] = math.nan
+        wanted = (policy.number or 1) if policy.bulk is None else len(smallest_set(eta, policy.bulk, closed))
+        number = min(self._number(missing, left, wanted), int((~eta.isnan()).sum()))
+        return {l: float(eta[l]) for l in largest(eta, number, closed)} if number else {}
