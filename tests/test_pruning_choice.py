@@ -73,7 +73,7 @@ def slow() -> TimeVariableNetwork:
 @pytest.fixture
 def four_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward pass takes 4 ms a layer, whatever else the machine does."""
-    monkeypatch.setattr("taulearn.adaptivity.mark.milliseconds", lambda m, _: 4.0 * m.time_steps.num_steps)
+    monkeypatch.setattr("taulearn._milliseconds.milliseconds", lambda m, _: 4.0 * m.time_steps.num_steps)
 
 
 def test_as_many_layers_as_a_latency_allows(four_a_layer: None) -> None:
@@ -104,7 +104,7 @@ def test_a_latency_that_nothing_meets_changes_nothing() -> None:
 
 def test_the_largest_number_within_a_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     model, order = slow(), [0, 2, 4, 5, 3]
-    monkeypatch.setattr("taulearn.adaptivity.mark.milliseconds", lambda m, _: 10.0 * m.time_steps.num_steps)
+    monkeypatch.setattr("taulearn._milliseconds.milliseconds", lambda m, _: 10.0 * m.time_steps.num_steps)
     for limit, left in [(60.0, 6), (59.9, 5), (30.0, 3), (10.0, 1)]:
         deletions, taken = within_latency(model, order, 6, {"latency_ms": limit, "example_inputs": None})
         assert (6 - deletions, taken) == (left, 10.0 * left)

@@ -109,7 +109,7 @@ def a_millisecond_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         model(inputs)
         return float(model.time_steps.num_steps)
 
-    monkeypatch.setattr("taulearn.adaptivity.mark.milliseconds", milliseconds)
+    monkeypatch.setattr("taulearn._milliseconds.milliseconds", milliseconds)
 
 
 def without_optimizer() -> Setting:

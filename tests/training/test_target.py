@@ -127,7 +127,7 @@ def test_a_latency_from_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append((len(layers), tuple(inputs.shape)))
         return (0.5, 1.0, 1.0, 0.5, 2.0, 0.25), 6.0
 
-    monkeypatch.setattr("taulearn.adaptivity.controller.layer_milliseconds", measured)
+    monkeypatch.setattr("taulearn.adaptivity.target.layer_milliseconds", measured)
     model = wrapped()
     history = trained(model, Pruning(target_latency_ms=3.4, by=3, penalised="none", criterion="share"))
     assert seen == [(6, (1, 1, 8, 8))]
@@ -186,7 +186,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     name: str, units: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([((0.5, 1.0, 1.0, 0.5, 2.0, 0.25), 6.0), *[((1.0, 0.1, 1.0, 0.5, 0.1, 3.0), 7.0)] * 9])
-    monkeypatch.setattr("taulearn.adaptivity.controller.layer_milliseconds", lambda *_: next(times))
+    monkeypatch.setattr("taulearn.adaptivity.target.layer_milliseconds", lambda *_: next(times))
     model = wrapped(units=units)
     history = trained(model, POLICIES[name], run=tmp_path / "whole")
     assert len({d.epoch for d in history.deletions}) >= 2 or name == "contribution"
@@ -195,12 +195,12 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert ("costs=[0.5, 1.0" in decisions) == (name == "latency")
     for epoch in (1, 3) if name == "all" else (3,):
         monkeypatch.setattr(
-            "taulearn.adaptivity.controller.layer_milliseconds", lambda *_: ((0.5, 1.0, 1.0, 0.5, 2.0, 0.25), 6.0)
+            "taulearn.adaptivity.target.layer_milliseconds", lambda *_: ((0.5, 1.0, 1.0, 0.5, 2.0, 0.25), 6.0)
         )
         folder = tmp_path / str(epoch)
         with pytest.raises(Crash):
             trained(wrapped(units=units), POLICIES[name], run=folder, callbacks=[crash_after(epoch)])
-        monkeypatch.setattr("taulearn.adaptivity.controller.layer_milliseconds", lambda *_: next(times))
+        monkeypatch.setattr("taulearn.adaptivity.target.layer_milliseconds", lambda *_: next(times))
         resumed = wrapped(units=units)
         record = trained(resumed, POLICIES[name], run=folder, resume=True)
         assert_same_weights(resumed, model)

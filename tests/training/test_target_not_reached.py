@@ -31,7 +31,7 @@ def trained(policy: Pruning, *, model: Any = None, epochs: int = 10, lr: float =
 
 @pytest.fixture(autouse=True)
 def one_millisecond_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taulearn.adaptivity.controller.layer_milliseconds", lambda model, layers, _: ((1.0,) * 8, 9.0))
+    monkeypatch.setattr("taulearn.adaptivity.target.layer_milliseconds", lambda model, layers, _: ((1.0,) * 8, 9.0))
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,12 @@
 """The policies at work on one model: pruning, refinement, both of them, or none.
 
-A training loop asks one object, after each iteration, which of them are due, and lets those change the grid. Deletions
-come first; refinement then makes up for them. The one that did not act follows: scores, penalties and the target of
-pruning go on with the layers that there are.
+A training loop asks after each iteration which of them are due, and lets those change the grid: deletions come first.
+Scores, penalties and the target of pruning go on with the layers that came.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from ..nn.time_steps import time_steps_of
 from .coarsen import PruneReport, prune
 from .controller import Pruner
-from .optimizer_state import optimizers_in
 from .policies import Pruning
 from .transaction import all_or_nothing
 
@@ -27,23 +25,12 @@ if TYPE_CHECKING:
 class Changed(NamedTuple):
     """A change of the grid: its report, and positions before it, of those that stayed or of those that were refined."""
 
-    report: Union[PruneReport, "RefineReport"]
+    report: "PruneReport | RefineReport"
     positions: list[int]
 
 
 class Adaptation:
-    """The policies at work on one model; false where there is none.
-
-    Args:
-        pruning: The policy of pruning, or None.
-        refinement: The policy of refinement, or None.
-        model: The model.
-        optimizer: Its optimiser, or several.
-        epochs: Number of epochs of the training.
-        per_epoch: Iterations of one.
-        recording: As for :class:`~taulearn.adaptivity.controller.Pruner`.
-        loss: That of the training, where it is known.
-    """
+    """The policies at work on one model, with the arguments of ``Pruner``; false without any."""
 
     pruner: Pruner | None = None
     refiner: "Refiner | None" = None
@@ -80,7 +67,8 @@ class Adaptation:
         """Find out what has to come and to go; to be called once, before training."""
         refined = None
         if self.refiner is not None:
-            self.refiner.begin(None if self.pruner is None else self.pruner.deadline)
+            window = None if self.pruner is None else self.pruner.window
+            self.refiner.begin(None if window is None else window[1])
             refined = self.refiner.policy.target_blocks, self.refiner.rounds.end + self.refiner.rest
         if self.pruner is not None:
             self.pruner.begin(sample, refined)
@@ -99,15 +87,10 @@ class Adaptation:
     ) -> list[Changed]:
         """Let those that are due change the grid, in the model, its optimisers and its averages, or in none of them.
 
-        Args:
-            iteration: The iteration after which this happens.
-            due: Of :meth:`due`.
-            averages: Averages of the model, which follow.
-            batch: Makes the batch that an indicator looks at, where the policy has no data.
+        ``batch`` makes the batch that an indicator looks at, where the policy has no data.
         """
         changes = []
-        models = [self.model, *averages]
-        with all_or_nothing(models, optimizers_in(self.optimizer)) if averages else nullcontext():
+        with all_or_nothing([self.model, *averages], self.optimizer) if averages else nullcontext():
             self._rest(iteration)
             for each in due:
                 if isinstance(each, Pruner):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._milliseconds import layer_milliseconds
 from ..nn.pruned_models import prunable_of
 from ..optim import group_of
 from .coarsen import PruneReport, check_prunable, layers_that_stay, prune, scores_without
@@ -48,15 +47,15 @@ class Pruner:
         self._check_optimizer()
         self.penalty: "SteeredL1 | None" = None
         self.target: Target | None = None
+        self.window: tuple[int, int, int] | None = None  # of a target: first and last iteration, and looks
         self.every = policy.every if isinstance(policy.every, int) else None  # iterations; None: each epoch
         if policy.targeted:
-            from .target import SteeredL1, window
+            from .target import SteeredL1, check_penalised, window
 
             check_penalised(policy, self.prunable, optimizer)
             if policy.penalised != "none":
                 self.penalty = SteeredL1(self.prunable.time_steps.values, policy.survivors)
-            self._window = window(policy.by, policy.every, epochs, per_epoch)
-            self.every = self._window[2]
+            self.window = _, _, self.every = window(policy.by, policy.every, epochs, per_epoch)
         self.per_epoch = per_epoch
         named = TARGET_CRITERION if policy.targeted and policy.criterion is None else policy.criterion
         loss = loss if policy.loss is None else policy.loss
@@ -74,94 +73,17 @@ class Pruner:
             check_follows(each, named, gone)
 
     def begin(self, sample: Any, refined: tuple[int, int] | None = None) -> None:
-        """Find out what has to go; to be called once, before training.
+        """Find out what has to go, see ``target_for``; to be called once, before training."""
+        if self.window is not None:
+            from .target import target_for
 
-        Args:
-            sample: An input, for times.
-            refined: The number of layers that refinement leads to, and the iteration after which the last new one has
-                had its rest.
-        """
-        if not self.policy.targeted:
-            return
-        steps, fixed = self.prunable.time_steps, self.prunable.fixed_layers()
-        if self.policy.survivors == "one":
-            check_survivors(self.prunable)
-        number, wanted, whole = steps.num_steps, self.policy.target_blocks, 0.0
-        if wanted is not None:
-            most = number if refined is None else refined[0]
-            if wanted >= most:
-                whose = "of the model" if refined is None else "that refinement leads to"
-                raise ValueError(
-                    f"target_blocks must be less than {most}, the number of layers {whose}, got {wanted}: "
-                    "nothing would go; train without pruning"
-                )
-            if wanted < len(fixed):
-                layer, reason = next(iter(fixed.items()))
-                raise ValueError(
-                    f"target_blocks must be at least {len(fixed)}, the number of layers that must stay, got {wanted}: "
-                    f"layer {layer} stays because {reason}"
-                )
-            costs, excess = (1.0,) * number, float(number - wanted)
-        else:
-            costs, whole = self._measure(sample)
-            excess = self._excess(costs, whole, fixed, grows=refined is not None)
-        if refined is not None:
-            self._wait_for(refined[1])
-        from .target import Target
-
-        by_number = dict(zip(steps.origin, costs, strict=True))
-        numbers = range(steps.next_number)
-        self.target = Target(
-            self.policy.penalised, *self._window, [by_number.get(l, 0.0) for l in numbers], excess, whole
-        )
-
-    def _wait_for(self, rested: int) -> None:
-        """Let deletions begin when refinement is over."""
-        begin, deadline, every = self._window
-        if rested >= deadline:
-            raise ValueError(
-                f"by must leave room behind refinement, whose last layers have had their rest after iteration "
-                f"{rested}, got {self.policy.by!r}, which is iteration {deadline}: choose a later by, or Refinement "
-                "with an earlier until or a shorter rest"
-            )
-        self._window = max(begin, rested), deadline, every
-
-    def _measure(self, sample: Any) -> tuple[tuple[float, ...], float]:
-        inputs = sample if self.policy.example_inputs is None else self.policy.example_inputs
-        if inputs is None:
-            raise ValueError(
-                "example_inputs must be given with target_latency_ms outside fit, which knows the data: write "
-                "Pruning(target_latency_ms=.., example_inputs=inputs)"
-            )
-        return layer_milliseconds(self.model, tuple(self.prunable.layers), inputs)
-
-    def _excess(self, costs: tuple[float, ...], whole: float, fixed: Mapping[int, str], *, grows: bool) -> float:
-        limit = self.policy.target_latency_ms
-        assert limit is not None
-        free = sorted(costs[i] for i in range(len(costs)) if i not in fixed)
-        smallest = whole - sum(free[1:] if not fixed else free)
-        if limit >= whole and not grows:
-            raise ValueError(
-                f"target_latency_ms must be less than the {whole:.3g} ms that a forward pass takes now on this "
-                f"machine, got {limit:g}: nothing would go; train without pruning"
-            )
-        if limit < smallest:
-            raise ValueError(
-                f"target_latency_ms must be at least {smallest:.3g}, what a forward pass takes on this machine with "
-                f"all layers gone that can go (now {whole:.3g} ms), got {limit:g}"
-            )
-        return whole - limit
+            self.target = target_for(self.policy, self.model, self.window, sample, refined)
 
     @property
     def prunable(self) -> Prunable:
         """The model, or its wrapping, as it is now."""
         found: Prunable = prunable_of(self.model)
         return found
-
-    @property
-    def deadline(self) -> int | None:
-        """The iteration after which the target is reached; None without one."""
-        return self._window[1] if self.policy.targeted else None
 
     @property
     def measure_every(self) -> int | None:
@@ -228,23 +150,8 @@ class Pruner:
 
     def shortfall(self, iteration: int) -> str:
         """How far a target is missed where training ends, and what to do; empty where it is reached."""
-        target, policy = self.target, self.policy
         origin = self.prunable.time_steps.origin
-        if target is None or target.reached:
-            return ""
-        if policy.target_blocks is not None:
-            reached, number = len(origin) <= policy.target_blocks, len(origin)
-            left = f"{number} {'block is' if number == 1 else 'blocks are'} left, target_blocks={policy.target_blocks}"
-        else:
-            assert policy.target_latency_ms is not None
-            now = target.whole - sum(target.costs) + sum(target.costs[layer] for layer in origin)
-            reached = now <= policy.target_latency_ms
-            left = f"{now:.3g} of {target.whole:.3g} ms are left, target_latency_ms={policy.target_latency_ms:g}"
-        when = f"; training ended after iteration {iteration}, and layers go until iteration {target.deadline}"
-        remedy = "train longer, choose an earlier by, or delete more with prune"
-        if iteration >= target.deadline:
-            when, remedy = "", "the other layers must stay, or nothing was known of them: choose another target"
-        return "" if reached else f"the target of pruning is not reached: {left} asked for{when}: {remedy}"
+        return "" if self.target is None else self.target.shortfall(self.policy, origin, iteration)
 
     def follow(self, kept: Sequence[int]) -> None:
         """Do what another process's :meth:`prune` did."""
@@ -372,49 +279,3 @@ class Pruner:
         self.aim(state["target"])
         if self.target is not None:
             self.every = self.target.every
-
-
-def check_penalised(
-    policy: Pruning, prunable: Prunable, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
-) -> None:
-    """Refuse a policy whose penalty on the steps could not lead to its target."""
-    steps = prunable.time_steps
-    if policy.penalised == "none":
-        return
-    remedy = "or cut layers off without a penalty, penalised='none'"
-    if not steps.rule.trains:
-        raise ValueError(
-            f"constraint must not be {steps.constraint!r} where a penalty on the steps leads to the target: they do "
-            f"not change; use 'free', {remedy}"
-        )
-    if policy.penalised == "all" and steps.rule.adds_up and steps.values.numel() == steps.num_steps:
-        raise ValueError(
-            f"constraint must not be {steps.constraint!r} with penalised='all': the sum of the steps is constant; "
-            "use penalised='next', or constraint 'free'"
-        )
-    if not steps.values.requires_grad or group_of(optimizer, steps.values) is None:
-        raise ValueError(
-            "optimizer must hold the time steps where a penalty on them leads to the target, got one that does "
-            f"not: make it from taulearn.parameter_groups(model, lr), {remedy}"
-        )
-
-
-def check_survivors(prunable: Prunable) -> None:
-    """Refuse a model whose steps are not all 1, or cannot stay so."""
-    steps, units = prunable.time_steps, getattr(prunable, "units", None)
-    if units is not None:
-        raise ValueError(
-            "survivors must be 'free' with units of displacement, got 'one': there a step of 1 is no plain one; wrap "
-            "with units='steps'"
-        )
-    ones = torch.ones_like(steps.tau)
-    if steps.rule.adds_up or not torch.equal(steps.projected(ones), ones):
-        raise ValueError(
-            f"survivors must be 'free' with constraint {steps.constraint!r}, got 'one': the steps that are left could "
-            "not all be 1; use constraint 'free'"
-        )
-    if not torch.equal(steps.tau, ones):
-        raise ValueError(
-            f"survivors must be 'free' where not all steps are 1 at the start, got 'one' with {steps.tau.tolist()}: "
-            "wrap with init=1.0"
-        )

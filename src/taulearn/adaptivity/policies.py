@@ -1,6 +1,5 @@
 """When layers are deleted in training, and how many: the policy that ``fit`` takes; refinement's is in refiner.py."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
@@ -9,14 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._batches import batches_of
-from .._errors import positive_integer, unknown_name
 from .estimate import Criterion, check_criterion, check_given
 
 THRESHOLD = 0.01
 TARGET_CRITERION = "sensitivity"
 """The criterion of a target, where none is given."""
-PENALISED = ("next", "all", "none")
-SURVIVORS = ("free", "one")
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,9 @@ class Pruning:
         check_every(every)
         self._check_criterion()
         if self.targeted:
-            self._check_target()
+            from .target import check_target
+
+            check_target(self)
         else:
             self._check_without_target()
             object.__setattr__(self, "threshold", THRESHOLD if self.threshold is None else self.threshold)
@@ -114,36 +112,6 @@ class Pruning:
                 f"with threshold={self.threshold}: give target_blocks or target_latency_ms"
             )
 
-    def _check_target(self) -> None:
-        if self.target_blocks is not None and self.target_latency_ms is not None:
-            raise ValueError("target_latency_ms must be left out with target_blocks: give the one that matters")
-        name = "target_blocks" if self.target_latency_ms is None else "target_latency_ms"
-        if self.threshold is not None:
-            raise ValueError(
-                f"threshold must be left out with {name}, got {self.threshold!r}: the target says how many layers go"
-            )
-        if self.target_blocks is not None:
-            positive_integer("target_blocks", self.target_blocks, "at least one layer stays")
-            if self.example_inputs is not None:
-                raise ValueError("example_inputs must be left out with target_blocks: they are for measuring a latency")
-        limit = self.target_latency_ms
-        if limit is not None and (
-            isinstance(limit, bool) or not isinstance(limit, int | float) or not 0.0 < limit < math.inf
-        ):
-            raise ValueError(
-                f"target_latency_ms must be a positive number of milliseconds, got {limit!r}: give a float such as 4.0"
-            )
-        check_time("by", self.by)
-        if self.penalised not in PENALISED:
-            raise unknown_name("penalised", self.penalised, PENALISED)
-        if self.survivors not in SURVIVORS:
-            raise unknown_name("survivors", self.survivors, SURVIVORS)
-        if self.survivors == "one" and self.penalised != "next":
-            raise ValueError(
-                f"survivors must be 'free' with penalised={self.penalised!r}, got 'one': it goes with "
-                "penalised='next', where one step after the other fades"
-            )
-
     def _check_without_target(self) -> None:
         for name, default in _OF_TARGETS.items():
             given = getattr(self, name)
@@ -156,32 +124,10 @@ class Pruning:
 _OF_TARGETS = {"example_inputs": None, "by": 0.6, "penalised": "next", "survivors": "free"}
 
 
-def iterations_of(name: str, time: float | int, epochs: float, per_epoch: int) -> int:
-    """A time as a policy has it, a number of epochs or a share of the run, in iterations."""
-    if isinstance(time, int) and time > epochs:
-        raise ValueError(
-            f"{name} must be at most {epochs:g}, the number of epochs, got {time}: layers change during training"
-        )
-    return time * per_epoch if isinstance(time, int) else round(time * epochs * per_epoch)
-
-
 def check_every(every: Any) -> None:
     """Refuse what is no time between two looks."""
     if every not in ("epoch", None) and (not isinstance(every, int) or every is True or every < 1):
         raise ValueError(f"every must be 'epoch' or a number of iterations >= 1, got {every!r}")
-
-
-def check_time(name: str, time: Any) -> None:
-    """Refuse what is neither a number of epochs nor a share of the run."""
-    if isinstance(time, bool) or not isinstance(time, int | float):
-        raise ValueError(f"{name} must be a number of epochs, or a share of the run in (0, 1], got {time!r}")
-    if isinstance(time, int):
-        positive_integer(name, time, "the target is reached after so many epochs")
-    elif not 0.0 < time <= 1.0:
-        raise ValueError(
-            f"{name} must lie in (0, 1] as a float, got {time!r}: it is a share of the run; a number of epochs is an "
-            "integer"
-        )
 
 
 def check_one_decides(threshold: float | None, **others: object) -> None:

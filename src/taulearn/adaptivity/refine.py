@@ -29,7 +29,7 @@ from ..nn.pruned_models import WRAPPING, prunable_of
 from ..optim.projections import has_session
 from .coarsen import ALL_OF_THEM, forget_compiled, number_of_variables, prune
 from .indicators import Indicator, NewLayer as LayerMaker, indicators
-from .mark import bulk as smallest_set, largest
+from .mark_to_refine import bulk as smallest_set, largest
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in, parameters_held
 from .transaction import Refinable, Snapshot, all_or_nothing, become, check_averaged, grow
 

@@ -24,10 +24,11 @@ from .._errors import is_number, positive_integer, unknown_name
 from ..nn.time_steps import TimeSteps, time_steps_of
 from .estimate import Criterion
 from .indicators import NAMES, indicators, not_refined
-from .mark import bulk as smallest_set, largest
+from .mark_to_refine import bulk as smallest_set, largest
 from .optimizer_state import check_follows, optimizers_in, with_inner
-from .policies import check_every, check_time, iterations_of
+from .policies import check_every
 from .refine import RefineReport, check_refinable, check_way, closed_layers, refine
+from .target import check_time, iterations_of
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ takes lr alpha off each of n steps in an iteration, so that the violation of tha
     alpha <- max(0, alpha + (s/r - v) / (2 n lr)),    at most what takes a quarter of the mean step between two looks.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,11 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import positive_integer, unknown_name
+from .._milliseconds import layer_milliseconds
 from ..functional import soft_threshold
+from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import time_steps_of
+from ..optim import group_of
 from ..penalties import Penalty
-from .policies import THRESHOLD, iterations_of
+from .policies import THRESHOLD, Pruning
+from .transaction import Prunable
 
+PENALISED = ("next", "all", "none")
+SURVIVORS = ("free", "one")
 _LOOKS = 100
 _QUIET = 0.1
 _LARGEST = 0.25
@@ -111,6 +119,24 @@ class Target:
     def reached(self) -> bool:
         """Whether nothing has to go any more."""
         return self.gone >= self.excess * (1.0 - _SLACK)
+
+    def shortfall(self, policy: Pruning, origin: Sequence[int], iteration: int) -> str:
+        """How far it is missed where training ends with these layers, and what to do; empty where it is reached."""
+        if self.reached:
+            return ""
+        if policy.target_blocks is not None:
+            reached, number = len(origin) <= policy.target_blocks, len(origin)
+            left = f"{number} {'block is' if number == 1 else 'blocks are'} left, target_blocks={policy.target_blocks}"
+        else:
+            assert policy.target_latency_ms is not None
+            now = self.whole - sum(self.costs) + sum(self.costs[layer] for layer in origin)
+            reached = now <= policy.target_latency_ms
+            left = f"{now:.3g} of {self.whole:.3g} ms are left, target_latency_ms={policy.target_latency_ms:g}"
+        when = f"; training ended after iteration {iteration}, and layers go until iteration {self.deadline}"
+        remedy = "train longer, choose an earlier by, or delete more with prune"
+        if iteration >= self.deadline:
+            when, remedy = "", "the other layers must stay, or nothing was known of them: choose another target"
+        return "" if reached else f"the target of pruning is not reached: {left} asked for{when}: {remedy}"
 
     def progress(self, iteration: int) -> float:
         """p, in [0, 1]."""
@@ -212,3 +238,188 @@ def window(by: float | int, every: str | int | None, epochs: float, per_epoch: i
             f"{look}: set by later, or every lower"
         )
     return min(round(_QUIET * deadline), deadline - 1), deadline, look
+
+
+def check_target(policy: Pruning) -> None:
+    """Refuse a target that contradicts itself or other options."""
+    if policy.target_blocks is not None and policy.target_latency_ms is not None:
+        raise ValueError("target_latency_ms must be left out with target_blocks: give the one that matters")
+    name = "target_blocks" if policy.target_latency_ms is None else "target_latency_ms"
+    if policy.threshold is not None:
+        raise ValueError(
+            f"threshold must be left out with {name}, got {policy.threshold!r}: the target says how many layers go"
+        )
+    if policy.target_blocks is not None:
+        positive_integer("target_blocks", policy.target_blocks, "at least one layer stays")
+        if policy.example_inputs is not None:
+            raise ValueError("example_inputs must be left out with target_blocks: they are for measuring a latency")
+    limit = policy.target_latency_ms
+    if limit is not None and (
+        isinstance(limit, bool) or not isinstance(limit, int | float) or not 0.0 < limit < math.inf
+    ):
+        raise ValueError(
+            f"target_latency_ms must be a positive number of milliseconds, got {limit!r}: give a float such as 4.0"
+        )
+    check_time("by", policy.by)
+    if policy.penalised not in PENALISED:
+        raise unknown_name("penalised", policy.penalised, PENALISED)
+    if policy.survivors not in SURVIVORS:
+        raise unknown_name("survivors", policy.survivors, SURVIVORS)
+    if policy.survivors == "one" and policy.penalised != "next":
+        raise ValueError(
+            f"survivors must be 'free' with penalised={policy.penalised!r}, got 'one': it goes with "
+            "penalised='next', where one step after the other fades"
+        )
+
+
+def check_time(name: str, time: Any) -> None:
+    """Refuse what is neither a number of epochs nor a share of the run."""
+    if isinstance(time, bool) or not isinstance(time, int | float):
+        raise ValueError(f"{name} must be a number of epochs, or a share of the run in (0, 1], got {time!r}")
+    if isinstance(time, int):
+        positive_integer(name, time, "the target is reached after so many epochs")
+    elif not 0.0 < time <= 1.0:
+        raise ValueError(
+            f"{name} must lie in (0, 1] as a float, got {time!r}: it is a share of the run; a number of epochs is an "
+            "integer"
+        )
+
+
+def iterations_of(name: str, time: float | int, epochs: float, per_epoch: int) -> int:
+    """A time as a policy has it, a number of epochs or a share of the run, in iterations."""
+    if isinstance(time, int) and time > epochs:
+        raise ValueError(
+            f"{name} must be at most {epochs:g}, the number of epochs, got {time}: layers change during training"
+        )
+    return time * per_epoch if isinstance(time, int) else round(time * epochs * per_epoch)
+
+
+def target_for(
+    policy: Pruning,
+    model: nn.Module,
+    times: tuple[int, int, int],
+    sample: Any,
+    refined: tuple[int, int] | None,
+) -> Target:
+    """The target of a policy for a model as it is before training.
+
+    Args:
+        policy: One that has a target.
+        model: The model.
+        times: Of :func:`window`.
+        sample: An input, for milliseconds.
+        refined: The number of layers that refinement leads to, and the iteration after which the last new one has had
+            its rest; None: there is none.
+    """
+    prunable: Prunable = prunable_of(model)
+    steps, fixed = prunable.time_steps, prunable.fixed_layers()
+    if policy.survivors == "one":
+        check_survivors(prunable)
+    number, wanted, whole = steps.num_steps, policy.target_blocks, 0.0
+    if wanted is not None:
+        most = number if refined is None else refined[0]
+        if wanted >= most:
+            whose = "of the model" if refined is None else "that refinement leads to"
+            raise ValueError(
+                f"target_blocks must be less than {most}, the number of layers {whose}, got {wanted}: "
+                "nothing would go; train without pruning"
+            )
+        if wanted < len(fixed):
+            layer, reason = next(iter(fixed.items()))
+            raise ValueError(
+                f"target_blocks must be at least {len(fixed)}, the number of layers that must stay, got {wanted}: "
+                f"layer {layer} stays because {reason}"
+            )
+        costs, excess = (1.0,) * number, float(number - wanted)
+    else:
+        costs, whole = _measured(policy, model, prunable, sample)
+        excess = _too_many(policy, costs, whole, fixed, grows=refined is not None)
+    begin, deadline, every = times
+    if refined is not None and refined[1] >= deadline:
+        raise ValueError(
+            f"by must leave room behind refinement, whose last layers have had their rest after iteration "
+            f"{refined[1]}, got {policy.by!r}, which is iteration {deadline}: choose a later by, or Refinement with an "
+            "earlier until or a shorter rest"
+        )
+    begin = begin if refined is None else max(begin, refined[1])
+    by_number = dict(zip(steps.origin, costs, strict=True))
+    by_numbers = [by_number.get(l, 0.0) for l in range(steps.next_number)]
+    return Target(policy.penalised, begin, deadline, every, by_numbers, excess, whole)
+
+
+def _measured(policy: Pruning, model: nn.Module, prunable: Prunable, sample: Any) -> tuple[tuple[float, ...], float]:
+    """Milliseconds of each layer, and of a forward pass."""
+    inputs = sample if policy.example_inputs is None else policy.example_inputs
+    if inputs is None:
+        raise ValueError(
+            "example_inputs must be given with target_latency_ms outside fit, which knows the data: write "
+            "Pruning(target_latency_ms=.., example_inputs=inputs)"
+        )
+    return layer_milliseconds(model, tuple(prunable.layers), inputs)
+
+
+def _too_many(
+    policy: Pruning, costs: tuple[float, ...], whole: float, fixed: Mapping[int, str], *, grows: bool
+) -> float:
+    """The milliseconds that have to go, less than none where layers are still to come."""
+    limit = policy.target_latency_ms
+    assert limit is not None
+    free = sorted(costs[i] for i in range(len(costs)) if i not in fixed)
+    smallest = whole - sum(free[1:] if not fixed else free)
+    if limit >= whole and not grows:
+        raise ValueError(
+            f"target_latency_ms must be less than the {whole:.3g} ms that a forward pass takes now on this "
+            f"machine, got {limit:g}: nothing would go; train without pruning"
+        )
+    if limit < smallest:
+        raise ValueError(
+            f"target_latency_ms must be at least {smallest:.3g}, what a forward pass takes on this machine with "
+            f"all layers gone that can go (now {whole:.3g} ms), got {limit:g}"
+        )
+    return whole - limit
+
+
+def check_penalised(
+    policy: Pruning, prunable: Prunable, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+) -> None:
+    """Refuse a policy whose penalty on the steps could not lead to its target."""
+    steps = prunable.time_steps
+    if policy.penalised == "none":
+        return
+    remedy = "or cut layers off without a penalty, penalised='none'"
+    if not steps.rule.trains:
+        raise ValueError(
+            f"constraint must not be {steps.constraint!r} where a penalty on the steps leads to the target: they do "
+            f"not change; use 'free', {remedy}"
+        )
+    if policy.penalised == "all" and steps.rule.adds_up and steps.values.numel() == steps.num_steps:
+        raise ValueError(
+            f"constraint must not be {steps.constraint!r} with penalised='all': the sum of the steps is constant; "
+            "use penalised='next', or constraint 'free'"
+        )
+    if not steps.values.requires_grad or group_of(optimizer, steps.values) is None:
+        raise ValueError(
+            "optimizer must hold the time steps where a penalty on them leads to the target, got one that does "
+            f"not: make it from taulearn.parameter_groups(model, lr), {remedy}"
+        )
+
+
+def check_survivors(prunable: Prunable) -> None:
+    """Refuse a model whose steps are not all 1, or cannot stay so."""
+    steps, units = prunable.time_steps, getattr(prunable, "units", None)
+    if units is not None:
+        raise ValueError(
+            "survivors must be 'free' with units of displacement, got 'one': there a step of 1 is no plain one; wrap "
+            "with units='steps'"
+        )
+    ones = torch.ones_like(steps.tau)
+    if steps.rule.adds_up or not torch.equal(steps.projected(ones), ones):
+        raise ValueError(
+            f"survivors must be 'free' with constraint {steps.constraint!r}, got 'one': the steps that are left could "
+            "not all be 1; use constraint 'free'"
+        )
+    if not torch.equal(steps.tau, ones):
+        raise ValueError(
+            f"survivors must be 'free' where not all steps are 1 at the start, got 'one' with {steps.tau.tolist()}: "
+            "wrap with init=1.0"
+        )

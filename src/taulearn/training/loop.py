@@ -115,10 +115,8 @@ class Loop:
                 drop_old(self.folder.checkpoints)
                 self.recorder.history().save(self.folder.history_path)
             save_model(self.model if self.folder.result is None else self.folder.result(), self.folder.path)
-            policies = self.session.policies
-            if policies.targeted:
-                missed = "; ".join(policies.shortfall(self.position.iteration))
-                self.folder.decide("target reached", missed or "yes")
+            if (policies := self.session.policies).targeted:
+                self.folder.decide("target reached", "; ".join(policies.shortfall(self.position.iteration)) or "yes")
 
     def _begin(self, resume: bool) -> range:
         """Restore what is to be gone on with and make the engine; returns the epochs to come."""

@@ -350,9 +350,6 @@ class Session:
             due: The policies, of :meth:`due`.
             batch: Makes the batch that refinement looks at. None: that of :meth:`loss`.
             change: ``Adaptation.change``, where processes have to agree. None: this one alone.
-
-        Returns:
-            What was done.
         """
         self.stop_measuring()
         self.flush()
@@ -370,9 +367,8 @@ class Session:
     def _told_batch(self) -> Any:
         if self._batch is None:
             raise ValueError(
-                "data must be given with a refinement whose indicator looks at the loss, got None, and session.loss "
-                "was not told the batch: write Refinement(.., data=batches), or session.loss(loss, inputs=inputs, "
-                "targets=targets)"
+                "data must be given where refinement looks at the loss and session.loss was not told the batch, got "
+                "None: write Refinement(.., data=batches), or session.loss(loss, inputs=inputs, targets=targets)"
             )
         return self._batch
 
