@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
+import taulearn
 from taulearn.training import History
 from training import kill_run
 from training.support import assert_same_history
 
-TESTS = Path(__file__).parents[1]
+TESTS, SOURCE = Path(__file__).parents[1], Path(taulearn.__file__).parents[1]
 
 
 def start(folder: Path, kind: str) -> "subprocess.Popen[str]":
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{SOURCE}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "training.kill_run", str(folder), kind],
         env=environment,
