@@ -260,19 +260,21 @@ def adaptation(model: Any, refinement: Refinement, pruning: Pruning | None = Non
     return policies
 
 
-@pytest.mark.parametrize("pruning", [None, Pruning(target_blocks=4, by=0.9), Pruning(0.05, every=2)])
+@pytest.mark.parametrize("pruning", [None, Pruning(target_blocks=4, by=0.9), Pruning(0.01, every=1)])
 def test_a_crash_in_any_epoch_leaves_no_trace(pruning: Pruning | None, tmp_path: Path) -> None:
     options: dict[str, Any] = {"pruning": pruning, "epochs": 6}
 
     def run(folder: Path, *callbacks: Any, **more: Any) -> tuple[Any, History, Any]:
         model = network(dropout=0.2)
         averaged = AveragedModel(model)
-        policy = Refinement(7, until=0.6, rest=3, number=1)
+        by = "split" if pruning is None or pruning.targeted else "insert"  # what would go at once without its rest
+        policy = Refinement(7, until=0.6, rest=3, by=by)
         _, history = trained(policy, adam, model, run=folder, averaged=averaged, callbacks=callbacks, **options, **more)
         return model, history, averaged
 
     model, history, averaged = run(tmp_path / "whole")
     assert births(history)[:2] == [9, 18]
+    assert bool(history.deletions) == (pruning is not None)
     for epoch in range(1, 7):
         folder = tmp_path / str(epoch)
         with pytest.raises(Crash):
