@@ -196,7 +196,7 @@ class TestPenalty:
     def test_beside_another_trainer(self) -> None:
         model, (x, z) = network(init=INIT), digits(80)
         optimizer, norms = momentum(model), []
-        companion = Companion([Alone()], Pruning(target_blocks=4, every=2), progress=False)
+        companion = Companion([Alone()], Pruning(target_blocks=4, every=2, criterion="contribution"), progress=False)
         companion.begin(model, optimizer, epochs=1, per_epoch=10, processes=1, averages=list)
         for _ in range(10):
             optimizer.zero_grad()
