@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from small_networks import assert_same_bits
 from taulearn import Criterion, TimeSteps, wrap
 from taulearn._batches import loss_on
-from taulearn.adaptivity import mark
+from taulearn.adaptivity import mark_to_refine
 from taulearn.adaptivity.indicators import indicators, not_refined
 from taulearn.nn import Residual, TimeVariableNetwork, densenet, feedforward, resnet, resnet_v2
 from taulearn.nn.constraints import Constraint
@@ -556,13 +556,13 @@ NAN = math.nan
 
 
 def test_the_largest_are_marked() -> None:
-    assert mark.largest([0.1, -0.5, NAN, 0.3, 0.5], 2) == [1, 4]
-    assert mark.largest(torch.tensor([0.5, 0.5, 0.5]), 2) == [0, 1]
+    assert mark_to_refine.largest([0.1, -0.5, NAN, 0.3, 0.5], 2) == [1, 4]
+    assert mark_to_refine.largest(torch.tensor([0.5, 0.5, 0.5]), 2) == [0, 1]
     with pytest.raises(ValueError, match=r"at most 1.*got 2; layer 0 cannot: it changes the width"):
-        mark.largest([NAN, 0.1], 2, {0: "it changes the width"})
+        mark_to_refine.largest([NAN, 0.1], 2, {0: "it changes the width"})
     for wrong in (0, 1.5, True):
         with pytest.raises(ValueError, match="number must be"):
-            mark.largest([0.1, 0.2], wrong)  # type: ignore[arg-type]
+            mark_to_refine.largest([0.1, 0.2], wrong)  # type: ignore[arg-type]
 
 
 def test_the_bulk_is_the_smallest_set_with_its_share() -> None:
@@ -577,8 +577,8 @@ def test_the_bulk_is_the_smallest_set_with_its_share() -> None:
         subsets = [s for n in range(7) for s in itertools.combinations(rest, n)]
         enough = [s for s in subsets if math.fsum(sizes[l] for l in s) >= share * total]
         best = min(enough, key=lambda s: (len(s), -sum(sizes[l] for l in s)))
-        assert mark.bulk(eta, share) == list(best)
-    assert mark.bulk([0.0, 0.0], 0.5) == []
+        assert mark_to_refine.bulk(eta, share) == list(best)
+    assert mark_to_refine.bulk([0.0, 0.0], 0.5) == []
     for eta, share in (([NAN, NAN], 0.5), ([0.1], 0.0), ([0.1], 1.5), ([math.inf, 0.1], 0.5)):
         with pytest.raises(ValueError, match=r"must be|must lie"):
-            mark.bulk(eta, share)
+            mark_to_refine.bulk(eta, share)

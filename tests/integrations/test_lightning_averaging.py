@@ -22,7 +22,7 @@ from integrations.lightning_runs import (
     pruning,
     trainer,
 )
-from taulearn.training import session
+from taulearn.adaptivity import adaptation
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -143,7 +143,7 @@ def test_a_deletion_happens_in_the_average_as_well_or_nowhere(monkeypatch: pytes
     def fails(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session, "prune", fails)
+    monkeypatch.setattr(adaptation, "prune", fails)
     module, average = Built(), averaging("ema")
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         trainer(pruning(every=3), average).fit(module, batches())

@@ -221,12 +221,12 @@ def compiled(folder: Path) -> None:
 
 def target(folder: Path) -> None:
     """A policy that has to come down to four layers."""
-    train(folder, penalties=[], pruning=Pruning(target_blocks=4))
+    train(folder, penalties=[], pruning=Pruning(target_blocks=4, criterion="contribution"))
 
 
 def refined(folder: Path) -> None:
     """Layers come, by the batch that all processes share, and go."""
-    pruning, loss = Pruning(target_blocks=6), torch.nn.functional.cross_entropy
+    pruning, loss = Pruning(target_blocks=6, criterion="contribution"), torch.nn.functional.cross_entropy
     train(folder, penalties=[], pruning=pruning, refinement=Refinement(11, until=0.4, rest=2, loss=loss))
 
 

@@ -127,7 +127,7 @@ def rewritten(folder: Path, keys: list[str | int], value: object) -> None:
         (["model", "code"], "import os", r"model must be .* differs in \['code'\]"),
         (["model", "saved_from"], ["os", "system"], "saved_from"),
         (["time_steps", "origin"], [0, 1, 2, 3, 4], "host must have the layers"),
-        (["time_steps", "origin"], [3, 2, 1, 0], "time_steps.origin"),
+        (["time_steps", "origin"], [3, 2, 1, 0], "host must have the layers"),
         (["time_steps", "horizon"], -1.0, "horizon must be a positive finite number"),
         (["time_steps", "constraint"], "os.system", "constraint must be one of"),
     ],
