@@ -59,7 +59,7 @@ def test_the_page_renders_every_figure(visit, make_run):
     counts = page.execute_script(
         "return [...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.scatterlayer .trace').length)"
     )
-    assert counts == [10, 3, 4, 1]
+    assert counts == [10, 6, 3, 4, 1]
     assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 

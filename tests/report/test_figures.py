@@ -7,7 +7,9 @@ from matplotlib.figure import Figure
 
 from taulearn.report import figures
 from taulearn.report.records import running_mean, tau_lines, thin
-from taulearn.training.history import History
+from taulearn.training.history import Deletion, History, Insertion
+
+NAN = float("nan")
 
 
 def lines_by_label(ax):
@@ -36,6 +38,29 @@ def test_deletions_are_marked_where_the_lines_end(record):
     ends = [(gone.iteration, record.iterations["tau"][gone.iteration - 1, gone.layer]) for gone in record.deletions]
     np.testing.assert_allclose(marks.get_offsets(), ends)
     assert "deleted" in legend_texts(ax)
+
+
+def refined():
+    """Layer 2 is split off layer 0 after iteration 2, and layer 1 goes after iteration 3."""
+    tau = np.array([[0.5, 1.0, NAN], [0.5, 1.0, NAN], [0.25, 1.0, 0.25], [0.3, NAN, 0.2]])
+    births, deaths = [Insertion(2, 1, 2, 0, 0.25, 7)], [Deletion(3, 1, 1, 0.01, 7)]
+    return History({"loss": np.ones(4), "tau": tau}, {}, deaths, births)
+
+
+def test_a_new_layer_begins_at_its_parent():
+    ax = figures.tau_trajectories(refined())
+    lines = lines_by_label(ax)
+    assert lines[r"$\tau^{[2]}$"].get_xdata().tolist() == [3, 4]
+    (link,) = [line for line in ax.lines if line.get_linestyle() == ":"]
+    assert link.get_xydata().tolist() == [[2, 0.5], [3, 0.25]]
+    assert "new" in legend_texts(ax)
+
+
+def test_the_time_grid_has_the_sums_of_the_steps_in_the_order_of_the_network():
+    lines = [line.get_xydata().tolist() for line in figures.time_grid(refined()).lines]
+    assert lines[0] == [[1, 0.5], [2, 0.5], [3, 0.25], [4, 0.3]]
+    assert lines[1] == [[1, 1.5], [2, 1.5], [3, 1.5]]
+    assert lines[2] == [[3, 0.5], [4, 0.5]], "right behind layer 0"
 
 
 def test_no_marks_without_deletions(make):
@@ -165,8 +190,8 @@ def test_drawing_leaves_pyplot_and_importing_leaves_matplotlib_and_plotly_alone(
         "import sys, numpy as np\n"
         "import taulearn.report as report\n"
         "assert not {'matplotlib', 'plotly'} & set(sys.modules)\n"
-        "from types import SimpleNamespace as Record\n"
-        "report.figures.tau_trajectories(Record(iterations={'tau': np.ones((3, 2))}, epochs={}, deletions=[]))\n"
+        "from taulearn.training.history import History\n"
+        "report.figures.tau_trajectories(History({'tau': np.ones((3, 2))}))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,6 +18,7 @@ from taulearn.report.records import (
     Line,
     count_iterations,
     finite_line,
+    grid_lines,
     iteration_numbers,
     last_finite,
     penalty_names,
@@ -56,6 +57,8 @@ def run_charts(history: "History") -> dict[str, Chart]:
     charts = {}
     if count_iterations(history):
         charts["tau"], charts["loss"] = tau_explorer(history), loss_curves(history)
+        if history.insertions or history.deletions:
+            charts["grid"] = time_grid(history)
     accuracy = history.epochs.get("validation.accuracy")
     if accuracy is not None:
         columns = {"validation.accuracy": "validation", "train.accuracy": "training"}
@@ -90,12 +93,22 @@ def tau_explorer(history: "History") -> Chart:
     data = [trace for variant, raw in variants.items() for trace in _tau_traces(history, variant, raw)]
     gone = ", ".join(f"{deletion.layer} (iteration {deletion.iteration:,})" for deletion in history.deletions[:12])
     more = f" and {len(history.deletions) - 12} more" if len(history.deletions) > 12 else ""
+    came = f" {len(history.insertions)} came later, from a circle on." if history.insertions else ""
     caption = (
         f"Time steps of {history.iterations['tau'].shape[1]} layers over {count_iterations(history):,} iterations; "
-        f"layers are numbered as at the start. {f'Deleted: {gone}{more}' if gone else 'No layer was deleted'}. "
+        f"layers are numbered as at the start. {f'Deleted: {gone}{more}' if gone else 'No layer was deleted'}.{came} "
         "A click on a name isolates its line."
     )
     return Chart("Time steps", caption, data, _layout("iteration", "τ", x_type="log"), ("x",), wide=True)
+
+
+def time_grid(history: "History") -> Chart:
+    """The times at the ends of the layers over the iterations: a mesh that gets finer and coarser."""
+    lines = grid_lines(history)
+    traces = zip(lines, palette(len(lines)), strict=True)
+    data = [_trace(line, f"end of layer {l}", colour, "iteration") for l, (line, colour) in enumerate(traces)]
+    caption = f"Times at the ends of the layers, {len(history.insertions)} new, {len(history.deletions)} deleted."
+    return Chart("Time grid", caption, data, _layout("iteration", "t"), ("x",))
 
 
 def loss_curves(history: "History") -> Chart:
@@ -210,16 +223,20 @@ def _tau_traces(history: "History", variant: str | None, raw: bool) -> list[Trac
         f"<br>share {gone.share:.3g}, {gone.parameters:,} parameters removed"
         for gone in history.deletions
     }
+    births = {each.layer: f"<br>new, of layer {each.parent}" for each in history.insertions}
     data = []
     for layer, (line, colour) in enumerate(zip(layers, colours, strict=True)):
         name = f"layer {layer}"
-        hover = f"{name}<br>iteration %{{x:,d}}<br>τ = %{{y:.5~g}}{fates.get(layer, '')}<extra></extra>"
+        fate = births.get(layer, "") + fates.get(layer, "")
+        hover = f"{name}<br>iteration %{{x:,d}}<br>τ = %{{y:.5~g}}{fate}<extra></extra>"
         data.append(_trace(line, name, colour, "iteration", hovertemplate=hover, legendgroup=name))
-    for layer in fates:
-        end = Line(layers[layer].x[-1:], layers[layer].y[-1:])
-        mark = {"mode": "markers", "marker": {"symbol": "x", "size": 10, "color": colours[layer]}, "showlegend": False}
-        mark |= {"hoverinfo": "skip", "hovertemplate": None, "legendgroup": f"layer {layer}"}
-        data.append(_trace(end, f"layer {layer} deleted", colours[layer], "iteration") | mark)
+    places = [(layer, slice(-1, None), "x", "deleted") for layer in fates]
+    places += [(layer, slice(0, 1), "circle-open", "new") for layer in births]
+    for layer, at, symbol, what in places:
+        end = Line(layers[layer].x[at], layers[layer].y[at])
+        mark: Trace = {"mode": "markers", "marker": {"symbol": symbol, "size": 10, "color": colours[layer]}}
+        mark |= {"showlegend": False, "hoverinfo": "skip", "hovertemplate": None, "legendgroup": f"layer {layer}"}
+        data.append(_trace(end, f"layer {layer} {what}", colours[layer], "iteration") | mark)
     hover = "sum of all layers<br>iteration %{x:,d}<br>Σ τ = %{y:.5~g}<extra></extra>"
     data.append(_trace(total, "sum", PALETTE[0], "iteration", hovertemplate=hover, legendgroup="sum", **INK))
     return [_variant(trace, variant) for trace in data]

@@ -17,6 +17,7 @@ from taulearn.report.records import (
     POINTS,
     Runs,
     finite_line,
+    grid_lines,
     iteration_numbers,
     named_histories,
     penalty_names,
@@ -59,7 +60,7 @@ def tau_trajectories(
     Example:
         >>> from types import SimpleNamespace
         >>> tau = np.array([[0.5, 0.5], [0.6, np.nan]])
-        >>> history = SimpleNamespace(iterations={"tau": tau}, epochs={}, deletions=[])
+        >>> history = SimpleNamespace(iterations={"tau": tau}, epochs={}, deletions=[], insertions=[])
         >>> ax = tau_trajectories(history)
         >>> ax.get_xscale(), len(ax.lines)
         ('log', 3)
@@ -80,6 +81,15 @@ def tau_trajectories(
         x, y, marks = zip(*((line.x[-1], line.y[-1], colour) for line, colour in ends), strict=True)
         ax.scatter(x, y, c=marks, marker="X", s=55, edgecolors="white", linewidths=0.7, zorder=3)
         handles.append(_sample(marker="X", linestyle="none", label="deleted"))
+    births = [each for each in history.insertions if len(layers[each.layer].x)]
+    for each in births:  # a dotted line comes from the parent
+        line, parent, colour = layers[each.layer], layers[each.parent], colours[each.layer]
+        before = np.flatnonzero(parent.x < line.x[0])[-1:]
+        link = np.append(parent.x[before], line.x[0]), np.append(parent.y[before], line.y[0])
+        ax.plot(*link, ":", color=colour, linewidth=1.0, label="_")
+        ax.scatter(line.x[0], line.y[0], color=colour, marker="o", s=28, edgecolors="white", zorder=3)
+    if births:
+        handles.append(_sample(marker="o", linestyle="none", label="new"))
     ax.set_xscale("log")
     ax.set_xlim(left=1)
     ax.set_xlabel("Iteration")
@@ -88,6 +98,37 @@ def tau_trajectories(
         ax.legend(handles=handles, fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     else:
         ax.legend(handles=handles, fontsize="small", ncols=2 if len(handles) > 8 else 1)
+    return ax
+
+
+def time_grid(history: "History", *, ax: "Axes | None" = None) -> "Axes":
+    """The time grid while it trains: the times t_l at the ends of the layers, which come and go.
+
+    Args:
+        history: The record of a run.
+        ax: Where to draw; None makes a figure.
+
+    Returns:
+        The Axes, with a line for each layer that was ever there.
+
+    Raises:
+        ValueError: If the record holds no iterations.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> birth = SimpleNamespace(layer=1, parent=0)
+        >>> tau = np.array([[0.5, np.nan], [0.25, 0.25]])
+        >>> ax = time_grid(SimpleNamespace(iterations={"tau": tau}, epochs={}, deletions=[], insertions=[birth]))
+        >>> [line.get_ydata().tolist() for line in ax.lines]
+        [[0.5, 0.25], [0.5]]
+    """
+    ax = _axes(ax)
+    lines = grid_lines(history)
+    for layer, (line, colour) in enumerate(zip(lines, palette(len(lines)), strict=True)):
+        ax.plot(line.x, line.y, color=colour, linewidth=1.0, label=f"end of layer {layer}")
+    ax.set_xlabel("Iteration")
+    ax.set_ylabel(r"Time $t_\ell$")
+    ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     return ax
 
 

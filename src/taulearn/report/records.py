@@ -98,15 +98,39 @@ def time_steps(history: "History", raw: bool) -> Float[np.ndarray, "rows layers"
 def tau_lines(history: "History", *, raw: bool = False, limit: int = POINTS) -> tuple[list[Line], Line]:
     """The time steps over the iterations, thinned for drawing: one line per layer, and their sum.
 
-    A line ends where its layer was deleted; the iterations around a deletion are always there.
+    A line begins where its layer came, and ends where it was deleted; the iterations around both are always there.
     """
     tau = time_steps(history, raw)
     present = np.isfinite(tau)
-    ends = [rows[-1] for rows in map(np.flatnonzero, present.T) if len(rows)]
-    rows = thin(len(tau), limit, keep=(int(row) for end in ends for row in (end, end + 1)))
+    rows = _rows(present, limit)
     iteration = iteration_numbers(history)[rows]
     total = np.where(present[rows].any(axis=1), np.where(present[rows], tau[rows], 0.0).sum(axis=1), np.nan)
     return [finite_line(iteration, tau[rows, layer]) for layer in range(tau.shape[1])], finite_line(iteration, total)
+
+
+def grid_lines(history: "History", *, limit: int = POINTS) -> list[Line]:
+    """The time grid over the iterations, thinned for drawing: for each layer the time at its end, the sum of steps.
+
+    Layers are summed in the order of the network, in which a new one lies behind its parent.
+    """
+    tau = time_steps(history, raw=False)
+    present = np.isfinite(tau)
+    came = [each.layer for each in history.insertions]
+    order = [layer for layer in range(tau.shape[1]) if layer not in came]
+    for each in history.insertions:
+        order.insert(order.index(each.parent) + 1, each.layer)
+    rows = _rows(present, limit)
+    times = np.empty_like(tau[rows])
+    times[:, order] = np.cumsum(np.where(present, tau, 0.0)[rows][:, order], axis=1)
+    times[~present[rows]] = np.nan
+    return [finite_line(iteration_numbers(history)[rows], times[:, layer]) for layer in range(tau.shape[1])]
+
+
+def _rows(present: np.ndarray[Any, np.dtype[np.bool_]], limit: int) -> Int[np.ndarray, "points"]:
+    """The rows to draw, those around the first and the last of each layer among them."""
+    known = [rows for rows in map(np.flatnonzero, present.T) if len(rows)]
+    keep = (int(row) for rows in known for row in (rows[0] - 1, rows[0], rows[-1], rows[-1] + 1))
+    return thin(len(present), limit, keep=keep)
 
 
 def last_finite(column: Column | None) -> float | None:

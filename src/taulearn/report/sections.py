@@ -26,6 +26,7 @@ def run_section(key: str, name: str, run: "Run") -> dict[str, Any]:
         "tiles": key_figures(run.history),
         "charts": {f"{key}-{chart}": made for chart, made in run_charts(run.history).items()},
         "deletions": run.history.deletions,
+        "insertions": run.history.insertions,
         "epochs": {
             "title": "Every epoch" if len(rows) == count else f"{len(rows)} of {count} epochs",
             "head": ["Epoch", *epochs],
@@ -66,10 +67,11 @@ def key_figures(history: "History") -> list[tuple[str, str, str]]:
         for column in ("layers", "parameters")
         for values in [np.asarray(history.epochs.get(column, np.empty(0)))]
     }
+    new = f", {len(history.insertions)} new" if history.insertions else ""
     best = "" if last is None else f"best {np.nanmax(accuracy):.4f}"
     return [
         ("Final accuracy (validation data)", "not recorded" if last is None else f"{last:.4f}", best),
-        ("Layers", changes["layers"], f"{len(history.deletions)} deleted"),
+        ("Layers", changes["layers"], f"{len(history.deletions)} deleted{new}"),
         ("Parameters", changes["parameters"], f"{removed:,} deleted"),
         ("Seconds", f"{np.nansum(seconds):,.1f}", f"{epochs:,} epochs, {iterations:,} iterations"),
     ]

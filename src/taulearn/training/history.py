@@ -105,7 +105,7 @@ class History:
         named = {f"iteration/{name}": torch.from_numpy(np.ascontiguousarray(a)) for name, a in self.iterations.items()}
         named |= {f"epoch/{name}": torch.from_numpy(np.ascontiguousarray(a)) for name, a in self.epochs.items()}
         for group, kind, rows in (("deletion", Deletion, self.deletions), ("insertion", Insertion, self.insertions)):
-            for name in kind.__dataclass_fields__:
+            for name in kind.__dataclass_fields__ if rows or kind is Deletion else ():  # as older records are
                 dtype = torch.float64 if name in ("share", "step") else torch.int64
                 named[f"{group}/{name}"] = torch.tensor([getattr(row, name) for row in rows], dtype=dtype)
         return named

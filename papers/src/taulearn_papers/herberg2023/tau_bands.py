@@ -26,7 +26,7 @@ def tau_bands(histories: Sequence[History], ax: "Axes", *, raw: bool = False) ->
     Example:
         >>> from types import SimpleNamespace
         >>> from matplotlib.figure import Figure
-        >>> record = SimpleNamespace(iterations={"tau": np.ones((9, 2))}, epochs={}, deletions=[])
+        >>> record = SimpleNamespace(iterations={"tau": np.ones((9, 2))}, epochs={}, deletions=[], insertions=[])
         >>> len(tau_bands([record], Figure().subplots()).lines)
         3
     """
