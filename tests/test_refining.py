@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 from torch.optim.swa_utils import AveragedModel
 
 from small_networks import DOUBLE, assert_same_bits, batch, count, loss_of, network, train
 from taulearn import TimeSteps, prune, refine
+from taulearn.adaptivity.indicators import indicators
 from taulearn.nn import ComposedSkips, Fractional, Residual, TimeVariableNetwork, fractional_dnn, resnet, resnet_v2
 
 INIT = [0.3, 0.1, 0.2, 0.15, 0.25]
@@ -205,17 +207,36 @@ def test_a_layer_of_ones_own() -> None:
         return nn.Sequential(nn.Linear(width, width, dtype=DOUBLE), nn.Tanh())
 
     optimizer, averaged = torch.optim.Adam(model.parameters(), lr=0.01), AveragedModel(model)
-    before, neighbours = model(batch()), [model.layers[0].state_dict(), model.layers[3].state_dict()]
+    before, neighbours = model(batch()), [model.layers[1].state_dict(), model.layers[3].state_dict()]
     report = refine(model, [0, 3], by="insert", layer=make, optimizer=optimizer, averaged=averaged)
     assert_same_bits([dict(each.state_dict()) for each in seen], [dict(each) for each in neighbours])
     assert not {id(p) for each in seen for p in each.parameters()} & {id(p) for p in model.parameters()}
-    assert [each.parent for each in report.new] == [0, 3]
+    assert [each.parent for each in report.new] == [1, 3]
     assert torch.equal(model(batch()), before)
     assert torch.equal(averaged(batch()), before)
     assert_same_bits(model.state_dict(), averaged.module.state_dict())
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     train(model, optimizer)
+
+
+def test_a_function_that_changes_its_neighbour() -> None:
+    def mute(neighbour: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            for p in neighbour.parameters():
+                p.zero_()
+        return neighbour
+
+    for make in (widths, lambda: network(INIT)):
+        model, one, same = make(), batch(), lambda neighbour: neighbour
+        data = one, torch.ones(len(one), 2, dtype=DOUBLE)
+        by_copy = indicators(model, "sensitivity", data, mse_loss)
+        torch.testing.assert_close(indicators(model, "sensitivity", data, mse_loss, layer=same), by_copy)
+        before, output = copy.deepcopy(model.state_dict()), model(one)
+        assert not indicators(model, "sensitivity", data, mse_loss, layer=mute).any()
+        assert_same_bits(model.state_dict(), before)
+        refine(model, number=3, by="insert", layer=mute, data=data, loss=mse_loss)
+        assert torch.equal(model(one), output)
 
 
 def test_only_what_is_new_trains() -> None:

@@ -89,8 +89,7 @@ def indicators(
         data: Batches or one batch, as for ``taulearn.prune``.
         loss: Maps (output, target) to a scalar. None: the model's own.
         theta: The share of a step that the first of two halves takes, in (0, 1).
-        layer: Makes the layer that would be inserted from the one in front of it, which it must not change. None: the
-            same layer again, or where that changes the width, the one behind it.
+        layer: Makes the layer that would be inserted, as for ``taulearn.refine``.
 
     Returns:
         One figure a layer, (num_steps,), float64; nan where :func:`not_refined` has a reason.
@@ -285,10 +284,11 @@ def _in_network(network: TimeVariableNetwork, varied: _Varied, layer: NewLayer |
     """The states of a network varied, in place of its scheme's steps."""
     scheme, number = network.scheme, len(network.layers)
     inner, past = scheme.step, IdentitySkips(number, from_input=True)
-    made = [] if layer is None else [_Fitting(layer(each)).eval() for each in network.layers]
+    like = [l if (fits := network.copied_behind(l)) is None else fits for l in range(number)]
+    made = [] if layer is None else [_Fitting(layer(network.copy_of(l))).eval() for l in like]
 
     def new_layer(l: int) -> nn.Module:
-        return made[l] if made else network.layers[l if network.skips.is_identity(l) else l + 1]
+        return made[l] if made else network.layers[like[l]]
 
     def step(l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> tuple[Tensor, Any]:
         def again(z: Any, tau_l: Tensor, layer: nn.Module = f) -> Any:

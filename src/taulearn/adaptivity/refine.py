@@ -125,8 +125,8 @@ def refine(
         number: How many layers to refine, those with the largest indicators.
         bulk: The smallest set whose indicators sum to at least this share of the total, in (0, 1].
         theta: Share of the first half of a split, in (0, 1).
-        layer: What an inserted layer is, a function of a copy of the layer behind which it comes. None: a copy of that
-            one, or of the next one where that one changes the width.
+        layer: What an inserted layer is, a function of a copy of the layer behind which it comes, or of the next one
+            where that one changes the width and the next does not. None: this copy.
         data: What a named indicator looks at, see :func:`taulearn.prune`.
         loss: Maps (output, target) to a scalar. None: the one that the model returns.
         optimizer: The optimiser of the model's parameters, or a list of all of them, see :func:`taulearn.prune`.
@@ -304,7 +304,8 @@ def _carry_out(
     for l in range(layers_before):
         sources.append(l)
         if l in chosen:
-            like[len(sources)] = l if by == "split" or layer is not None else cast(int, refinable.copied_behind(l))
+            fitting = None if by == "split" else refinable.copied_behind(l)
+            like[len(sources)] = l if fitting is None else fitting
             sources.append(like[len(sources)])
     if layer is None:
         made = [{i: prunable_of(each).copy_of(l) for i, l in like.items()} for each in models]
