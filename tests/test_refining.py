@@ -253,6 +253,29 @@ def test_only_what_is_new_trains() -> None:
     assert moved.tolist() == [False, False, True, False, False, False]
 
 
+@pytest.mark.parametrize("drop", [True, False])
+def test_what_no_longer_trains_stays_whatever_gradients_are_left(drop: bool) -> None:
+    model = network(INIT)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    train(model, optimizer)
+    refine(model, [1], by="insert", optimizer=optimizer, train="new")
+    before = model.layers[0].linear.weight.detach().clone()
+    for _ in range(2):
+        if drop:
+            optimizer.zero_grad(set_to_none=False)
+        loss_of(model).backward()
+        optimizer.step()
+    assert torch.equal(model.layers[0].linear.weight, before)
+
+
+def test_a_model_in_evaluation_mode_stays_in_it() -> None:
+    model = widths("learned").eval()
+    refine(model, [1], by="insert", layer=lambda _: nn.Sequential(nn.Linear(4, 4, dtype=DOUBLE), nn.Dropout()))
+    refine(model, [1])
+    prune(model, keep=[l for l in range(len(model.layers)) if l != 2])
+    assert not any(module.training for module in model.modules())
+
+
 def test_an_indicator_of_ones_own() -> None:
     model = network(INIT)
     report = refine(model, number=2, indicator=lambda tau, m: torch.tensor([9.0, -3.0, 1.0, 2.0, -1.0]))

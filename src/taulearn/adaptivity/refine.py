@@ -337,6 +337,7 @@ def _carry_out(
     if train == "new":  # last, as flags are not put back
         for p in model.parameters():
             p.requires_grad_(p in kin or p is steps.values)
+            p.grad = p.grad if p.requires_grad else None  # optimisers move what has a gradient
         steps.held = frozenset(steps.origin) - {each.layer for each in new}
     return report
 
@@ -349,7 +350,7 @@ def _made(layer: LayerMaker, neighbour: nn.Module, model: nn.Module) -> nn.Modul
     theirs = {id(each) for each in (*model.modules(), *model.parameters())}
     if any(id(each) in theirs for each in (*made.modules(), *made.parameters())):
         raise ValueError("layer must return a module that shares nothing with the model: copy.deepcopy(neighbour)")
-    return made
+    return made if model.training else made.eval()
 
 
 def _kin(

@@ -231,6 +231,7 @@ class TimeVariableNetwork(nn.Module):
         self.time_steps.keep_(kept)
         self.skips.keep_(kept)
         self.layers = nn.ModuleList(self.layers[i] for i in kept)
+        self.layers.training = self.training
 
     def not_split(self, theta: float = 0.5) -> dict[int, str]:
         """Positions of layers that cannot be split, each with the reason."""
@@ -265,3 +266,4 @@ class TimeVariableNetwork(nn.Module):
         self.time_steps.grow_(sources, made, values)
         self.skips.grow_(sources, made)
         self.layers = nn.ModuleList(made.get(i, self.layers[l]) for i, l in enumerate(sources))
+        self.layers.training = self.training

@@ -194,10 +194,14 @@ class ComposedSkips(Skips):
 
     def keep_(self, layers: Sequence[int]) -> None:
         self.maps = nn.ModuleList(self.maps[layer] for layer in layers)
+        self.maps.training = self.training
         self.num_steps = len(layers)
 
     def grow_(self, sources: Sequence[int], new: Collection[int]) -> None:
-        self.maps = nn.ModuleList(nn.Identity() if i in new else self.maps[l] for i, l in enumerate(sources))
+        mode = self.training
+        maps = (nn.Identity().train(mode) if i in new else self.maps[l] for i, l in enumerate(sources))
+        self.maps = nn.ModuleList(maps)
+        self.maps.training = mode
         self.num_steps = len(sources)
 
 
