@@ -67,7 +67,7 @@ def test_report_of_one_run_shows_key_figures_and_what_was_pruned(write, make_run
     assert page.cells[start + 15 : start + 20] == ["All", "", "", "", "30,303"]
     assert page.cells[page.cells.index("width") + 1] == "[100, 50]"
     assert {"2.13.0", "cpu: no CUDA device found"} <= set(page.cells)
-    assert set(page.figures) == {"run-1-tau", "run-1-loss", "run-1-accuracy", "run-1-sizes", "run-1-grid", "run-1-grid"}
+    assert set(page.figures) == {"run-1-tau", "run-1-loss", "run-1-accuracy", "run-1-sizes", "run-1-grid"}
 
 
 def test_report_is_one_file_that_names_its_scripts_and_loads_nothing(write, make_run):
