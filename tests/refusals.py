@@ -775,6 +775,7 @@ REFINING = [
     R(TypeError, "layer", refined(small, [1], by="insert", layer=nn.Linear(4, 4)), ("Linear",)),
     R(TypeError, "layer", refined(small, [1], by="insert", layer=lambda neighbour: None), ("NoneType",)),
     R(ValueError, "layer", on(small, lambda m: refine(m, [1], by="insert", layer=lambda _: m.layers[2])), ("shares",)),
+    R(ValueError, "model", on(small, lambda m: torch.inference_mode()(refine)(m, [1])), ("inference_mode",)),
     R(TypeError, "optimizer", refined(small, [1], optimizer="a"), ("'a'",)),
     R(ValueError, "optimizer", refined(small, [1], optimizer=sgd(small())), ("none of them",)),
     R(TypeError, "averaged", refined(small, [1], averaged=small()), ("TimeVariableNetwork",)),

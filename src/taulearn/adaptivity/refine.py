@@ -214,6 +214,11 @@ def check_way(by: str, theta: float, layer: Any) -> None:
 def check_refinable(model: nn.Module) -> Refinable:
     """The model as something that can be refined, or an error that says why it cannot."""
     refuse_distributed("model", model, "refine")
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "model must be refined outside torch.inference_mode(), got it inside, where no parameter is made that "
+            "trains: call refine before"
+        )
     found = prunable_of(model)
     if not all(hasattr(found, name) for name in ("time_steps", "scheme", "grow_layers_")):
         raise TypeError(
