@@ -17,6 +17,10 @@ from ._calls import call
 LABELS = "labels"
 MASK = "attention_mask"
 DECODER = "decoder_input_ids"
+_EMPTY = (
+    "data must hold at least one batch, got none: an iterator that was used before is empty; hand over a list or a "
+    "DataLoader"
+)
 
 
 def inputs_and_targets(batch: Any, argument: str = "data") -> tuple[Any, Any]:
@@ -36,43 +40,32 @@ def on_device(batch: Any, device: torch.device) -> Any:
     return tree_map(lambda each: each.to(device, non_blocking=True) if isinstance(each, Tensor) else each, batch)
 
 
-def batches_of(data: Any, argument: str = "data") -> Iterable[Any]:
+def batches_of(data: Any) -> Iterable[Any]:
     """Batches to go through several times, from a DataLoader or whatever yields batches, or from one batch.
 
     A dictionary, and a pair with a tensor as targets, are one batch. An iterator, which yields once, is read now.
-
-    Raises:
-        TypeError: If it does not yield.
-        ValueError: If it is known to be empty.
     """
     if isinstance(data, Mapping) or (isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)):
         return [data]
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise TypeError(
-            f"{argument} must be a DataLoader, a list of batches or one batch, got {type(data).__name__}: a batch is a "
+            f"data must be a DataLoader, a list of batches or one batch, got {type(data).__name__}: a batch is a "
             "pair (inputs, targets), or a dictionary"
         )
     found = list(data) if isinstance(data, Iterator) else data
     if isinstance(found, list | tuple) and not found:
-        raise _no_batch(argument)
+        raise ValueError(_EMPTY)
     return found
 
 
-def each_batch(batches: Iterable[Any], model: nn.Module, like: Tensor, argument: str = "data") -> Iterator[Any]:
+def each_batch(batches: Iterable[Any], model: nn.Module, like: Tensor) -> Iterator[Any]:
     """The batches, with their tensors where ``like`` is; refused where there is none, or keys do not fit the model."""
     batch = None
     for batch in batches:
-        check_keys(model, batch, argument)
+        check_keys(model, batch)
         yield on_device(batch, like.device)
     if batch is None:
-        raise _no_batch(argument)
-
-
-def _no_batch(argument: str) -> ValueError:
-    return ValueError(
-        f"{argument} must hold at least one batch, got none: an iterator that was used before is empty; hand over a "
-        "list or a DataLoader"
-    )
+        raise ValueError(_EMPTY)
 
 
 def check_keys(model: nn.Module, batch: Any, argument: str = "data") -> None:
