@@ -1,4 +1,4 @@
-"""What the two examples of shortening share: the ways, one loop that heals all of them, the cells, and the page.
+"""What the examples of pretrained models share: ways of shortening, one loop that trains all, the cells, the page.
 
 A way is how blocks are chosen, how they go, and what the rest is healed by:
 
@@ -21,6 +21,7 @@ import json
 import math
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,10 +168,15 @@ def heal(
     lr: float | None = None,
     pruning: Pruning | None = None,
     teacher: nn.Module | None = None,
+    budgets: Sequence[float] = BUDGETS,
+    after: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Cell], list[int]]:
-    """Train a plain model, with ``pruning`` a wrapped one; its figures at the budgets above 0, and the blocks left."""
-    steps = round(BUDGETS[-1] * case.batches)
-    moments = {round(budget * case.batches): budget for budget in BUDGETS[1:]}
+    """Train a model, with ``pruning`` a wrapped one; its figures at the budgets above 0, and the blocks left.
+
+    ``after`` is called after each step, with its number from 1 and the number of all.
+    """
+    steps = round(budgets[-1] * case.batches)
+    moments = {round(budget * case.batches): budget for budget in budgets[1:]}
     lr, found, penalties = lr or case.lr, [], []
     if teacher is not None:
         from taulearn.penalties import Distillation
@@ -178,10 +184,11 @@ def heal(
         penalties = [Distillation(teacher, case.teacher_weight, temperature=case.temperature)]
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
-    if pruning is None:
-        groups = [{"params": list(model.parameters()), "lr": lr, "weight_decay": case.weight_decay}]
-    else:
+    if hasattr(model, "time_steps"):
         groups = parameter_groups(model, lr, case.tau_lr, case.weight_decay)
+    else:
+        training = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": training, "lr": lr, "weight_decay": case.weight_decay}]
     optimizer = torch.optim.AdamW(groups)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps)))
     session = None
@@ -205,6 +212,8 @@ def heal(
             optimizer.step()
             schedule.step()
             step += 1
+            if after is not None:
+                after(step, steps)
             if step in moments:
                 found.append({"budget": moments[step], **case.evaluate(model)})
     if session is None:
@@ -239,14 +248,14 @@ class Study:
 
         def make() -> Cell:
             began = time.process_time()
-            figures = self._train(kept, way, seed)
+            figures = self.train(kept, way, seed)
             seconds = round(time.process_time() - began)
             name = {"task": self.case.task, "kept": kept, "way": way, "seed": seed}
             return {**name, **figures, "processor_seconds": seconds, "torch": torch.__version__}
 
         return once(path, make)
 
-    def _train(self, kept: int, way: str, seed: int) -> Cell:
+    def train(self, kept: int, way: str, seed: int) -> Cell:
         case = self.case
         if way == "random":
             return self._random(kept, seed)
@@ -287,21 +296,26 @@ class Study:
         return None
 
     def _random(self, kept: int, seed: int) -> Cell:
-        """Random weights; the learning rate is the best on the dev part with seed 0."""
-        case = self.case
-        tried = {lr: self._random_with(kept, 0, lr) for lr in case.random_lrs}
-        best = (max if case.higher else min)(tried, key=lambda lr: tried[lr]["figures"][-1]["dev"])
-        return tried[best] if seed == 0 else self._random_with(kept, seed, best)
+        """Random weights, with the best of some learning rates."""
 
-    def _random_with(self, kept: int, seed: int, lr: float) -> Cell:
-        def make() -> Cell:
+        def train(seed: int, lr: float) -> Cell:
             torch.manual_seed(seed)
             model = self.case.random(kept)
             start = [{"budget": 0.0, **self.case.evaluate(model)}]
             figures, _ = heal(self.case, model, seed, lr=lr)
             return {"blocks": [], "lr": lr, "figures": start + figures}
 
-        return once(self.out / "tried" / f"{self.case.task}-{kept}-random-{seed}-lr{lr:g}.json", make)
+        return self.with_best_rate(f"{self.case.task}-{kept}-random", seed, self.case.random_lrs, train)
+
+    def with_best_rate(self, name: str, seed: int, rates: Sequence[float], train: Callable[[int, float], Cell]) -> Cell:
+        """What ``train`` finds with the learning rate that was the best on the dev part with seed 0."""
+
+        def tried(seed: int, lr: float) -> Cell:
+            return once(self.out / "tried" / f"{name}-{seed}-lr{lr:g}.json", lambda: train(seed, lr))
+
+        at_0 = {lr: tried(0, lr) for lr in rates}
+        best = (max if self.case.higher else min)(rates, key=lambda lr: at_0[lr]["figures"][-1]["dev"])
+        return tried(seed, best)
 
     def teacher(self, seed: int) -> nn.Module:
         """The whole model that was fine-tuned with this seed."""
@@ -340,9 +354,9 @@ def default_ways() -> list[str]:
 def parser(about: str | None) -> argparse.ArgumentParser:
     """The options that both examples have."""
     options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--ways", nargs="+", default=default_ways())
+    options.add_argument("--ways", nargs="+")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--keep", type=int, nargs="+", help="blocks that stay")
+    options.add_argument("--keep", type=int, nargs="+", help="blocks afterwards")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--out", type=Path, help="folder for cells and models; of the page for report")
     options.add_argument("--cells", type=Path, nargs="+", help="report: folders with cells, or pages made before")
@@ -355,10 +369,12 @@ def run(study: Study, given: argparse.Namespace) -> None:
     """Train what is missing, cell by cell; by seed first, so that an interrupted run has whole seeds."""
     for kept in given.keep:
         for seed in given.seeds:
-            for way in given.ways:
+            for way in given.ways or default_ways():
                 figures = study.cell(kept, way, seed)
                 last = ", ".join(f"{each['test']:.4f}" for each in figures["figures"])
-                print(f"{study.case.task}, {kept} of {study.case.layers}, {way}, seed {seed}: {last}", flush=True)
+                print(
+                    f"{study.case.task}, {study.case.layers} to {kept} blocks, {way}, seed {seed}: {last}", flush=True
+                )
 
 
 def read_cells(places: Sequence[Path]) -> tuple[list[Cell], dict[str, Cell]]:
@@ -395,6 +411,7 @@ class Table:
     """The cells of one task and one depth: figures by way, budget and seed."""
 
     cells: list[Cell]
+    page: "Page"
 
     def figures(self, way: str, budget: float) -> dict[int, float]:
         return {
@@ -407,19 +424,20 @@ class Table:
 
     def ways(self) -> list[str]:
         there = {cell["way"] for cell in self.cells}
-        return [w for w in default_ways() if w in there] + sorted(there - set(default_ways()))
+        return [w for w in self.page.ways if w in there] + sorted(there - set(self.page.ways))
 
     def differences(self, way: str, other: str, budget: float) -> list[float]:
         mine, others = self.figures(way, budget), self.figures(other, budget)
         return [mine[seed] - others[seed] for seed in sorted(mine.keys() & others.keys())]
 
-    def best_simple(self, way: str, budget: float, higher: bool) -> str | None:
+    def best_simple(self, way: str, budget: float) -> str | None:
         """The best of the simple ways, those with a teacher among them if this one has one, on this one's seeds."""
-        others = [*SIMPLE, *(f"{each}+teacher" for each in SIMPLE if way.endswith("+teacher"))]
+        simple = self.page.simple
+        others = [*simple, *(f"{each}+teacher" for each in simple if way.endswith("+teacher"))]
         seeds = self.figures(way, budget).keys()
         found = {other: self.figures(other, budget) for other in others}
         means = {o: statistics.fmean(f[s] for s in seeds) for o, f in found.items() if seeds and seeds <= f.keys()}
-        return (max if higher else min)(means, key=means.__getitem__) if means else None
+        return (max if self.page.higher else min)(means, key=means.__getitem__) if means else None
 
 
 def kept_blocks(cells: Sequence[Cell], way: str) -> str:
@@ -434,11 +452,12 @@ def kept_blocks(cells: Sequence[Cell], way: str) -> str:
 def milliseconds(times: Cell | None, cell: Cell, size: int) -> float | None:
     """Of a forward pass of the cell's model, where it was measured."""
     measured = (times or {}).get(f"batch {size}", {})
-    return measured.get(cell["way"] if "-branch" in cell["way"] else str(cell["kept"]))
+    return measured.get(cell["way"] if "-branch" in cell["way"] else str(len(cell["blocks"]) or cell["kept"]))
 
 
-def section(table: Table, times: Cell | None, measure: str, higher: bool) -> list[str]:
+def section(table: Table, times: Cell | None) -> list[str]:
     """The two tables of one task and depth."""
+    measure, higher = table.page.measure, table.page.higher
     digits = 2 if higher else 4
     first = next(cell for cell in table.cells if cell["way"] != "whole")
     budgets = [figure["budget"] for figure in first["figures"]]
@@ -462,16 +481,16 @@ def section(table: Table, times: Cell | None, measure: str, higher: bool) -> lis
         f"| way | {head} |",
         "|---|" + "---|" * len(budgets),
     ]
-    for way in (w for w in table.ways() if "-faded" in w or w.startswith("random")):
+    for way in (w for w in table.ways() if table.page.compared(w)):
         row = []
         for budget in budgets:
-            best = table.best_simple(way, budget, higher)
+            best = table.best_simple(way, budget)
             row.append("" if best is None else f"{shown(table.differences(way, best, budget), digits, True)} ({best})")
         lines.append(f"| {way} | " + " | ".join(row) + " |")
     return lines
 
 
-def draw(tables: dict[str, Table], times: dict[str, Cell], measure: str, path: Path) -> None:
+def draw(tables: dict[str, Table], times: dict[str, Cell], page: "Page", path: Path) -> None:
     """For each task and depth: the measure over milliseconds, and over the budgets."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -495,9 +514,9 @@ def draw(tables: dict[str, Table], times: dict[str, Cell], measure: str, path: P
                 aside = 1 + 0.012 * (place - len(ways) / 2) * (way != "whole")
                 half = 0.0 if math.isnan(halves[-1]) else halves[-1]
                 left.errorbar(ms * aside, means[-1], yerr=half, linestyle="none", capsize=2, **style)
-        label = f"{measure}, test"
+        label = f"{page.measure}, test"
         left.set(title=name, xlabel="milliseconds, batch of 32", ylabel=f"{label}, {budgets[-1]:g} epochs")
-        right.set(title="healing", xlabel="epochs", ylabel=label, xticks=range(len(budgets)))
+        right.set(title=page.training, xlabel="epochs", ylabel=label, xticks=range(len(budgets)))
         right.set_xticklabels([f"{budget:g}" for budget in budgets])
         shortest = [v for way in ways for b in budgets[1:] for v in table.figures(way, b).values() if way != "random"]
         room = 0.05 * (max(shortest) - min(shortest)) + 1e-9
@@ -510,7 +529,7 @@ def draw(tables: dict[str, Table], times: dict[str, Cell], measure: str, path: P
 
 
 def missing(
-    cells: Sequence[Cell], tasks: dict[str, Sequence[int]], ways: Sequence[str], seeds: Sequence[int]
+    cells: Sequence[Cell], tasks: Mapping[str, Sequence[int]], ways: Sequence[str], seeds: Sequence[int]
 ) -> list[str]:
     """What of the plan has not run: task, depth and way with the seeds that lack."""
     there = {(c["task"], c["kept"], c["way"], c["seed"]) for c in cells}
@@ -529,9 +548,34 @@ def missing(
     return lines
 
 
-def report(
-    given: argparse.Namespace, title: str, measure: str, higher: bool, plan: dict[str, Sequence[int]], remarks: str
-) -> str:
+@dataclass(frozen=True)
+class Page:
+    """What a page says besides its figures.
+
+    Attributes:
+        title: Its title.
+        remarks: What was done, and how the page is made.
+        measure: See :class:`Case`.
+        higher: See :class:`Case`.
+        plan: The depths by task.
+        ways: In the order of their rows.
+        simple: Those with which others are compared.
+        compared: Which others.
+        training: What the training is called.
+    """
+
+    title: str
+    remarks: str
+    measure: str
+    higher: bool
+    plan: Mapping[str, Sequence[int]]
+    ways: Sequence[str] = tuple(default_ways())
+    simple: Sequence[str] = SIMPLE
+    compared: Callable[[str], bool] = lambda way: "-faded" in way or way.startswith("random")
+    training: str = "healing"
+
+
+def report(given: argparse.Namespace, page: Page) -> str:
     """The page: README.md, figure.png, and the cells and times of which alone it is made."""
     cells, times = read_cells(given.cells)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -544,11 +588,13 @@ def report(
     for task, kept in dict.fromkeys((c["task"], c["kept"]) for c in cells if c["way"] != "whole"):
         mine = [c for c in cells if (c["task"], c["kept"]) == (task, kept) and c["way"] != "whole"]
         mine += [c for c in whole if c["task"] == task]
-        tables[f"{task}, {kept} of {next((c['kept'] for c in whole if c['task'] == task), '?')} blocks"] = Table(mine)
-    lines = [f"# {title}", "", remarks, "", "![figure](figure.png)"]
+        tables[f"{task}, {next((c['kept'] for c in whole if c['task'] == task), '?')} to {kept} blocks"] = Table(
+            mine, page
+        )
+    lines = [f"# {page.title}", "", textwrap.fill(page.remarks, 120), "", "![figure](figure.png)"]
     for name, table in tables.items():
-        lines += ["", f"## {name}", "", *section(table, times.get(table.cells[0]["task"]), measure, higher)]
-    lack = missing(cells, plan, default_ways(), given.seeds)
+        lines += ["", f"## {name}", "", *section(table, times.get(table.cells[0]["task"]))]
+    lack = missing(cells, page.plan, page.ways, given.seeds)
     lines += ["", "## Not run", "", *(lack or ["Nothing: all cells of the plan are there."])]
     threads = {f"{t['threads']} thread{'s' * (t['threads'] > 1)}, {t['machine']}" for t in times.values()}
     versions = {c["torch"] for c in cells}
@@ -557,7 +603,7 @@ def report(
         f"Mean over seeds ± half of the 95 % t-interval, on the test part. Times: float32, "
         f"{', '.join(threads) or 'not measured'}. torch {', '.join(sorted(versions))}.",
     ]
-    draw(tables, times, measure, given.out / "figure.png")
+    draw(tables, times, page, given.out / "figure.png")
     text = "\n".join(lines) + "\n"
     (given.out / "README.md").write_text(text)
     return text

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from _shortening import Batch, Case, Study, parser, report, run
+from _shortening import Batch, Case, Page, Study, parser, report, run
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,6 +95,11 @@ def train(given: argparse.Namespace) -> None:
 
 
 def make_case(given: argparse.Namespace) -> Case:
+    if given.quick:
+        given.text, given.weights = Path(__file__), given.out / "trained"
+        given.layers, given.width, given.context, given.steps = 4, 32, 32, 120
+        if not given.weights.exists():
+            train(given)
     codes, characters = read(given.text)
     first, second = 9 * len(codes) // 10, 19 * len(codes) // 20
     parts = {"train": codes[:first], "dev": codes[first:second], "test": codes[second:]}
@@ -150,14 +155,12 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     if given.what == "report":
-        print(report(given, "A language model, shortened", "nats per character", False, {"text": (6, 8)}, REMARKS))
+        print(
+            report(given, Page("A language model, shortened", REMARKS, "nats per character", False, {"text": (6, 8)}))
+        )
         return
-    if given.quick:
-        given.text, given.weights = Path(__file__), given.out / "trained"
-        given.layers, given.width, given.context, given.steps = 4, 32, 32, 120
-    if given.what == "train" or (given.quick and not given.weights.exists()):
-        train(given)
     if given.what == "train":
+        train(given)
         return
     given.keep = given.keep or [2 if given.quick else 6]
     study = Study(make_case(given), given.out, given.save)

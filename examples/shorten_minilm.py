@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _shortening import Batch, Case, Study, parser, report, run
+from _shortening import Batch, Case, Page, Study, parser, report, run
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from torch import Tensor, nn
@@ -242,7 +242,7 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     if given.what == "report":
-        print(report(given, "MiniLM, shortened", "accuracy", True, {"sst2": (3, 4), "trec": (3,)}, REMARKS))
+        print(report(given, Page("MiniLM, shortened", REMARKS, "accuracy", True, {"sst2": (3, 4), "trec": (3,)})))
         return
     given.keep = given.keep or [2 if given.quick else 3]
     study = Study(make_case(given), given.out, given.save)

@@ -136,10 +136,12 @@ def test_prune_a_transformer(run_here: Callable[..., str], tmp_path: Path) -> No
     check_comparison(run_here, "prune_a_transformer.py", tmp_path)
 
 
-def shortened_by(ways: tuple[str, ...], name: str, out: Path, run_here: Callable[..., str]) -> dict[str, Any]:
-    """The cells that an example of shortening writes in its quick mode, by way; the page holds them all."""
+def shortened_by(
+    ways: tuple[str, ...], name: str, out: Path, run_here: Callable[..., str], *options: str
+) -> dict[str, Any]:
+    """The cells that an example of pretrained models writes in its quick mode, by way; the page holds them all."""
     pytest.importorskip("transformers", reason="pip install 'taulearn[huggingface]'")
-    arguments = ("run", "--quick", "--save", "--seeds", "0", "--out", str(out), "--ways", *ways)
+    arguments = ("run", "--quick", "--save", "--seeds", "0", "--out", str(out), *options, "--ways", *ways)
     run_here(name, *arguments)
     files = {path: path.read_text() for path in (out / "cells").glob("*.json")}
     times = [path.stat().st_mtime_ns for path in files]
@@ -149,12 +151,13 @@ def shortened_by(ways: tuple[str, ...], name: str, out: Path, run_here: Callable
     assert cells.keys() == set(ways)
     page = out / "page"
     for place in (out, page):  # from the cells, and from the page alone
-        table = run_here(name, "report", "--quick", "--seeds", "0", "--cells", str(place), "--out", str(page))
+        given = ("--quick", "--seeds", "0", "--cells", str(place), "--out", str(page), *options)
+        table = run_here(name, "report", *given)
         assert table.strip() == (page / "README.md").read_text().strip()
         for way, cell in cells.items():
             figures = [each["test"] for each in cell["figures"]]
             row = next(line for line in table.splitlines() if line.startswith(f"| {way} |"))
-            assert [float(entry) for entry in row.split("|")[4:9]] == pytest.approx(figures, abs=0.006)
+            assert [float(entry) for entry in row.split("|")[4:-3]] == pytest.approx(figures, abs=0.006)
     assert (page / "figure.png").stat().st_size > 10_000
     return cells
 
@@ -189,25 +192,50 @@ def test_shorten_language_model(run_here: Callable[..., str], tmp_path: Path) ->
     check_plain(tmp_path / "models" / "text-2-loss-faded-0", 2)
 
 
+@pytest.mark.parametrize(
+    ("model", "annealed", "task"), [("minilm", True, "toy"), pytest.param("lm", False, "text", marks=pytest.mark.long)]
+)
+def test_deepen_pretrained(model: str, annealed: bool, task: str, run_here: Callable[..., str], tmp_path: Path) -> None:
+    ways = ("inserted", "stacked", "last")
+    cells = shortened_by(ways, "deepen_pretrained.py", tmp_path, run_here, "--model", model)
+    blocks, steps = cells["inserted"]["blocks"], cells["inserted"]["steps"]
+    assert sorted(blocks) == list(range(6)), "two came in"
+    assert cells["stacked"]["blocks"] == blocks, "the same places"
+    assert cells["inserted"]["figures"][0] == cells["last"]["figures"][0], "a block with step 0 changes nothing"
+    new = [l >= 4 for l in blocks]
+    assert all(step == 1.0 for step, is_new in zip(steps, new, strict=True) if annealed or not is_new)
+    assert annealed or all(0.0 < abs(step) < 1.0 for step, is_new in zip(steps, new, strict=True) if is_new)
+    for way, depth in (("inserted", 6), ("stacked", 6), ("last", 4)):
+        check_plain(tmp_path / "models" / f"{task}-6-{way}-0", depth)
+
+
 def test_intervals_of_shortening(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     shortening = importlib.import_module("_shortening")
     figures = {"top": (80.0, 82.0, 84.0), "influence": (70.0, 71.0, 99.0), "sensitivity-faded": (82.0, 83.0, 87.0)}
     figures["influence+teacher"] = (90.0, 90.0, 90.0)
     cells = [
-        {"task": "t", "kept": 3, "way": way, "seed": seed, "figures": [{"budget": 2.0, "test": value}]}
+        {
+            "task": "t",
+            "kept": 3,
+            "way": way,
+            "seed": seed,
+            "blocks": [0, 1, 2],
+            "figures": [{"budget": 2.0, "test": value}],
+        }
         for way, values in figures.items()
         for seed, value in enumerate(values)
     ]
-    table = shortening.Table(cells)
+    more, less = (shortening.Page("", "", "", higher, {}) for higher in (True, False))
+    table = shortening.Table(cells, more)
     quantile = 4.302652729911275  # of Student's distribution with two degrees of freedom, at 0.975
     values = figures["sensitivity-faded"]
     mean, half = shortening.interval(values)
     assert mean == pytest.approx(84.0)
     assert half == pytest.approx(quantile * 7**0.5 / 3**0.5)
-    assert table.best_simple("sensitivity-faded", 2.0, higher=True) == "top"
-    assert table.best_simple("sensitivity-faded", 2.0, higher=False) == "influence"
-    assert table.best_simple("influence+teacher", 2.0, higher=True) == "influence+teacher"
+    assert table.best_simple("sensitivity-faded", 2.0) == "top"
+    assert shortening.Table(cells, less).best_simple("sensitivity-faded", 2.0) == "influence"
+    assert table.best_simple("influence+teacher", 2.0) == "influence+teacher"
     differences = table.differences("sensitivity-faded", "top", 2.0)
     assert differences == [2.0, 1.0, 3.0]
     assert shortening.shown(differences, 2, signed=True) == f"+2.00 ± {quantile / 3**0.5:.2f}"
