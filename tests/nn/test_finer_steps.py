@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from contract import all_constraints
 from taulearn.nn import Constraint, TimeSteps
 from taulearn.nn.constraints import Stored
+from taulearn.nn.finer_steps import not_split
 
 DOUBLE = torch.float64
 TAU = [0.1, 0.2, 0.3, 0.4]
@@ -147,8 +148,8 @@ def test_refusals(constraint: str, act: Any, said: str) -> None:
 @all_constraints
 def test_no_half_lies_below_the_bound(constraint: str) -> None:
     steps = steps_with(constraint, lower_bound=0.08)
-    assert sorted(steps.not_split()) == [0]
-    assert sorted(steps.not_split(0.75)) == [0, 1, 2]
+    assert sorted(not_split(steps)) == [0]
+    assert sorted(not_split(steps, 0.75)) == [0, 1, 2]
     with pytest.raises(ValueError, match=r"0\.08"):
         steps.split_([0])
     steps.split_([1])

@@ -4,6 +4,7 @@ A training loop asks after each iteration which of them are due, and lets those 
 Scores, penalties and the target of pruning go on with the layers that came.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -119,7 +120,7 @@ class Adaptation:
             else:
                 assert self.refiner is not None
                 number = time_steps_of(self.model).num_steps
-                self.refiner.carry_out(positions, averages)
+                self.refiner.carry_out(dict.fromkeys(positions, math.nan), averages)
                 self._grow(number, positions)
         self.aim(state)
 

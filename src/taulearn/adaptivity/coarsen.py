@@ -20,18 +20,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._distributed import expire, refuse_distributed, wrappers_around
-from ..nn.pruned_models import WRAPPING, prunable_of
+from ..nn.pruned_models import WRAPPING, prunable_of, refuse_inference_mode
 from ..optim.projections import has_session
 from .estimate import Criterion, as_criterion, normalised, scores_of, shares
 from .mark import Budget, plan, within_budget
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in
 from .policies import THRESHOLD, check_one_decides, check_threshold
 from .transaction import Prunable, Snapshot, check_averaged, delete, taken_out
-
-ALL_OF_THEM = (
-    "hand over all that train this model, optimizer=[muon, adamw], the one that holds the time steps among them; or "
-    "freeze the steps, model.time_steps.values.requires_grad_(False)"
-)
 
 
 @dataclass(frozen=True)
@@ -104,6 +99,7 @@ class PruneReport:
 def check_prunable(model: nn.Module) -> Prunable:
     """The model as something that can be pruned, or an error that says why it cannot."""
     refuse_distributed("model", model)
+    refuse_inference_mode("pruned")
     found = prunable_of(model)
     if not all(hasattr(found, name) for name in ("time_steps", "scheme", "fixed_layers", "keep_layers_")):
         raise TypeError(
@@ -122,6 +118,31 @@ def check_prunable(model: nn.Module) -> Prunable:
     if len(fixed) == prunable.time_steps.num_steps and len(set(fixed.values())) == 1:
         raise ValueError(f"model must have a layer that can be deleted, got none: {next(iter(fixed.values()))}")
     return prunable
+
+
+def changed_together(
+    model: nn.Module, optimizer: Any, averaged: AveragedModel | None
+) -> tuple[list[nn.Module], list[torch.optim.Optimizer]]:
+    """The model, with its average, and the optimisers; refused, if one of them could not follow a change of layers."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile compiled
+    optimizers = optimizers_in(optimizer)
+    for each in optimizers:
+        check_holds(each, model)
+    if optimizers:
+        check_holds_steps(
+            optimizers,
+            model,
+            "hand over all that train this model, optimizer=[muon, adamw], the one that holds the time steps among "
+            "them; or freeze the steps, model.time_steps.values.requires_grad_(False)",
+        )
+    if averaged is not None:
+        check_averaged(averaged, model)
+    if has_session(model):
+        raise ValueError(
+            "model must have no session of taulearn.attach, got one that has, whose record and policy would not "
+            "follow: hand attach a Pruning or a Refinement, or call session.detach() before, and attach again"
+        )
+    return [model] if averaged is None else [model, averaged.module], optimizers
 
 
 def prune(
@@ -197,20 +218,8 @@ def prune(
         check_threshold(threshold)
     check_one_decides(threshold, keep=keep, budget=budget)
     prunable = check_prunable(model)
-    model = getattr(model, "_orig_mod", model)
-    optimizers = optimizers_in(optimizer)
-    for each in optimizers:
-        check_holds(each, model)
-    if optimizers:
-        check_holds_steps(optimizers, model, ALL_OF_THEM)
-    if averaged is not None:
-        check_averaged(averaged, model)
-    if has_session(model):
-        raise ValueError(
-            "model must have no session of taulearn.attach, got one that has, whose record and policy would not "
-            "follow: hand attach a Pruning, or call session.detach() before, and attach again"
-        )
-    models = [model] if averaged is None else [model, averaged.module]
+    models, optimizers = changed_together(model, optimizer, averaged)
+    model = models[0]
     before = Snapshot([])  # of no module yet, only whether gradients are recorded: most calls delete nothing
     asked = as_criterion(criterion, model, data=data, loss=loss)
     if asked.greedy and keep is None and budget is None:
@@ -271,9 +280,7 @@ def _choose(
     elif keep is None:
         chosen = plan(steps, THRESHOLD if threshold is None else threshold, power=exponent, fixed=fixed, scores=scores)
     else:
-        positions = _positions(keep)
-        if not positions or positions[0] < 0 or positions[-1] >= steps.num_steps:
-            raise ValueError(f"keep must name layers in 0 .. {steps.num_steps - 1}, got {positions}")
+        positions = set(positions_in("keep", keep, steps.num_steps))
         all_shares = shares(steps, exponent).tolist() if scores is None else normalised(scores)
         chosen = [(i, all_shares[i]) for i in range(steps.num_steps) if i not in positions]
     gone = {i for i, _ in chosen}
@@ -319,14 +326,21 @@ def _cautions(prunable: Prunable, deleted: Iterable[DeletedLayer], *, given: boo
         yield "an optimiser made before this no longer trains tau: hand it over (optimizer=...) or make a new one"
 
 
-def _positions(keep: Iterable[int]) -> list[int]:
-    """The positions to keep in order, each once."""
+def positions_in(argument: str, given: Iterable[int], number: int) -> list[int]:
+    """Positions among so many layers, in order."""
     try:
-        if isinstance(keep, str | bytes):
+        if isinstance(given, str | bytes):
             raise TypeError
-        return sorted({operator.index(i) for i in keep})
+        given = list(given)
+        if any(isinstance(each, bool) or getattr(each, "dtype", None) is torch.bool for each in given):
+            raise TypeError  # a mask
+        found = sorted(map(operator.index, given))
     except TypeError:
-        raise TypeError(f"keep must be a list of layer numbers, such as [0, 2], got {keep!r}") from None
+        raise TypeError(f"{argument} must be a list of layer numbers, such as [0, 2], got {given!r:.200}") from None
+    if not found or found[0] < 0 or found[-1] >= number:
+        some = "" if found else "at least one of the "
+        raise ValueError(f"{argument} must name {some}layers in 0 .. {number - 1}, got {found}")
+    return found
 
 
 def forget_compiled() -> None:

@@ -115,17 +115,17 @@ def check_holds(optimizer: Any, model: nn.Module) -> None:
     if held and all(id(p) not in own for p in held):  # one that holds nothing has lost its layers
         raise ValueError(
             "optimizer must hold the model's parameters, got one that holds none of them: make it from this model, "
-            "and hand it to every call of prune"
+            "and hand it to every call of prune and refine"
         )
 
 
 def check_current(held: Iterable[Tensor]) -> None:
-    """Refuse time steps from before a deletion among the parameters of an optimiser."""
+    """Refuse time steps from before a change of the layers among the parameters of an optimiser."""
     if any(getattr(p, REPLACED, False) for p in held):
         raise ValueError(
-            "optimizer must hold the model's time steps, got one that holds those from before layers were "
-            "deleted without it, so that tau would not train: make a new one from this model, and hand it to every "
-            "call of prune"
+            "optimizer must hold the model's time steps, got one that holds those from before layers came or went "
+            "without it, so that tau would not train: make a new one from this model, and hand it to every call of "
+            "prune and refine"
         )
 
 

@@ -13,8 +13,7 @@ References:
 """
 
 import copy
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,14 +23,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._distributed import expire, refuse_distributed, wrappers_around
 from .._errors import unknown_name
-from ..nn.grid import Grid
-from ..nn.pruned_models import WRAPPING, prunable_of
-from ..optim.projections import has_session
-from .coarsen import ALL_OF_THEM, forget_compiled, number_of_variables, prune
+from ..nn import finer_steps
+from ..nn.grid import Grid, twice
+from ..nn.pruned_models import WRAPPING, prunable_of, refuse_inference_mode
+from .coarsen import changed_together, forget_compiled, number_of_variables, positions_in, prune
 from .indicators import Indicator, NewLayer as LayerMaker, indicators
 from .mark_to_refine import bulk as smallest_set, largest
-from .optimizer_state import check_holds, check_holds_steps, optimizers_in, parameters_held
-from .transaction import Refinable, Snapshot, all_or_nothing, become, check_averaged, grow
+from .optimizer_state import optimizers_in, parameters_held
+from .transaction import Refinable, all_or_nothing, become, grow
 
 
 @dataclass(frozen=True)
@@ -157,27 +156,10 @@ def refine(
     if train not in (None, "new"):
         raise ValueError(f"train must be None or 'new', got {train!r}: 'new' trains the new layers alone")
     refinable = check_refinable(model)
-    model = getattr(model, "_orig_mod", model)
-    optimizers = optimizers_in(optimizer)
-    for each in optimizers:
-        check_holds(each, model)
-    if optimizers:
-        check_holds_steps(optimizers, model, ALL_OF_THEM)
-    if averaged is not None:
-        check_averaged(averaged, model)
-    if has_session(model):
-        raise ValueError(
-            "model must have no session of taulearn.attach, got one that has, whose record and policy would not "
-            "follow: call session.detach() before, and attach again"
-        )
-    models = [model] if averaged is None else [model, averaged.module]
-    before = Snapshot(models, optimizers)
-    try:
-        chosen = _choose(refinable, model, layers, by, indicator, number, bulk, theta, layer, data, loss)
-        return _carry_out(models, optimizers, chosen, by, theta, layer, train)
-    except BaseException:
-        before.restore()
-        raise
+    models, optimizers = changed_together(model, optimizer, averaged)
+    with all_or_nothing(models, optimizer):
+        chosen = _choose(refinable, models[0], layers, by, indicator, number, bulk, theta, layer, data, loss)
+        return carry_out(models, optimizers, chosen, by=by, theta=theta, layer=layer, train=train)
 
 
 def take_grid(model: nn.Module, grid: Grid, *, optimizer: Any = None, averaged: AveragedModel | None = None) -> None:
@@ -198,6 +180,7 @@ def take_grid(model: nn.Module, grid: Grid, *, optimizer: Any = None, averaged: 
 
 def check_way(by: str, theta: float, layer: Any) -> None:
     """Refuse ways of refining that are unknown or contradict themselves."""
+    finer_steps.check_theta(theta)
     if by not in ("split", "insert"):
         raise unknown_name("by", by, ("split", "insert"))
     if by == "insert" and theta != 0.5:
@@ -214,11 +197,7 @@ def check_way(by: str, theta: float, layer: Any) -> None:
 def check_refinable(model: nn.Module) -> Refinable:
     """The model as something that can be refined, or an error that says why it cannot."""
     refuse_distributed("model", model, "refine")
-    if torch.is_inference_mode_enabled():
-        raise ValueError(
-            "model must be refined outside torch.inference_mode(), got it inside, where no parameter is made that "
-            "trains: call refine before"
-        )
+    refuse_inference_mode("refined")
     found = prunable_of(model)
     if not all(hasattr(found, name) for name in ("time_steps", "scheme", "grow_layers_")):
         raise TypeError(
@@ -236,9 +215,9 @@ def check_refinable(model: nn.Module) -> Refinable:
 
 def closed_layers(refinable: Refinable, by: str, theta: float, layer: Any) -> dict[int, str]:
     """Positions that cannot be refined, with the reason."""
-    if by == "split":
-        return refinable.not_split(theta)
     steps = refinable.time_steps
+    if by == "split":
+        return finer_steps.not_split(steps, theta) | refinable.not_split()
     return refinable.not_inserted(copied=layer is None) | steps.rule.not_inserted(steps.num_steps)
 
 
@@ -259,14 +238,14 @@ def _choose(
     given = [name for name, value in {"layers": layers, "number": number, "bulk": bulk}.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"one of layers, number and bulk must be given, got {' and '.join(given) or 'none of them'}")
-    closed, total = closed_layers(refinable, by, theta, layer), refinable.time_steps.num_steps
+    closed = closed_layers(refinable, by, theta, layer)
     if layers is not None:
         for name, value in {"indicator": indicator, "data": data, "loss": loss}.items():
             if value is not None:
                 raise ValueError(f"{name} must be None where layers is given, which names them already")
-        positions = _positions(layers)
-        if not positions or positions[0] < 0 or positions[-1] >= total:
-            raise ValueError(f"layers must name layers in 0 .. {total - 1}, got {positions}")
+        positions = positions_in("layers", layers, refinable.time_steps.num_steps)
+        if len(set(positions)) < len(positions):
+            raise ValueError(f"layers must name each layer once, got {positions}: refine again for more")
         for l in positions:
             if l in closed:
                 raise ValueError(f"layers must not contain {l} with by={by!r}, got {positions}: {closed[l]}")
@@ -279,39 +258,34 @@ def _choose(
     return {l: float(eta[l]) for l in marked}
 
 
-def _positions(layers: Iterable[int]) -> list[int]:
-    """The positions in order, each once."""
-    try:
-        if isinstance(layers, str | bytes):
-            raise TypeError
-        given = sorted(operator.index(i) for i in layers)
-    except TypeError:
-        raise TypeError(f"layers must be a list of layer numbers, such as [0, 2], got {layers!r}") from None
-    if len(set(given)) < len(given):
-        raise ValueError(f"layers must name each layer once, got {given}: refine again for more")
-    return given
-
-
-def _carry_out(
+def carry_out(
     models: Sequence[nn.Module],
     optimizers: Sequence[Any],
-    chosen: dict[int, float],
+    chosen: Mapping[int, float],
+    *,
     by: str,
     theta: float,
     layer: LayerMaker | None,
-    train: str | None,
+    train: str | None = None,
 ) -> RefineReport:
-    """Make the layers, and take them in."""
+    """Make new layers, and let a model, its averages and its optimisers take them in.
+
+    Args:
+        models: The model, and its averages.
+        optimizers: All of them.
+        chosen: Positions that can be refined, in order, with their indicators.
+        by: As for :func:`refine`.
+        theta: As for :func:`refine`.
+        layer: As for :func:`refine`; asked once a place.
+        train: As for :func:`refine`.
+    """
     model, refinable = models[0], cast(Refinable, prunable_of(models[0]))
     steps, parameters, layers_before = refinable.time_steps, number_of_variables(model), refinable.time_steps.num_steps
-    sources: list[int] = []
-    like: dict[int, int] = {}  # the positions then of new layers, and those now of their parents
-    for l in range(layers_before):
-        sources.append(l)
-        if l in chosen:
-            fitting = None if by == "split" else refinable.copied_behind(l)
-            like[len(sources)] = l if fitting is None else fitting
-            sources.append(like[len(sources)])
+    sources, new_ones = twice(layers_before, chosen)
+    like = dict(zip(new_ones, chosen, strict=True))  # the positions then of new layers, and those now of their parents
+    if by == "insert":
+        like = {i: l if (fitting := refinable.copied_behind(l)) is None else fitting for i, l in like.items()}
+        sources = [like.get(i, l) for i, l in enumerate(sources)]
     if layer is None:
         made = [{i: prunable_of(each).copy_of(l) for i, l in like.items()} for each in models]
     else:
@@ -321,7 +295,10 @@ def _carry_out(
     pairs = [(f"layer {steps.origin[l]}", refinable.layers[l], made[0][i]) for i, l in like.items()]
     kin = {q: p for pair in pairs for q, p in _kin(*pair, needed=bool(optimizers))}
     grids = [prunable_of(each).time_steps for each in models]
-    values = [each.split(list(chosen), theta) if by == "split" else each.insert(list(chosen)) for each in grids]
+    values = [
+        finer_steps.split(each, [*chosen], theta) if by == "split" else finer_steps.insert(each, [*chosen])
+        for each in grids
+    ]
     wrappers = wrappers_around(model)
     if WRAPPING in vars(model):
         forget_compiled()

@@ -9,11 +9,10 @@ layers with the largest indicators are refined; w is what the policy asks for: a
 So the target is reached in the last round at the latest, whatever was deleted on the way.
 """
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -27,8 +26,9 @@ from .indicators import NAMES, indicators, not_refined
 from .mark_to_refine import bulk as smallest_set, largest
 from .optimizer_state import check_follows, optimizers_in, with_inner
 from .policies import check_every
-from .refine import RefineReport, check_refinable, check_way, closed_layers, refine
+from .refine import RefineReport, carry_out, check_refinable, check_way, closed_layers
 from .target import check_time, iterations_of
+from .transaction import all_or_nothing
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,6 @@ class Refinement:
         if self.bulk is not None and not (is_number(self.bulk) and 0.0 < self.bulk <= 1.0):
             raise ValueError(f"bulk must lie in (0, 1], got {self.bulk!r}: it is a share of the indicators' sum")
         check_way(self.by, self.theta, self.layer)
-        if not (is_number(self.theta) and 0.0 < self.theta < 1.0):
-            raise ValueError(f"theta must lie in (0, 1), got {self.theta!r}: it is the first half's share of a step")
         self._check_indicator()
         check_time("until", self.until)
         if self.rest is not None and (isinstance(self.rest, bool) or not isinstance(self.rest, int) or self.rest < 0):
@@ -275,31 +273,16 @@ class Refiner:
             warnings.warn(self.shortfall(iteration), stacklevel=2)
         if not chosen:
             return None
-        report = self.carry_out(list(chosen), averages)
-        found = zip(report.new, chosen.values(), strict=True)
-        report = replace(report, new=tuple(replace(new, indicator=eta) for new, eta in found))
+        report = self.carry_out(chosen, averages)
         self._born |= {new.layer: iteration for new in report.new}
         return report, list(chosen)
 
-    def carry_out(self, positions: Sequence[int], averages: Sequence[nn.Module]) -> RefineReport:
-        """Refine layers of the model and of its averages."""
-        policy, made = self.policy, list[nn.Module]()
-        options: dict[str, Any] = {"by": policy.by, "theta": policy.theta}
-
-        def make(neighbour: nn.Module) -> nn.Module:
-            assert policy.layer is not None
-            made.append(policy.layer(neighbour))
-            return copy.deepcopy(made[-1]) if averages else made[-1]
-
-        def again(_: nn.Module) -> nn.Module:  # of the averages, in the same order
-            made.append(made.pop(0))
-            return copy.deepcopy(made[-1])
-
-        layers = (None, None) if policy.layer is None else (make, again)
-        report = refine(self.model, positions, layer=layers[0], optimizer=self.optimizer, **options)
-        for each in averages:
-            refine(each, positions, layer=layers[1], **options)
-        return report
+    def carry_out(self, chosen: Mapping[int, float], averages: Sequence[nn.Module]) -> RefineReport:
+        """Refine layers, by their positions with indicators, of the model and of its averages, or of none of them."""
+        policy, models = self.policy, [self.model, *averages]
+        with all_or_nothing(models, self.optimizer):
+            optimizers = optimizers_in(self.optimizer)
+            return carry_out(models, optimizers, chosen, by=policy.by, theta=policy.theta, layer=policy.layer)
 
     def shortfall(self, iteration: int) -> str:
         """How far the target is missed where training ends, and what to do; empty where it was reached."""

@@ -39,8 +39,8 @@ class Prunable(Protocol):
 class Refinable(Prunable, Protocol):
     """The attributes and methods of a model that can be refined, too."""
 
-    def not_split(self, theta: float = 0.5) -> dict[int, str]:
-        """Positions of layers that cannot be split, each with the reason."""
+    def not_split(self) -> dict[int, str]:
+        """Positions of layers that cannot be split whatever their steps, each with the reason."""
 
     def not_inserted(self, *, copied: bool) -> dict[int, str]:
         """Positions behind which no layer can be inserted, or none that is a copy, each with the reason."""
@@ -67,7 +67,7 @@ def check_averaged(averaged: AveragedModel, model: nn.Module) -> None:
     if shapes != theirs:
         raise ValueError(
             "averaged must average this model, got one whose parameters have other shapes: make it from this model, "
-            "and hand it to every call of prune"
+            "and hand it to every call of prune and refine"
         )
 
 

@@ -193,13 +193,13 @@ class TimeVariableNetwork(nn.Module):
 
     def fixed_layers(self) -> dict[int, str]:
         """Positions that pruning must leave, each with the reason."""
-        reasons = self._no_steps()
+        reasons = self.not_split()
         for layer, reason in self.time_steps.rule.fixed(len(self.layers)).items():
             reasons.setdefault(layer, reason)
         return reasons
 
-    def _no_steps(self) -> dict[int, str]:
-        """Positions of layers that are no step from a state to the next, each with the reason."""
+    def not_split(self) -> dict[int, str]:
+        """Positions of layers that are no step from a state to the next, and cannot be split, each with the reason."""
         reasons = {}
         for layer in range(len(self.layers)):
             if not self.skips.is_identity(layer):
@@ -232,10 +232,6 @@ class TimeVariableNetwork(nn.Module):
         self.skips.keep_(kept)
         self.layers = nn.ModuleList(self.layers[i] for i in kept)
         self.layers.training = self.training
-
-    def not_split(self, theta: float = 0.5) -> dict[int, str]:
-        """Positions of layers that cannot be split, each with the reason."""
-        return self.time_steps.not_split(theta) | self._no_steps()
 
     def not_inserted(self, *, copied: bool) -> dict[int, str]:
         """Positions behind which no layer can be inserted, or none that is a copy, each with the reason."""

@@ -6,6 +6,7 @@ tensors, so that whatever saves and loads these carries it.
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .._distributed import expire, wrappers_around
@@ -32,6 +33,15 @@ def prunable_of(model: nn.Module) -> Any:
     """The object that pruning works on: the model, or its wrapping; out of torch.compile's wrapper."""
     inner = getattr(model, "_orig_mod", model)
     return vars(inner).get(WRAPPING, inner)
+
+
+def refuse_inference_mode(done: str) -> None:
+    """Refuse to change a model where it would get parameters that never train."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"model must be {done} outside torch.inference_mode(), got it inside, where no parameter is made that "
+            "trains: take torch.no_grad(), or do it before"
+        )
 
 
 def wrapping_of(model: nn.Module) -> "Wrapping | None":

@@ -228,12 +228,8 @@ class TimeSteps(nn.Module):
         for layer, reason in self.rule.fixed(self.num_steps).items():
             if layer not in kept:
                 raise ValueError(f"indices must contain step {layer}, got {kept}: {reason}")
-        held = vars(self.rule).copy()
-        left = self.rule.keep(self.values, kept)
-        self._check_fits(left, len(kept), "keep", "the deletion", held)
-        self.take_(left, [self.origin[i] for i in kept])
+        self.take_(self.changed("keep", len(kept), kept), [self.origin[i] for i in kept])
 
-    @torch.no_grad()
     def split_(self, indices: Iterable[int], theta: float = 0.5) -> None:
         """Let each step at ``indices`` become two, theta and 1 - theta of it: the same equation on a finer grid.
 
@@ -253,12 +249,10 @@ class TimeSteps(nn.Module):
             >>> steps.tau.tolist(), steps.origin, steps.parent
             ([0.25, 0.25, 0.5], (0, 2, 1), {2: 0})
         """
-        from .grid import twice
+        from .finer_steps import split_
 
-        chosen = self._chosen("indices", indices)
-        self.grow_(*twice(self.num_steps, chosen), self.split(chosen, theta))
+        split_(self, indices, theta)
 
-    @torch.no_grad()
     def insert_(self, behind: Iterable[int]) -> None:
         """Insert steps of 0, or of the lower bound.
 
@@ -274,52 +268,9 @@ class TimeSteps(nn.Module):
             >>> steps.tau.tolist(), steps.origin
             ([0.5, 0.5, 0.0], (0, 1, 2))
         """
-        from .grid import twice
+        from .finer_steps import insert_
 
-        chosen = self._chosen("behind", behind)
-        self.grow_(*twice(self.num_steps, chosen), self.insert(chosen))
-
-    def _chosen(self, argument: str, given: Iterable[int]) -> list[int]:
-        """Positions in order."""
-        chosen = sorted(given)
-        if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 0 or chosen[-1] >= self.num_steps:
-            raise ValueError(f"{argument} must be numbers in 0 .. {self.num_steps - 1}, each once, got {chosen}")
-        return chosen
-
-    def not_split(self, theta: float = 0.5) -> dict[int, str]:
-        """Positions whose step cannot be split, with the reason: a half would lie below the lower bound."""
-        if not (is_number(theta) and 0.0 < theta < 1.0):
-            raise ValueError(f"theta must lie in (0, 1), got {theta!r}: it is the first half's share of the step")
-        if self.lower_bound is None:
-            return {}
-        tau = self.tau.detach()
-        too_small = torch.minimum(theta * tau, tau - theta * tau) < torch.full_like(tau, self.lower_bound)
-        return {
-            int(l): f"a half of its step {float(tau[l]):g} would lie below the lower bound {self.lower_bound:g}"
-            for l in too_small.nonzero().flatten()
-        }
-
-    @torch.no_grad()
-    def split(self, indices: Sequence[int], theta: float = 0.5) -> Tensor:
-        """The parameter vector after :meth:`split_`."""
-        for l, reason in self.not_split(theta).items():
-            if l in indices:
-                raise ValueError(f"indices must not contain step {l}, got {list(indices)}: {reason}")
-        held = vars(self.rule).copy()
-        values = self.rule.split(self.values, indices, theta)
-        self._check_fits(values, self.num_steps + len(indices), "split", "the split", held)
-        return values
-
-    @torch.no_grad()
-    def insert(self, behind: Sequence[int]) -> Tensor:
-        """The parameter vector after :meth:`insert_`."""
-        for l, reason in self.rule.not_inserted(self.num_steps).items():
-            if l in behind:
-                raise ValueError(f"behind must not contain {l}, got {list(behind)}: {reason}")
-        held = vars(self.rule).copy()
-        values = self.rule.insert(self.values, behind)
-        self._check_fits(values, self.num_steps + len(behind), "insert", "the insertion", held)
-        return values
+        insert_(self, behind)
 
     @torch.no_grad()
     def grow_(self, sources: Sequence[int], new: Iterable[int], values: Tensor) -> None:
@@ -349,15 +300,19 @@ class TimeSteps(nn.Module):
         self.origin, self.parent = grid.origin, dict(grid.parent)
         self.next_number = max(self.next_number, grid.next_number)
 
-    def _check_fits(self, values: Tensor, number: int, method: str, change: str, held: dict[str, object]) -> None:
-        """Refuse values of a user's constraint that do not give one step a layer, and put its attributes back."""
-        if (found := len(self.rule.tau(values))) != number:
-            vars(self.rule).clear()
-            vars(self.rule).update(held)
-            kind = type(self.rule).__name__
+    def changed(self, method: str, number: int, *arguments: object) -> Tensor:
+        """The values for so many steps that the constraint's method makes; where it fails, its attributes are back."""
+        held, rule = vars(self.rule).copy(), self.rule
+        values: Tensor = getattr(rule, method)(self.values, *arguments)
+        if (found := len(rule.tau(values))) != number:
+            vars(rule).clear()
+            vars(rule).update(held)
+            kind = type(rule).__name__
             raise ValueError(
-                f"{kind}.tau must have {number} entries, one a layer, got {found}: let {kind}.{method} follow {change}"
+                f"{kind}.tau must have {number} entries, one a layer, got {found}: let {kind}.{method} follow the "
+                "change of the layers"
             )
+        return values
 
     def extra_repr(self) -> str:
         """The line of ``print(model)``."""

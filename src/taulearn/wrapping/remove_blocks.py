@@ -1,4 +1,4 @@
-"""Deleting blocks from the modules that hold them, and inserting others: lists change, elsewhere a placeholder stays.
+"""Deleting blocks from the modules that hold them: lists change, elsewhere a placeholder stays.
 
 Everything is done by assigning attributes of modules, never by changing an object they share, so that the transaction
 of pruning can undo it.
@@ -68,35 +68,9 @@ def remove(host: nn.Module, blocks: Mapping[nn.Module, Form], shorten: Collectio
         shortened.append(Changed(name, len(before), kept, tuple(before[i] for i in kept)))
         without |= set(before) & blocks.keys()
         holder._modules = _renumbered(present, blocks)
-        _follow(host, name, holder, before[0])
+        follow_first(host, name, holder, before[0])
     _mend_plain_lists(host, stand_ins, without)
     return shortened
-
-
-def insert(host: nn.Module, behind: Mapping[nn.Module, nn.Module]) -> list[Changed]:
-    """Put blocks into the lists of a host, each behind another one."""
-    longer: list[Changed] = []
-    for name, holder in list(host.named_modules()):
-        present = {key: module for key, module in holder._modules.items() if module is not None}
-        if not any(module in behind for module in present.values()):
-            continue
-        result: dict[str, nn.Module | None] = {}
-        kept: list[int] = []
-        number = 0
-        for i, (key, module) in enumerate(present.items()):
-            for each in (module, *([behind[module]] if module in behind else ())):
-                result[str(number) if key.isdigit() else key if each is module else f"{key}_{len(present)}"] = each
-                number += key.isdigit()
-                kept.append(i)
-        longer.append(Changed(name, len(present), tuple(kept), tuple(m for m in result.values() if m is not None)))
-        holder._modules = result
-        _follow(host, name, holder, next(iter(present.values())))
-    for module in host.modules():
-        for key, value in list(vars(module).items()):
-            if type(value) in (list, tuple) and any(isinstance(v, nn.Module) and v in behind for v in value):
-                pairs = [(v, behind.get(v)) if isinstance(v, nn.Module) else (v, None) for v in value]
-                vars(module)[key] = type(value)(each for pair in pairs for each in pair[: 1 + (pair[1] is not None)])
-    return longer
 
 
 def put_in_place(host: nn.Module, stand_ins: Mapping[nn.Module, nn.Module]) -> None:
@@ -125,7 +99,7 @@ def _renumbered(present: Mapping[str, nn.Module], blocks: Collection[nn.Module])
     return result
 
 
-def _follow(host: nn.Module, name: str, holder: nn.Module, first: nn.Module) -> None:
+def follow_first(host: nn.Module, name: str, holder: nn.Module, first: nn.Module) -> None:
     """torch's encoder and decoder count their layers, and the encoder reads an attribute of its first one."""
     owner = host.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, nn.TransformerEncoder | nn.TransformerDecoder) and owner.layers is holder:

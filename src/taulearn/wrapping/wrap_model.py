@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._distributed import refuse_distributed
 from .._errors import unknown_name
 from ..nn.constraints import Constraint
-from ..nn.pruned_models import WRAPPING, wrapping_of
+from ..nn.pruned_models import WRAPPING, refuse_inference_mode, wrapping_of
 from ..nn.time_steps import TimeSteps
 from .block import NESTED, PassingTimeSteps, Step
 from .branches import Branch, BranchStep, WatchedBlock, step_of
@@ -248,11 +248,7 @@ def check_host(model: nn.Module) -> None:
     """Refuse what cannot be wrapped: no module, compiled, exported or distributed, and what has steps already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if torch.is_inference_mode_enabled():
-        raise ValueError(
-            "model must be wrapped outside torch.inference_mode(), got it inside, where no parameter is made that "
-            "trains: call wrap before"
-        )
+    refuse_inference_mode("wrapped")
     for name, module in model.named_modules():
         if isinstance(getattr(module, "_orig_mod", None), nn.Module):
             what = f"its module {name!r} compiled" if name else "it compiled"

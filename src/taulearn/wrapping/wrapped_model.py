@@ -182,9 +182,9 @@ class Wrapping:
                 vars(block)["forward"] = replace(vars(block)["forward"], indices=positions)
         vars(self.host)[WRAPPING] = replace(self, present=left)
 
-    def not_split(self, theta: float = 0.5) -> dict[int, str]:
+    def not_split(self) -> dict[int, str]:
         """Positions of blocks that cannot be split, each with the reason."""
-        return self.time_steps.not_split(theta) | self.not_inserted(copied=True)
+        return self.not_inserted(copied=True)
 
     def not_inserted(self, *, copied: bool) -> dict[int, str]:
         """Positions behind which no block can be inserted, each with the reason."""
