@@ -6,6 +6,7 @@ place, or the nearest name. Calls on a model check that it is afterwards what it
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -542,6 +543,9 @@ OPTIM = [
 ]
 
 
+MASKS = ([True, False, True, True, True], [torch.tensor(l > 1) for l in range(5)])
+
+
 def pruned(make: Callable[[], nn.Module] = small, *arguments: Any, **options: Any) -> Callable[[], None]:
     """prune of a model that must be left as it was."""
     return on(make, lambda model: prune(model, *arguments, **options))
@@ -574,7 +578,9 @@ PRUNING = [
     *each(ValueError, "every", lambda every: Pruning(every=every), 0, -1, "epochs", 2.5, True, "a"),
     *each(ValueError, "keep", lambda keep: pruned(keep=keep)(), [], [0, 5], [-1, 0]),
     # A position of 1.5 once deleted layer 1 without a word.
-    *each(TypeError, "keep", lambda keep: pruned(keep=keep)(), [0, 1.5], [0, "1"], "02", 5, "a"),
+    *each(TypeError, "keep", lambda keep: pruned(keep=keep)(), [0, 1.5], [0, "1"], "02", 5, "a", *MASKS),
+    R(ValueError, "keep", pruned(keep=[]), ("at least one", "0 .. 4")),
+    R(ValueError, "model", on(small, lambda m: torch.inference_mode()(prune)(m, 0.1)), ("inference_mode",)),
     R(ValueError, "keep", pruned(keep=[1, 2]), ("layer 0", "[1, 2]")),
     R(ValueError, "keep", pruned(lambda: small(constraint="dependent"), keep=[0, 1]), ("layer 4", "[0, 1]")),
     R(ValueError, "keep", pruned(lambda: resnet(3, [4, 2, 2], 1, 3), keep=[0, 2]), ("layer 1",)),
@@ -703,6 +709,48 @@ def with_bound(bound: float, **options: Any) -> Callable[[], nn.Module]:
     return partial(small, lower_bound=bound, **options)
 
 
+def with_weight_norm() -> nn.Module:
+    """A layer with a tensor that was computed, which torch cannot copy."""
+    model = small()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        linear = torch.nn.utils.weight_norm(nn.Linear(4, 4))
+    model.layers[1] = linear
+    return model
+
+
+class TwoBranches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+ONES: dict[str, Any] = {"data": (torch.ones(2, 4), torch.ones(2, 4)), "loss": mse_loss}
+
+
+def of_two_branches(**options: Any) -> nn.Module:
+    return wrap(nn.Sequential(*[TwoBranches() for _ in range(3)]), example_inputs=torch.ones(2, 4), **options)
+
+
+def in_displacement() -> nn.Module:
+    return of_two_branches(units="displacement")
+
+
+def per_branch() -> nn.Module:
+    return of_two_branches(per="branch")
+
+
+def refined_without_it(model: Any) -> None:
+    optimizer = sgd(model)
+    twin = copy.deepcopy((model, optimizer))
+    refine(twin[0], [1])
+    prune(twin[0], keep=[0, 1], optimizer=twin[1])
+
+
 def unbounded() -> nn.Module:
     layers = [nn.Linear(3, 3) for _ in range(3)]
     return TimeVariableNetwork(layers, nn.Linear(3, 1), Fractional(), TimeSteps(3), stem=nn.Identity())
@@ -736,8 +784,9 @@ REFINING = [
         R(ValueError, "layers", refined(small, **given), ("number", "bulk", *given))
         for given in ({}, {"layers": [1], "number": 2}, {"number": 2, "bulk": 0.5}, {"layers": [1], "bulk": 0.5})
     ],
-    *each(TypeError, "layers", lambda layers: refined(small, layers)(), "12", 5, [0, 1.5]),
+    *each(TypeError, "layers", lambda layers: refined(small, layers)(), "12", 5, [0, 1.5], *MASKS),
     *each(ValueError, "layers", lambda layers: refined(small, layers)(), [], [-1, 0], [0, 5], [1, 1]),
+    R(ValueError, "layers", refined(small, []), ("at least one", "0 .. 4")),
     *[
         R(ValueError, name, refined(small, [1], **{name: value}), ("layers",))
         for name, value in (("indicator", "sensitivity"), ("data", PAIRS), ("loss", mse_loss))
@@ -774,10 +823,18 @@ REFINING = [
     R(ValueError, "layer", refined(small, [1], layer=copy.deepcopy), ("'split'",)),
     R(TypeError, "layer", refined(small, [1], by="insert", layer=nn.Linear(4, 4)), ("Linear",)),
     R(TypeError, "layer", refined(small, [1], by="insert", layer=lambda neighbour: None), ("NoneType",)),
+    R(TypeError, "layer", refined(by="insert", layer=lambda _: None, number=1, data=PAIRS, loss=mse_loss), ("None",)),
     R(ValueError, "layer", on(small, lambda m: refine(m, [1], by="insert", layer=lambda _: m.layers[2])), ("shares",)),
+    R(ValueError, "model", refined(with_weight_norm, [1]), ("Linear", "parametrizations")),
+    R(ValueError, "model", refined(with_weight_norm, [1], by="insert"), ("Linear", "parametrizations")),
+    R(ValueError, "layers", refined(in_displacement, [1]), ("displacement", "units='steps'")),
+    R(ValueError, "number", refined(in_displacement, number=1, **ONES), ("displacement", "units='steps'")),
+    R(ValueError, "layers", refined(per_branch, [1], by="insert"), ("one branch", "per='block'")),
+    R(ValueError, "model", refined(per_branch, number=1, **ONES), ("per branch", "per='block'")),
     R(ValueError, "model", on(small, lambda m: torch.inference_mode()(refine)(m, [1])), ("inference_mode",)),
     R(TypeError, "optimizer", refined(small, [1], optimizer="a"), ("'a'",)),
-    R(ValueError, "optimizer", refined(small, [1], optimizer=sgd(small())), ("none of them",)),
+    R(ValueError, "optimizer", refined(small, [1], optimizer=sgd(small())), ("none of them", "refine")),
+    R(ValueError, "optimizer", on(small, refined_without_it), ("came or went", "refine")),
     R(TypeError, "averaged", refined(small, [1], averaged=small()), ("TimeVariableNetwork",)),
 ]
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils._pytree import tree_map
 
 from small_networks import assert_same_bits
-from taulearn import Criterion, TimeSteps, wrap
+from taulearn import Criterion, TimeSteps, refine, wrap
 from taulearn._batches import loss_on
 from taulearn.adaptivity import mark_to_refine
 from taulearn.adaptivity.indicators import indicators, not_refined
@@ -320,6 +320,21 @@ def test_blocks_of_a_wrapped_model_inserted_by_hand(form: str) -> None:
             assert abs(float(torch.autograd.grad(value, new)[0] - figures[l])) < 1e-10
 
 
+@pytest.mark.parametrize("constraint", ["free", "dependent"])
+def test_the_indicators_of_a_model_of_which_only_new_blocks_train(constraint: str) -> None:
+    data, found = toy("whole")[1], []
+    for train in (None, "new"):
+        model = wrap(toy_plain(), example_inputs=data[0], form="whole", constraint=constraint, init=0.25)
+        refine(model, [1], by="insert", train=train)
+        found.append(indicators(model, "dual-weighted", data, mse_loss))
+    assert torch.equal(*found)
+
+
+def toy_plain() -> Toy:
+    torch.manual_seed(0)
+    return Toy().double()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_of_a_wrapped_model_split_by_hand(form: str) -> None:
     errors = []
@@ -466,10 +481,17 @@ def test_a_frozen_model_in_training_mode_has_the_same_indicators() -> None:
     assert expected.abs().min() > 0
 
 
+@pytest.mark.parametrize("name", ["residual", "fractional", "whole", "branches"])
 @pytest.mark.parametrize("indicator", ["dual-weighted", "sensitivity"])
-def test_a_batch_costs_less_than_three_of_its_passes(indicator: str) -> None:
-    """Calls of a block, and of its backward pass: three and three would be the limit."""
-    model, data = toy("whole")
+def test_a_batch_costs_less_than_three_of_its_passes(indicator: str, name: str) -> None:
+    """Calls of a layer, and of its backward pass: three and three would be the limit."""
+    model: Any
+    if name in FORMS:
+        model, data = toy(name)
+        counted = model.blocks[1].up
+    else:
+        model, data = built(Residual() if name == "residual" else Fractional(0.5), [0.1] * 9), batch()
+        counted = model.layers[2][0]
     calls = {"forward": 0, "backward": 0}
 
     def count(_: Any, __: Any, output: Tensor) -> None:
@@ -477,7 +499,7 @@ def test_a_batch_costs_less_than_three_of_its_passes(indicator: str) -> None:
         if output.requires_grad:
             output.register_hook(lambda gradient: calls.update(backward=calls["backward"] + 1))
 
-    model.blocks[1].up.register_forward_hook(count)
+    counted.register_forward_hook(count)
     indicators(model, indicator, data, mse_loss)
     assert calls["forward"] <= 3
     assert calls["backward"] <= 2

@@ -241,3 +241,16 @@ def test_refinement_by_settings(tmp_path):
     assert result.layers == (3, 2)
     assert [each.epoch for each in result.history.insertions] == [1, 2]
     assert result.history.epochs["layers"].max() == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"refine": 400}, "refine must .*refine_until"),
+        ({"prune_blocks": 1, "constraint": "dependent"}, "target_blocks"),
+    ],
+)
+def test_a_target_out_of_reach_is_refused_before_there_is_a_run(tmp_path, settings, part):
+    with pytest.raises(ValueError, match=part):
+        train(small(tmp_path / "run", **settings), progress=False)
+    assert not list(tmp_path.iterdir())

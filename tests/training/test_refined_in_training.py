@@ -167,3 +167,26 @@ def test_a_teacher_that_has_not_the_new_layers() -> None:
     squares = [float((mine[l] - y).square().mean()) for l, y in zip(behind, theirs, strict=True)]
     assert value() == pytest.approx(sum(squares) / 5, rel=1e-5)
     assert value() > 0
+
+
+def test_only_what_is_new_trains_in_a_run_that_is_resumed_too(tmp_path: Path) -> None:
+    def callback(end: EpochEnd) -> None:
+        if end.epoch == 2:
+            refine(end.model, [2], by="insert", optimizer=end.optimizer, train="new")
+
+    def go_on(folder: str, *more: Callable[[EpochEnd], None], **options: Any) -> Any:
+        model = network()
+        options = {"epochs": 4, "run": tmp_path / folder, "callbacks": [callback, *more]} | options
+        run_fit(model, digits(), adam(model), **options)
+        return model
+
+    whole = go_on("whole")
+    with pytest.raises(Crash):
+        go_on("halved", crash_after(3))
+    resumed = go_on("halved", resume=True)
+    assert_same_weights(resumed, whole)
+    assert [p.requires_grad for p in resumed.parameters()] == [p.requires_grad for p in whole.parameters()]
+    assert resumed.time_steps.held == whole.time_steps.held != frozenset()
+    loaded: Any = load_model(tmp_path / "whole")
+    assert all(p.requires_grad for p in loaded.parameters())
+    assert not loaded.time_steps.held

@@ -1,6 +1,7 @@
 """The policy of refinement in fit and attach: when layers come, which, and what rests; alone and with pruning."""
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,27 @@ def test_compiled_steps_are_those_of_eager_ones() -> None:
     eager, compiled = found
     assert births(eager) == births(compiled) == [15, 30]
     np.testing.assert_allclose(compiled.iterations["tau"], eager.iterations["tau"], rtol=1e-9, atol=1e-11)
+
+
+def test_a_round_on_a_batch_that_is_not_finite_is_left_out() -> None:
+    """As a loop sees it that skips a batch with a NaN: layers come in the rounds that are left."""
+    model = network()
+    optimizer, (x, z) = sgd(model), digits(20)
+    session = attach(model, optimizer, refinement=Refinement(9, every=2, until=1.0, loss=LOSS), iterations=8)
+
+    def iterate(first: int, last: int, told: torch.Tensor) -> None:
+        for _ in range(first, last + 1):
+            optimizer.zero_grad()
+            session.loss(LOSS(model(x), z), inputs=told, targets=z).backward()
+            optimizer.step()
+
+    iterate(1, 3, x)
+    with pytest.warns(UserWarning, match="no layer comes after iteration 4") as said:
+        iterate(4, 4, x * math.nan)
+    iterate(5, 8, x)
+    session.detach()
+    assert births(session.history) == [2, 6, 6, 8]
+    assert len(said) == 1
 
 
 def test_what_attach_lacks() -> None:

@@ -43,17 +43,15 @@ from torch.utils._pytree import tree_map
 from .._batches import batches_of, check_loss, each_batch, leading
 from .._calls import forwards
 from .._counting import BY_SAMPLES, Mean, loss_counted
-from .._errors import is_number, unknown_name
+from .._errors import unknown_name
 from .._undisturbed import undisturbed
-from ..nn.constraints import Constraint
+from ..nn.finer_steps import check_theta
 from ..nn.network import TimeVariableNetwork
 from ..nn.pruned_models import prunable_of
 from ..nn.schemes import Fractional
 from ..nn.skips import IdentitySkips, Skips
 from ..nn.time_steps import TimeSteps, time_steps_of
-from ..wrapping.block import Step, blend
-from ..wrapping.branches import BranchStep, WatchedBlock, step_of
-from ..wrapping.folding import take_off
+from ..wrapping.block import blend
 from ..wrapping.state_argument import Form
 from ..wrapping.wrapped_model import Wrapping
 from .estimate import Criterion
@@ -109,14 +107,12 @@ def indicators(
         >>> indicators(resnet(2, 3, 1, 4), "dual-weighted", batch, nn.functional.mse_loss).isnan().tolist()
         [True, False, False, False]
     """
-    if not (is_number(theta) and 0.0 < theta < 1.0):
-        raise ValueError(f"theta must lie in (0, 1), got {theta!r}: it is the first half's share of a step that splits")
+    check_theta(theta)
     check_loss(loss)
+    check_indicator(indicator)
     steps = time_steps_of(model)
     if not isinstance(indicator, str):
         return _of_function(indicator, model, data)
-    if indicator not in NAMES:
-        raise unknown_name("indicator", indicator, NAMES)
     if data is None:
         raise ValueError(
             f"data must be given with indicator {indicator!r}, got None: hand over batches on which the loss is taken, "
@@ -141,8 +137,29 @@ def indicators(
         raise ValueError(f"data must be such that every layer is called, got data on which {len(unseen)} are not")
     found[rest] = mean.value()[rest]
     if not bool(found[rest].isfinite().all()):
-        raise ValueError(f"loss must be finite on data with finite gradients, got indicators {found.tolist()}")
+        raise NotFinite(f"loss must be finite on data with finite gradients, got indicators {found.tolist()}")
     return found
+
+
+class NotFinite(ValueError):
+    """An indicator that is infinite or nan on the data."""
+
+
+def check_indicator(indicator: Any) -> None:
+    """Refuse what is no indicator."""
+    if isinstance(indicator, str):
+        if indicator not in NAMES:
+            raise unknown_name("indicator", indicator, NAMES)
+    elif isinstance(indicator, type) or not (isinstance(indicator, Criterion) or callable(indicator)):
+        raise TypeError(f"indicator must be one of {NAMES}, or a function, got {indicator!r}: see taulearn.refine")
+
+
+def made_by(layer: NewLayer, neighbour: nn.Module) -> nn.Module:
+    """What the user's function makes of a copy of a layer."""
+    made = layer(neighbour)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"layer must return a module, got {type(made).__name__}")
+    return made
 
 
 def not_refined(model: nn.Module, indicator: str, layer: NewLayer | None = None) -> dict[int, str]:
@@ -159,7 +176,7 @@ def not_refined(model: nn.Module, indicator: str, layer: NewLayer | None = None)
     Example:
         >>> from taulearn.nn import resnet
         >>> not_refined(resnet(2, 3, 1, 4), "dual-weighted")
-        {0: 'it changes the width of the state'}
+        {0: 'the skip past it is zero'}
     """
     inner = prunable_of(model)
     if isinstance(inner, Wrapping):
@@ -174,27 +191,22 @@ def not_refined(model: nn.Module, indicator: str, layer: NewLayer | None = None)
             f"model must be a TimeVariableNetwork or wrapped, got {type(model).__name__}: build it with taulearn.nn, "
             "or wrap it with taulearn.wrap"
         )
-    scheme, keeps = inner.scheme, [inner.skips.is_identity(l) for l in range(len(inner.layers))]
+    scheme = inner.scheme
     local = not scheme.remembers and not scheme.runs_whole
     if not (scheme.deletes_exactly and (local or isinstance(scheme, Fractional))):
         raise ValueError(
             f"model must have a scheme whose layers are the identity at tau = 0, without a memory, or the fractional "
             f"one, got {scheme.name!r}: two half steps are no step of the same equation there; take residual"
         )
-    if indicator == "sensitivity":
-        ahead = [*keeps[1:], False]
-        reason = "neither it nor the next layer keeps the width: say with layer= what comes behind it"
-        return {l: reason for l, own in enumerate(keeps) if layer is None and not own and not ahead[l]}
-    reasons = {l: "it changes the width of the state" for l, keep in enumerate(keeps) if not keep}
-    if keeps[0] and scheme.remembers and scheme.memory_from == 1:
-        reasons[0] = "the memory starts behind it"
-    return reasons
+    if indicator == "dual-weighted":
+        return inner.not_split()
+    reason = "neither it nor the next layer keeps the width: say with layer= what comes behind it"
+    places = [l for l in range(len(inner.layers)) if layer is None and inner.copied_behind(l) is None]
+    return dict.fromkeys(places, reason)
 
 
 def _of_function(indicator: Any, model: nn.Module, data: Any) -> Tensor:
     """The figures that a criterion, or a function of the user's, gives."""
-    if isinstance(indicator, type) or not (isinstance(indicator, Criterion) or callable(indicator)):
-        raise TypeError(f"indicator must be one of {NAMES}, or a function, got {indicator!r}: see taulearn.refine")
     steps, mean = time_steps_of(model), Mean()
     if isinstance(indicator, Criterion):
         found: Any = indicator.scores(model)
@@ -268,30 +280,19 @@ def _fitting(value: Tensor, y: Tensor) -> Tensor:
     return value
 
 
-class _Fitting(nn.Module):
-    """A new layer whose values are looked at."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, y: Tensor) -> Tensor:
-        return _fitting(self.layer(y), y)
-
-
 @contextmanager
 def _in_network(network: TimeVariableNetwork, varied: _Varied, layer: NewLayer | None) -> Iterator[None]:
     """The states of a network varied, in place of its scheme's steps."""
     scheme, number = network.scheme, len(network.layers)
     inner, past = scheme.step, IdentitySkips(number, from_input=True)
     like = [l if (fits := network.copied_behind(l)) is None else fits for l in range(number)]
-    made = [] if layer is None else [_Fitting(layer(network.copy_of(l))).eval() for l in like]
+    made = [] if layer is None else [made_by(layer, network.copy_of(l)).eval() for l in like]
 
-    def new_layer(l: int) -> nn.Module:
-        return made[l] if made else network.layers[like[l]]
+    def new_layer(l: int) -> Callable[[Tensor], Tensor]:
+        return (lambda y: _fitting(made[l](y), y)) if made else network.layers[like[l]]
 
     def step(l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> tuple[Tensor, Any]:
-        def again(z: Any, tau_l: Tensor, layer: nn.Module = f) -> Any:
+        def again(z: Any, tau_l: Tensor, layer: Any = f) -> Any:
             return inner(l, layer, z[0], z[1], past, scheme.prepare(varied.steps(l, tau_l)))
 
         def new(z: Any, tau_l: Tensor) -> Any:
@@ -310,7 +311,7 @@ def _in_network(network: TimeVariableNetwork, varied: _Varied, layer: NewLayer |
         yield
 
 
-def _fractional_step(scheme: Fractional, varied: _Varied, new_layer: Callable[[int], nn.Module]) -> Callable[..., Any]:
+def _fractional_step(scheme: Fractional, varied: _Varied, new_layer: Callable[[int], Any]) -> Callable[..., Any]:
     """The steps of the fractional scheme, whose memory is varied as well as the state behind a layer."""
     gamma, tau, inner = scheme.gamma, varied.tau.double(), scheme.step
     memory: dict[int, tuple[Tensor, Tensor]] = {}  # e_l and c_{.,l} of the layers so far
@@ -356,22 +357,11 @@ def _fractional_step(scheme: Fractional, varied: _Varied, new_layer: Callable[[i
     return step
 
 
-class _Given(Constraint):
-    """Steps that are given, whatever values are stored."""
-
-    name = "given"
-
-    def __init__(self, steps: Tensor) -> None:
-        self.steps = steps
-
-    def tau(self, values: Tensor) -> Tensor:
-        return self.steps
-
-
 @contextmanager
 def _with_steps(steps: TimeSteps, tau: Tensor) -> Iterator[None]:
-    """Other steps for a while."""
-    rule, steps.rule = steps.rule, _Given(tau)
+    """Other steps for a while, whatever values are stored."""
+    rule, steps.rule = steps.rule, copy.copy(steps.rule)
+    vars(steps.rule)["tau"] = lambda _values: tau
     try:
         yield
     finally:
@@ -409,11 +399,8 @@ class _Inserted:
     """The block that a function of the user's makes of the block in front of it, with a step of its own."""
 
     def __init__(self, wrapping: Wrapping, l: int, layer: NewLayer) -> None:
-        parent = copy.deepcopy(wrapping.layers[l])
-        for module in parent.modules():
-            if isinstance(step_of(module), Step | WatchedBlock | BranchStep):
-                take_off(module)
-        self.block, self.form, self.tau = layer(parent).eval(), wrapping.present[l].form, torch.ones(())
+        self.block, self.tau = made_by(layer, wrapping.copy_of(l)).eval(), torch.ones(())
+        self.form = wrapping.present[l].form
         self.whole = wrapping.form == "whole"
         for branch, _ in wrapping.present[l].branches():
             self.block.get_submodule(branch.site).register_forward_hook(self._stepped(branch.form))

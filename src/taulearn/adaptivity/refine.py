@@ -27,7 +27,7 @@ from ..nn import finer_steps
 from ..nn.grid import Grid, twice
 from ..nn.pruned_models import WRAPPING, prunable_of, refuse_inference_mode
 from .coarsen import changed_together, forget_compiled, number_of_variables, positions_in, prune
-from .indicators import Indicator, NewLayer as LayerMaker, indicators
+from .indicators import Indicator, NewLayer as LayerMaker, indicators, made_by
 from .mark_to_refine import bulk as smallest_set, largest
 from .optimizer_state import optimizers_in, parameters_held
 from .transaction import Refinable, all_or_nothing, become, grow
@@ -125,13 +125,16 @@ def refine(
         bulk: The smallest set whose indicators sum to at least this share of the total, in (0, 1].
         theta: Share of the first half of a split, in (0, 1).
         layer: What an inserted layer is, a function of a copy of the layer behind which it comes, or of the next one
-            where that one changes the width and the next does not. None: this copy.
+            where that one changes the width and the next does not. None: this copy. It must keep the shape of its
+            input: looked at where a named indicator sees data, or a wrapped model has example inputs, and not before
+            the next forward pass where ``layers`` name the places in a network.
         data: What a named indicator looks at, see :func:`taulearn.prune`.
         loss: Maps (output, target) to a scalar. None: the one that the model returns.
         optimizer: The optimiser of the model's parameters, or a list of all of them, see :func:`taulearn.prune`.
         averaged: Averaged weights of the model, refined alike.
         train: "new": from now on only the new layers and their steps train (a proximal step or weight decay moves all
-            steps). None: what trains trains on.
+            steps); a run that is resumed goes on so, while a model of ``load_model`` trains as a whole. None: what
+            trains trains on.
 
     Returns:
         What was done.
@@ -325,10 +328,8 @@ def carry_out(
 
 
 def _made(layer: LayerMaker, neighbour: nn.Module, model: nn.Module) -> nn.Module:
-    """What the user's function makes of a layer."""
-    made = layer(neighbour)
-    if not isinstance(made, nn.Module):
-        raise TypeError(f"layer must return a module, got {type(made).__name__}")
+    """What the user's function makes of a layer, in the model's mode."""
+    made = made_by(layer, neighbour)
     theirs = {id(each) for each in (*model.modules(), *model.parameters())}
     if any(id(each) in theirs for each in (*made.modules(), *made.parameters())):
         raise ValueError("layer must return a module that shares nothing with the model: copy.deepcopy(neighbour)")

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .._batches import batches_of
-from .._errors import is_number, positive_integer, unknown_name
+from .._errors import is_number, positive_integer
 from ..nn.time_steps import TimeSteps, time_steps_of
 from .estimate import Criterion
-from .indicators import NAMES, indicators, not_refined
+from .indicators import NotFinite, check_indicator, indicators, not_refined
 from .mark_to_refine import bulk as smallest_set, largest
 from .optimizer_state import check_follows, optimizers_in, with_inner
 from .policies import check_every
@@ -102,16 +102,12 @@ class Refinement:
         return self.indicator if isinstance(self.indicator, str) else None
 
     def _check_indicator(self) -> None:
-        given = self.indicator
-        if isinstance(given, str):
-            if given not in NAMES:
-                raise unknown_name("indicator", given, NAMES)
-        elif given is not None and (isinstance(given, type) or not (isinstance(given, Criterion) or callable(given))):
-            raise TypeError(f"indicator must be a name or a function, got {given!r}: see taulearn.refine")
+        if self.indicator is not None:
+            check_indicator(self.indicator)
         if self.loss is not None and self.named is None:
             raise ValueError("loss must be left out with an indicator of your own, which is called without one")
         if self.data is not None:
-            if isinstance(given, Criterion):
+            if isinstance(self.indicator, Criterion):
                 raise ValueError("data must be left out with a Criterion, which looks at the model alone")
             object.__setattr__(self, "data", batches_of(self.data))
 
@@ -267,7 +263,17 @@ class Refiner:
         self.done, left = iteration, self.rounds.left(iteration)
         self._born = {number: born for number, born in self._born.items() if iteration < born + self.rest}
         missing = max(0, self.policy.target_blocks - self.steps.num_steps) if left else 0
-        chosen = self._choose(missing, left, batch) if missing else {}
+        try:
+            chosen = self._choose(missing, left, batch) if missing else {}
+        except NotFinite as error:
+            if not self.needs_batch:
+                raise
+            chosen = {}
+            warnings.warn(
+                f"no layer comes after iteration {iteration}, where the indicators of its batch are not finite "
+                f"({error}): Refinement(.., data=batches) looks at other ones",
+                stacklevel=2,
+            )
         if left == 1 and (short := missing - len(chosen)):
             self.missing = short
             warnings.warn(self.shortfall(iteration), stacklevel=2)
@@ -293,7 +299,8 @@ class Refiner:
                 f"{said}; training ended after iteration {iteration}, and layers come until iteration {end}: train "
                 "longer, or choose an earlier until"
             )
-        return f"{said}: the other layers could not be refined; choose another target" if self.missing else ""
+        remedy = "the others could not be refined in the last round; choose another target"
+        return f"{said}: {remedy}" if self.missing else ""
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint, or another process."""

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR,
 
 from .. import data, penalties
 from .._errors import unknown_name
+from ..adaptivity.adaptation import Adaptation
 from ..adaptivity.policies import Pruning
 from ..adaptivity.refiner import Refinement
 from ..data import Samples
@@ -157,6 +158,19 @@ def make_refinement(config: TrainConfig) -> Refinement | None:
     if config.refine is None:
         return None
     return Refinement(config.refine, until=Refinement.until if config.refine_until is None else config.refine_until)
+
+
+def check_room(config: TrainConfig, policies: Adaptation) -> None:
+    """Refuse targets for which the training is too short, before there is a run."""
+    try:
+        policies.begin(None)
+    except ValueError as error:
+        if config.refine is None:
+            raise
+        raise ValueError(
+            f"refine must be a number of layers that the training leaves room for, got {config.refine} ({error}): ask "
+            "for fewer, train for more epochs, or choose a later refine_until"
+        ) from error
 
 
 def _initial_steps(config: TrainConfig) -> float | list[float] | None:

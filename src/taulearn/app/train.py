@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..adaptivity.adaptation import Adaptation
 from ..adaptivity.policies import Pruning
 from ..nn.network import TimeVariableNetwork
 from ..report import write_html
@@ -269,6 +270,11 @@ def _train(
         scheduler = build.make_scheduler(config, optimizer, iterations)
         if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ImportError("tensorboard must be installed for this: pip install 'taulearn[tensorboard]'")
+        pruning = build.make_pruning(config) if hooks is None else hooks.pruning(config)
+        refinement = build.make_refinement(config)
+        if not resume:
+            per_epoch = iterations // config.epochs
+            build.check_room(config, Adaptation(pruning, refinement, model, optimizer, config.epochs, per_epoch))
         averaged = None
         if config.average_weights:
             averaged = AveragedModel(model, multi_avg_fn=_average_)
@@ -302,8 +308,8 @@ def _train(
             epochs=config.epochs,
             batch_size=batch_size,
             penalties=build.make_penalties(config, loss),
-            pruning=build.make_pruning(config) if hooks is None else hooks.pruning(config),
-            refinement=build.make_refinement(config),
+            pruning=pruning,
+            refinement=refinement,
             validation=tuple(splits.validation),
             run=run,
             resume=resume,

@@ -4,10 +4,14 @@ A layer keeps its number through all changes; a new one gets a number that was n
 model that was built anew becomes the one that was refined and pruned: some layers go, others are copied.
 """
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
+from torch import nn
+
+from .._errors import first_line
 
 
 class Grid(NamedTuple):
@@ -76,6 +80,18 @@ def twice(number: int, indices: Iterable[int]) -> tuple[list[int], list[int]]:
     again = set(indices)
     sources = [l for l in range(number) for _ in range(1 + (l in again))]
     return sources, [i for i in range(1, len(sources)) if sources[i] == sources[i - 1]]
+
+
+def copied(layer: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A layer once more, with parameters and buffers of its own; ``memo`` as for ``copy.deepcopy``."""
+    try:
+        return copy.deepcopy(layer, memo)
+    except RuntimeError as error:
+        raise ValueError(
+            f"model must have layers that can be copied, got a {type(layer).__name__} that cannot "
+            f"({first_line(error)}): the old weight_norm and spectral_norm of torch.nn.utils keep computed tensors; "
+            "take those of torch.nn.utils.parametrizations"
+        ) from error
 
 
 @torch.no_grad()

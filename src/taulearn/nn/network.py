@@ -1,6 +1,5 @@
 """A network with learned time steps: layers, a scheme, one vector of steps, and an output layer."""
 
-import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -248,7 +247,9 @@ class TimeVariableNetwork(nn.Module):
 
     def copy_of(self, layer: int) -> nn.Module:
         """A layer once more, with parameters and buffers of its own."""
-        return copy.deepcopy(self.layers[layer])
+        from .grid import copied
+
+        return copied(self.layers[layer])
 
     @torch.no_grad()
     def grow_layers_(self, sources: Sequence[int], made: Mapping[int, nn.Module], values: Tensor) -> None:

@@ -44,7 +44,8 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
             ``plain=True`` has none afterwards. None: rebuild the network.
 
     Returns:
-        The host, or the rebuilt network (on the CPU, in training mode like every fresh module).
+        The host, or the rebuilt network (on the CPU, in training mode like every fresh module). What was frozen, by
+        ``refine(train="new")`` or by hand, is not saved: parameters train as the host's do, without one all of them.
 
     Raises:
         FileNotFoundError: If a file is missing.

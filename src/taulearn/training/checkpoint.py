@@ -145,6 +145,10 @@ def _restore(parts: Parts, tensors: Mapping[str, Tensor], plain: Mapping[str, An
     take_grid(model, grid, optimizer=optimizer, averaged=parts.averaged)
     _follow_folding(model, tensors, "model/")
     _load(model, tensors, "model/")
+    if "frozen" in plain:
+        steps.held = frozenset(plain["held"])
+        for name, p in model.named_parameters():
+            p.requires_grad_(name not in plain["frozen"])
     if parts.averaged is not None:
         _follow_folding(parts.averaged.module, tensors, "averaged/module.")
         _load(parts.averaged, tensors, "averaged/")
@@ -258,7 +262,9 @@ def _numpy_state() -> list[Any]:
 def _contents(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of all parts: named tensors, and plain data."""
     tensors: dict[str, Tensor] = {f"model/{name}": t for name, t in parts.model.state_dict().items()}
-    plain: dict[str, Any] = time_steps_of(parts.model).grid.plain()
+    steps = time_steps_of(parts.model)
+    plain: dict[str, Any] = {**steps.grid.plain(), "held": sorted(steps.held)}
+    plain["frozen"] = [name for name, p in parts.model.named_parameters() if not p.requires_grad]
     if parts.averaged is not None:
         tensors |= {f"averaged/{name}": t for name, t in parts.averaged.state_dict().items()}
     for i, optimizer in enumerate(with_inner([parts.optimizer])):

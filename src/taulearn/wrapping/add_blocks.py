@@ -4,7 +4,6 @@ With steps of 0 they change nothing. Whether that is so is tried on the example 
 than run through it; and what ``save_pretrained`` could write before, it must be able to write afterwards.
 """
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .._batches import on_device
 from .._errors import in_short
 from .._undisturbed import undisturbed
+from ..nn.grid import copied
 from ..nn.pruned_models import follower_of, set_follower
 from ..nn.time_steps import TimeSteps
 from . import remove_blocks as structure
@@ -31,7 +31,7 @@ def why_not_copied(wrapping: Wrapping, l: int) -> str:
     if wrapping.per == "branch":
         return "its step is that of one branch, which is no step of a differential equation: wrap with per='block'"
     if wrapping.units is not None:
-        return "its steps have units of displacement: taulearn.calibration knows none for new blocks; wrap with 'steps'"
+        return "its step has a unit of displacement, which no new block has: wrap with units='steps'"
     if structure.list_of(wrapping.host, block) not in wrapping.shorten:
         return "it is in no list that the host is known to run through in order (give example_inputs to wrap)"
     inside, own = {id(part) for part in block.modules()}, {id(each) for each in block.parameters()}
@@ -51,7 +51,7 @@ def copy_of(wrapping: Wrapping, l: int) -> nn.Module:
         if id(part) not in inside:
             others = (each for each in vars(part).values() if hasattr(each, "__dict__") and id(each) not in inside)
             memo |= {id(part): part} | {id(each): each for each in others}
-    made = copy.deepcopy(block, memo)
+    made = copied(block, memo)
     for part in made.modules():
         if isinstance(getattr(step_of(part), "steps", None), TimeSteps):
             take_off(part)
