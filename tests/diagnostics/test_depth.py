@@ -3,12 +3,13 @@
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from taulearn import prune
+from taulearn import prune, wrap
 from taulearn.diagnostics import depth_profile, depth_statistics, early_exit
 from taulearn.nn import (
     ComposedSkips,
@@ -112,6 +113,36 @@ class TestDepthProfile:
         ratio = found.contribution[2] / y[2].square().sum(1).mean().sqrt()
         torch.testing.assert_close(found.relative[2], ratio)
 
+    def test_distances_to_the_final_state(self) -> None:
+        """Against NumPy: a network that starts at once, and one whose state is wider from the third layer on."""
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(3, 3, dtype=DOUBLE), nn.Tanh()) for _ in range(4)]
+        steps = TimeSteps(4, init=[0.5, 0.3, 0.0, 0.2], dtype=DOUBLE)
+        plain = TimeVariableNetwork(layers, nn.Linear(3, 2, dtype=DOUBLE), Residual(), steps, stem=nn.Identity())
+        wider = resnet(3, [4, 4, 5, 5, 5], 2, 5, activation="tanh", dtype=DOUBLE)
+        still = resnet(3, 4, 2, 3, init=[0.5, 0.0, 0.0], dtype=DOUBLE)
+        for network, first in ((plain, 0), (wider, 2), (still, 0)):
+            x = batch()
+            states = [y.detach().numpy() for y in network.states(x, initial=network is plain)]
+            apart = [np.linalg.norm(y - states[-1]) for y in states[first:]]
+            found = depth_profile(network, x, torch.zeros(6, dtype=torch.long), cross_entropy, batch_size=4)
+            expected = np.full(len(states), np.nan)
+            expected[first:] = np.divide(apart, apart[0]) if network is not still else 0.0
+            np.testing.assert_allclose(found.distance.numpy(), expected, rtol=1e-12, atol=0)
+        assert str(found).count("nan") == 0
+
+    def test_distances_of_a_wrapped_model(self) -> None:
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double() for _ in range(4)]
+        model = wrap(nn.Sequential(*blocks), example_inputs=batch(), form="whole", init=[0.9, 0.5, 0.2, 0.1])
+        y, states = batch(), [batch().numpy()]
+        for block, tau in zip(blocks, model.time_steps.tau.tolist(), strict=True):
+            y = y + tau * (torch.tanh(nn.functional.linear(y, block[0].weight, block[0].bias)) - y)
+            states.append(y.detach().numpy())
+        found = depth_profile(model, batch(), torch.zeros(6, 3, dtype=DOUBLE), mse_loss)
+        apart = [np.linalg.norm(states[k] - states[-1]) for k in found.depths]
+        np.testing.assert_allclose(found.distance.numpy(), np.divide(apart, apart[0]), rtol=1e-10)
+
     def test_contribution_of_a_negative_step_is_a_norm(self) -> None:
         network = resnet(3, 4, 1, 2, init=[0.5, -0.5], dtype=DOUBLE)
         assert float(depth_profile(network, batch(), torch.zeros(6, 1), mse_loss).contribution.min()) > 0
@@ -151,8 +182,9 @@ class TestDepthProfile:
         network = TimeVariableNetwork(layers, nn.Identity(), Residual(), TimeSteps(2, dtype=DOUBLE), stem=nn.Identity())
         found = depth_profile(network, batch(), torch.zeros(6, dtype=torch.long), cross_entropy)
         lines = [line.split() for line in str(found).splitlines()]
-        assert lines[0] == ["depth", "loss", "accuracy", "parameters", "last", "layer", "contribution", "relative"]
-        assert [len(line) for line in lines[2:]] == [4, 7, 7]
+        named = ["depth", "loss", "accuracy", "parameters", "distance", "last", "layer", "contribution", "relative"]
+        assert lines[0] == named
+        assert [len(line) for line in lines[2:]] == [5, 8, 8]
 
     def test_modes_come_back_and_dropout_is_off(self) -> None:
         layers = [nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)) for _ in range(2)]

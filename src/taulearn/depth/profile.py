@@ -44,6 +44,9 @@ class DepthProfile:
         contribution: Root mean square over the samples of norm(s_l f_l(y_l)), what layer l adds, with
             s_l = tau_l or tau_l^gamma Gamma(2-gamma), (N,); for a wrapped block tau_l (B(x) - x).
         relative: The same divided by that of norm(y_{l+1}), (N,).
+        distance: Root mean square of norm(y_k - y_N), divided by that of the first of these states, (len(depths),): 1
+            at first, 0 at last; nan where y_k has not the shape of y_N. Where it hardly changes over many layers the
+            state rests, as on a turnpike, and those layers could go.
     """
 
     depths: tuple[int, ...]
@@ -54,6 +57,7 @@ class DepthProfile:
     layers: tuple[int, ...]
     contribution: Tensor
     relative: Tensor
+    distance: Tensor
 
     def smallest(self, tolerance: float) -> int:
         """The smallest depth whose accuracy falls short of the whole network's by at most ``tolerance``.
@@ -72,7 +76,7 @@ class DepthProfile:
         Example:
             >>> empty = torch.zeros(3)
             >>> accuracy = torch.tensor([0.5, 0.898, 0.9])
-            >>> profile = DepthProfile((1, 2, 3), empty, accuracy, (9, 12, 15), None, (0, 1, 2), empty, empty)
+            >>> profile = DepthProfile((1, 2, 3), empty, accuracy, (9, 12, 15), None, (0, 1, 2), *[empty] * 3)
             >>> profile.smallest(0.01), profile.smallest(0.0)
             (2, 3)
         """
@@ -87,6 +91,7 @@ class DepthProfile:
         columns["parameters"] = [*self.parameters]
         if self.milliseconds is not None:
             columns["ms"] = [*self.milliseconds]
+        columns["distance"] = [None if math.isnan(each) else each for each in self.distance.tolist()]
         columns["last layer"] = [*blank, *self.layers]
         columns["contribution"] = [*blank, *self.contribution.tolist()]
         columns["relative"] = [*blank, *self.relative.tolist()]
@@ -172,7 +177,7 @@ def depth_profile(
         check_calibration("calibration", calibration)
     classes = targets.ndim == 1 and not targets.is_floating_point()
     depths: tuple[int, ...] = ()
-    mean, sums = Mean(), [torch.zeros(())] * 3
+    mean, sums = Mean(), [torch.zeros(())] * 4
     with evaluation(network), torch.no_grad():
         own = {} if calibration is None else depth_statistics(network, calibration)
         for x, z in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
@@ -184,11 +189,14 @@ def depth_profile(
             mean.add(torch.stack([scalar(value) for value, _ in found]), counting, z)
             right = [right_of(y, z, counting.ignored)[0] for y in outputs.values()] if classes else []
             number = counted(z, counting.ignored).sum()
-            squares = [torch.stack([y.double().square().sum() for y in ys]) for ys in (added, states)]
-            new = (torch.stack([*right, number]).double(), *squares)
+            ends = states[-len(added) :]
+            squares = [torch.stack([y.double().square().sum() for y in ys]) for ys in (added, ends)]
+            rows = [states[k - len(added) - 1] for k in depths]
+            new = (torch.stack([*right, number]).double(), *squares, squared_distances(rows))
             sums = [total.to(each) + each for total, each in zip(sums, new, strict=True)]
         timed = None if example_inputs is None else tuple(times(network, depths, example_inputs))
-    counts, of_added, of_states = (total.cpu() for total in sums)
+    counts, of_added, of_states, apart = (total.cpu() for total in sums)
+    farthest = apart[~apart.isnan()][:1]
     return DepthProfile(
         depths=depths,
         loss=mean.value().cpu(),
@@ -198,7 +206,26 @@ def depth_profile(
         layers=time_steps_of(network).origin,
         contribution=(of_added / len(inputs)).sqrt(),
         relative=(of_added / of_states).sqrt(),
+        distance=torch.where(apart == 0.0, apart, (apart / farthest).sqrt()),
     )
+
+
+def squared_distances(states: Sequence[Tensor]) -> Tensor:
+    """The squares of norm(y_k - y_N), summed over the samples; nan where the shapes differ.
+
+    Args:
+        states: Some y_k, (batch, ...), the last of them y_N.
+
+    Returns:
+        One number a state, float64.
+
+    Example:
+        >>> squared_distances([torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 1)]).tolist()
+        [nan, 2.0, 0.0]
+    """
+    last = states[-1].double()
+    nan = last.new_full((), math.nan)
+    return torch.stack([(y.double() - last).square().sum() if y.shape == last.shape else nan for y in states])
 
 
 @torch.no_grad()
@@ -243,8 +270,7 @@ def depth_statistics(network: nn.Module, inputs: Tensor) -> dict[int, list[Stati
 def _pass(
     network: nn.Module, x: Tensor, own: Mapping[int, Sequence[Statistics]]
 ) -> tuple[dict[int, Tensor], list[Tensor], list[Tensor]]:
-    """Outputs yhat_k, states y_1 .. y_N, and what each layer adds."""
-    number = time_steps_of(network).num_steps
+    """Outputs yhat_k, states y_0 .. y_N, and what each layer adds."""
     if not isinstance(network, TimeVariableNetwork):
         arrivals: list[Tensor] = []
         output, states = record_states(network, x, arrivals=arrivals)
@@ -258,7 +284,7 @@ def _pass(
         output = network.head(states[-1])
         factors = network.scheme.factor(tau)
         added = [factors[l].to(value.dtype) * value for l, value in values.items()]
-    return outputs_at(network, x, states, output, own), states[-number:], added
+    return outputs_at(network, x, states, output, own), states, added
 
 
 class _Recorded(nn.Module):
