@@ -16,6 +16,7 @@ import platform
 import resource
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -192,11 +193,64 @@ def pruned_ratio(make: Callable[[], nn.Module], images: torch.Tensor, targets: t
     return float(history.epochs["seconds"][2:].min() / min(inner))
 
 
+def refinement_ratios(make: Callable[[], nn.Module], data: tuple[torch.Tensor, torch.Tensor], mode: str) -> list[float]:
+    """Processor time per epoch with a policy of refinement that does not fire, over that without, in turn.
+
+    Each fit trains in a thread of its own, and hands over to the other one at the end of each epoch. The policy's only
+    round is at the very end, in an epoch that does not count, as the first three do not.
+    """
+    import taulearn
+
+    turns, seconds = [threading.Semaphore(1), threading.Semaphore(0)], ([], [])
+
+    def train(me: int, refinement: "taulearn.Refinement | None") -> None:
+        def hand_over(_: object) -> None:
+            seconds[me].append(time.thread_time() - began[0])
+            turns[1 - me].release()
+            turns[me].acquire()
+            began[0] = time.thread_time()
+
+        turns[me].acquire()
+        network, began = make(), [time.thread_time()]
+        taulearn.fit(
+            network,
+            data,
+            loss=nn.functional.cross_entropy,
+            optimizer=torch.optim.SGD(network.parameters(), lr=LR),
+            epochs=44,
+            compile=mode,
+            progress=False,
+            refinement=refinement,
+            callbacks=[hand_over],
+        )
+        turns[1 - me].release()
+
+    policies = None, taulearn.Refinement(7, until=1.0, indicator=lambda tau, _: tau)
+    threads = [threading.Thread(target=train, args=each) for each in enumerate(policies)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [after / before for before, after in zip(*seconds, strict=True)][3:-1]
+
+
+def print_refinement(make: Callable[[], nn.Module], images: torch.Tensor, targets: torch.Tensor, rounds: int) -> None:
+    """The ratios of several pairs of trainings on a tenth of the data."""
+    for mode in ("never", "always"):
+        data = images[:6000], targets[:6000]
+        medians = [statistics.median(refinement_ratios(make, data, mode)) for _ in range(rounds)]
+        print(
+            f"epoch with a policy of refinement that does not fire, over one without, compile={mode!r}: "
+            f"{statistics.median(medians):.4f}, median of {', '.join(f'{each:.4f}' for each in medians)}"
+        )
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--epochs", type=int, default=5, help="epochs of each loop (at least 3)")
     arguments.add_argument("--network", choices=["resnet", "fractional"], default="resnet")
     arguments.add_argument("--skip-published", action="store_true", help="leave out the slow loop (c)")
+    arguments.add_argument("--only-refinement", action="store_true", help="measure the policy of refinement alone")
     options = arguments.parse_args()
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -210,6 +264,9 @@ def main() -> None:
         return build(784, 100, 10, 6)
 
     images, targets = taulearn.data.load("mnist", as_uint8=True)
+    if options.only_refinement:
+        print_refinement(make, images, targets, options.epochs)
+        return
     network = make()
     optimizer = torch.optim.SGD(network.parameters(), lr=LR)
 
@@ -270,6 +327,7 @@ def main() -> None:
         print(f"{name:20}{fastest[name]:9.3f}{statistics.median(seconds[name]):9.3f}{ratio:10.2f}")
     if options.network == "resnet":
         print(f"fit with 3 layers left of 6, against 6: {pruned_ratio(make, images, targets, options.epochs):.2f}")
+    print_refinement(make, images, targets, options.epochs)
     print(f"peak resident set of a 4 epoch run above the process that has imported torch: {peak:.0f} MB")
     print(f"first epoch with compilation: {alone.epochs['seconds'][1]:.1f} s")
 
