@@ -57,7 +57,11 @@ class Adaptation:
             self.pruner = Pruner(pruning, model, optimizer, epochs, per_epoch, recording=recording, loss=loss)
 
     def __bool__(self) -> bool:
-        return self.pruner is not None or self.refiner is not None
+        return bool(self._policies)
+
+    @property
+    def _policies(self) -> "tuple[Pruner | Refiner, ...]":
+        return tuple(each for each in (self.pruner, self.refiner) if each is not None)
 
     @property
     def targeted(self) -> bool:
@@ -76,8 +80,7 @@ class Adaptation:
 
     def due(self, iteration: int, *, epoch_ends: bool) -> "tuple[Pruner | Refiner, ...]":
         """Those that look at the layers after this iteration, counted from 1, in their order."""
-        policies = (self.pruner, self.refiner)
-        return tuple(each for each in policies if each is not None and each.due(iteration, epoch_ends=epoch_ends))
+        return tuple(each for each in self._policies if each.due(iteration, epoch_ends=epoch_ends))
 
     def change(
         self,
@@ -90,38 +93,33 @@ class Adaptation:
 
         ``batch`` makes the batch that an indicator looks at, where the policy has no data.
         """
-        changes = []
+        changes: list[Changed] = []
         with all_or_nothing([self.model, *averages], self.optimizer) if averages else nullcontext():
             self._rest(iteration)
             for each in due:
+                number = time_steps_of(self.model).num_steps
                 if isinstance(each, Pruner):
                     report = each.prune(iteration)
-                    if report is not None:
-                        changes.append(Changed(report, list(report.kept)))
-                        for average in averages:
-                            prune(average, keep=report.kept)
+                    found = None if report is None else Changed(report, list(report.kept))
                 else:
-                    number = time_steps_of(self.model).num_steps
                     found = each.refine(iteration, averages, batch)
-                    if found is not None:
-                        changes.append(Changed(*found))
-                        self._grow(number, found[1])
+                if found is not None:
+                    changes.append(found)
+                    self._others_follow(found, number, averages)
             self._rest(iteration)
         return changes
 
     def follow(self, changes: Sequence[Changed], state: Mapping[str, Any], averages: Sequence[nn.Module]) -> None:
         """Do what another process's :meth:`change` did, and take over its :meth:`decisions`."""
-        for report, positions in changes:
-            if isinstance(report, PruneReport):
+        for change in changes:
+            number = time_steps_of(self.model).num_steps
+            if isinstance(change.report, PruneReport):
                 assert self.pruner is not None
-                self.pruner.follow(positions)
-                for average in averages:
-                    prune(average, keep=positions)
+                self.pruner.follow(change.positions)
             else:
                 assert self.refiner is not None
-                number = time_steps_of(self.model).num_steps
-                self.refiner.carry_out(dict.fromkeys(positions, math.nan), averages)
-                self._grow(number, positions)
+                self.refiner.carry_out(dict.fromkeys(change.positions, math.nan), averages)
+            self._others_follow(change, number, averages)
         self.aim(state)
 
     def decisions(self) -> dict[str, Any]:
@@ -162,19 +160,22 @@ class Adaptation:
 
     def shortfall(self, iteration: int) -> list[str]:
         """How far targets are missed where training ends, and what to do."""
-        policies = (self.refiner, self.pruner)
-        return [said for each in policies if each is not None and (said := each.shortfall(iteration))]
+        return [said for each in reversed(self._policies) if (said := each.shortfall(iteration))]
 
     def end(self) -> None:
         """Leave the model to others."""
         if self.refiner is not None:
             time_steps_of(self.model).rest_(None)
 
-    def _grow(self, number: int, positions: Sequence[int]) -> None:
-        if self.pruner is not None:
+    def _others_follow(self, change: Changed, number: int, averages: Sequence[nn.Module]) -> None:
+        """Let averages follow a deletion, and the scores of pruning a refinement of so many layers."""
+        if isinstance(change.report, PruneReport):
+            for average in averages:
+                prune(average, keep=change.positions)
+        elif self.pruner is not None:
             from ..nn.grid import twice
 
-            self.pruner.grow(*twice(number, positions))
+            self.pruner.grow(*twice(number, change.positions))
 
     def _rest(self, iteration: int) -> None:
         if self.refiner is not None:

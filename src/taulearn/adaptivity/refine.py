@@ -15,7 +15,7 @@ References:
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,32 @@ from torch.optim.swa_utils import AveragedModel
 from .._distributed import expire, refuse_distributed, wrappers_around
 from .._errors import unknown_name
 from ..nn import finer_steps
-from ..nn.grid import Grid, twice
+from ..nn.grid import Grid, regrow, twice
 from ..nn.pruned_models import WRAPPING, prunable_of, refuse_inference_mode
 from .coarsen import changed_together, forget_compiled, number_of_variables, positions_in, prune
 from .indicators import Indicator, NewLayer as LayerMaker, indicators, made_by
 from .mark_to_refine import bulk as smallest_set, largest
 from .optimizer_state import optimizers_in, parameters_held
-from .transaction import Refinable, all_or_nothing, become, grow
+from .transaction import Prunable, all_or_nothing, change
+
+
+class Refinable(Prunable, Protocol):
+    """The attributes and methods of a model that can be refined, too."""
+
+    def not_split(self) -> dict[int, str]:
+        """Positions of layers that cannot be split whatever their steps, each with the reason."""
+
+    def not_inserted(self, *, copied: bool) -> dict[int, str]:
+        """Positions behind which no layer can be inserted, or none that is a copy, each with the reason."""
+
+    def copied_behind(self, layer: int) -> int | None:
+        """Position of the layer a copy of which fits behind one; None: no copy fits."""
+
+    def copy_of(self, layer: int) -> nn.Module:
+        """A layer once more."""
+
+    def grow_layers_(self, sources: Sequence[int], made: Mapping[int, nn.Module], values: Tensor) -> None:
+        """Take layers in between."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +197,10 @@ def take_grid(model: nn.Module, grid: Grid, *, optimizer: Any = None, averaged: 
         check_refinable(model)
     models = [model] if averaged is None else [model, averaged.module]
     with all_or_nothing(models, optimizer):
-        become(models, grid, optimizers_in(optimizer))
+        steps, kin = prunable_of(model).time_steps, dict[Any, Any]()
+        _, sources, copies = grid.made_from(steps.origin)
+        entries = steps.rule.entries([-1 if i in copies else l for i, l in enumerate(sources)])
+        change(models, lambda _, each: kin.update(regrow(each, grid)), entries, optimizers_in(optimizer), kin)
 
 
 def check_way(by: str, theta: float, layer: Any) -> None:
@@ -305,7 +327,17 @@ def carry_out(
     wrappers = wrappers_around(model)
     if WRAPPING in vars(model):
         forget_compiled()
-    state, reset = grow(models, sources, made, values, optimizers, kin=kin, split=by == "split", alone=train == "new")
+    grown = dict(zip(models, zip(made, values, strict=True), strict=True))
+    # a half takes the state of the steps, too; where new layers train alone, nothing is left that moves other steps
+    old = [-1 if train == "new" or (i in like and by == "insert") else l for i, l in enumerate(sources)]
+    state, reset = change(
+        models,
+        lambda each, grows: grows.grow_layers_(sources, *grown[each]),
+        steps.rule.entries(old),
+        optimizers,
+        kin,
+        inherit=by == "split",
+    )
     own = int(isinstance(steps.values, nn.Parameter))
     new = tuple(
         NewLayer(steps.origin[i], steps.parent[steps.origin[i]], eta, own + number_of_variables(made[0][i]))

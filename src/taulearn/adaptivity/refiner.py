@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .._batches import batches_of
 from .._errors import is_number, positive_integer
 from ..nn.time_steps import TimeSteps, time_steps_of
+from .adaptation import Changed
 from .estimate import Criterion
 from .indicators import NotFinite, check_indicator, indicators, not_refined
 from .mark_to_refine import bulk as smallest_set, largest
@@ -250,10 +251,8 @@ class Refiner:
         """Numbers of the layers that rest after an iteration."""
         return {number for number, born in self._born.items() if iteration < born + self.rest}
 
-    def refine(
-        self, iteration: int, averages: Sequence[nn.Module], batch: Any
-    ) -> tuple[RefineReport, list[int]] | None:
-        """Refine what is to be refined after an iteration; returns the report and the positions, then, of the layers.
+    def refine(self, iteration: int, averages: Sequence[nn.Module], batch: Any) -> Changed | None:
+        """Refine what is to be refined after an iteration.
 
         Args:
             iteration: Its number, counted from 1.
@@ -281,7 +280,7 @@ class Refiner:
             return None
         report = self.carry_out(chosen, averages)
         self._born |= {new.layer: iteration for new in report.new}
-        return report, list(chosen)
+        return Changed(report, list(chosen))
 
     def carry_out(self, chosen: Mapping[int, float], averages: Sequence[nn.Module]) -> RefineReport:
         """Refine layers, by their positions with indicators, of the model and of its averages, or of none of them."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._undisturbed import Contents
@@ -14,9 +14,6 @@ from ..nn.schemes import Scheme
 from ..nn.skips import Skips
 from ..nn.time_steps import TimeSteps
 from .optimizer_state import Change, follow, gathered, optimizers_in, with_inner
-
-if TYPE_CHECKING:
-    from ..nn.grid import Grid
 
 
 class Prunable(Protocol):
@@ -34,25 +31,6 @@ class Prunable(Protocol):
 
     def keep_layers_(self, indices: Sequence[int]) -> None:
         """Delete all other layers."""
-
-
-class Refinable(Prunable, Protocol):
-    """The attributes and methods of a model that can be refined, too."""
-
-    def not_split(self) -> dict[int, str]:
-        """Positions of layers that cannot be split whatever their steps, each with the reason."""
-
-    def not_inserted(self, *, copied: bool) -> dict[int, str]:
-        """Positions behind which no layer can be inserted, or none that is a copy, each with the reason."""
-
-    def copied_behind(self, layer: int) -> int | None:
-        """Position of the layer a copy of which fits behind one; None: no copy fits."""
-
-    def copy_of(self, layer: int) -> nn.Module:
-        """A layer once more."""
-
-    def grow_layers_(self, sources: Sequence[int], made: Mapping[int, nn.Module], values: Tensor) -> None:
-        """Take layers in between."""
 
 
 def check_averaged(averaged: AveragedModel, model: nn.Module) -> None:
@@ -124,55 +102,10 @@ def taken_out(model: nn.Module, layers: Collection[int]) -> Iterator[None]:
 def delete(models: Sequence[nn.Module], kept: Sequence[int], optimizers: Sequence[Any]) -> tuple[str, list[str]]:
     """Delete the layers and let the optimisers follow; returns a word for their state, and what of it was reset."""
     entries = prunable_of(models[0]).time_steps.rule.entries(kept)
-    return _change(models, lambda _, prunable: prunable.keep_layers_(kept), entries, optimizers)
+    return change(models, lambda _, prunable: prunable.keep_layers_(kept), entries, optimizers)
 
 
-def become(models: Sequence[nn.Module], grid: "Grid", optimizers: Sequence[Any]) -> None:
-    """Let models built anew have the layers of a grid, and the optimisers follow; all content is to be loaded."""
-    from ..nn.grid import regrow
-
-    steps = prunable_of(models[0]).time_steps
-    kept, sources, copies = grid.made_from(steps.origin)
-    entries = steps.rule.entries([-1 if i in copies else kept[l] for i, l in enumerate(sources)])
-    kin: dict[Any, Any] = {}
-    _change(models, lambda _, prunable: kin.update(regrow(prunable, grid)), entries, optimizers, kin)
-
-
-def grow(
-    models: Sequence[nn.Module],
-    sources: Sequence[int],
-    made: Sequence[Mapping[int, nn.Module]],
-    values: Sequence[Tensor],
-    optimizers: Sequence[Any],
-    *,
-    kin: Mapping[Any, Any],
-    split: bool,
-    alone: bool = False,
-) -> tuple[str, list[str]]:
-    """Take new layers in, and let the optimisers follow.
-
-    Args:
-        models: The model, and its averages.
-        sources: For each of the layers then the position now, its own or its parent's, in order.
-        made: For each model the new layers, by their positions then.
-        values: For each model the vector of its time steps then.
-        optimizers: All of them.
-        kin: The new parameters of the first model, each with the one whose groups it joins.
-        split: Whether the new layers are halves, which take that one's state, too.
-        alone: Whether they alone go on training, so that nothing may be left that moves other steps.
-
-    Returns:
-        A word for the optimisers' state, and what of it was reset.
-    """
-    grown = dict(zip(models, zip(made, values, strict=True), strict=True))
-    old = [-1 if alone or (i in made[0] and not split) else l for i, l in enumerate(sources)]
-    entries = prunable_of(models[0]).time_steps.rule.entries(old)
-    return _change(
-        models, lambda model, prunable: prunable.grow_layers_(sources, *grown[model]), entries, optimizers, kin, split
-    )
-
-
-def _change(
+def change(
     models: Sequence[nn.Module],
     act: Callable[[nn.Module, Any], None],
     entries: Sequence[int],
@@ -180,7 +113,19 @@ def _change(
     kin: Mapping[Any, Any] | None = None,
     inherit: bool = False,
 ) -> tuple[str, list[str]]:
-    """Change the grid of models, and let the optimisers follow."""
+    """Change the grid of models, and let the optimisers follow.
+
+    Args:
+        models: The model, and its averages.
+        act: Changes one of them, which it is handed, with what pruning works on.
+        entries: For each value of the steps then the position now, see :meth:`Constraint.entries`.
+        optimizers: All of them.
+        kin: The new parameters of the first model, each with the one whose groups it joins.
+        inherit: Whether they take that one's state, too.
+
+    Returns:
+        A word for the optimisers' state, and what of it was reset.
+    """
     model = models[0]
     steps = prunable_of(model).time_steps
     old, before = steps.values, {p: name for name, p in model.named_parameters()}
