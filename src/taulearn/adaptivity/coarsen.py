@@ -11,6 +11,7 @@ joins them.
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -26,7 +27,7 @@ from .estimate import Criterion, as_criterion, normalised, scores_of, shares
 from .mark import Budget, plan, within_budget
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in
 from .policies import THRESHOLD, check_one_decides, check_threshold
-from .transaction import Prunable, Snapshot, check_averaged, delete, taken_out
+from .transaction import Prunable, all_or_nothing, check_averaged, delete, taken_out
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,6 @@ def prune(
     prunable = check_prunable(model)
     models, optimizers = changed_together(model, optimizer, averaged)
     model = models[0]
-    before = Snapshot([])  # of no module yet, only whether gradients are recorded: most calls delete nothing
     asked = as_criterion(criterion, model, data=data, loss=loss)
     if asked.greedy and keep is None and budget is None:
         raise ValueError(
@@ -228,37 +228,23 @@ def prune(
             f"threshold={threshold}: say how many layers stay"
         )
     measured = asked.power is None or isinstance(budget, Mapping)
-    try:
-        if measured:
-            before = Snapshot(models, optimizers)  # a criterion or a clock calls the model
+    with all_or_nothing(models, optimizer) if measured else nullcontext():  # a criterion or a clock calls the model
         chosen, note = _choose(prunable, model, threshold, keep, asked, budget)
+    with all_or_nothing(models, optimizer) if chosen else nullcontext():
         number, parameters = prunable.time_steps.num_steps, number_of_variables(model)
-        deleted = deleted_layers(prunable, chosen)
-        gone = {i for i, _ in chosen}
+        deleted, gone = deleted_layers(prunable, chosen), {i for i, _ in chosen}
         kept = tuple(i for i in range(number) if i not in gone)
-        state, notes, wrappers = "unchanged" if optimizers else "none", [note], []
-        if deleted:
-            wrappers = wrappers_around(model)
-            before = before if measured else Snapshot(models, optimizers)
+        state, notes = "unchanged" if optimizers else "none", [note]
+        wrappers = wrappers_around(model) if chosen else []
+        if chosen:
             if WRAPPING in vars(model):
                 forget_compiled()
             state, reset = delete(models, kept, optimizers)
             notes += [*_cautions(prunable, deleted, given=bool(optimizers)), *reset]
-        report = PruneReport(
-            deleted,
-            kept,
-            number,
-            len(kept),
-            parameters,
-            number_of_variables(model),
-            state,
-            "; ".join(each for each in notes if each),
-        )
+        said = "; ".join(each for each in notes if each)
+        report = PruneReport(deleted, kept, number, len(kept), parameters, number_of_variables(model), state, said)
         expire(wrappers)
-    except BaseException:
-        before.restore()
-        raise
-    return report
+        return report
 
 
 def _choose(

@@ -113,18 +113,10 @@ def change(
     kin: Mapping[Any, Any] | None = None,
     inherit: bool = False,
 ) -> tuple[str, list[str]]:
-    """Change the grid of models, and let the optimisers follow.
+    """Change the grid of a model and its averages, and let the optimisers follow; returns as :func:`delete`.
 
-    Args:
-        models: The model, and its averages.
-        act: Changes one of them, which it is handed, with what pruning works on.
-        entries: For each value of the steps then the position now, see :meth:`Constraint.entries`.
-        optimizers: All of them.
-        kin: The new parameters of the first model, each with the one whose groups it joins.
-        inherit: Whether they take that one's state, too.
-
-    Returns:
-        A word for the optimisers' state, and what of it was reset.
+    ``entries`` has for each value of the steps then the position now; ``kin`` the new parameters, each with the one
+    whose groups it joins, and whose state if they ``inherit``.
     """
     model = models[0]
     steps = prunable_of(model).time_steps

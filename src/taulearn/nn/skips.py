@@ -193,15 +193,12 @@ class ComposedSkips(Skips):
         return isinstance(self.maps[layer], nn.Identity)
 
     def keep_(self, layers: Sequence[int]) -> None:
-        self.maps = nn.ModuleList(self.maps[layer] for layer in layers)
-        self.maps.training = self.training
-        self.num_steps = len(layers)
+        self.grow_(layers, ())
 
     def grow_(self, sources: Sequence[int], new: Collection[int]) -> None:
-        mode = self.training
-        maps = (nn.Identity().train(mode) if i in new else self.maps[l] for i, l in enumerate(sources))
+        maps = (nn.Identity().train(self.training) if i in new else self.maps[l] for i, l in enumerate(sources))
         self.maps = nn.ModuleList(maps)
-        self.maps.training = mode
+        self.maps.training = self.training
         self.num_steps = len(sources)
 
 
