@@ -403,6 +403,7 @@ DEPTH = [
     R(ValueError, "model", on(three_of(resnet, constraint="dependent"), lambda m: truncate(m, 2)), ("'dependent'",)),
     R(TypeError, "model", lambda: truncate(compiled(three()), 1), ("torch.compile",)),
     R(TypeError, "model", lambda: truncate(nn.Linear(1, 1), 1), ("Linear",)),
+    R(ValueError, "model", on(three, lambda m: torch.inference_mode()(truncate)(m, 2)), ("inference_mode",)),
     *each(
         ValueError,
         "tolerance",

@@ -12,7 +12,6 @@ References:
     LLaMA Pro, arXiv 2401.02415, the same with pretrained models.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -24,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from .._distributed import expire, refuse_distributed, wrappers_around
 from .._errors import unknown_name
 from ..nn import finer_steps
-from ..nn.grid import Grid, regrow, twice
+from ..nn.grid import Grid, copied, regrow, twice
 from ..nn.pruned_models import WRAPPING, prunable_of, refuse_inference_mode
 from .coarsen import changed_together, forget_compiled, number_of_variables, positions_in, prune
 from .indicators import Indicator, NewLayer as LayerMaker, indicators, made_by
@@ -316,7 +315,7 @@ def carry_out(
     else:
         made = [{}] * len(models)
         made[0] = {i: _made(layer, refinable.copy_of(l), model) for i, l in like.items()}
-        made[1:] = [{i: copy.deepcopy(new) for i, new in made[0].items()} for _ in models[1:]]
+        made[1:] = [{i: copied(new) for i, new in made[0].items()} for _ in models[1:]]
     pairs = [(f"layer {steps.origin[l]}", refinable.layers[l], made[0][i]) for i, l in like.items()]
     kin = {q: p for pair in pairs for q, p in _kin(*pair, needed=bool(optimizers))}
     grids = [prunable_of(each).time_steps for each in models]

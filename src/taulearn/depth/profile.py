@@ -196,7 +196,7 @@ def depth_profile(
             sums = [total.to(each) + each for total, each in zip(sums, new, strict=True)]
         timed = None if example_inputs is None else tuple(times(network, depths, example_inputs))
     counts, of_added, of_states, apart = (total.cpu() for total in sums)
-    farthest = apart[~apart.isnan()][:1]
+    farthest = next((each for each in apart if not each.isnan()), apart[-1])
     return DepthProfile(
         depths=depths,
         loss=mean.value().cpu(),

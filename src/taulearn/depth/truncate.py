@@ -16,7 +16,7 @@ from ..adaptivity.coarsen import PruneReport, deleted_layers, number_of_variable
 from ..adaptivity.estimate import shares
 from ..adaptivity.transaction import Snapshot
 from ..nn.network import TimeVariableNetwork
-from ..nn.pruned_models import retire, wrapping_of
+from ..nn.pruned_models import refuse_inference_mode, retire, wrapping_of
 from ..nn.time_steps import TimeSteps
 
 
@@ -56,6 +56,7 @@ def truncate(model: nn.Module, depth: int) -> PruneReport:
         behind = " behind torch.compile: give the model that it was compiled from"
         hint = behind if hasattr(model, "_orig_mod") else ": build it with taulearn.nn, or wrap it with taulearn.wrap"
         raise TypeError(f"model must be a TimeVariableNetwork or a wrapped model, got {type(model).__name__}{hint}")
+    refuse_inference_mode("cut")
     check_cuts("model", model.time_steps, depth)
     before = Snapshot([model])
     try:
