@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,17 +97,22 @@ class PruneReport:
         return text + (f"; {self.note}" if self.note else "")
 
 
-def check_prunable(model: nn.Module) -> Prunable:
-    """The model as something that can be pruned, or an error that says why it cannot."""
-    refuse_distributed("model", model)
-    refuse_inference_mode("pruned")
+def with_steps(model: nn.Module, act: str, done: str, method: str) -> Any:
+    """The object that a change of the layers works on, which has this method; refused where there is none."""
+    refuse_distributed("model", model, act)
+    refuse_inference_mode(done)
     found = prunable_of(model)
-    if not all(hasattr(found, name) for name in ("time_steps", "scheme", "fixed_layers", "keep_layers_")):
+    if not all(hasattr(found, name) for name in ("time_steps", "scheme", "fixed_layers", method)):
         raise TypeError(
             f"model must be a network with time steps, got {type(model).__name__}: build it with taulearn.nn or wrap "
             "it with taulearn.wrap, and hand over the network itself, not a wrapper around it"
         )
-    prunable = cast(Prunable, found)
+    return found
+
+
+def check_prunable(model: nn.Module) -> Prunable:
+    """The model as something that can be pruned, or an error that says why it cannot."""
+    prunable: Prunable = with_steps(model, "prune", "pruned", "keep_layers_")
     if not prunable.scheme.deletes_exactly:
         raise ValueError(
             f"model has the {prunable.scheme.name} scheme, in which tau = 0 is not the identity: "
@@ -330,10 +335,7 @@ def positions_in(argument: str, given: Iterable[int], number: int) -> list[int]:
 
 
 def forget_compiled() -> None:
-    """torch.compile gives up on a function after eight versions of it: a deletion starts the count anew.
-
-    Whatever is compiled is compiled again on its next call.
-    """
+    """Compile all anew on its next call, as torch.compile gives up on a function after eight versions of it."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

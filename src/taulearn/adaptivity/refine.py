@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .._distributed import expire, refuse_distributed, wrappers_around
+from .._distributed import expire, wrappers_around
 from .._errors import unknown_name
 from ..nn import finer_steps
 from ..nn.grid import Grid, copied, regrow, twice
-from ..nn.pruned_models import WRAPPING, prunable_of, refuse_inference_mode
-from .coarsen import changed_together, forget_compiled, number_of_variables, positions_in, prune
+from ..nn.pruned_models import WRAPPING, prunable_of
+from .coarsen import changed_together, forget_compiled, number_of_variables, positions_in, prune, with_steps
 from .indicators import Indicator, NewLayer as LayerMaker, indicators, made_by
 from .mark_to_refine import bulk as smallest_set, largest
 from .optimizer_state import optimizers_in, parameters_held
@@ -220,15 +220,7 @@ def check_way(by: str, theta: float, layer: Any) -> None:
 
 def check_refinable(model: nn.Module) -> Refinable:
     """The model as something that can be refined, or an error that says why it cannot."""
-    refuse_distributed("model", model, "refine")
-    refuse_inference_mode("refined")
-    found = prunable_of(model)
-    if not all(hasattr(found, name) for name in ("time_steps", "scheme", "grow_layers_")):
-        raise TypeError(
-            f"model must be a network with time steps, got {type(model).__name__}: build it with taulearn.nn or wrap "
-            "it with taulearn.wrap, and hand over the network itself, not a wrapper around it"
-        )
-    refinable = cast(Refinable, found)
+    refinable: Refinable = with_steps(model, "refine", "refined", "grow_layers_")
     if not refinable.scheme.deletes_exactly:
         raise ValueError(
             f"model has the {refinable.scheme.name} scheme, whose layers are no steps of a differential equation: two "
