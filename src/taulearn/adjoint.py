@@ -140,14 +140,14 @@ def _local_gradients(
     phi = _of_head(network.head, y, loss_gradient(loss, network.head(y), targets), found)
     psi, dtau = scheme.init(y), torch.zeros_like(tau)
     for l in reversed(range(len(network.layers))):
-        layer, (y, v) = _LayerBack(cast(FullyConnected, network.layers[l]), l, found), before[l]
+        f, (y, v) = _LayerBack(cast(FullyConnected, network.layers[l]), l, found), before[l]
         if skips.is_identity(l):
-            phi, psi, dtau[l] = scheme.step_back(layer, y, v, tau[l], phi, psi)
+            phi, psi, dtau[l] = scheme.step_back(f, y, v, tau[l], phi, psi)
         else:  # layer 0, y_1 = P y_0 + tau_0 f_0(y_0)
             if skips.from_input and isinstance(past := skips.past(l), nn.Linear):
                 found[past.weight] += _outer(phi, y)
-            dtau[l] = (phi * layer(y)).sum()
-            layer.back(y, tau[l] * phi)
+            dtau[l] = (phi * f(y)).sum()
+            f.back(y, tau[l] * phi)
     _of_steps(network, dtau, found)
     return {name: found[p] for name, p in network.named_parameters()}
 

@@ -30,6 +30,7 @@ from taulearn.nn import (
     TimeVariableNetwork,
     Verlet,
     resnet,
+    resnet_v2,
 )
 from test_adjoint import assert_autograd, draw_batch
 
@@ -326,3 +327,12 @@ class TestLayers:
             Antisymmetric(3, shift=-1.0)
         with pytest.raises(ValueError, match="kernel_size must be odd"):
             Antisymmetric(3, kernel_size=2)
+
+
+@pytest.mark.parametrize("scheme", ["heun", "verlet"])
+def test_images(scheme: str) -> None:
+    model, x = resnet_v2(3, 4, 1, 6, scheme=scheme), torch.randn(2, 1, 8, 8)
+    assert model(x).shape == (2, 4)
+    stages = resnet_v2((1, 1), 4, 1, (4, 8), scheme=scheme)
+    with pytest.raises(ValueError, match="past layer 1"):
+        stages(x)

@@ -11,7 +11,7 @@ from .._errors import positive_integer
 from .activations import make_activation
 from .constraints import Constraint
 from .network import TimeVariableNetwork
-from .schemes import Dense, Feedforward, Fractional, Residual, Scheme
+from .schemes import Dense, Feedforward, Fractional, Scheme, make_scheme
 from .skips import IdentitySkips, PadSkips, Skips, learned_skips
 from .time_steps import TimeSteps
 
@@ -177,12 +177,6 @@ def _build(
     return network
 
 
-def _make_scheme(scheme: str | Scheme) -> Scheme:
-    from .integrators import make_scheme
-
-    return make_scheme(scheme)
-
-
 def resnet(
     in_features: int,
     width: int | Sequence[int],
@@ -220,8 +214,7 @@ def resnet(
         >>> sum(p.numel() for p in network.parameters())
         130006
     """
-    made = Residual() if scheme == "residual" else _make_scheme(scheme)
-    return _build("resnet", made, in_features, width, out_features, hidden_layers, **options)
+    return _build("resnet", make_scheme(scheme), in_features, width, out_features, hidden_layers, **options)
 
 
 def feedforward(

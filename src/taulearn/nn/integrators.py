@@ -29,9 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .._errors import is_number, unknown_name
+from .._calls import transforming
+from .._errors import is_number, positive_integer, unknown_name
 from .schemes import Dense, Feedforward, Fractional, Residual, Scheme
 from .skips import Skips
+
+MEMORIES = ("stored", "reversible")
 
 
 class LayerBack(Protocol):
@@ -56,13 +59,16 @@ class LocalScheme(Scheme):
     def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> tuple[Tensor, Any]:
         if skips.is_identity(l):
             return self.advance(f, y, carry, coefficients[l])
-        if l > 0:
+        self._check_skip(skips, l)
+        y = F.residual_step(skips(y, l, l + 1), f(y), coefficients[l])
+        return y, self.init(y)
+
+    def _check_skip(self, skips: Skips, l: int) -> None:
+        if l > 0 and not skips.is_identity(l):
             raise ValueError(
                 f"skips must be identities past all layers but the first in the {self.name} scheme, got another one "
                 f"past layer {l}: let all hidden layers have the same width, or take the residual scheme"
             )
-        y = F.residual_step(skips(y, l, l + 1), f(y), coefficients[l])
-        return y, self.init(y)
 
     @abstractmethod
     def advance(self, f: nn.Module, y: Tensor, v: Any, tau: Tensor) -> tuple[Tensor, Any]:
@@ -121,7 +127,8 @@ class RungeKutta(LocalScheme):
         self, f: LayerBack, y: Tensor, v: Any, tau: Tensor, phi: Tensor, psi: Any
     ) -> tuple[Tensor, Any, Tensor]:
         points, k = self._stages(f, y, tau)
-        dtau, before, bars = (phi * _sum(self.b, k)).sum(), phi, []  # bars: of the points behind, last one first
+        dtau, before = (phi * _sum(self.b, k)).sum(), phi
+        bars: list[Tensor] = []  # of the points behind, the last one first
         for i in range(len(k) - 1, -1, -1):
             columns = [self.a[j - 1][i] for j in range(len(k) - 1, i, -1)]
             bars.append(f.back(points[i], tau * (self.b[i] * phi + _sum(columns, bars))))
@@ -179,7 +186,62 @@ class RungeKutta4(RungeKutta):
     a, b = ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 
-class Momentum(LocalScheme):
+class InvertibleScheme(LocalScheme):
+    """A scheme of second order whose steps can be taken back.
+
+    With ``memory="reversible"`` the forward pass of a network stores no states for the backward pass, which computes
+    them again from the last one. Where states are asked for (``network.states``, penalties on them) or a transform
+    looks into the computation (torch.compile, torch.func), they are stored all the same; ``fit`` needs
+    ``compile="never"`` for it.
+
+    Args:
+        memory: "stored" or "reversible".
+        store_every: With reversible memory, after how many layers a state is stored nevertheless. 0: none is.
+
+    Raises:
+        ValueError: If an argument lies outside its range. In the forward pass, if reversible memory cannot be: a step
+            that cannot be taken back without amplifying rounding too much (more than 1e-5), batch normalisation in
+            training mode, layers that draw random numbers.
+    """
+
+    second_order = True
+
+    def __init__(self, memory: str = "stored", store_every: int = 0) -> None:
+        super().__init__()
+        if memory not in MEMORIES:
+            raise unknown_name("memory", memory, MEMORIES)
+        if store_every and memory != "reversible":
+            raise ValueError(f"store_every must be left out with memory {memory!r}, which stores every state")
+        self.memory = memory
+        self.store_every = positive_integer("store_every", store_every) if store_every else 0
+
+    @abstractmethod
+    def invert(self, f: LayerBack, y: Tensor, v: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        """y_l and v_l from y_{l+1} and v_{l+1}; the layer is evaluated once, where the step did."""
+
+    def growth_back(self, tau: Tensor) -> Tensor:
+        """The factors by which a step back amplifies rounding, by itself 1; shaped like tau."""
+        return torch.ones_like(tau)
+
+    def last(self, x: Tensor, layers: nn.ModuleList, skips: Skips, tau: Tensor) -> Tensor:
+        if self.memory == "stored" or not torch.is_grad_enabled() or transforming():
+            return super().last(x, layers, skips, tau)
+        from .reversible import last_state
+
+        y, v, first = x, self.init(x), 0
+        if not skips.is_identity(0):
+            y, v = self.step(0, layers[0], y, v, skips, tau.unbind())
+            first = 1
+        for l in range(first, len(layers)):
+            self._check_skip(skips, l)
+        return last_state(self, y, v, list(layers)[first:], tau[first:])
+
+    def extra_repr(self) -> str:
+        every = f", store_every={self.store_every}" if self.store_every else ""
+        return "" if self.memory == "stored" else f"memory={self.memory!r}{every}"
+
+
+class Momentum(InvertibleScheme):
     """A step of epsilon x'' + x' = f(x): the velocity moves towards f, the state with the velocity; of order 1.
 
     Momentum residual networks with the factor mu are those with tau_l = (1 - mu) epsilon; with epsilon = tau_l a step
@@ -187,9 +249,11 @@ class Momentum(LocalScheme):
 
     Args:
         epsilon: The inertia, > 0.
+        memory: "stored" or "reversible", see :class:`InvertibleScheme`; a step with tau_l = epsilon has no inverse.
+        store_every: See :class:`InvertibleScheme`.
 
     Raises:
-        ValueError: If epsilon is not positive.
+        ValueError: If epsilon is not positive, or as :class:`InvertibleScheme` says.
 
     Example:
         >>> Momentum(0.5).epsilon
@@ -197,10 +261,9 @@ class Momentum(LocalScheme):
     """
 
     name = "momentum"
-    second_order = True
 
-    def __init__(self, epsilon: float = 1.0) -> None:
-        super().__init__()
+    def __init__(self, epsilon: float = 1.0, *, memory: str = "stored", store_every: int = 0) -> None:
+        super().__init__(memory, store_every)
         if not (is_number(epsilon) and 0.0 < epsilon < float("inf")):
             raise ValueError(
                 f"epsilon must be positive, got {epsilon!r}: it is the inertia in epsilon x'' + x' = f(x); without "
@@ -220,12 +283,26 @@ class Momentum(LocalScheme):
         dtau = (phi * (v + rate * pull)).sum() + (bar * pull).sum() / self.epsilon
         return phi + f.back(y, rate * bar), (1.0 - rate) * bar, dtau
 
+    def invert(self, f: LayerBack, y: Tensor, v: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        rate, y = tau / self.epsilon, y - tau * v
+        return y, (v - rate * f(y)) / (1.0 - rate)
+
+    def growth_back(self, tau: Tensor) -> Tensor:
+        return 1.0 / (1.0 - tau / self.epsilon)
+
     def extra_repr(self) -> str:
-        return f"epsilon={self.epsilon:g}"
+        return ", ".join(filter(None, (f"epsilon={self.epsilon:g}", super().extra_repr())))
 
 
-class Verlet(LocalScheme):
+class Verlet(InvertibleScheme):
     """Leapfrog (position Verlet) for x'' = f(x): half a step of y, a step of v, half a step of y; of order 2.
+
+    Args:
+        memory: "stored" or "reversible", see :class:`InvertibleScheme`.
+        store_every: See :class:`InvertibleScheme`.
+
+    Raises:
+        ValueError: As :class:`InvertibleScheme` says.
 
     Example:
         >>> Verlet().second_order
@@ -233,7 +310,6 @@ class Verlet(LocalScheme):
     """
 
     name = "verlet"
-    second_order = True
 
     def advance(self, f: nn.Module, y: Tensor, v: Any, tau: Tensor) -> tuple[Tensor, Any]:
         half = y + tau / 2.0 * v
@@ -248,6 +324,11 @@ class Verlet(LocalScheme):
         before = phi + f.back(half, tau * bar)
         dtau = (phi * (v + tau * value)).sum() / 2.0 + (bar * value).sum() + (before * v).sum() / 2.0
         return before, bar + tau / 2.0 * before, dtau
+
+    def invert(self, f: LayerBack, y: Tensor, v: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        half = y - tau / 2.0 * v
+        v = v - tau * f(half)
+        return half - tau / 2.0 * v, v
 
 
 INTEGRATORS: dict[str, type[LocalScheme]] = {

@@ -42,9 +42,8 @@ class _Structured(nn.Module):
             kernel_size = positive_integer("kernel_size", kernel_size)
             if kernel_size % 2 == 0:
                 raise ValueError(f"kernel_size must be odd, got {kernel_size}: the state keeps its size")
-            self.convolution = nn.Conv2d(
-                width, width, kernel_size, padding=kernel_size // 2, dtype=dtype, device=device
-            )
+            half = kernel_size // 2
+            self.convolution = nn.Conv2d(width, width, kernel_size, padding=half, dtype=dtype, device=device)
         self.activation = make_activation(activation).to(device=device, dtype=dtype)
 
     def _K(self, y: Tensor) -> Tensor:
@@ -55,7 +54,7 @@ class _Structured(nn.Module):
     def _KT(self, y: Tensor) -> Tensor:
         if hasattr(self, "linear"):
             return y @ self.linear.weight
-        return functional.conv_transpose2d(y, self.convolution.weight, padding=self.convolution.padding)
+        return functional.conv_transpose2d(y, self.convolution.weight, padding=self.convolution.kernel_size[0] // 2)
 
 
 class Antisymmetric(_Structured):
