@@ -80,7 +80,7 @@ class Problem:
 
 
 PROBLEMS = {
-    "nested-spheres": Problem(catalogued("nested-spheres"), 8, 2, 1000, 500, 2000, 40),
+    "nested-spheres": Problem(catalogued("nested-spheres"), 3, 2, 1000, 500, 2000, 20),
     "spirals": Problem(lambda split: spirals(4000, int(split == "test")), 8, 2, 1000, 500, 2000, 80),
     "maxwell": Problem(catalogued("maxwell"), 50, 3, 1500, 500, 2000, 40, values=True),
     "fashion-mnist": Problem(catalogued("fashion-mnist"), 50, 10, 6000, 2000, 10_000, 8),
@@ -213,8 +213,9 @@ def report(given: argparse.Namespace) -> str:
     lines = [
         "# Which scheme?",
         "",
-        "Made by `python examples/which_scheme.py`, from `cells.jsonl` alone (`report --cells docs/results/which-scheme",
-        "--out docs/results/which-scheme`); what was trained is told there. Mean on the test part over seeds ± half of the",
+        "Made by `python examples/which_scheme.py`, from `cells.jsonl` alone (`report --cells "
+        "docs/results/which-scheme --out",
+        "docs/results/which-scheme`); what was trained is told there. Mean on the test part over seeds ± half of the",
         f"95 % t-interval; less is better. Horizon {HORIZON:g}, tanh, Adam, {EVALUATIONS} evaluations of hidden layers "
         "behind the first.",
         "",
