@@ -80,7 +80,7 @@ class Problem:
 
 
 PROBLEMS = {
-    "nested-spheres": Problem(catalogued("nested-spheres"), 3, 2, 1000, 500, 2000, 20),
+    "nested-spheres": Problem(catalogued("nested-spheres"), 3, 2, 1000, 500, 2000, 6),
     "spirals": Problem(lambda split: spirals(4000, int(split == "test")), 8, 2, 1000, 500, 2000, 80),
     "maxwell": Problem(catalogued("maxwell"), 50, 3, 1500, 500, 2000, 40, values=True),
     "fashion-mnist": Problem(catalogued("fashion-mnist"), 50, 10, 6000, 2000, 10_000, 8),
