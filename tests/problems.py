@@ -23,6 +23,30 @@ def mittag_leffler(alpha: float, z: complex, beta: float = 1.0, *, digits: int =
             k, power = k + 1, power * x
 
 
+@dataclass(frozen=True)
+class LinearProblem:
+    """x' = A x, or x'' = pull A x - friction x' from a state at rest, solved by the exponential of a matrix."""
+
+    matrix: Tensor
+    y0: Tensor
+
+    def first_order(self, t: float) -> Tensor:
+        return torch.linalg.matrix_exp(t * self.matrix) @ self.y0
+
+    def second_order(self, t: float, friction: float = 0.0, pull: float = 1.0) -> Tensor:
+        """x'' = pull A x - friction x', x'(0) = 0."""
+        zero, one = torch.zeros_like(self.matrix), torch.eye(len(self.y0), dtype=self.y0.dtype)
+        whole = torch.cat([torch.cat([zero, one], 1), torch.cat([pull * self.matrix, -friction * one], 1)])
+        start = torch.cat([self.y0, torch.zeros_like(self.y0)])
+        return (torch.linalg.matrix_exp(t * whole) @ start)[: len(self.y0)]
+
+
+def coupled_springs() -> LinearProblem:
+    """Two masses between three springs of different stiffness."""
+    matrix = torch.tensor([[-2.0, 0.7], [0.7, -1.3]], dtype=torch.float64)
+    return LinearProblem(matrix, torch.tensor([1.0, -0.4], dtype=torch.float64))
+
+
 def caputo_derivative_of_power(p: float, gamma: float, t: Tensor) -> Tensor:
     """The left Caputo derivative of t^p, p > 0: Gamma(p+1) / Gamma(p+1-gamma) t^(p-gamma)."""
     return math.gamma(p + 1.0) / math.gamma(p + 1.0 - gamma) * t ** (p - gamma)

@@ -1,4 +1,4 @@
-"""The four schemes in NumPy, float64, with double loops: from the formulas alone, to be compared with the package."""
+"""The schemes in NumPy, float64, with double loops: from the formulas alone, to be compared with the package."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -64,12 +64,17 @@ def states(
     *,
     gamma: float = 0.5,
     memory_from: int = 1,
+    epsilon: float = 1.0,
 ) -> list[Array]:
     """The states y_0 .. y_N of the scheme."""
-    y = [u]
+    y, v = [u], np.zeros_like(carry(u, 0, 1))
     for l, layer in enumerate(layers):
         f = layer(y[l])
-        if scheme == "feedforward":
+        if scheme in LOCAL and layer.weight.shape[0] == layer.weight.shape[1]:
+            new, v = LOCAL[scheme](layer, y[l], v, float(tau[l]), epsilon)
+        elif scheme in LOCAL:
+            new = carry(y[l], l, l + 1) + tau[l] * f
+        elif scheme == "feedforward":
             new = tau[l] * f
         elif scheme == "residual":
             new = carry(y[l], l, l + 1) + tau[l] * f
@@ -86,6 +91,35 @@ def states(
             raise AssertionError(scheme)
         y.append(new)
     return y
+
+
+def midpoint(f: Layer, y: Array, v: Array, tau: float, epsilon: float) -> tuple[Array, Array]:
+    return y + tau * f(y + tau / 2 * f(y)), v
+
+
+def heun(f: Layer, y: Array, v: Array, tau: float, epsilon: float) -> tuple[Array, Array]:
+    return y + tau / 2 * (f(y) + f(y + tau * f(y))), v
+
+
+def rk4(f: Layer, y: Array, v: Array, tau: float, epsilon: float) -> tuple[Array, Array]:
+    first = f(y)
+    second = f(y + tau / 2 * first)
+    third = f(y + tau / 2 * second)
+    return y + tau / 6 * (first + 2 * second + 2 * third + f(y + tau * third)), v
+
+
+def momentum(f: Layer, y: Array, v: Array, tau: float, epsilon: float) -> tuple[Array, Array]:
+    mu = 1 - tau / epsilon
+    v = mu * v + (1 - mu) * f(y)
+    return y + tau * v, v
+
+
+def verlet(f: Layer, y: Array, v: Array, tau: float, epsilon: float) -> tuple[Array, Array]:
+    after = v + tau * f(y + tau / 2 * v)
+    return y + tau / 2 * (v + after), after
+
+
+LOCAL = {"midpoint": midpoint, "heun": heun, "rk4": rk4, "momentum": momentum, "verlet": verlet}
 
 
 def padding(widths: Sequence[int], *, from_input: bool = False) -> Carry:
@@ -143,7 +177,8 @@ def network_states(network: TimeVariableNetwork, x: Tensor) -> list[Array]:
     scheme = network.scheme
     gamma, memory_from = (scheme.gamma, scheme.memory_from) if isinstance(scheme, Fractional) else (0.5, 1)
     tau = time_steps(array(steps.values), steps.constraint, steps.horizon, steps.lower_bound)
-    return states(scheme.name, layers, tau, carry, array(x.flatten(1)), gamma=gamma, memory_from=memory_from)
+    options = {"gamma": gamma, "memory_from": memory_from, "epsilon": getattr(scheme, "epsilon", 1.0)}
+    return states(scheme.name, layers, tau, carry, array(x.flatten(1)), **options)
 
 
 def network_output(network: TimeVariableNetwork, x: Tensor) -> Array:

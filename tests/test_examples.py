@@ -209,6 +209,27 @@ def test_deepen_pretrained(model: str, annealed: bool, task: str, run_here: Call
         check_plain(tmp_path / "models" / f"{task}-6-{way}-0", depth)
 
 
+def test_which_scheme(run_here: Callable[..., str], tmp_path: Path) -> None:
+    arguments = ("run", "--quick", "--seeds", "0", "1", "--out", str(tmp_path))
+    run_here("which_scheme.py", *arguments)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    run_here("which_scheme.py", *arguments)
+    assert {path: path.stat().st_mtime_ns for path in files} == files, "cells that are there are not trained again"
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "cells").glob("*.json")]
+    assert len(cells) == 6 * 2 * 2
+    evaluations = {"residual": 1, "momentum": 1, "verlet": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+    for cell in cells:
+        assert (len(cell["tau"]) - 1) * evaluations[cell["scheme"]] == 12
+        assert (len(set(cell["tau"])) == 1) == (cell["steps"] == "fixed")
+    page = tmp_path / "page"
+    for place in (tmp_path, page):
+        text = run_here("which_scheme.py", "report", "--cells", str(place), "--out", str(page))
+        for scheme in evaluations:
+            row = next(line for line in text.splitlines() if line.startswith(f"| {scheme} |"))
+            found = [cell["test"] for cell in cells if (cell["scheme"], cell["steps"]) == (scheme, "learned")]
+            assert float(row.split("|")[4].split("±")[0]) == pytest.approx(sum(found) / 2, abs=0.006)
+
+
 def test_intervals_of_shortening(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     shortening = importlib.import_module("_shortening")

@@ -21,6 +21,9 @@ cases, with s_l = tau_l (residual) or tau_l^gamma Gamma(2-gamma) (fractional),
     dtau_l = - sum_{k>=l} sum_{j<=min(k-1,l)} (d a_{k,j}/d tau_l) <P y_{j+1} - P y_j, phi_{k+1}>
              + gamma tau_l^(gamma-1) Gamma(2-gamma) <f_l, phi_{l+1}>                                     (fractional)
 
+Schemes that look at the last state alone (:mod:`taulearn.nn.integrators`) have a step back of their own, from
+(phi_{l+1}, psi_{l+1}) to (phi_l, psi_l) and dtau_l, psi being the derivative with respect to the velocity.
+
 References:
     Antil, Diaz, Herberg (2022), An optimal time variable learning framework for deep neural networks, section 5 and
     appendix A. Printed there with dW_l transposed and db_l as a scalar.
@@ -41,6 +44,7 @@ from ._errors import unknown_name
 from ._table import format_table
 from .caputo.weight_derivatives import WeightDerivatives
 from .nn.builders import FlattenInput, FullyConnected
+from .nn.integrators import LocalScheme
 from .nn.network import TimeVariableNetwork
 from .nn.skips import ComposedSkips, IdentitySkips, PadSkips, Skips
 
@@ -59,14 +63,15 @@ def gradients(
     """Gradients of loss(network(inputs), targets) by the explicit adjoint systems.
 
     Args:
-        network: A residual or fractional network of fully connected layers f(y) = sigma(W y + b), as the builders make
-            it, with skips that are identities, padding or learned linear maps. sigma must act entrywise and have no
-            parameters. The memory of a fractional network is computed exactly, whatever its ``memory``.
+        network: A residual or fractional network, or one with a scheme that has a step back, of fully connected layers
+            f(y) = sigma(W y + b), as the builders make it, with skips that are identities, padding or learned linear
+            maps. sigma must act entrywise and have no parameters. The memory of a fractional network is computed
+            exactly, whatever its ``memory``.
         inputs: (batch, ...), of the network's floating point type.
         targets: What ``loss`` compares the outputs with.
         loss: Maps (output, target) to a scalar.
         method: "discretize-then-optimize" (the gradient) or "optimize-then-discretize" (an object of study: with the
-            fractional scheme another direction).
+            fractional scheme another direction; residual and fractional networks only).
 
     Returns:
         One tensor per name of ``network.named_parameters()``, in its order: with fixed steps none for them, with
@@ -93,8 +98,78 @@ def gradients(
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     check_network(network)
+    if isinstance(network.scheme, LocalScheme):
+        if method != METHODS[0]:
+            raise ValueError(
+                f"method must be {METHODS[0]!r} with the {network.scheme.name} scheme, got {method!r}: the other one "
+                "is written down for the residual and the fractional scheme"
+            )
+        with torch.no_grad():
+            return _local_gradients(network, network.scheme, inputs, targets, loss)
     with torch.no_grad():
         return _Adjoint(network, inputs, targets, loss, method).gradients()
+
+
+class _LayerBack:
+    """A layer sigma(W y + b) whose gradients are summed while it is gone through backwards."""
+
+    def __init__(self, layer: FullyConnected, number: int, found: dict[Tensor, Tensor]) -> None:
+        self.layer, self.number, self.found = layer, number, found
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return cast(Tensor, self.layer(y))
+
+    def back(self, y: Tensor, bar: Tensor) -> Tensor:
+        linear = self.layer.linear
+        delta = bar * slope(self.layer.activation, linear(y), self.number)
+        self.found[linear.weight] += _outer(delta, y)
+        self.found[linear.bias] += delta.flatten(0, -2).sum(0)
+        return delta @ linear.weight
+
+
+def _local_gradients(
+    network: TimeVariableNetwork, scheme: LocalScheme, inputs: Tensor, targets: Tensor, loss: Loss
+) -> dict[str, Tensor]:
+    """The gradients by the scheme's steps back, from the states and velocities of a forward pass."""
+    found: dict[Tensor, Tensor] = {p: torch.zeros_like(p) for p in network.parameters()}
+    tau, skips, y = network.time_steps.tau, network.skips, network.stem(inputs)
+    v, before, coefficients = scheme.init(y), [], scheme.prepare(tau)
+    for l, layer in enumerate(network.layers):
+        before.append((y, v))
+        y, v = scheme.step(l, layer, y, v, skips, coefficients)
+    phi = _of_head(network.head, y, loss_gradient(loss, network.head(y), targets), found)
+    psi, dtau = scheme.init(y), torch.zeros_like(tau)
+    for l in reversed(range(len(network.layers))):
+        f, (y, v) = _LayerBack(cast(FullyConnected, network.layers[l]), l, found), before[l]
+        if skips.is_identity(l):
+            phi, psi, dtau[l] = scheme.step_back(f, y, v, tau[l], phi, psi)
+        else:  # layer 0, y_1 = P y_0 + tau_0 f_0(y_0)
+            if skips.from_input and isinstance(past := skips.past(l), nn.Linear):
+                found[past.weight] += _outer(phi, y)
+            dtau[l] = (phi * f(y)).sum()
+            f.back(y, tau[l] * phi)
+    _of_steps(network, dtau, found)
+    return {name: found[p] for name, p in network.named_parameters()}
+
+
+def _of_head(head: nn.Module, y: Tensor, phi_out: Tensor, found: dict[Tensor, Tensor]) -> Tensor:
+    """phi_N; the head's own gradients are added to those found."""
+    if not isinstance(head, nn.Linear):
+        return phi_out
+    found[head.weight] += _outer(phi_out, y)
+    if head.bias is not None:
+        found[head.bias] += phi_out.flatten(0, -2).sum(0)
+    return phi_out @ head.weight
+
+
+def _of_steps(network: TimeVariableNetwork, dtau: Tensor, found: dict[Tensor, Tensor]) -> None:
+    """From effective steps to the values that are stored, through their constraint."""
+    steps = network.time_steps
+    if steps.values in found:
+        values = steps.values.detach().requires_grad_()
+        with torch.enable_grad():
+            tau = steps.rule.tau(values)
+        found[steps.values] += torch.autograd.grad(tau, values, dtau)[0]
 
 
 class _Adjoint:
@@ -167,21 +242,12 @@ class _Adjoint:
             delta = self.s[l] * self.phi[l + 1] * self.slope[l]
             found[layer.linear.weight] += _outer(delta, self.y[l])
             found[layer.linear.bias] += delta.flatten(0, -2).sum(0)
-        head = self.network.head
-        if isinstance(head, nn.Linear):
-            found[head.weight] += _outer(self.phi_out, self.y[-1])
-            if head.bias is not None:
-                found[head.bias] += self.phi_out.flatten(0, -2).sum(0)
+        _of_head(self.network.head, self.y[-1], self.phi_out, found)
         if isinstance(self.skips, ComposedSkips):
             for k, module in enumerate(self.skips.maps):
                 if isinstance(module, nn.Linear):
                     found[module.weight] += self._skip_gradient(k)
-        steps = self.network.time_steps
-        if steps.values in found:
-            values = steps.values.detach().requires_grad_()
-            with torch.enable_grad():
-                tau = steps.rule.tau(values)
-            found[steps.values] += torch.autograd.grad(tau, values, self.dtau())[0]
+        _of_steps(self.network, self.dtau(), found)
         return {name: found[p] for name, p in self.network.named_parameters()}
 
     def dtau(self) -> Tensor:
@@ -285,6 +351,11 @@ def deviation(
         [1.0, 1.0, 1.0, 1.0]
     """
     check_network(network)
+    if network.scheme.caputo_order is None:
+        raise ValueError(
+            f"network must have the residual or the fractional scheme, got {network.scheme.name!r}: the two methods "
+            "are written down for these"
+        )
     with torch.no_grad():
         exact, other = (_Adjoint(network, inputs, targets, loss, method) for method in METHODS)
         pairs = [(_theta(exact, l), _theta(other, l)) for l in range(exact.N)]
@@ -322,10 +393,10 @@ def check_network(network: nn.Module) -> None:
             f"network must be a TimeVariableNetwork, got {type(network).__name__}: build it with taulearn.nn, or let "
             "autograd differentiate it"
         )
-    if network.scheme.caputo_order is None:
+    if network.scheme.caputo_order is None and not isinstance(network.scheme, LocalScheme):
         raise ValueError(
-            f"network must have the residual or the fractional scheme, got {network.scheme.name!r}: no adjoint system "
-            "is written down for it; autograd differentiates every scheme"
+            f"network must have the residual or the fractional scheme, or one with a step back, got "
+            f"{network.scheme.name!r}: no adjoint system is written down for it; autograd differentiates every scheme"
         )
     for l, layer in enumerate(network.layers):
         if not isinstance(layer, FullyConnected):

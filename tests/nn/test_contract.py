@@ -1,6 +1,7 @@
 """The contract for the fully connected networks of the papers, on every scheme, with every kind of skip."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from contract import Case, TimeVariableContract
 from reference import network_output
-from taulearn.nn import TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
+from taulearn.nn import Momentum, TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
 
 SCHEMES: dict[str, Callable[..., TimeVariableNetwork]] = {
     "feedforward": feedforward,
@@ -16,6 +17,10 @@ SCHEMES: dict[str, Callable[..., TimeVariableNetwork]] = {
     "dense": densenet,
     "fractional": fractional_dnn,
     "fractional from 0": lambda *args, **options: fractional_dnn(*args, gamma=0.3, memory_from=0, **options),
+}
+LOCAL: dict[str, Callable[..., TimeVariableNetwork]] = {
+    name: partial(resnet, scheme=Momentum(0.7) if name == "momentum" else name)
+    for name in ("midpoint", "heun", "rk4", "momentum", "verlet")
 }
 WIDTHS: dict[str, int | list[int]] = {"equal": 3, "pad": [3, 2, 2, 4], "learned": [2, 3, 3, 2]}
 
@@ -26,7 +31,7 @@ def inputs() -> Tensor:
 
 
 def make_case(scheme: str, widths: str) -> Case:
-    builder, skips = SCHEMES[scheme], "learned" if widths == "learned" else "pad"
+    builder, skips = (SCHEMES | LOCAL)[scheme], "learned" if widths == "learned" else "pad"
 
     def build(constraint: str) -> TimeVariableNetwork:
         options = {"activation": "tanh", "horizon": 2.0, "constraint": constraint, "skips": skips}
@@ -36,8 +41,9 @@ def make_case(scheme: str, widths: str) -> Case:
 
 
 CASES = [make_case(scheme, widths) for scheme in SCHEMES for widths in WIDTHS]
-# One of each scheme, every kind of skip: compilation takes a second.
-NAMES = ("feedforward, equal", "residual, pad", "dense, learned", "fractional, pad")
+CASES += [make_case(scheme, "equal") for scheme in LOCAL]
+# One of each kind of scheme, every kind of skip: compilation takes a second.
+NAMES = ("feedforward, equal", "residual, pad", "dense, learned", "fractional, pad", "heun, equal", "verlet, equal")
 COMPILED = [case for case in CASES if str(case) in NAMES]
 
 
@@ -50,5 +56,5 @@ class TestFullyConnected(TimeVariableContract):
 
     @pytest.mark.parametrize("case", COMPILED, ids=str)
     def test_compiled_is_eager(self, case: Case) -> None:
-        assert len(COMPILED) == 4
+        assert len(COMPILED) == len(NAMES)
         super().test_compiled_is_eager(case)

@@ -19,6 +19,7 @@ from ..functional import half_mse_loss
 from ..nn.activations import make_activation
 from ..nn.builders import BUILDERS
 from ..nn.convolutional import resnet_v2
+from ..nn.integrators import Momentum
 from ..nn.network import TimeVariableNetwork
 from ..optim import SteepestDescent, parameter_groups
 from ..training.devices import usable_device
@@ -101,6 +102,8 @@ def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
     if config.network == "resnet-v2":
         return _convolutional(config, splits)
     options: dict[str, Any] = {}
+    if config.network == "resnet" and config.scheme != "residual":
+        options["scheme"] = Momentum(config.epsilon) if config.scheme == "momentum" else config.scheme
     if config.network == "fractional":
         options = {name: getattr(config, name) for name in ("gamma", "memory_from", "memory", "tolerance")}
     if config.network != "fractional" or config.lower_bound is not None:

@@ -55,8 +55,12 @@ class TrainConfig(BaseModel):
 
     data: str = Field("digits", description="Data set; `taulearn data` lists them.")
     network: Literal["resnet", "feedforward", "densenet", "fractional", "resnet-v2"] = Field(
-        "resnet", description="Scheme of the network; resnet-v2 is the convolutional one, for images."
+        "resnet", description="Kind of network; resnet-v2 is the convolutional one, for images."
     )
+    scheme: Literal["residual", "midpoint", "heun", "rk4", "momentum", "verlet"] = Field(
+        "residual", description="How a layer of a resnet takes the state on: Euler's step, or another integrator's."
+    )
+    epsilon: float = Field(1.0, gt=0, description="Inertia of the scheme momentum, epsilon x'' + x' = f(x).")
     hidden_layers: int = Field(
         6,
         ge=1,

@@ -93,6 +93,12 @@ def _without_effect(config: "TrainConfig") -> Iterator[str]:
         yield "prune_by must be left out without prune_blocks; or give prune_blocks the number of layers to keep"
     if config.refine_until is not None and config.refine is None:
         yield "refine_until must be left out without refine; or give refine the number of layers to reach"
+    if config.scheme != "residual" and config.network != "resnet":
+        yield f"scheme must be left out with network {config.network!r}; it belongs to 'resnet'"
+    elif config.scheme != "residual" and len(set(config.widths)) > 1:
+        yield f"scheme must be left out where the width changes, got {config.scheme!r}, whose layers keep it"
+    if config.epsilon != type(config).model_fields["epsilon"].default and config.scheme != "momentum":
+        yield f"epsilon must be left out with scheme {config.scheme!r}; it belongs to 'momentum'"
     if config.network != "fractional":
         for name in ("gamma", "memory_from", "memory", "tolerance"):
             if getattr(config, name) != type(config).model_fields[name].default:

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
         resnet_v2 as resnet_v2,
     )
     from .early_exit import Prediction as Prediction
+    from .integrators import (
+        Heun as Heun,
+        LocalScheme as LocalScheme,
+        Midpoint as Midpoint,
+        Momentum as Momentum,
+        RungeKutta as RungeKutta,
+        RungeKutta4 as RungeKutta4,
+        Verlet as Verlet,
+    )
     from .module_on_states import apply_to_each as apply_to_each
     from .network import TimeVariableNetwork as TimeVariableNetwork
     from .schemes import (
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
         Skips as Skips,
         learned_skips as learned_skips,
     )
+    from .structured_layers import Antisymmetric as Antisymmetric, Symmetric as Symmetric
     from .time_steps import TimeSteps as TimeSteps
 
 __getattr__, __dir__, __all__ = lazily(
@@ -51,11 +61,13 @@ __getattr__, __dir__, __all__ = lazily(
         ".builders": ("FlattenInput", "FullyConnected", "densenet", "feedforward", "fractional_dnn", "resnet"),
         ".constraints": ("Constraint",),
         ".convolutional": ("ConvolutionalStem", "PooledHead", "PreActivationBlock", "resnet_v2"),
+        ".integrators": ("Heun", "LocalScheme", "Midpoint", "Momentum", "RungeKutta", "RungeKutta4", "Verlet"),
         ".module_on_states": ("apply_to_each",),
         ".early_exit": ("Prediction",),
         ".network": ("TimeVariableNetwork",),
         ".schemes": ("Dense", "Feedforward", "Fractional", "Residual", "Scheme"),
         ".skips": ("ComposedSkips", "IdentitySkips", "PadSkips", "Skips", "learned_skips"),
+        ".structured_layers": ("Antisymmetric", "Symmetric"),
         ".time_steps": ("TimeSteps",),
     },
 )

@@ -11,7 +11,7 @@ from .._errors import positive_integer
 from .activations import make_activation
 from .constraints import Constraint
 from .network import TimeVariableNetwork
-from .schemes import Dense, Feedforward, Fractional, Residual, Scheme
+from .schemes import Dense, Feedforward, Fractional, Scheme, make_scheme
 from .skips import IdentitySkips, PadSkips, Skips, learned_skips
 from .time_steps import TimeSteps
 
@@ -178,7 +178,13 @@ def _build(
 
 
 def resnet(
-    in_features: int, width: int | Sequence[int], out_features: int, hidden_layers: int, **options: Unpack[Options]
+    in_features: int,
+    width: int | Sequence[int],
+    out_features: int,
+    hidden_layers: int,
+    *,
+    scheme: str | Scheme = "residual",
+    **options: Unpack[Options],
 ) -> TimeVariableNetwork:
     """A residual network with learned time steps, y_{l+1} = P y_l + tau_l sigma(W_l y_l + b_l), output W_N y_N.
 
@@ -187,6 +193,9 @@ def resnet(
         width: Width of the hidden layers, one integer or one per layer.
         out_features: Width of the output layer W_N, which has neither bias nor time step.
         hidden_layers: Number N >= 1 of hidden layers.
+        scheme: How a layer f_l takes the state on: "residual", the Euler step above; "midpoint", "heun", "rk4",
+            "momentum" or "verlet", see :mod:`taulearn.nn.integrators`; or a scheme. The hidden layers of all but the
+            first must have one width.
         **options: See :class:`Options`: ``activation="relu"``, ``horizon=1.0``, ``constraint="free"``,
             ``lower_bound=None``, ``init=None``,
             ``skips="pad"``, ``dtype=None``, ``device=None``.
@@ -205,7 +214,7 @@ def resnet(
         >>> sum(p.numel() for p in network.parameters())
         130006
     """
-    return _build("resnet", Residual(), in_features, width, out_features, hidden_layers, **options)
+    return _build("resnet", make_scheme(scheme), in_features, width, out_features, hidden_layers, **options)
 
 
 def feedforward(

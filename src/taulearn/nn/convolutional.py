@@ -36,7 +36,7 @@ from .activations import make_activation
 from .constraints import Constraint
 from .network import TimeVariableNetwork
 from .pooled_head import PooledHead as PooledHead
-from .schemes import Residual
+from .schemes import Scheme, make_scheme
 from .skips import ComposedSkips
 from .time_steps import TimeSteps
 
@@ -205,6 +205,7 @@ def resnet_v2(
     in_channels: int = 3,
     widths: int | Sequence[int] = (16, 32, 64),
     *,
+    scheme: str | Scheme = "residual",
     activation: str | nn.Module = "relu",
     stem_stride: int = 1,
     horizon: float | None = None,
@@ -222,6 +223,7 @@ def resnet_v2(
         in_channels: Channels of the images (batch, in_channels, height, width), of any size.
         widths: Channels of each stage. A single integer: constant width and resolution throughout, without stages, so
             that all skips are identities and each block can be pruned.
+        scheme: See :func:`taulearn.nn.resnet`; other schemes than the residual one need a constant width.
         activation: sigma, by its torch.nn.functional name or as any elementwise module.
         stem_stride: 1; 2 or more computes on smaller images, at a fraction of the cost.
         horizon: Time horizon T. None: the number of blocks.
@@ -286,7 +288,9 @@ def resnet_v2(
             maps.append(PointwiseSkip(n, m, stride, dtype=dtype, device=device) if changed else None)
             n = m
     head = PooledHead(n, num_classes, activation, dtype=dtype, device=device)
-    network = TimeVariableNetwork(layers, head, Residual(), steps, ComposedSkips(maps, from_input=True), stem=stem)
+    network = TimeVariableNetwork(
+        layers, head, make_scheme(scheme), steps, ComposedSkips(maps, from_input=True), stem=stem
+    )
     keywords = {
         "blocks_per_stage": counts,
         "num_classes": num_classes,

@@ -99,7 +99,7 @@ class TimeVariableNetwork(nn.Module):
         Returns:
             Outputs, (batch, ...).
         """
-        output: Tensor = self.head(self.states(x)[-1])
+        output: Tensor = self.head(self.scheme.last(self.stem(x), self.layers, self.skips, self.time_steps.tau))
         return output
 
     def intermediate_outputs(

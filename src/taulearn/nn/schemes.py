@@ -146,6 +146,10 @@ class Scheme(nn.Module):
             states.append(y)
         return states
 
+    def last(self, x: Tensor, layers: nn.ModuleList, skips: Skips, tau: Tensor) -> Tensor:
+        """The state y_N alone; arguments as those of :meth:`states`."""
+        return self.states(x, layers, skips, tau)[-1]
+
 
 def pair_of(scheme: Scheme, result: Any) -> tuple[Tensor, Any]:
     """The result of a step, refused where it is no pair of state and carry."""
@@ -349,6 +353,15 @@ class Fractional(Scheme):
         memory = "" if self.memory == "auto" else f", memory={self.memory!r}"
         tolerance = "" if self.tolerance == _TOLERANCE else f", tolerance={self.tolerance:g}"
         return f"gamma={self.gamma:g}, memory_from={self.memory_from}{memory}{tolerance}"
+
+
+def make_scheme(scheme: str | Scheme) -> Scheme:
+    """A scheme that takes steps from state to state, by its name; one that is made already is answered as it is."""
+    if isinstance(scheme, Residual) or scheme == "residual":
+        return scheme if isinstance(scheme, Residual) else Residual()
+    from .integrators import make_scheme
+
+    return make_scheme(scheme)
 
 
 SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Feedforward, Residual, Dense, Fractional)}

@@ -28,6 +28,7 @@ from ..nn.builders import BUILDERS, FlattenInput, FullyConnected
 from ..nn.constraints import Constraint
 from ..nn.convolutional import ConvolutionalStem, PointwiseSkip, PooledHead, PreActivationBlock, resnet_v2
 from ..nn.grid import Grid, regrow
+from ..nn.integrators import INTEGRATORS
 from ..nn.network import TimeVariableNetwork
 from ..nn.schemes import SCHEMES, Residual, Scheme
 from ..nn.skips import ComposedSkips, IdentitySkips, Pad, PadSkips, Skips
@@ -249,7 +250,7 @@ def _activations() -> dict[str, nn.Module]:
 @cache
 def _schemes() -> dict[str, Scheme]:
     """The schemes as they are by default."""
-    return {name: scheme() for name, scheme in SCHEMES.items()}
+    return {name: scheme() for name, scheme in {**SCHEMES, **INTEGRATORS}.items()}
 
 
 _signature: Callable[[type], inspect.Signature] = cache(inspect.signature)
