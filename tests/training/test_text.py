@@ -281,6 +281,42 @@ def test_distillation_counts_the_tokens_of_each_part() -> None:
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=1e-8)
 
 
+class Prompts(Sentences):
+    """Some sentences are prompts alone: none of their labels counts."""
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        item = super().__getitem__(i)
+        return item | {"labels": torch.full_like(item["labels"], -100)} if i % 4 == 3 else item
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_batches_without_labels_that_count_are_named(parts: int) -> None:
+    """The loss of a batch of which no label counts is 0/0."""
+    data = Prompts(12, language=True)
+    model, options = gpt2(), {"loss": None, "epochs": 1, "accumulate": parts}
+    given = DataLoader(data, batch_size=parts, sampler=[0, 1, 3, 7, 2, 4], collate_fn=padded)
+    with pytest.raises(ArithmeticError, match=r"data may be the cause: all labels of sample 3 are -100") as caught:
+        run_fit(model, given, adam(model), **options)
+    assert "learning rate" not in str(caught.value)
+    model, batches = gpt2(), DataLoader([padded([data[i]]) for i in (0, 3)], batch_size=None)  # type: ignore[arg-type]
+    with pytest.raises(ArithmeticError, match="all labels of batch 1 are -100"):
+        run_fit(model, batches, adam(model), **options | {"accumulate": 1})
+
+
+def test_batches_without_labels_that_count_weigh_nothing_in_means() -> None:
+    data, model = Prompts(12, language=True), gpt2().eval()
+    some = [i for i in range(12) if i % 4 != 3]
+    figures = evaluate(model, DataLoader(data, batch_size=1, collate_fn=padded))
+    expected = evaluate(model, DataLoader(data, batch_size=9, sampler=some, collate_fn=padded))
+    assert figures == pytest.approx(expected, rel=1e-6)
+    none = padded([data[3], data[7]])
+    assert all(math.isnan(figure) for figure in evaluate(model, DataLoader([none], batch_size=None)).values())  # type: ignore[arg-type]
+    outputs = model(**none)
+    assert Distillation(gpt2(seed=1), 1.0)(model, none, outputs=outputs).item() == 0.0
+    with pytest.raises(ValueError, match="labels that count"):
+        taulearn.prune(model, budget=1, criterion="loss", data=none)
+
+
 def test_distillation_of_an_encoder_with_a_decoder() -> None:
     """The teacher wants the decoder's inputs, which are made of the labels."""
     torch.manual_seed(0)

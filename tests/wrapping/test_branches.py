@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -392,6 +393,108 @@ def test_adapters_that_were_there_before() -> None:
     merged = unwrap(host).merge_and_unload().eval()
     assert type(merged).__name__ == "GPT2LMHeadModel"
     assert_like(answer(merged, ids()), expected, 1e-5)
+
+
+@pytest.mark.parametrize("first", ["adapters", "steps"])
+def test_ends_are_found_anew_where_adapters_came_or_were_merged(first: str, tmp_path: Path) -> None:
+    """The weights into which the steps would have folded are gone then, or stand elsewhere."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False)
+    if first == "adapters":
+        adapted = host = wrap(peft.get_peft_model(FAMILIES["llama"].bare(), lora), example_inputs=ids())
+    else:
+        host = wrap(FAMILIES["llama"].bare(), example_inputs=ids(), init=0.5)
+        adapted = peft.get_peft_model(host, lora)
+    set_steps(host)
+    prune(host, keep=[0, 2, 3])
+    expected = answer(adapted.eval(), ids())
+    if first == "adapters":
+        merged = host.merge_and_unload()
+        merged.save_pretrained(tmp_path / "folded")
+        assert_like(answer(type(merged).from_pretrained(tmp_path / "folded").eval(), ids()), expected, 1e-5)
+        unwrap(host)
+    else:
+        unwrap(host)
+        assert_like(answer(adapted, ids()), expected, 1e-5)
+        merged = adapted.merge_and_unload()
+    assert not any("forward" in vars(module) for module in merged.modules())
+    assert_like(answer(merged.eval(), ids()), expected, 1e-5)
+
+
+def test_the_model_that_has_the_steps_is_named() -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"model must be wrapped, got PeftModel.*'base_model.model'"):
+        unwrap(peft.get_peft_model(stepped("llama"), lora))
+    merged = wrap(peft.get_peft_model(FAMILIES["llama"].bare(), lora), example_inputs=ids()).merge_and_unload()
+    with pytest.raises(ValueError, match=r"model must be wrapped, got LlamaForCausalLM.*around it"):
+        unwrap(merged)
+
+
+def test_threads_that_share_a_model_are_told_to_unwrap_it() -> None:
+    """One thread is in the block while the other runs all of it."""
+    host = wrap(nn.Sequential(*(Ends(Waiting()) for _ in range(2))), example_inputs=X, form="branches", init=0.5)
+    inner: Waiting = host[0].inner  # type: ignore[union-attr,assignment]
+    inner.then = lambda: threading_run(lambda: host(X))
+    with pytest.raises(ValueError, match=r"'0' must run once.*threads"):
+        host(X)
+
+
+class Waiting(nn.Linear):
+    """Calls something, once, before it computes."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.then: Callable[[], None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        then, self.then = self.then, None
+        if then is not None:
+            then()
+        return super().forward(x)
+
+
+def threading_run(run: Callable[[], Any]) -> None:
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is deprecated", "ignore:.*reduce_range", "ignore:.*TypedStorage"
+)
+def test_weights_that_are_no_parameters_leave_form_whole_and_say_so() -> None:
+    host = nn.Sequential(Block(4), Block(4))
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(host), {nn.Linear})
+    expected = answer(quantised, X)
+    wrap(quantised, example_inputs=X)
+    assert torch.equal(answer(quantised, X)[0], expected[0])
+    wrapping = wrapping_of(quantised)
+    assert wrapping is not None
+    assert (wrapping.form, "no parameters, as quantised" in wrapping.why) == ("whole", True)
+    later = torch.ao.quantization.quantize_dynamic(wrap(host, example_inputs=X, init=0.5), {nn.Linear})
+    with pytest.raises(ValueError, match="unwrap before weights are quantised"):
+        unwrap(later)
+
+
+def test_a_model_that_lost_branches_is_wrapped_per_branch_again(tmp_path: Path) -> None:
+    host = stepped("llama", per="branch")
+    prune(host, keep=[0, 1, 2, 4, 5, 6, 7])
+    set_steps(host)
+    expected = answer(unwrap(host), ids())
+    wrap(host, example_inputs=ids(), per="branch")
+    assert torch.equal(answer(host, ids())[0], expected[0])
+    assert host.time_steps.num_steps == 7
+    set_steps(host)
+    with torch.no_grad():
+        host.time_steps.values[2] = 0.0
+    expected = answer(host, ids())
+    prune(host, keep=[0, 1, 3, 4, 5, 6])  # the rest of block 1
+    assert_like(answer(host, ids()), expected, 1e-5)
+    assert len(host.model.layers) == 3
+    host.save_pretrained(tmp_path)
+    assert_like(answer(type(host).from_pretrained(tmp_path).eval(), ids()), expected, 1e-5)
 
 
 @pytest.mark.long

@@ -65,7 +65,10 @@ class LossWithout(Criterion):
         found = float(mean.value())
         if found != found or abs(found) == float("inf"):
             gone = prunable_of(model).time_steps.origin
-            raise ValueError(f"loss must be finite on data, got {found} with the layers {list(gone)}")
+            raise ValueError(
+                f"loss must be finite on data, got {found} with the layers {list(gone)}: give data with labels that "
+                "count, and a model whose weights are finite"
+            )
         return found
 
     def state(self) -> dict[str, Any]:

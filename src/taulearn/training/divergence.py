@@ -7,7 +7,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from .._batches import inputs_and_targets
 from .._counting import Counting
 from .batches import LoaderBatches, TensorBatches, make_batches
 from .check_data import bad_tensor_sample, fault_of, nothing_counts
@@ -15,6 +17,7 @@ from .events import Diverged
 from .history import History
 
 _SEARCH_SECONDS = 30.0
+_LARGER = "drop such samples, or take larger batches"
 _REMEDY = (
     "Lower the learning rate (lr, tau_lr), clip gradients (clip_norm), "
     "or bound the steps (constraint, lower_bound, penalties.TimeHorizon)"
@@ -23,8 +26,10 @@ _REMEDY = (
 
 def cause_in(batches: TensorBatches | LoaderBatches, iteration: int, counting: Counting) -> str | None:
     """The fault in the data that made the loss of an iteration no number, or None if nothing is found."""
-    fault = bad_sample(batches) or ignored_batch(batches, iteration, counting)
-    return None if fault is None else f"the training data are the cause: {fault}"
+    if (fault := bad_sample(batches) or ignored_batch(batches, iteration, counting)) is not None:
+        return f"the training data are the cause: {fault}"
+    fault = ignored_sample(batches, counting)
+    return None if fault is None else f"the training data may be the cause: {fault}"
 
 
 def diverged(
@@ -76,7 +81,21 @@ def ignored_batch(batches: TensorBatches | LoaderBatches, iteration: int, counti
         return None
     index = batches.split(batches.order(iteration // len(batches)))[iteration % len(batches)]
     reason = nothing_counts(batches.targets.index_select(0, index), counting)
-    return reason and (
-        f"all labels of its batch, sample {int(index[0])} among them, are {reason}: drop such samples, or take larger "
-        "batches"
-    )
+    return reason and f"all labels of its batch, sample {int(index[0])} among them, are {reason}: {_LARGER}"
+
+
+def ignored_sample(batches: TensorBatches | LoaderBatches, counting: Counting) -> str | None:
+    """The first sample of a loader of which no label counts, in words, or None; which batch it was in is not known."""
+    if not isinstance(batches, LoaderBatches):
+        return None
+    loader, began = batches.loader, time.monotonic()
+    dataset, whole = cast(Any, loader.dataset), loader.batch_sampler is None  # the data set's items are batches
+    with torch.random.fork_rng([]):  # of which collate_fn may draw
+        for at in range(len(dataset)):
+            if time.monotonic() - began > _SEARCH_SECONDS:
+                return None
+            targets = inputs_and_targets(loader.collate_fn(dataset[at] if whole else [dataset[at]]))[1]
+            reason = nothing_counts(targets, counting) if isinstance(targets, Tensor) else None
+            if reason is not None:
+                return f"all labels of {'batch' if whole else 'sample'} {at} are {reason}: {_LARGER}"
+    return None

@@ -151,5 +151,6 @@ def step_of(module: nn.Module) -> Any:
 
 _REMEDY = (
     "a fast path that takes weights without calling the modules leaves the steps out; switch it off "
-    "(torch.backends.mha.set_fastpath_enabled(False) for torch's encoder), or wrap with form='whole'"
+    "(torch.backends.mha.set_fastpath_enabled(False) for torch's encoder), or wrap with form='whole'; threads that run "
+    "one model at once need a copy each, or the model unwrapped"
 )

@@ -73,13 +73,22 @@ def find_branches(
 
                 branches = tuple(tried_without(trial, each) for each in branches)
         except NotFound as error:
-            return f"block {name!r}: {error}"
+            return f"block {name!r}: {_without_parameters(block) or error}"
         # blocks may raise anything with other weights, or outside of their model
         except Exception as error:  # noqa: BLE001
             return f"block {name!r}: {_FAILS} ({type(error).__name__})"
         like.append(branches)
         result.append(branches)
     return result
+
+
+def _without_parameters(block: nn.Module) -> str | None:
+    """Which part of a block keeps weights that cannot be set to zero, in words, or None."""
+    for name, module in block.named_modules():
+        held = [*module.parameters(), *module.buffers(), *module.children()]
+        if not held and module.state_dict():
+            return f"the weights of {name!r} are no parameters, as quantised ones may be: prune and unwrap before that"
+    return None
 
 
 def _arguments(host: nn.Module, blocks: Sequence[nn.Module], inputs: Any) -> dict[nn.Module, tuple[Any, Any]]:

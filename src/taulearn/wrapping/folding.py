@@ -7,7 +7,7 @@ first.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -22,8 +22,9 @@ from .._errors import is_number
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import check_averaged
 from ..nn.pruned_models import WRAPPING, set_follower, wrapping_of
-from .branches import folded, step_of
-from .wrapped_model import Wrapping, has_save_pretrained
+from .block import Step
+from .branches import WatchedBlock, folded, step_of
+from .wrapped_model import Layer, Wrapping, has_save_pretrained
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -60,7 +61,7 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
         raise TypeError("model must be the model itself, got it compiled: unwrap that one first, then compile")
     wrapping = wrapping_of(model)
     if wrapping is None:
-        raise ValueError(f"model must be wrapped, got {type(model).__name__} without: nothing is to be taken off")
+        raise ValueError(f"model must be wrapped, got {type(model).__name__} without: {_where_steps_are(model)}")
     if not discard_steps:
         fold_(wrapping)
     if has_save_pretrained(model):
@@ -75,6 +76,16 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
     del model.time_steps
     del vars(model)[WRAPPING]
     return model
+
+
+def _where_steps_are(model: nn.Module) -> str:
+    """Which model is to be unwrapped instead of one without steps of its own, in words."""
+    inside = next((name for name, module in model.named_modules() if wrapping_of(module) is not None), None)
+    if inside is not None:
+        return f"unwrap its part {inside!r}, which is"
+    if any(isinstance(step_of(module), Step | WatchedBlock) for module in model.modules()):
+        return "its blocks have the steps of a model around it (before adapters were merged, say): unwrap that one"
+    return "nothing is to be taken off"
 
 
 def changed_modules(wrapping: Wrapping) -> list[nn.Module]:
@@ -211,7 +222,7 @@ def check_plain(wrapping: Wrapping, what: str = "unwrap") -> None:
             "taulearn.save_model and load with taulearn.load_model(path, host)"
         )
     foldings(wrapping)
-    _try_folding(wrapping, wrapping.inputs.value)
+    _try_folding(wrapping)
 
 
 class Folding(NamedTuple):
@@ -230,6 +241,7 @@ def foldings(wrapping: Wrapping) -> dict[str, Folding]:
     host = wrapping.host
     names = {module: name for name, module in host.named_modules()}
     parameters = dict(host.named_parameters(remove_duplicate=False))
+    wrapping = _with_ends_of_now(wrapping, names, parameters)
     places = Counter(_memory(each) for each in parameters.values())
     result: dict[str, Folding] = {}
     for layer, tau in zip(wrapping.present, wrapping.time_steps.tau.tolist(), strict=True):
@@ -243,8 +255,7 @@ def foldings(wrapping: Wrapping) -> dict[str, Folding]:
                     why = "it is no finite number, as training has diverged"
                 elif parameter is None:
                     why = (
-                        "it is not there any more: put adapters in before wrap, and unwrap before they are merged, or "
-                        "weights quantised"
+                        "it is not there any more: put adapters in before wrap, and unwrap before weights are quantised"
                     )
                 elif not parameter.is_floating_point():
                     why = "it holds no floating-point numbers, as quantised weights do not"
@@ -259,6 +270,50 @@ def foldings(wrapping: Wrapping) -> dict[str, Folding]:
                     )
                 result[name] = Folding(tau, end.offset)
     return result
+
+
+def _with_ends_of_now(wrapping: Wrapping, names: Mapping[nn.Module, str], parameters: Collection[str]) -> Wrapping:
+    """The wrapping, with ends found anew where those of then are gone: adapters came, or were merged."""
+    present = [layer for layer in wrapping.present if layer.block in names]
+    ends = [(layer, end) for layer in present for branch, _ in layer.branches() for end in branch.ends]
+    here = all(f"{names[layer.block]}.{end.parameter}" in parameters for layer, end in ends)
+    if here or (inputs := _example_inputs(wrapping)) is None:
+        return wrapping
+    from .find_branches import find_branches
+
+    forms = {layer.block: layer.at_start.form for layer in present}
+    with _own_forwards(wrapping):
+        found = find_branches(wrapping.host, [names[b] for b in forms], list(forms.values()), inputs, alone=False)
+    if isinstance(found, str):
+        return wrapping
+    now = {(block, each.site): each for block, some in zip(forms, found, strict=True) for each in some}
+
+    def of(layer: Layer) -> Layer:
+        branches = tuple(now.get((layer.block, each.site), each) for each in layer.at_start.branches)
+        return replace(layer, at_start=replace(layer.at_start, branches=branches))
+
+    return replace(wrapping, present=tuple(map(of, wrapping.present)))
+
+
+def _example_inputs(wrapping: Wrapping) -> Any:
+    """The example inputs where the host is, or None: there are none, or it is in several places or nowhere."""
+    devices = {p.device for p in wrapping.host.parameters()}
+    if wrapping.inputs.value is None or len(devices) != 1 or devices == {torch.device("meta")}:
+        return None
+    return on_device(wrapping.inputs.value, *devices)
+
+
+@contextmanager
+def _own_forwards(wrapping: Wrapping) -> Iterator[None]:
+    """The model without its steps; afterwards it is as it was."""
+    forwards = {module: vars(module)["forward"] for module in changed_modules(wrapping)}
+    try:
+        for module in forwards:
+            take_off(module)
+        yield
+    finally:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
 
 
 def _memory(parameter: Tensor) -> tuple[int, int]:
@@ -278,7 +333,6 @@ def without_steps(wrapping: Wrapping | None) -> Iterator[dict[str, Folding]]:
         yield {}
         return
     changed = foldings(wrapping)
-    forwards = {module: vars(module)["forward"] for module in changed_modules(wrapping)}
     own: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for name, folding in changed.items():
@@ -288,25 +342,20 @@ def without_steps(wrapping: Wrapping | None) -> Iterator[dict[str, Folding]]:
             assert parameter is not None
             own.append((module, key, parameter))
             module._parameters[key] = nn.Parameter(folding.of(parameter), requires_grad=parameter.requires_grad)
-        for module in forwards:
-            take_off(module)
-        yield changed
+        with _own_forwards(wrapping):
+            yield changed
     finally:
         for module, key, parameter in own:
             module._parameters[key] = parameter
-        for module, forward in forwards.items():
-            vars(module)["forward"] = forward
 
 
-def _try_folding(wrapping: Wrapping, inputs: Any) -> None:
+def _try_folding(wrapping: Wrapping) -> None:
     """Refuse folding where the model answers differently on the example inputs."""
     from .comparison import other_tensors
 
-    host = wrapping.host
-    devices = {p.device for p in host.parameters()}
-    if inputs is None or len(devices) != 1 or devices == {torch.device("meta")}:
+    host, inputs = wrapping.host, _example_inputs(wrapping)
+    if inputs is None:
         return
-    inputs = on_device(inputs, *devices)
     try:
         with undisturbed(host, inputs):
             expected = call_model(host, inputs)

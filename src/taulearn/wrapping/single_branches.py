@@ -65,6 +65,11 @@ class NoBranch(nn.Module):
         return module
 
 
+def lost_branches(block: nn.Module) -> bool:
+    """Whether branches of a block were deleted before."""
+    return any(isinstance(module, NoBranch) for module in block.modules())
+
+
 def _without_adapters(module: nn.Module) -> nn.Module:
     """The module with the layers in it that PEFT has put its own around, as ``merge_and_unload`` leaves it."""
     inner = module._modules.get("base_layer")

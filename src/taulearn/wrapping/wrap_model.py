@@ -177,8 +177,10 @@ def _branches(
                 "or name blocks that have branches"
             )
         return [], found
+    if per == "branch":
+        from .single_branches import lost_branches
     for name, branches in zip(names, found, strict=True):
-        if per == "branch" and len(branches) < 2:
+        if per == "branch" and len(branches) < 2 and not lost_branches(model.get_submodule(name)):
             raise ValueError(
                 f"per must be 'block' where a block has one branch, got 'branch': {name!r} has {branches[0].site!r} "
                 "alone, whose step is the block's"
