@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import SupportsIndex
+from typing import SupportsIndex, TypeGuard
 
 
 def unknown_name(argument: str, value: object, known: Iterable[str]) -> ValueError:
@@ -33,7 +33,7 @@ def in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value can be compared with numbers: Python's and numpy's numbers, tensors of one element."""
     return hasattr(value, "__float__")
 

@@ -839,7 +839,9 @@ class TestOptimisersThatAreRefused:
     def test_a_session_that_is_gone_is_none(self) -> None:
         model = network()
         attach(model, sgd(model))
-        attach(model, sgd(model)).detach()
+        session = attach(model, sgd(model))
+        assert session.history.num_iterations == 0
+        session.detach()
 
     def test_one_with_a_registered_projection(self) -> None:
         model, other = network(), network(seed=1)

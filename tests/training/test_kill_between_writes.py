@@ -148,7 +148,8 @@ def test_killed_between_any_two_writes(tmp_path: Path) -> None:
 def test_a_run_that_is_extended_and_killed(tmp_path: Path) -> None:
     """Its folder holds the model and the record of the shorter run meanwhile, which never pass for those of the end."""
     plain(tmp_path / "shorter")
-    kill_everywhere(plain, tmp_path, begun=tmp_path / "shorter", epochs=2)
+    writes = kill_everywhere(plain, tmp_path, begun=tmp_path / "shorter", epochs=2)
+    assert len(writes) > 10
 
 
 @pytest.mark.long

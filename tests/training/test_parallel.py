@@ -162,7 +162,7 @@ def test_random_numbers_differ_between_the_processes(two: Path) -> None:
 
 
 def test_running_statistics_are_those_of_the_first_process(two: Path) -> None:
-    results(two / "batch_norm", 2)
+    assert len(results(two / "batch_norm", 2)) == 2
 
 
 def test_a_last_batch_too_small_for_batch_normalisation_goes_with_the_one_before(two: Path) -> None:

@@ -134,7 +134,8 @@ def test_layers_that_the_user_deleted_count(kind: str) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trained(POLICIES[kind][0], callbacks=[at(1, by_hand)])
+        history = trained(POLICIES[kind][0], callbacks=[at(1, by_hand)])
+    assert history.num_iterations == 2  # the first epoch
 
 
 @pytest.mark.filterwarnings("always:the target of pruning")

@@ -115,7 +115,7 @@ def within(figures: Tensor, larger_is_better: bool, tolerance: float) -> list[bo
 
 def check_tolerance(tolerance: object) -> None:
     """Refuse what is no tolerance."""
-    if not (is_number(tolerance) and 0.0 <= tolerance < math.inf):  # type: ignore[operator]
+    if not (is_number(tolerance) and 0.0 <= tolerance < math.inf):
         raise ValueError(
             f"tolerance must be a finite number >= 0, got {tolerance!r}: 0.002 allows to lose 0.2 points of accuracy"
         )

@@ -112,8 +112,7 @@ def write_program(model: nn.Module, example: Arguments, folder: Path, *, dynamic
     """Write model.pt2 for torch.export.load."""
     file = folder / "model.pt2"
     program = trace(model, example, dynamic_batch=dynamic_batch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         torch.export.save(program, file)
         module = torch.export.load(file).module()
     return lambda inputs: list(outputs(output_of(module, inputs)).values())

@@ -131,7 +131,7 @@ def _samples(scheme: Scheme, number: int, index: Tensor, leaf: Any) -> Any:
 
 def check_confidence(argument: str, value: object) -> None:
     """Refuse what is no confidence."""
-    if not (is_number(value) and 0.0 < value <= 1.0):  # type: ignore[operator]
+    if not (is_number(value) and 0.0 < value <= 1.0):
         raise ValueError(f"{argument} must lie in (0, 1], got {value!r}: it is a probability, such as 0.9")
 
 

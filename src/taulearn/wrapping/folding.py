@@ -317,7 +317,7 @@ def _own_forwards(wrapping: Wrapping) -> Iterator[None]:
 
 
 def _memory(parameter: Tensor) -> tuple[int, int]:
-    with suppress(RuntimeError, NotImplementedError):
+    with suppress(RuntimeError):
         return parameter.untyped_storage().data_ptr(), int(parameter.storage_offset())
     return id(parameter), 0
 
