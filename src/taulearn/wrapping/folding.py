@@ -255,7 +255,8 @@ def foldings(wrapping: Wrapping) -> dict[str, Folding]:
                     why = "it is no finite number, as training has diverged"
                 elif parameter is None:
                     why = (
-                        "it is not there any more: put adapters in before wrap, and unwrap before weights are quantised"
+                        "it is not there any more: put adapters in before wrap, and unwrap before they are merged, or "
+                        "weights quantised"
                     )
                 elif not parameter.is_floating_point():
                     why = "it holds no floating-point numbers, as quantised weights do not"
