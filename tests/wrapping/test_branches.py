@@ -474,8 +474,17 @@ def test_weights_that_are_no_parameters_leave_form_whole_and_say_so() -> None:
     assert wrapping is not None
     assert (wrapping.form, "no parameters, as quantised" in wrapping.why) == ("whole", True)
     later = torch.ao.quantization.quantize_dynamic(wrap(host, example_inputs=X, init=0.5), {nn.Linear})
-    with pytest.raises(ValueError, match="unwrap before .* weights quantised"):
+    with pytest.raises(ValueError, match=r"unwrap before .* weights quantised"):
         unwrap(later)
+
+
+def assert_cached(host: Any) -> None:
+    """The last token gets the same logits with a cache."""
+    tokens = ids()["input_ids"]
+    with torch.no_grad():
+        cache = host(input_ids=tokens[:, :-1], use_cache=True).past_key_values
+        last = host(input_ids=tokens[:, -1:], past_key_values=cache).logits[:, -1]
+        assert_like([last], [host(input_ids=tokens).logits[:, -1]], 1e-5)
 
 
 def test_a_model_that_lost_branches_is_wrapped_per_branch_again(tmp_path: Path) -> None:
@@ -493,6 +502,13 @@ def test_a_model_that_lost_branches_is_wrapped_per_branch_again(tmp_path: Path) 
     prune(host, keep=[0, 1, 3, 4, 5, 6])  # the rest of block 1
     assert_like(answer(host, ids()), expected, 1e-5)
     assert len(host.model.layers) == 3
+    assert_cached(host)
+    again = stepped("llama", per="branch")
+    prune(again, keep=[0, 1, 3, 4, 5, 6, 7])
+    wrap(unwrap(again), example_inputs=ids(), per="branch")
+    prune(again, keep=[0, 1, 2, 4, 5, 6])  # the attention of a block whose number is not its place any more
+    assert [getattr(block.self_attn, "layer_idx", None) for block in again.model.layers][::3] == [0, 1]
+    assert_cached(again)
     host.save_pretrained(tmp_path)
     assert_like(answer(type(host).from_pretrained(tmp_path).eval(), ids()), expected, 1e-5)
 

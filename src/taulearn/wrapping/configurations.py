@@ -94,18 +94,24 @@ def follow_lists(host: nn.Module, changed: Sequence[Changed]) -> None:
 def number_caches(host: nn.Module, sites: Collection[str]) -> None:
     """Let what is left of branches have consecutive numbers among those of its kind, under which a cache keeps it."""
     for name, holder in host.named_modules():
-        members = [*holder._modules.values()] if isinstance(holder, LISTS) else []
-        kinds = _kinds(host, name, len(members))
-        for site in sites:
-            free = {kind: iter([i for i, each in enumerate(kinds) if each == kind]) for kind in kinds}
-            for block, kind in zip(members, kinds, strict=True):
-                module = None if block is None else _inside(block, site)
-                if isinstance(module, NoBranch):
-                    continue
-                number = next(free[kind])
-                for part in () if module is None else module.modules():
+        for site in sites if isinstance(holder, LISTS) else ():
+            for module, number in _places(host, name, site).items():
+                for part in module.modules():
                     for key in _numbers_of(part):
                         vars(part)[key] = number
+
+
+def _places(host: nn.Module, name: str, site: str) -> dict[nn.Module, int]:
+    """What the blocks of a list have left of a branch, with the numbers under which a cache keeps it."""
+    members = [*host.get_submodule(name)._modules.values()]
+    kinds, places = _kinds(host, name, len(members)), dict[nn.Module, int]()
+    free = {kind: iter([i for i, each in enumerate(kinds) if each == kind]) for kind in kinds}
+    for block, kind in zip(members, kinds, strict=True):
+        module = None if block is None else _inside(block, site)
+        if not isinstance(module, NoBranch):
+            number = next(free[kind])
+            places |= {} if module is None else {module: number}
+    return places
 
 
 @contextmanager
@@ -121,12 +127,12 @@ def numbers_kept(host: nn.Module) -> Iterator[None]:
 
 def why_not_without(host: nn.Module, name: str, site: str) -> str:
     """Why caches do not allow that a branch is deleted and its block stays, or nothing."""
-    above, _, key = name.rpartition(".")
+    above = name.rpartition(".")[0]
     module, holder = host.get_submodule(f"{name}.{site}"), host.get_submodule(above)
     numbers = [vars(part)[each] for part in module.modules() for each in _numbers_of(part)]
     if not numbers:
         return ""
-    if not isinstance(holder, LISTS) or set(numbers) != {[*holder._modules].index(key)}:
+    if not isinstance(holder, LISTS) or set(numbers) != {_places(host, above, site)[module]}:
         return f"{site!r} holds a number of its own that is not its place in a list of layers"
     kinds = {*_kinds(host, above, len(holder._modules))}
     if len(kinds) > 1 and set(numbers) == {0}:  # of what this one keeps a cache tells its length
