@@ -158,7 +158,7 @@ class _LeftWeights(torch.autograd.Function):
 
 
 def plain_left_weights(tau: Tensor, gamma: float | Tensor) -> Tensor:
-    """a_{l,j} of steps (..., N), with every masked entry replaced before a power is taken; differentiable in gamma, too.
+    """a_{l,j} of steps (..., N), with every masked entry replaced before a power is taken; gamma may be a tensor.
 
     So autograd never meets 0^(1-gamma); it keeps about ten matrices.
     """
