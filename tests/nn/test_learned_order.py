@@ -97,9 +97,12 @@ def test_it_is_learned_beside_the_steps_and_stays_inside() -> None:
     assert 0.01 <= model.scheme.gamma <= 0.99
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("compiled", ["never", "always"])
-def test_training_deletes_and_saves(compiled: str, tmp_path: Path) -> None:
-    model, (x, z) = network(), batch(40)
+def test_training_deletes_and_saves(compiled: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = fractional_dnn(3, 5, 2, 5, gamma=LearnedOrder(0.4), activation="tanh", dtype=dtype)
+    x, z = (part.to(dtype) for part in batch(40))
+    assert model.scheme.order.dtype == dtype
     optimizer = torch.optim.Adam(parameter_groups(model, 0.01))
     policy = Pruning(target_blocks=3, every=2, by=3)
     fit(model, (x, z), loss=mse, optimizer=optimizer, epochs=5, batch_size=10, pruning=policy, compile=compiled)

@@ -298,7 +298,8 @@ def fractional_dnn(
     else:
         from .learned_order import scheme_of
 
-        scheme = scheme_of(gamma, memory_from, memory)
+        dtype = options.get("dtype") or torch.get_default_dtype()
+        scheme = scheme_of(gamma, memory_from, memory).to(dtype=dtype, device=options.get("device"))
     return _build(
         "fractional_dnn", scheme, in_features, width, out_features, hidden_layers, lower_bound=lower_bound, **options
     )

@@ -77,7 +77,7 @@ class FractionalLearned(Fractional):
         ValueError: If an argument lies outside its range.
 
     Example:
-        >>> round(FractionalLearned(0.3).gamma, 6)
+        >>> round(FractionalLearned(0.3).gamma, 5)
         0.3
     """
 
