@@ -4,7 +4,8 @@
     python examples/which_scheme.py report --cells runs/schemes --out page
 
 Each network has a first layer, which changes the width, and hidden layers that are evaluated 12 times in all: 12 layers
-for residual, momentum and verlet, 6 for midpoint and heun, 3 for rk4; so a network of rk4 has a quarter of the weights.
+for residual, momentum, verlet and the fractional scheme (of order 0.5, and of a learned order), 6 for midpoint and
+heun, 3 for rk4; so a network of rk4 has a quarter of the weights.
 Widths, horizon, optimiser, batches and their order are the same. The learning rate is the best of two, on samples held
 out, with a seed that is not measured. Each cell (data, scheme, steps, seed) is a small JSON file; cells that are there
 are not trained again. ``--quick`` takes some seconds.
@@ -15,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ from torch import Tensor, nn
 
 from taulearn import data, fit, parameter_groups
 from taulearn.functional import half_mse_loss
-from taulearn.nn import resnet
+from taulearn.nn import LearnedOrder, TimeVariableNetwork, fractional_dnn, resnet
 
 Samples = tuple[Tensor, Tensor]
 
 EVALUATIONS = 12
-STAGES = {"residual": 1, "momentum": 1, "verlet": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+STAGES = {"residual": 1, "momentum": 1, "verlet": 1, "midpoint": 2, "heun": 2, "rk4": 4, "fractional": 1}
+STAGES["learned order"] = 1
 STEPS = {"learned": "free", "fixed": "fixed"}
 RATES = (3e-3, 1e-2)
 TUNING_SEED = 100
@@ -88,23 +91,20 @@ PROBLEMS = {
 QUICK = {"spirals": Problem(lambda split: spirals(400, int(split == "test")), 8, 2, 200, 100, 200, 2)}
 
 
+def builder_of(scheme: str) -> Callable[..., TimeVariableNetwork]:
+    if scheme in ("fractional", "learned order"):
+        return partial(fractional_dnn, gamma=0.5 if scheme == "fractional" else LearnedOrder(0.5))
+    return partial(resnet, scheme=scheme)
+
+
 def train(problem: Problem, scheme: str, steps: str, rate: float, seed: int) -> Cell:
     """The measures of one training on held out and test samples, and its time steps."""
     inputs, targets = problem.load("train")
     end = problem.train + problem.held
     held, test = (inputs[problem.train : end], targets[problem.train : end]), problem.load("test")
     torch.manual_seed(seed)
-    layers = 1 + EVALUATIONS // STAGES[scheme]
-    network = resnet(
-        inputs[0].numel(),
-        problem.width,
-        problem.outputs,
-        layers,
-        scheme=scheme,
-        activation="tanh",
-        horizon=HORIZON,
-        constraint=STEPS[steps],
-    )
+    sizes = (inputs[0].numel(), problem.width, problem.outputs, 1 + EVALUATIONS // STAGES[scheme])
+    network = builder_of(scheme)(*sizes, activation="tanh", horizon=HORIZON, constraint=STEPS[steps])
     fit(
         network,
         (inputs[: problem.train], targets[: problem.train]),
@@ -122,6 +122,7 @@ def train(problem: Problem, scheme: str, steps: str, rate: float, seed: int) -> 
         "test": measure(problem, network, (test[0][: problem.test], test[1][: problem.test])),
         "parameters": sum(p.numel() for p in network.parameters()),
         "tau": network.time_steps.tau.tolist(),
+        **({"order": network.scheme.gamma} if scheme == "learned order" else {}),
     }
 
 
@@ -172,6 +173,13 @@ def table(cells: Sequence[Cell], name: str) -> list[str]:
         row += [shown(list(values.values()), digits) for values in (learned, fixed)]
         row += [shown(values, digits, signed=True) for values in differences]
         lines.append("| " + " | ".join(row) + " |")
+    for steps in STEPS:
+        fixed, learned = (figures(cells, name, scheme, steps) for scheme in ("fractional", "learned order"))
+        mine = [c for c in cells if (c["data"], c["scheme"], c["steps"]) == (name, "learned order", steps)]
+        if fixed and learned:
+            difference = shown([learned[s] - fixed[s] for s in learned.keys() & fixed.keys()], digits, signed=True)
+            orders = shown([c["order"] for c in mine], 3)
+            lines += ["", f"Order learned - order 0.5, {steps} steps: {difference}; orders at the end: {orders}."]
     return lines
 
 

@@ -216,11 +216,13 @@ def test_which_scheme(run_here: Callable[..., str], tmp_path: Path) -> None:
     run_here("which_scheme.py", *arguments)
     assert {path: path.stat().st_mtime_ns for path in files} == files, "cells that are there are not trained again"
     cells = [json.loads(path.read_text()) for path in (tmp_path / "cells").glob("*.json")]
-    assert len(cells) == 6 * 2 * 2
+    assert len(cells) == 8 * 2 * 2
     evaluations = {"residual": 1, "momentum": 1, "verlet": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+    evaluations |= {"fractional": 1, "learned order": 1}
     for cell in cells:
         assert (len(cell["tau"]) - 1) * evaluations[cell["scheme"]] == 12
         assert (len(set(cell["tau"])) == 1) == (cell["steps"] == "fixed")
+        assert ("order" in cell) == (cell["scheme"] == "learned order")
     page = tmp_path / "page"
     for place in (tmp_path, page):
         text = run_here("which_scheme.py", "report", "--cells", str(place), "--out", str(page))

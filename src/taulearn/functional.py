@@ -66,7 +66,7 @@ def fractional_step(
     memory: Float[Tensor, "*batch width"] | None,
     f: Float[Tensor, "*batch width"],
     tau: Float[Tensor, ""],
-    gamma: float,
+    gamma: float | Float[Tensor, ""],
 ) -> Float[Tensor, "*batch width"]:
     """One explicit step of the Caputo equation, y_{l+1} = P y_l - memory_l + tau_l^gamma Gamma(2-gamma) f_l(y_l).
 
@@ -75,7 +75,7 @@ def fractional_step(
         memory: sum_{j<l} a_{l,j} (P y_{j+1} - P y_j); None where the sum is empty.
         f: Layer value f_l(y_l).
         tau: Time step tau_l > 0, a scalar tensor.
-        gamma: Order of the derivative, 0 < gamma < 1; in the limit 1 the residual step.
+        gamma: Order of the derivative, 0 < gamma < 1, also as a scalar tensor; in the limit 1 the residual step.
 
     Returns:
         The next state y_{l+1}, shaped like ``f``.
@@ -84,10 +84,15 @@ def fractional_step(
         >>> fractional_step(torch.tensor([1.0]), None, torch.tensor([2.0]), torch.tensor(1.0), 0.999999)
         tensor([3.0000])
     """
-    increment = tau**gamma * math.gamma(2.0 - gamma) * f
+    increment = tau**gamma * gamma_function(2.0 - gamma) * f
     if y is None:
         return increment if memory is None else increment - memory
     return y + increment if memory is None else y - memory + increment
+
+
+def gamma_function(x: float | Tensor) -> float | Tensor:
+    """Gamma(x) of a number or a tensor, x > 0."""
+    return torch.exp(torch.lgamma(x)) if isinstance(x, Tensor) else math.gamma(x)
 
 
 def smooth_relu(y: Float[Tensor, "*shape"], eta: float = 1e-4) -> Float[Tensor, "*shape"]:

@@ -99,6 +99,12 @@ APP = [
             ("scheme", {"scheme": "verlet", "network": "densenet"}, ("'densenet'",)),
             ("scheme", {"scheme": "heun", "hidden_layers": 2, "width": (4, 5)}, ("'heun'",)),
             ("epsilon", {"epsilon": 0.5}, ("'residual'",)),
+            ("learn_order", {"learn_order": True}, ("'resnet'",)),
+            (
+                "memory",
+                {"network": "fractional", "hidden_layers": 20, "memory": "fast", "learn_order": True},
+                ("'fast'",),
+            ),
             ("epsilon", {"epsilon": 0.0, "scheme": "momentum"}, ("0",)),
             ("memory_from", {"network": "densenet", "memory_from": 0}, ("'densenet'",)),
             ("init", {"init": "uniform", "constraint": "simplex"}, ("'simplex'",)),

@@ -20,6 +20,7 @@ from ..nn.activations import make_activation
 from ..nn.builders import BUILDERS
 from ..nn.convolutional import resnet_v2
 from ..nn.integrators import Momentum
+from ..nn.learned_order import LearnedOrder
 from ..nn.network import TimeVariableNetwork
 from ..optim import SteepestDescent, parameter_groups
 from ..training.devices import usable_device
@@ -106,6 +107,7 @@ def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
         options["scheme"] = Momentum(config.epsilon) if config.scheme == "momentum" else config.scheme
     if config.network == "fractional":
         options = {name: getattr(config, name) for name in ("gamma", "memory_from", "memory", "tolerance")}
+        options |= {"gamma": LearnedOrder(config.gamma)} if config.learn_order else {}
     if config.network != "fractional" or config.lower_bound is not None:
         options["lower_bound"] = config.lower_bound
     in_features, out_features = features(splits)

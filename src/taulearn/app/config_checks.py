@@ -100,7 +100,7 @@ def _without_effect(config: "TrainConfig") -> Iterator[str]:
     if config.epsilon != type(config).model_fields["epsilon"].default and config.scheme != "momentum":
         yield f"epsilon must be left out with scheme {config.scheme!r}; it belongs to 'momentum'"
     if config.network != "fractional":
-        for name in ("gamma", "memory_from", "memory", "tolerance"):
+        for name in ("gamma", "learn_order", "memory_from", "memory", "tolerance"):
             if getattr(config, name) != type(config).model_fields[name].default:
                 yield f"{name} must be left out with network {config.network!r}; it belongs to 'fractional'"
     elif config.memory != "auto" and (len(set(config.widths)) > 1 or config.hidden_layers < _BLOCKED_FROM):
@@ -108,6 +108,8 @@ def _without_effect(config: "TrainConfig") -> Iterator[str]:
             f"memory must be left out where the width changes or there are fewer than {_BLOCKED_FROM} hidden_layers, "
             f"got {config.memory!r}: the exact memory is the only one there"
         )
+    elif config.learn_order and config.memory == "fast":
+        yield "memory must not be 'fast' with learn_order, whose memory is exact; leave it out"
     elif config.memory == "fast" and config.compile == "always":
         yield "compile must not be 'always' with memory 'fast', which compiled steps do not have; leave it out"
     if config.network == "fractional" and config.tolerance != type(config).model_fields["tolerance"].default:

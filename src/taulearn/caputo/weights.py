@@ -157,8 +157,8 @@ class _LeftWeights(torch.autograd.Function):
         return cotangent_of_steps(tau, ctx.gamma, cotangents[0].split(BLOCK)), None
 
 
-def plain_left_weights(tau: Tensor, gamma: float) -> Tensor:
-    """a_{l,j} of steps (..., N), with every masked entry replaced before a power is taken.
+def plain_left_weights(tau: Tensor, gamma: float | Tensor) -> Tensor:
+    """a_{l,j} of steps (..., N), with every masked entry replaced before a power is taken; gamma may be a tensor.
 
     So autograd never meets 0^(1-gamma); it keeps about ten matrices.
     """
@@ -174,14 +174,14 @@ def plain_left_weights(tau: Tensor, gamma: float) -> Tensor:
     return torch.where(memory, weights, torch.eye(tau.shape[-1], dtype=tau.dtype, device=tau.device))
 
 
-def _power_quotient(r: Tensor, c: float) -> Tensor:
+def _power_quotient(r: Tensor, c: float | Tensor) -> Tensor:
     """phi(r) = ((1 + r)^c - 1) / r, by a series for small r: there the derivative of the closed form cancels."""
     small = r < _SMALL_RATIO
     near, away = torch.where(small, r, r.new_zeros(())), torch.where(small, r.new_ones(()), r)
     coefficients = [c]
     for k in range(2, 7):
         coefficients.append(coefficients[-1] * (c - k + 1) / k)  # binomial(c, k)
-    series = torch.full_like(r, coefficients[-1])
+    series = coefficients[-1] + torch.zeros_like(r)
     for coefficient in reversed(coefficients[:-1]):
         series = series * near + coefficient
     # expm1(x) = 2 exp(x/2) sinh(x/2): torch.compile turns torch.expm1 into exp(x) - 1 on the CPU

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         RungeKutta4 as RungeKutta4,
         Verlet as Verlet,
     )
+    from .learned_order import FractionalLearned as FractionalLearned, LearnedOrder as LearnedOrder
     from .module_on_states import apply_to_each as apply_to_each
     from .network import TimeVariableNetwork as TimeVariableNetwork
     from .schemes import (
@@ -62,6 +63,7 @@ __getattr__, __dir__, __all__ = lazily(
         ".constraints": ("Constraint",),
         ".convolutional": ("ConvolutionalStem", "PooledHead", "PreActivationBlock", "resnet_v2"),
         ".integrators": ("Heun", "LocalScheme", "Midpoint", "Momentum", "RungeKutta", "RungeKutta4", "Verlet"),
+        ".learned_order": ("FractionalLearned", "LearnedOrder"),
         ".module_on_states": ("apply_to_each",),
         ".early_exit": ("Prediction",),
         ".network": ("TimeVariableNetwork",),

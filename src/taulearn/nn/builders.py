@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, SupportsFloat, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from .network import TimeVariableNetwork
 from .schemes import Dense, Feedforward, Fractional, Scheme, make_scheme
 from .skips import IdentitySkips, PadSkips, Skips, learned_skips
 from .time_steps import TimeSteps
+
+if TYPE_CHECKING:
+    from .learned_order import LearnedOrder
 
 
 class FullyConnected(nn.Module):
@@ -251,7 +254,7 @@ def fractional_dnn(
     out_features: int,
     hidden_layers: int,
     *,
-    gamma: float = 0.5,
+    gamma: "float | LearnedOrder" = 0.5,
     memory_from: int = 1,
     memory: str = "auto",
     tolerance: float = 1e-6,
@@ -265,7 +268,7 @@ def fractional_dnn(
         width: Width of the hidden layers, one integer or one per layer.
         out_features: Width of the output layer.
         hidden_layers: Number N >= 1 of hidden layers.
-        gamma: Order of the derivative, in (0, 1).
+        gamma: Order of the derivative, in (0, 1), or a :class:`~taulearn.nn.LearnedOrder`.
         memory_from: First difference remembered, 1 or 0 (see :class:`~taulearn.nn.Fractional`).
         memory: "exact", "fast" (an approximation for deep networks) or "auto", which decides by the number of layers.
         tolerance: Largest relative error of the weights with fast memory.
@@ -290,7 +293,13 @@ def fractional_dnn(
             f"lower_bound must be positive for a fractional network, got {lower_bound!r}: tau enters as tau^gamma and "
             "1/tau; take the default 1e-4"
         )
-    scheme = Fractional(gamma=gamma, memory_from=memory_from, memory=memory, tolerance=tolerance)
+    if isinstance(gamma, SupportsFloat):
+        scheme = Fractional(gamma=gamma, memory_from=memory_from, memory=memory, tolerance=tolerance)
+    else:
+        from .learned_order import scheme_of
+
+        dtype = options.get("dtype") or torch.get_default_dtype()
+        scheme = scheme_of(gamma, memory_from, memory).to(dtype=dtype, device=options.get("device"))
     return _build(
         "fractional_dnn", scheme, in_features, width, out_features, hidden_layers, lower_bound=lower_bound, **options
     )

@@ -290,7 +290,11 @@ class Fractional(Scheme):
         self.memory = memory
         self.tolerance = float(tolerance)
         self.kernel_error: float | None = None
-        self.step_power = self.caputo_order = self.gamma
+        self.caputo_order = self.gamma
+
+    @property
+    def step_power(self) -> float:  # type: ignore[override]
+        return self.gamma
 
     def factor(self, tau: Tensor) -> Tensor:
         return tau.abs() ** self.gamma * math.gamma(2.0 - self.gamma)

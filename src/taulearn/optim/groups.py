@@ -12,6 +12,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for any torch optimiser, with the time steps apart: their own learning rate, and no weight decay.
 
+    What a scheme learns, as an order, is with the time steps.
+
     Args:
         model: A model with time steps.
         lr: Learning rate of everything else.
@@ -31,8 +33,13 @@ def parameter_groups(
         [('weights', 0.1, 0.0001), ('tau', 0.01, 0.0)]
     """
     values = time_steps_of(model).values
-    others = [p for p in model.parameters() if p is not values and p.requires_grad]
+    scheme = getattr(model, "scheme", None)
+    learned = [p for p in scheme.parameters() if p.requires_grad] if isinstance(scheme, nn.Module) else []
+    steps = [values] if isinstance(values, nn.Parameter) and values.requires_grad else []
+    apart = {id(p) for p in (*learned, values)}
+    others = [p for p in model.parameters() if id(p) not in apart and p.requires_grad]
     groups = [{"name": "weights", "params": others, "lr": lr, "weight_decay": weight_decay}]
-    if isinstance(values, nn.Parameter) and values.requires_grad:
-        groups.append({"name": "tau", "params": [values], "lr": lr if tau_lr is None else tau_lr, "weight_decay": 0.0})
+    if steps or learned:
+        own = lr if tau_lr is None else tau_lr
+        groups.append({"name": "tau", "params": [*steps, *learned], "lr": own, "weight_decay": 0.0})
     return groups

@@ -29,6 +29,7 @@ from ..nn.constraints import Constraint
 from ..nn.convolutional import ConvolutionalStem, PointwiseSkip, PooledHead, PreActivationBlock, resnet_v2
 from ..nn.grid import Grid, regrow
 from ..nn.integrators import INTEGRATORS
+from ..nn.learned_order import FractionalLearned
 from ..nn.network import TimeVariableNetwork
 from ..nn.schemes import SCHEMES, Residual, Scheme
 from ..nn.skips import ComposedSkips, IdentitySkips, Pad, PadSkips, Skips
@@ -250,7 +251,8 @@ def _activations() -> dict[str, nn.Module]:
 @cache
 def _schemes() -> dict[str, Scheme]:
     """The schemes as they are by default."""
-    return {name: scheme() for name, scheme in {**SCHEMES, **INTEGRATORS}.items()}
+    known: tuple[type[Scheme], ...] = (*SCHEMES.values(), *INTEGRATORS.values(), FractionalLearned)
+    return {scheme.name: scheme() for scheme in known}
 
 
 _signature: Callable[[type], inspect.Signature] = cache(inspect.signature)
