@@ -120,6 +120,9 @@ class FractionalLearned(Fractional):
         gamma = coefficients.gamma.to(coefficients.steps[l].dtype)
         return F.fractional_step(skips(y, l, l + 1), memory, value, coefficients.steps[l], gamma), states
 
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma:g}, memory_from={self.memory_from}"
+
 
 def scheme_of(order: LearnedOrder, memory_from: int, memory: str) -> FractionalLearned:
     """The scheme of a builder's ``gamma=LearnedOrder(..)``."""
