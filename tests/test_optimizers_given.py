@@ -39,7 +39,7 @@ def test_what_holds_something_else_is_refused() -> None:
         check_holds_steps(torch.optim.SGD(network.layers.parameters()), network)
     check_current(network.parameters())
     retire(network.time_steps.values)
-    with pytest.raises(ValueError, match="from before layers were deleted"):
+    with pytest.raises(ValueError, match="from before layers came or went"):
         check_current(network.parameters())
 
 

@@ -171,9 +171,9 @@ class TestRefusals:
         given = [optimizers[i] for i in handed]
         prune(model, keep=KEEP, optimizer=given or None)
         for forgotten in (optimizers[2], [optimizers[2]], [*optimizers[:2], optimizers[2]]):
-            with pytest.raises(ValueError, match="before layers were deleted without it"):
+            with pytest.raises(ValueError, match="before layers came or went without it"):
                 prune(model, keep=[0, 1], optimizer=forgotten)
-        with pytest.raises(ValueError, match="before layers were deleted without it"):
+        with pytest.raises(ValueError, match="before layers came or went without it"):
             register_projection(optimizers[2], model)
         assert model.time_steps.num_steps == 3
 
@@ -183,7 +183,7 @@ class TestRefusals:
         model.time_steps.values.requires_grad_(False)
         prune(model, keep=KEEP, optimizer=muon)
         model.time_steps.values.requires_grad_(True)
-        with pytest.raises(ValueError, match="before layers were deleted without it"):
+        with pytest.raises(ValueError, match="before layers came or went without it"):
             prune(model, keep=[0, 1], optimizer=[muon, adamw])
 
     def test_a_failed_deletion_leaves_no_mark(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ class TestProjection:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         register_projection(optimizer, model, L1(0.1, proximal=True))
         prune(model, keep=KEEP)
-        with pytest.raises(ValueError, match="before layers were deleted without it"):
+        with pytest.raises(ValueError, match="before layers came or went without it"):
             step(model, [optimizer])
         constrain_(model, torch.optim.SGD(model.head.parameters(), lr=0.1))
 
