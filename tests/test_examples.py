@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import math
 import re
 import runpy
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -272,6 +274,75 @@ def test_intervals_of_shortening(monkeypatch: pytest.MonkeyPatch) -> None:
         "- t, 3 kept, loss: seeds 0, 1, 2, 3",
         "- t, 3 kept, whole: seeds 0, 1, 2, 3",
     ]
+
+
+@pytest.mark.parametrize(
+    "names", [("peaks",), pytest.param(("nested-spheres", "maxwell", "digits"), marks=pytest.mark.long)]
+)
+def test_grow_and_prune(names: tuple[str, ...], run_here: Callable[..., str], tmp_path: Path) -> None:
+    quick = ("--quick", "--data", *names)
+    run_here("grow_and_prune.py", "run", *quick, "--out", str(tmp_path))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").glob("*.json")}
+    gone = next(path for path in files if path.name == f"{names[0]}-final-lr0.01-1.json")
+    before = json.loads(gone.read_text())
+    gone.unlink()
+    run_here("grow_and_prune.py", "run", *quick, "--out", str(tmp_path))
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").glob("*.json")}
+    assert {path for path in files if again[path] != files[path]} == {gone}, "the others are not trained again"
+    after = json.loads(gone.read_text())
+    assert (after["loss"], after["work"]) == (before["loss"], before["work"])
+
+    cells = [json.loads(path.read_text()) for path in files]
+    measured = {(c["data"], c["way"], c["seed"]): c for c in cells if c["seed"] != 100}
+    assert len(measured) == len(names) * 4 * 2
+    for (name, way, seed), cell in measured.items():
+        assert cell["layers"] == {"grown": 4, "deep": 6, "shallow": 2, "final": 4}[way]
+        assert cell["most"] == (6 if way == "grown" else cell["layers"])
+        assert cell["work"][-1] >= measured[name, "grown", seed]["work"][-1], "nobody gets less"
+    if names == ("peaks",):
+        two, three = 2 * 4 + 16 + 4, 2 * 4 + 2 * 16 + 4  # of one sample, by the layers, of width 4
+        assert measured["peaks", "shallow", 0]["work"][:2] == [6 * 20 * 3 * two, 12 * 20 * 3 * two]
+        first = 3 * 20 * (4 * two + 2 * three)  # layers come after the iterations 4 and 6, where the indicator looks
+        assert measured["peaks", "grown", 0]["work"][0] == first + 9 * 20 * (two + three)
+
+    page = tmp_path / "page"
+    for place in (tmp_path, page):  # from the cells, and from the page alone
+        text = run_here("grow_and_prune.py", "report", *quick, "--cells", str(place), "--out", str(page))
+        assert text.strip() == (page / "README.md").read_text().strip()
+        rows = [[entry.strip() for entry in line.split("|")[1:-1]] for line in text.splitlines() if line[:2] == "| "]
+        assert [row[0] for row in rows] == len(names) * ["way", "grown", "deep", "shallow", "final"]
+        for name, row in zip(names, rows[1::5], strict=True):
+            losses = [measured[name, "grown", seed]["loss"][-1] for seed in (0, 1)]
+            assert float(row[6]) == pytest.approx((losses[0] * losses[1]) ** 0.5, rel=0.006)
+    assert (page / "figure.png").stat().st_size > 10_000
+
+
+def test_multiply_adds_of_growing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    growing = importlib.import_module("grow_and_prune")
+    for problem in growing.problems(quick=True):
+        inputs = problem.samples()["train"][0][:1]
+        for depth in (2, 5):
+            with FlopCounterMode(display=False) as counter:
+                problem.make(depth)(inputs)
+            assert problem.forward(depth) == counter.get_total_flops() / 2
+    found = growing.multiply_adds([1, 1, 2, 1], lambda depth: 7 + depth, 10, looks={2})
+    assert found.tolist() == [240, 480 + 720, 1200 + 270, 1470 + 240]
+
+
+def test_figures_of_growing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    page = importlib.import_module("_growing_page")
+    cell = {"work": [50, 96, 98, 100, 110], "loss": [9.0, 3.0, 1.0, 2.0, 8.0]}
+    assert page.at(cell, "work", 100) == 2.0, "the median of 96, 98 and 100"
+    assert page.at(cell, "work", 80) == 9.0, "the last one before"
+    assert math.isnan(page.at(cell, "work", 120))
+    assert page.held_out({"lr": 1.0}) == math.inf
+    mean, low, high = page.ratio([2.0, 4.0, 8.0], [1.0, 1.0, 1.0])
+    half = math.log(2) * 4.302652729911275 / 3**0.5  # Student's distribution, two degrees of freedom, at 0.975
+    assert (mean, low, high) == pytest.approx((4.0, 4.0 * math.exp(-half), 4.0 * math.exp(half)))
+    said = {page.judged(found)[1] for found in ((2.0, 1.1, 3.0), (0.5, 0.3, 0.9), (1.0, 0.9, 1.2))}
+    assert said == {"better", "worse", "undecided"}
 
 
 def test_every_example_is_run() -> None:
