@@ -1,6 +1,7 @@
 """A shallow network that grows while it trains and is pruned again, at equal arithmetic and at equal seconds.
 
 grown      2 layers, split until there are 6 (``taulearn.Refinement``), then pruned to 4 (``taulearn.Pruning``)
+inserted   the same with new layers, which have step 0, in place of halves
 deep       6 layers from the start
 shallow    2 layers from the start
 final      4 layers from the start, as many as the grown network ends with
@@ -36,13 +37,14 @@ from taulearn.functional import half_mse_loss
 from taulearn.nn import fractional_dnn, resnet, resnet_v2
 from taulearn.training import Diverged, EpochEnd
 
-LAYERS = {"grown": 2, "deep": 6, "shallow": 2, "final": 4}
+LAYERS = {"grown": 2, "deep": 6, "shallow": 2, "final": 4, "inserted": 2}
 """Layers at the start of each way."""
+REFINING = {"grown": "split", "inserted": "insert"}
 REFINED, GROWN_BY, PRUNED_BY = 0.4, 6, 0.7
 RATES = (1e-3, 3e-3, 1e-2)
 TUNING_SEED = 100
-FURTHER = 1.25
-"""The deep network goes on for so much longer: it takes fewer seconds for the same arithmetic."""
+FURTHER = {"deep": 1.75, "shallow": 1.0, "final": 1.5}
+"""Arithmetic of the others over the grown network's: some take fewer seconds for it, and are to take as many."""
 ROWS = 60
 """Most evaluations of a training, about."""
 
@@ -141,8 +143,8 @@ def problems(quick: bool) -> list[Problem]:
     found = [
         Problem("peaks", toy, net, partial(dense_count, 2, w, 1), mse_loss, 8000, 1000, 200, 100),
         Problem(
-            *("nested-spheres", toy, partial(dense, outputs=2, width=w), partial(dense_count, 2, w, 2)),
-            *(cross_entropy, 8000, 1000, 200, 30),
+            *("nested-spheres", "residual, width 2, tanh", partial(dense, outputs=2, width=2)),
+            *(partial(dense_count, 2, 2, 2), cross_entropy, 8000, 1000, 200, 50),
         ),
         Problem(
             *("maxwell", f"fractional, gamma 1/2, width {v}, smoothed ReLU", partial(fractional, width=v)),
@@ -159,9 +161,10 @@ def problems(quick: bool) -> list[Problem]:
 REMARKS = f"""Made by `python examples/grow_and_prune.py`, from `cells.jsonl` alone (`report --cells
 docs/results/grow-and-prune --out docs/results/grow-and-prune`). Grown: {LAYERS["grown"]} layers; those with the largest
 dual weighted residual are split, one after the other, until there are {GROWN_BY} after {REFINED:.0%} of the iterations;
-then {LAYERS["final"]} of them stay, by sensitivity, after {PRUNED_BY:.0%}. The others have their layers from the start,
-and as many multiply-adds as the grown network of the same seed: three forward passes an iteration, nine more for each
-look of the indicator. All steps are 1 at the start.
+then {LAYERS["final"]} of them stay, by sensitivity, after {PRUNED_BY:.0%}. Inserted: the same, with layers of step 0
+where the loss is most sensitive to their step. The others have their layers from the start, and as many multiply-adds as
+the grown network of the same seed: three forward passes an iteration, nine more for each look of
+the indicator. All steps are 1 at the start, but for the inserted ones.
 
 Adam at a constant rate, the same for weights and steps: for each way and data set the one of
 {", ".join(map(str, RATES))} with the smallest loss on samples held out, with a seed that is not measured. A figure is
@@ -203,8 +206,8 @@ def train(problem: Problem, way: str, seed: int, lr: float, epochs: int) -> Cell
     model = problem.make(LAYERS[way])
     watch = Watch(problem, parts["held" if seed == TUNING_SEED else "test"], max(1, epochs // ROWS))
     policies: dict[str, Any] = {}
-    if way == "grown":
-        policies["refinement"] = Refinement(GROWN_BY, until=REFINED)
+    if way in REFINING:
+        policies["refinement"] = Refinement(GROWN_BY, by=REFINING[way], until=REFINED)
         policies["pruning"] = Pruning(target_blocks=LAYERS["final"], by=PRUNED_BY)
     cell: Cell = {"data": problem.data, "way": way, "seed": seed, "lr": lr, "epochs": epochs}
     try:
@@ -253,10 +256,10 @@ class Study:
 
         def make() -> Cell:
             epochs = problem.epochs
-            if way != "grown":
+            if way not in REFINING:
                 budget = self.measured("grown", seed)["work"][-1]
                 epoch = multiply_adds([LAYERS[way]], problem.forward, problem.train)[0]
-                more = FURTHER if way == "deep" and seed != TUNING_SEED else 1.0
+                more = FURTHER[way] if seed != TUNING_SEED else 1.0
                 epochs = math.ceil(more * budget / epoch)
             return train(problem, way, seed, lr, epochs)
 
