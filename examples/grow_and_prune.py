@@ -162,15 +162,15 @@ REMARKS = f"""Made by `python examples/grow_and_prune.py`, from `cells.jsonl` al
 docs/results/grow-and-prune --out docs/results/grow-and-prune`). Grown: {LAYERS["grown"]} layers; those with the largest
 dual weighted residual are split, one after the other, until there are {GROWN_BY} after {REFINED:.0%} of the iterations;
 then {LAYERS["final"]} of them stay, by sensitivity, after {PRUNED_BY:.0%}. Inserted: the same, with layers of step 0
-where the loss is most sensitive to their step. The others have their layers from the start, and as many multiply-adds as
-the grown network of the same seed: three forward passes an iteration, nine more for each look of
-the indicator. All steps are 1 at the start, but for the inserted ones.
+where the loss is most sensitive to their step. The others have their layers from the start, and as many multiply-adds
+as the grown network of the same seed: three forward passes an iteration, nine more for each look of the indicator. All
+steps are 1 at the start, but for the inserted ones.
 
 Adam at a constant rate, the same for weights and steps: for each way and data set the one of
 {", ".join(map(str, RATES))} with the smallest loss on samples held out, with a seed that is not measured. A figure is
 the median of the evaluations in the last twentieth of the arithmetic, or of the seconds, on at most 2,000 test samples;
 the tables have geometric means over the seeds. Seconds are those of one thread of the processor, without evaluation;
-they decide nothing.
+they decide nothing. Nested spheres have the width of the data: at 20 every way is right on all of them after two epochs.
 
 "Over grown's" is the loss over that of the grown network: above 1 the grown one is better. In brackets is the 95 %
 t-interval of paired differences of logarithms. "Better" and "worse" are said where it does not hold 1."""
