@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _shortening import Cell, interval
+from _shortening import Cell, interval, shown
 
 WINDOW = 0.05
 CURVES = ("work", "seconds", "loss", "accuracy")
 HEAD = (
     "| way | layers | seeds | rate | 10^9 multiply-adds | seconds | loss, equal arithmetic | over grown's "
-    "| loss, equal seconds | over grown's | accuracy, % |\n" + 11 * "|---" + "|"
+    "| loss, equal seconds | over grown's | accuracy, %, and less grown's |\n" + 11 * "|---" + "|"
 )
 
 
@@ -47,7 +47,7 @@ def judged(found: tuple[float, float, float]) -> tuple[str, str]:
     if math.isnan(low):
         return f"{mean:.2f}", "one seed"
     verdict = "better" if low > 1 else "worse" if high < 1 else "undecided"
-    return f"{mean:.2f} ({low:.2f} .. {high:.2f})", verdict
+    return f"{mean:.2f} ({low:.2g} .. {high:.3g})", verdict
 
 
 def row_of(cells: Sequence[Cell], grown: Mapping[int, Cell]) -> tuple[list[str], dict[str, str]]:
@@ -66,11 +66,16 @@ def row_of(cells: Sequence[Cell], grown: Mapping[int, Cell]) -> tuple[list[str],
         if any(map(math.isnan, losses)):
             row += ["not reached", ""]
             continue
-        shown, verdict = judged(ratio(losses, own))
-        row += [f"{statistics.geometric_mean(losses):.3g}", "" if first["way"] == "grown" else shown]
-        said[measure] = f"{verdict}, {shown}"
-    right = [at(c, "work", g["work"][-1], "accuracy") for c, g in pairs if c["accuracy"]]
-    return [*row, f"{100 * statistics.fmean(right):.2f}" if right else ""], said
+        found, verdict = judged(ratio(losses, own))
+        row += [f"{statistics.geometric_mean(losses):.3g}", "" if first["way"] == "grown" else found]
+        said[measure] = f"{verdict}, {found}"
+    if not first["accuracy"]:
+        return [*row, ""], said
+    right, own = ([100 * at(each[i], "work", each[1]["work"][-1], "accuracy") for each in pairs] for i in (0, 1))
+    text = f"{statistics.fmean(right):.2f}"
+    if first["way"] != "grown":
+        text += f" ({shown([a - b for a, b in zip(right, own, strict=True)], 2, signed=True)})"
+    return [*row, text], said
 
 
 def draw(tables: Mapping[str, Sequence[Sequence[Cell]]], path: Path) -> None:
@@ -143,7 +148,10 @@ def report(
         lines += ["", f"## {name}", "", about, "", HEAD, *("| " + " | ".join(row) + " |" for row, _ in rows)]
         tuned = {way: [cell for cell in mine[way] if cell["seed"] == tuning_seed] for way in ways}
         tried = {way: ", ".join(f"{c['lr']:g}: {held_out(c):.3g}" for c in cells) for way, cells in tuned.items()}
-        lines += ["", "Held out, by rate: " + "; ".join(f"{way} {losses}" for way, losses in tried.items()) + "."]
+        lines += [
+            "",
+            "Held out, by rate: " + "; ".join(f"{way} {losses}" for way, losses in tried.items() if losses) + ".",
+        ]
         for row, said in rows[1:]:
             holds += [f"- {name}, equal {measure}, grown against {row[0]}: {words}" for measure, words in said.items()]
     draw(tables, out / "figure.png")
