@@ -47,7 +47,8 @@ def judged(found: tuple[float, float, float]) -> tuple[str, str]:
     if math.isnan(low):
         return f"{mean:.2f}", "one seed"
     verdict = "better" if low > 1 else "worse" if high < 1 else "undecided"
-    return f"{mean:.2f} ({low:.2g} .. {high:.3g})", verdict
+    lowest, largest = f"{low:.2f}" if low >= 0.1 else f"{low:.1g}", f"{high:.2f}" if high < 100 else f"{high:,.0f}"
+    return f"{mean:.2f} ({lowest} .. {largest})", verdict
 
 
 def row_of(cells: Sequence[Cell], grown: Mapping[int, Cell]) -> tuple[list[str], dict[str, str]]:
@@ -146,12 +147,11 @@ def report(
         grown = {cell["seed"]: cell for cell in measured["grown"]}
         rows = [row_of(found, grown) for found in tables[name]]
         lines += ["", f"## {name}", "", about, "", HEAD, *("| " + " | ".join(row) + " |" for row, _ in rows)]
-        tuned = {way: [cell for cell in mine[way] if cell["seed"] == tuning_seed] for way in ways}
-        tried = {way: ", ".join(f"{c['lr']:g}: {held_out(c):.3g}" for c in cells) for way, cells in tuned.items()}
-        lines += [
-            "",
-            "Held out, by rate: " + "; ".join(f"{way} {losses}" for way, losses in tried.items() if losses) + ".",
-        ]
+        tried = []
+        for way in ways:
+            tuned = [f"{c['lr']:g}: {held_out(c):.3g}" for c in mine[way] if c["seed"] == tuning_seed]
+            tried += [f"{way} {', '.join(tuned)}"] if tuned else []
+        lines += ["", f"Held out, by rate: {'; '.join(tried)}."]
         for row, said in rows[1:]:
             holds += [f"- {name}, equal {measure}, grown against {row[0]}: {words}" for measure, words in said.items()]
     draw(tables, out / "figure.png")
