@@ -1,7 +1,7 @@
 """The page of ``grow_and_prune.py``: tables, what holds, and the figure, from the cells alone.
 
 A figure is the median of the evaluations in the last twentieth of the arithmetic, or of the seconds, that the grown
-network of the same seed took. Ways are compared by paired ratios: t-intervals of differences of logarithms.
+network of the same seed took; where the other one ended before, both are read there. Ways are compared by paired ratios: t-intervals of differences of logarithms.
 """
 
 import json
@@ -23,10 +23,8 @@ HEAD = (
 
 
 def at(cell: Cell, column: str, limit: float, figure: str = "loss") -> float:
-    """A figure where so much arithmetic ("work"), or so many "seconds", were spent; NaN where they were not."""
+    """A figure where so much arithmetic ("work"), or so many "seconds", were spent."""
     before = [(x, y) for x, y in zip(cell[column], cell[figure], strict=True) if x <= limit]
-    if not before or cell[column][-1] < (1 - WINDOW) * limit:
-        return math.nan
     return statistics.median([y for x, y in before if x > (1 - WINDOW) * limit] or [before[-1][1]])
 
 
@@ -54,7 +52,7 @@ def judged(found: tuple[float, float, float]) -> tuple[str, str]:
 def row_of(cells: Sequence[Cell], grown: Mapping[int, Cell]) -> tuple[list[str], dict[str, str]]:
     """The row of a way, and what is said of the grown network beside it, by the measure that is equal."""
     pairs = [(cell, grown[cell["seed"]]) for cell in cells]
-    limits = {column: [g[column][-1] for _, g in pairs] for column in ("work", "seconds")}
+    limits = {column: [min(c[column][-1], g[column][-1]) for c, g in pairs] for column in ("work", "seconds")}
     seconds = [np.interp(limit, c["work"], c["seconds"]) for limit, (c, _) in zip(limits["work"], pairs, strict=True)]
     first = cells[0]
     layers = dict.fromkeys((first["most"], first["layers"]))
@@ -64,15 +62,13 @@ def row_of(cells: Sequence[Cell], grown: Mapping[int, Cell]) -> tuple[list[str],
     for column, measure in (("work", "arithmetic"), ("seconds", "seconds")):
         losses = [at(c, column, limit) for limit, (c, _) in zip(limits[column], pairs, strict=True)]
         own = [at(g, column, limit) for limit, (_, g) in zip(limits[column], pairs, strict=True)]
-        if any(map(math.isnan, losses)):
-            row += ["not reached", ""]
-            continue
         found, verdict = judged(ratio(losses, own))
         row += [f"{statistics.geometric_mean(losses):.3g}", "" if first["way"] == "grown" else found]
         said[measure] = f"{verdict}, {found}"
     if not first["accuracy"]:
         return [*row, ""], said
-    right, own = ([100 * at(each[i], "work", each[1]["work"][-1], "accuracy") for each in pairs] for i in (0, 1))
+    ends = list(zip(limits["work"], pairs, strict=True))
+    right, own = ([100 * at(pair[i], "work", limit, "accuracy") for limit, pair in ends] for i in (0, 1))
     text = f"{statistics.fmean(right):.2f}"
     if first["way"] != "grown":
         text += f" ({shown([a - b for a, b in zip(right, own, strict=True)], 2, signed=True)})"
