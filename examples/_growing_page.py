@@ -1,7 +1,8 @@
 """The page of ``grow_and_prune.py``: tables, what holds, and the figure, from the cells alone.
 
 A figure is the median of the evaluations in the last twentieth of the arithmetic, or of the seconds, that the grown
-network of the same seed took; where the other one ended before, both are read there. Ways are compared by paired ratios: t-intervals of differences of logarithms.
+network of the same seed took; where the other one ended before, both are read there. Ways are compared by paired
+ratios: t-intervals of differences of logarithms.
 """
 
 import json

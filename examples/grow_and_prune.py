@@ -170,7 +170,7 @@ Adam at a constant rate, the same for weights and steps: for each way and data s
 {", ".join(map(str, RATES))} with the smallest loss on samples held out, with a seed that is not measured. A figure is
 the median of the evaluations in the last twentieth of the arithmetic, or of the seconds, that the shorter of the two
 trainings took, on at most 2,000 test samples; the tables have geometric means over the seeds. Seconds are those of one
-thread of the processor, without evaluation, and decide nothing. Nested spheres have the width of the data: at 20 every way is right on all after two epochs.
+thread, without evaluation, and decide nothing. Nested spheres: at width 20 every way is right on all after two epochs.
 
 "Over grown's" is the loss over that of the grown network: above 1 the grown one is better. In brackets is the 95 %
 t-interval of paired differences of logarithms. "Better" and "worse" are said where it does not hold 1."""
