@@ -24,8 +24,8 @@ HEAD = (
 
 
 def at(cell: Cell, column: str, limit: float, figure: str = "loss") -> float:
-    """A figure where so much arithmetic ("work"), or so many "seconds", were spent."""
-    before = [(x, y) for x, y in zip(cell[column], cell[figure], strict=True) if x <= limit]
+    """A figure where so much arithmetic ("work"), or so many "seconds", were spent, up to a hundredth."""
+    before = [(x, y) for x, y in zip(cell[column], cell[figure], strict=True) if x <= 1.01 * limit]
     return statistics.median([y for x, y in before if x > (1 - WINDOW) * limit] or [before[-1][1]])
 
 
