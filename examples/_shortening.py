@@ -591,7 +591,13 @@ def report(given: argparse.Namespace, page: Page) -> str:
         tables[f"{task}, {next((c['kept'] for c in whole if c['task'] == task), '?')} to {kept} blocks"] = Table(
             mine, page
         )
-    lines = [f"# {page.title}", "", textwrap.fill(page.remarks, 120, break_on_hyphens=False), "", "![figure](figure.png)"]
+    lines = [
+        f"# {page.title}",
+        "",
+        textwrap.fill(page.remarks, 120, break_on_hyphens=False),
+        "",
+        "![figure](figure.png)",
+    ]
     for name, table in tables.items():
         lines += ["", f"## {name}", "", *section(table, times.get(table.cells[0]["task"]))]
     lack = missing(cells, page.plan, page.ways, given.seeds)
