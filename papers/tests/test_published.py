@@ -123,6 +123,7 @@ def test_published_training_differs_and_leaves_an_ordinary_network(tmp_path):
         ({"network": "fractional"}, "memory_from must be 0 with as_published"),
         ({"prune": 0.01, "prune_every": 5}, "prune_every must be left out with as_published"),
         ({"constraint": "dependent", "l1": 0.01, "proximal": True}, "proximal must be left out with as_published"),
+        ({"constraint": "dependent", "refine": 9}, "refine must be left out with as_published"),
         ({"constraint": "dependent", "prune_blocks": 3}, "prune_blocks must be left out with as_published"),
     ],
 )

@@ -159,7 +159,14 @@ def test_group_that_cannot_go_on_is_trained_one_by_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"optimizer": "adam"}, {"momentum": 0.9}, {"scheduler": "cosine"}, {"clip_norm": 1.0}, {"average_weights": True}],
+    [
+        {"optimizer": "adam"},
+        {"momentum": 0.9},
+        {"scheduler": "cosine"},
+        {"clip_norm": 1.0},
+        {"average_weights": True},
+        {"refine": 9},
+    ],
 )
 def test_trainings_that_are_not_plain_sgd_are_run_alone(tmp_path, settings):
     some = members(seeds=(0,), **settings)

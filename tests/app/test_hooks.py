@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from taulearn.adaptivity.policies import Pruning
+from taulearn.adaptivity.refiner import Refinement
 from taulearn.app.config import split_hooks
 from taulearn.app.finished_runs import prune_run
 from taulearn.app.members import Member, digest, is_finished, run_member
 from taulearn.app.results import Results
 from taulearn.experiments import TrainConfig, resume, train
 from taulearn.training import Run
+
+
+def from_the_end(tau, model):
+    return torch.arange(1.0, len(tau) + 1)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,9 @@ class Halved:
     def pruning(self, config):
         return None if config.prune is None else Pruning(1e-12)
 
+    def refinement(self, config):
+        return None if config.refine is None else Refinement(config.refine, by="insert", indicator=from_the_end)
+
     def restore_(self, network):
         with torch.no_grad():
             network.layers[0].linear.bias.zero_()
@@ -48,6 +56,13 @@ def test_network_pruning_and_result_are_what_hooks_say(tmp_path):
     assert result.layers == (3, 3)
     assert not result.model.layers[0].linear.bias.any()
     assert train(small(tmp_path / "plain", prune=0.9), progress=False).layers[1] < 3
+
+
+def test_layers_come_where_hooks_say(tmp_path):
+    result = train(small(tmp_path / "run", refine=5), hooks=Halved(), progress=False)
+    assert [(new.layer, new.parent, new.step) for new in result.history.insertions] == [(3, 2, 0.0), (4, 3, 0.0)]
+    plain = train(small(tmp_path / "plain", refine=5), progress=False)
+    assert all(new.step != 0.0 for new in plain.history.insertions)
 
 
 def test_settings_that_do_not_go_with_them_are_refused_before_anything_is_written(tmp_path):

@@ -38,6 +38,11 @@ class Interval(NamedTuple):
         """Whether the difference counts as negative."""
         return (-self).positive
 
+    @property
+    def less(self) -> bool | None:
+        """Whether the difference counts as negative; None where it counts as neither."""
+        return self.negative if self.negative or self.positive else None
+
     def within(self, bound: float) -> bool:
         """Whether the difference counts as smaller than a bound, in either direction.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from taulearn.app.results import Results
     from taulearn.training.history import Array
 
-Outcome = Literal["holds", "holds in part", "does not hold", "not measured"]
+Outcome = Literal["holds", "holds in part", "does not hold", "open", "not measured"]
 
 
 SEPARATOR = " — "
@@ -30,7 +30,7 @@ class Verdict:
     """The answer of the records to a claim.
 
     Args:
-        outcome: "holds", "holds in part", "does not hold" or "not measured".
+        outcome: "holds", "holds in part", "does not hold", "open" or "not measured".
         sentence: One sentence that says which parts hold.
         figures: The measured figures behind it, by name.
 
@@ -44,11 +44,11 @@ class Verdict:
     figures: Mapping[str, float | str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, parts: Mapping[str, bool], figures: Mapping[str, float | str]) -> "Verdict":
-        """The verdict on a claim that has parts: all hold, some do, or none does.
+    def of(cls, parts: Mapping[str, bool | None], figures: Mapping[str, float | str]) -> "Verdict":
+        """The verdict on a claim that has parts: all hold, some do, none does, or the records tell of none.
 
         Args:
-            parts: For each part of the claim, in words, whether it holds.
+            parts: For each part of the claim, in words, whether it holds; None where the records do not tell.
             figures: The measured figures.
 
         Raises:
@@ -56,10 +56,12 @@ class Verdict:
         """
         if not parts:
             raise ValueError("parts must hold at least one part of the claim, got none")
-        good, bad = ([part for part, holds in parts.items() if bool(holds) is wanted] for wanted in (True, False))
-        outcome: Outcome = "holds" if not bad else "holds in part" if good else "does not hold"
-        words = [f"holds: {'; '.join(good)}"] * bool(good) + [f"does not hold: {'; '.join(bad)}"] * bool(bad)
-        return cls(outcome, SEPARATOR.join(words), dict(figures))
+        found: dict[Outcome, list[str]] = {"holds": [], "open": [], "does not hold": []}
+        for part, holds in parts.items():
+            found["open" if holds is None else "holds" if holds else "does not hold"].append(part)
+        there = [answer for answer, of in found.items() if of]
+        outcome: Outcome = there[0] if len(there) == 1 else "holds in part" if found["holds"] else "does not hold"
+        return cls(outcome, SEPARATOR.join(f"{each}: {'; '.join(found[each])}" for each in there), dict(figures))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..adaptivity.adaptation import Adaptation
 from ..adaptivity.policies import Pruning
+from ..adaptivity.refiner import Refinement
 from ..nn.network import TimeVariableNetwork
 from ..report import write_html
 from ..training import EpochEnd, History, Run, evaluate, fit
@@ -53,6 +54,9 @@ class Hooks(Protocol):
 
     def pruning(self, config: TrainConfig) -> Pruning | None:
         """The policy of pruning, instead of that of the settings."""
+
+    def refinement(self, config: TrainConfig) -> Refinement | None:
+        """The policy of refinement, instead of that of the settings."""
 
     def restore_(self, network: TimeVariableNetwork) -> None:
         """Make the trained network one that can be saved."""
@@ -109,7 +113,8 @@ def train(
     Args:
         config: The settings.
         hooks: What is to change that no setting stands for: an object with a name and the methods ``check``,
-            ``adapt_``, ``pruning`` and ``restore_``, called with the settings, the network, or both. None: nothing.
+            ``adapt_``, ``pruning``, ``refinement`` and ``restore_``, called with the settings, the network, or both.
+            None: nothing.
         on_start: Called with the run when everything has been checked and its folder made.
         progress: Whether to show a bar or a line per epoch.
         callbacks: Called after each epoch, as by :func:`taulearn.fit`.
@@ -271,7 +276,7 @@ def _train(
         if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ImportError("tensorboard must be installed for this: pip install 'taulearn[tensorboard]'")
         pruning = build.make_pruning(config) if hooks is None else hooks.pruning(config)
-        refinement = build.make_refinement(config)
+        refinement = build.make_refinement(config) if hooks is None else hooks.refinement(config)
         if not resume:
             per_epoch = iterations // config.epochs
             build.check_room(config, Adaptation(pruning, refinement, model, optimizer, config.epochs, per_epoch))

@@ -15,7 +15,7 @@ from taulearn.report.html import asset, render, write_page
 
 @dataclass(frozen=True)
 class ClaimRow:
-    """A claim with its outcome ("holds", "holds in part", "does not hold", "not measured") and what was measured."""
+    """A claim with its outcome ("holds", "does not hold", ...) and what was measured."""
 
     id: str
     statement: str

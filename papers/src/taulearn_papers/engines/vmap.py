@@ -320,6 +320,7 @@ def why_alone(member: Member) -> str | None:
     config = member.config
     if config is None:
         return "it only measures"
+    refined = config.refine is not None if member.hooks is None else member.hooks.refinement(config) is not None
     reasons = {
         "its optimiser is not plain SGD": config.optimizer.lower() != "sgd" or config.momentum > 0,
         "its learning rate is scheduled": config.scheduler != "none",
@@ -328,6 +329,7 @@ def why_alone(member: Member) -> str | None:
         "it has mixed precision": config.precision == "bf16",
         "its weights are averaged": config.average_weights,
         "it writes events for TensorBoard": config.tensorboard,
+        "layers come while it trains": refined,
         "it has a stage cost": bool(config.stage_cost) or config.depth_losses,
         "its network keeps statistics of batches": config.network == "resnet-v2",
         "its stage cost changes over training": config.stage_cost_schedule != "constant",

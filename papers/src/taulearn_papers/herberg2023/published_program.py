@@ -139,6 +139,9 @@ class AsPublished:
         """The published rule, once an epoch, where there is to be pruning."""
         return None if config.prune is None else pruning(config.prune)
 
+    def refinement(self, config: TrainConfig) -> None:
+        """None: that program has fixed grids."""
+
     def restore_(self, network: TimeVariableNetwork) -> None:
         """Put ordinary steps and weights into a trained network; its outputs stay what they are."""
         published, scheme = network.time_steps, network.scheme
@@ -179,6 +182,8 @@ def _never_published(config: TrainConfig) -> Iterator[str]:
         yield "proximal must be left out with as_published: that program takes subgradients"
     if config.prune_blocks is not None:
         yield "prune_blocks must be left out with as_published, in which layers go by their steps; or use prune"
+    if config.refine is not None:
+        yield "refine must be left out with as_published, in which no layers come"
 
 
 def pruning(threshold: float) -> Pruning:
