@@ -47,6 +47,7 @@ def test_from_three_pairs_on_the_whole_interval_decides(differences, positive, w
     found = interval_of(differences)
     assert found.positive is positive
     assert found.within(0.01) is within
+    assert found.less is {(False, True): True, (True, False): False, (False, False): None}[positive, found.negative]
     mirrored = interval_of([-each for each in differences])
     np.testing.assert_equal(tuple(mirrored), tuple(-found))
     assert mirrored.negative is positive
@@ -66,12 +67,18 @@ def test_interval_refuses_what_is_not_paired(a, b):
         ({"a": True, "b": True}, "holds"),
         ({"a": True, "b": False}, "holds in part"),
         ({"a": False, "b": False}, "does not hold"),
+        ({"a": None, "b": None}, "open"),
+        ({"a": None, "b": True}, "holds in part"),
+        ({"a": None, "b": False}, "does not hold"),
+        ({"a": np.False_, "b": np.True_}, "holds in part"),
     ],
 )
 def test_verdict_follows_from_its_parts(parts, outcome):
     verdict = Verdict.of(parts, {})
     assert verdict.outcome == outcome
-    assert all(part in verdict.sentence for part in parts)
+    words = {True: "holds", False: "does not hold", None: "open"}
+    for part, answer in parts.items():
+        assert part in dict(each.split(": ") for each in verdict.sentence.split(" — "))[words[answer]].split("; ")
 
 
 def test_claim_without_records_is_not_measured():

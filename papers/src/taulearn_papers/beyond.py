@@ -13,9 +13,10 @@ from taulearn.app.members import Member
 from taulearn.app.results import Results
 from taulearn.report.seed_bands import epoch_bands
 
+from .axes_and_tables import new_axes
 from .herberg2023 import statistics as q
 from .herberg2023.claims import SIMILAR
-from .herberg2023.figures import new_axes, records
+from .herberg2023.figures import records
 from .herberg2023.statistics import Figures, Parts, describe, difference, final_accuracy, values
 from .intervals import interval_of, paired_interval
 from .suite import Claim, Suite, Verdict, generalisation

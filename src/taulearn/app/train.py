@@ -37,7 +37,7 @@ _SCHEDULES = ("cosine", "onecycle", "step")
 
 
 class Hooks(Protocol):
-    """Changes to a training that no setting stands for.
+    """Changes to a training that no setting stands for; a class that inherits from this one writes what differs.
 
     The run notes them as a setting of their name that is true, and is resumed with them alone.
     """
@@ -47,19 +47,24 @@ class Hooks(Protocol):
         """The name of the hooks in the run, unlike that of any setting."""
 
     def check(self, config: TrainConfig) -> None:
-        """Raise a ValueError for settings that they do not go with."""
+        """Raise a ValueError for settings that they do not go with; none here."""
+        return
 
     def adapt_(self, network: TimeVariableNetwork, config: TrainConfig) -> None:
-        """Change the network that was made from the settings, before it is trained."""
+        """Change the network that was made from the settings, before it is trained; not here."""
+        return
 
     def pruning(self, config: TrainConfig) -> Pruning | None:
-        """The policy of pruning, instead of that of the settings."""
+        """The policy of pruning; that of the settings here."""
+        return build.make_pruning(config)
 
     def refinement(self, config: TrainConfig) -> Refinement | None:
-        """The policy of refinement, instead of that of the settings."""
+        """The policy of refinement; that of the settings here."""
+        return build.make_refinement(config)
 
     def restore_(self, network: TimeVariableNetwork) -> None:
-        """Make the trained network one that can be saved."""
+        """Make the trained network one that can be saved; it is here."""
+        return
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from taulearn.app.results import Results
 from ..intervals import Interval, paired_interval
 from ..suite import Verdict
 from .gradients import EXAMPLES, GRADIENT_STARTS, KINDS, PARTS, SLOPE
-from .statistics import ABOUT, PRINTED, Figure, Figures, Parts, log_ratio, mean, measured, meshes_of, mse, smaller
+from .statistics import ABOUT, PRINTED, Figure, Figures, Parts, log_ratio, mean, measured, meshes_of, mse
 from .trainings import COARSER, ORDERS, SCHEMES, STARTS, STEPS, mesh, reduction, setting
 
 ROUNDING = 1e-6
@@ -36,13 +36,12 @@ PRINTED_ERROR = 0.07
 
 def learned_trains_faster(results: Results) -> Verdict:
     """A1: learned against fixed steps, 6-50, and how much more than for 2-50; the objective never rises."""
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     for scheme, order in product(SCHEMES, ORDERS):
         a, b = (setting("6-50", scheme, kind, order) for kind in STEPS)
         first = results.measurements(a, results.seeds(a, b)[0])["mse"]
         found = {step: log_ratio(results, a, b, mse(step)) for step in first}
-        parts[f"faster with learned steps ({scheme} 6-50 {order})"] = all(map(smaller, found.values()))
+        parts[f"faster with learned steps ({scheme} 6-50 {order})"] = all(each.negative for each in found.values())
         for step, each in found.items():
             after = "at the end" if step == "end" else f"after {step} steps"
             figures[f"log MSE, learned - fixed, 6-50, {scheme}, {order}, {after}"] = str(each)
@@ -65,8 +64,7 @@ def _gain(results: Results, size: str) -> float:
 
 def network_reduces(results: Results) -> Verdict:
     """A2: layers of the network 5-10 whose steps are near zero, and the error without them; means over the seeds."""
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     for start in STARTS:
         name, words = reduction(start), f"tau {'= 1' if start == 'ones' else 'random'} at the start"
         seeds = results.seeds(name)
@@ -96,8 +94,7 @@ def network_reduces(results: Results) -> Verdict:
 
 def steps_are_those_of_the_table(results: Results) -> Verdict:
     """A3: the learned steps against table 1, entry by entry and by their order; means over the seeds."""
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     lowest = math.inf
     for (size, scheme, order), printed in PRINTED.items():
         name = setting(size, scheme, "learned", order)
@@ -159,8 +156,7 @@ PRINTED_U3 = (-0.0051, 0.0077)
 
 def networks_against_elements(results: Results) -> Verdict:
     """A4: L2 errors over the meshes; seeds are paired."""
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     ns = meshes_of(results)
     h, fem = (np.array([measured(key)(results, mesh(n), 0) for n in ns]) for key in ("h", "l2"))
     slope = float(np.polyfit(np.log(h), np.log(fem), 1)[0])
@@ -202,26 +198,25 @@ def networks_against_elements(results: Results) -> Verdict:
     }
     for words, pairs in comparisons.items():
         found = [log_ratio(results, a, b, figure) for a, b, figure in pairs]
-        parts[words] = all(map(smaller, found))
+        parts[words] = all(each.negative for each in found)
         figures |= {f"log error, {a} - {b}": str(each) for (a, b, _), each in zip(pairs, found, strict=True)}
     return Verdict.of(parts, figures)
 
 
 def fractional_extrapolates(results: Results) -> Verdict:
     """A5: the error on the square outside the disc of the training data, 2-50 without bias ordering."""
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     outside = measured("square", "rms_outside")
     for kind in STEPS:
         a, b = (setting("2-50", scheme, kind, "plain") for scheme in ("fractional", "resnet"))
         each = log_ratio(results, a, b, outside)
-        parts[f"fractional extrapolates better than ResNet with {kind} steps"] = smaller(each)
+        parts[f"fractional extrapolates better than ResNet with {kind} steps"] = each.negative
         figures[f"log error outside, fractional - resnet, {kind}"] = str(each)
         for name in (a, b):
             figures[f"root mean square error outside, {name}"] = mean(results, name, outside)
     a, b = (setting("2-50", "resnet", kind, "plain") for kind in STEPS)
     each = log_ratio(results, a, b, outside)
-    parts["ResNet extrapolates slightly better with learned steps"] = smaller(each)
+    parts["ResNet extrapolates slightly better with learned steps"] = each.negative
     figures["log error outside, resnet, learned - fixed"] = str(each)
     return Verdict.of(parts, figures)
 
@@ -235,7 +230,7 @@ def third_component_is_small(results: Results) -> Verdict:
     parts = {
         "u3 within about the printed range": low >= ABOUT * PRINTED_U3[0] and high <= ABOUT * PRINTED_U3[1],
         "the quiver plots coincide": relative <= COINCIDE,
-        "ResNet with learned steps does better": smaller(better),
+        "ResNet with learned steps does better": better.negative,
     }
     figures: Figures = {
         "smallest u3": low,
@@ -266,8 +261,7 @@ Pairs = dict[tuple[str, int], np.ndarray]
 
 def gradients_are_damped(results: Results) -> Verdict:
     """A7: the recursions against automatic differentiation, and growth with learned against fixed steps, by pairs."""
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     rows = {scheme: _rows(results, scheme) for scheme in GRADIENT_STARTS}
     for scheme, cases in rows.items():
         _recursions(scheme, cases, parts, figures)

@@ -16,6 +16,7 @@ from taulearn.data import maxwell
 from taulearn.files import read_tensors
 from taulearn.report.figures import PALETTE
 
+from ..axes_and_tables import markdown_table, new_axes
 from ..packed_results import shown_arrays
 from . import network_drawing
 from .measurements import GRID, REDUCED, SQUARE, square_points
@@ -35,7 +36,7 @@ _COLOURS = dict(zip(product(SCHEMES, ORDERS), PALETTE, strict=False))
 
 def figure_1(results: Results) -> "Figure":
     """Mean squared error during training, 6-50."""
-    figure, axes = _grid(1, 2, 4.2, 1.6)
+    figure, axes = new_axes(1, 2, 4.2, width=1.6, grid=True)
     for ax, scheme in zip(axes[0], SCHEMES, strict=True):
         _training(results, ax, "6-50", (scheme,))
         ax.set_title(f"{NAMES[scheme]}, 6-50", fontsize="medium")
@@ -70,7 +71,7 @@ def figure_2(results: Results) -> "Figure":
 
 def figure_3(results: Results) -> "Figure":
     """L2 error on the cube over h against the finite elements, 6-50 and 2-50; training of 2-50."""
-    figure, axes = _grid(2, 2, 4.2, 1.6)
+    figure, axes = new_axes(2, 2, 4.2, width=1.6, grid=True)
     for ax, size, kinds, title in (
         (axes[0, 0], "6-50", ("fixed",), r"(a) fixed $\tau$, 6-50"),
         (axes[0, 1], "6-50", ("learned",), r"(b) variable $\tau$, 6-50"),
@@ -87,7 +88,7 @@ def figure_4(results: Results) -> "Figure":
     """Pointwise errors on the square (-1, 1)^2 x {0.5}; the circle bounds the training data."""
     from matplotlib.colors import LogNorm
 
-    figure, axes = _grid(2, 2, 3.6)
+    figure, axes = new_axes(2, 2, 3.6, grid=True)
     panels = list(product(SCHEMES, ("fixed", "learned")))
     fields = shown_arrays(results, "4", _error_fields)
     every = np.concatenate([field.ravel() for field in fields.values()])
@@ -108,7 +109,7 @@ def figure_5(results: Results) -> "Figure":
     values = exact + difference
     inside = maxwell.inside(square_points()).numpy().reshape(GRID, GRID)
     line = np.linspace(-1, 1, GRID)
-    figure, axes = _grid(1, 3, 4.0)
+    figure, axes = new_axes(1, 3, 4.0, grid=True)
     some = slice(GRID // 16, None, GRID // 13)
     arrows = np.ix_(range(GRID)[some], range(GRID)[some])
     for ax, field, title in zip(
@@ -136,10 +137,7 @@ def _training(results: Results, ax: "Axes", size: str, schemes: Sequence[str]) -
         steps = min(len(row["iteration"]) for row in rows)  # one step per epoch; row 0 is before the first
         losses = np.stack([row["train.loss"][1:steps] for row in rows])
         _band(ax, rows[0]["iteration"][1:steps], losses, scheme, kind, order)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel("Step")
-    ax.set_ylabel("Mean squared error")
+    ax.set(xscale="log", yscale="log", xlabel="Step", ylabel="Mean squared error")
     ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
@@ -153,14 +151,11 @@ def _errors(results: Results, ax: "Axes", size: str, kinds: Sequence[str]) -> No
         name = setting(size, scheme, kind, order)
         found = [[measured("cube", str(n))(results, name, seed) for n in ns] for seed in results.seeds(name)]
         _band(ax, h, np.array(found), scheme, kind, order)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+    ax.set(xscale="log", yscale="log", xlabel="Mesh size h", ylabel=r"$L^2$ error on the cube")
     ax.set_xticks([0.05, 0.1, 0.2, 0.5, 1.0, 2.0], minor=False)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
     ax.set_xlim(0.9 * min(line[0]), 1.1 * max(line[0]))
-    ax.set_xlabel("Mesh size h")
-    ax.set_ylabel(r"$L^2$ error on the cube")
     ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
@@ -255,21 +250,9 @@ def _disc(ax: "Axes", colour: str) -> None:
     ax.set_ylabel("$x_2$")
 
 
-def _grid(rows: int, columns: int, size: float, width: float = 1.25) -> "tuple[Figure, Any]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * size * columns, size * rows), dpi=150, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, color="0.93", linewidth=0.6)
-        ax.set_axisbelow(True)
-    return figure, axes
-
-
 def table_1(results: Results) -> str:
     """The learned steps, mean and standard deviation over the seeds, beside the printed ones."""
-    lines = ["| network | step | printed | here | seeds |", "|---|---|---|---|---|"]
+    rows = []
     for (size, scheme, order), printed in PRINTED.items():
         name = setting(size, scheme, "learned", order)
         if name not in results.settings:
@@ -278,54 +261,42 @@ def table_1(results: Results) -> str:
         for l, value in enumerate(printed):
             spread = f" ± {taus[:, l].std(ddof=1):.2f}" if len(taus) > 1 else ""
             first = f"{size} {NAMES[scheme]}{_ORDERED[order]}" if l == 0 else ""
-            lines.append(f"| {first} | tau_{l} | {value:.2f} | {taus[:, l].mean():.2f}{spread} | {len(taus)} |")
-    if len(lines) == 2:
+            rows.append([first, f"tau_{l}", f"{value:.2f}", f"{taus[:, l].mean():.2f}{spread}", str(len(taus))])
+    if not rows:
         raise NotMeasured("no network with learned steps is finished")
-    return "\n".join(lines) + "\n"
+    return markdown_table(["network", "step", "printed", "here", "seeds"], rows)
 
 
 def toys(results: Results) -> str:
     """Test loss on the toy problems, learned and fixed steps: geometric means over the seeds."""
-    lines = ["| problem | network | learned steps | fixed steps | seeds |", "|---|---|---|---|---|"]
+    rows = []
     for data, scheme in product(TOYS, SCHEMES):
         names = [toy(data, scheme, kind) for kind in STEPS]
         if not set(names) <= set(results.settings):
             continue
         seeds = results.seeds(*names)
         cells = [_geometric([results.measurements(name, seed)["test.loss"] for seed in seeds]) for name in names]
-        lines.append(f"| {data} | {NAMES[scheme]} | {' | '.join(cells)} | {len(seeds)} |")
-    if len(lines) == 2:
+        rows.append([data, NAMES[scheme], *cells, str(len(seeds))])
+    if not rows:
         raise NotMeasured("no toy problem is finished")
-    return "\n".join(lines) + "\n"
+    return markdown_table(["problem", "network", "learned steps", "fixed steps", "seeds"], rows)
 
 
 def optimizers(results: Results) -> str:
     """Final errors of the residual network 6-50 with three optimisers; on the cube at the points of the finest mesh."""
-    lines = [
-        "| optimiser | steps | MSE | relative test error | L2 error on the cube | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for words, kind in product(("steepest descent", *OPTIMIZERS), STEPS):
         name = other(words, kind) if words in OPTIMIZERS else setting("6-50", "resnet", kind, "plain")
         if name not in results.settings:
             continue
-        rows = [results.measurements(name, seed) for seed in results.seeds(name)]
-        columns = (
-            [row["mse"]["end"] for row in rows],
-            [row["test_error"] for row in rows],
-            [_finest(row) for row in rows],
-        )
-        cells = [_geometric(column) for column in columns]
-        lines.append(f"| {words} | {kind} | {' | '.join(cells)} | {len(rows)} |")
-    if len(lines) == 2:
+        found = [results.measurements(name, seed) for seed in results.seeds(name)]
+        finest = max(found[0]["cube"], key=int)
+        errors = [(each["mse"]["end"], each["test_error"], each["cube"][finest]) for each in found]
+        rows.append([words, kind, *(_geometric(column) for column in zip(*errors, strict=True)), str(len(found))])
+    if not rows:
         raise NotMeasured("no optimiser is finished")
-    return "\n".join(lines) + "\n"
+    return markdown_table(["optimiser", "steps", "MSE", "relative test error", "L2 error on the cube", "seeds"], rows)
 
 
-def _finest(row: dict[str, Any]) -> float:
-    cube: dict[str, float] = row["cube"]
-    return cube[max(cube, key=int)]
-
-
-def _geometric(values: list[float]) -> str:
+def _geometric(values: Sequence[float]) -> str:
     return f"{np.exp(np.mean(np.log(values))):.3g}" if min(values) > 0.0 else f"{np.mean(values):.3g}"

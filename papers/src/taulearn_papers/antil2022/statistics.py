@@ -37,11 +37,6 @@ Figures = dict[str, float | str]
 Figure = Callable[[Results, str, int], float]
 
 
-def smaller(interval: Interval) -> bool:
-    """Whether a difference of logarithms counts as negative."""
-    return interval.negative
-
-
 def log_ratio(results: Results, a: str, b: str, figure: Figure) -> Interval:
     """The paired difference log(a) - log(b) of a positive figure over the seeds that two settings share."""
     seeds = results.seeds(a, b)

@@ -11,7 +11,7 @@ differences is positive and, with three pairs or more, that their 95 % interval 
 """
 
 import math
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import numpy as np
 from jaxtyping import Float
@@ -41,26 +41,20 @@ FASHION = DATA[0]
 
 def learned_beats_fixed(results: Results) -> Verdict:
     """H1: free against fixed."""
-    parts: Parts = {}
-    figures: Figures = {}
-    for data in DATA:
-        for network in NETWORKS:
-            won, found = _beats_fixed(results, data, network, "free")
-            parts[f"{network} on {data}"] = won
-            figures |= found
-    return Verdict.of(parts, figures)
+    return _beat_fixed(results, {"free": ""})
 
 
 def regularised_beats_fixed(results: Results) -> Verdict:
     """H7: each of the regularised treatments against fixed."""
-    parts: Parts = {}
-    figures: Figures = {}
-    for data in DATA:
-        for network in NETWORKS:
-            for treatment in ("l1", "horizon", "dependent", "l1-horizon"):
-                won, found = _beats_fixed(results, data, network, treatment)
-                parts[f"{network} with {treatment} on {data}"] = won
-                figures |= found
+    return _beat_fixed(results, {name: f" with {name}" for name in ("l1", "horizon", "dependent", "l1-horizon")})
+
+
+def _beat_fixed(results: Results, treatments: dict[str, str]) -> Verdict:
+    """Whether treatments, with the words for them, do better than fixed steps in both networks on both data sets."""
+    parts, figures = Parts(), Figures()
+    for data, network, (treatment, words) in product(DATA, NETWORKS, treatments.items()):
+        parts[f"{network}{words} on {data}"], found = _beats_fixed(results, data, network, treatment)
+        figures |= found
     return Verdict.of(parts, figures)
 
 
@@ -83,8 +77,7 @@ LOSSES = {
 
 def similar_accuracy_larger_loss(results: Results) -> Verdict:
     """H2: residual network, the treatments against each other; each loss for itself, since totals hold the penalty."""
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     for data in DATA:
         gaps = {
             (a, b): difference(results, setting(data, "resnet", a), setting(data, "resnet", b), final_accuracy)
@@ -111,8 +104,7 @@ def horizon_restricts_fractional(results: Results) -> Verdict:
 
     Judged epoch by epoch in the means over seeds, and by the paired means over epochs.
     """
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     for data in DATA:
         lower, larger, smallest = True, dict.fromkeys(LOSSES, True), True
         for other in ("free", "l1", "dependent"):
@@ -207,8 +199,7 @@ def driven_to_zero(history: History) -> float:
 
 def residual_steps(results: Results) -> Verdict:
     """H4: the steps of the residual network."""
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     for treatment in (name for name in TREATMENTS if name != "fixed"):
         name = setting(FASHION, "resnet", treatment)
         seeds = results.seeds(name)
@@ -242,8 +233,7 @@ def _shortly_after(iteration: float) -> bool:
 
 def fractional_steps(results: Results) -> Verdict:
     """H5: the steps of the fractional network, raw and effective, and what regularisation costs it."""
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     free, l1, horizon, dependent, both = (
         setting(FASHION, "fractional", name) for name in ("free", "l1", "horizon", "dependent", "l1-horizon")
     )
@@ -276,8 +266,7 @@ def _damped_steps(results: Results, free: str, l1: str, horizon: str) -> tuple[P
     def total(history: History) -> float:
         return float(q.sums(history)[-1])
 
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     for word, name in (("l1", l1), ("horizon", horizon)):
         found = difference(results, free, name, total)
         parts[f"{word} damps the growth"] = found.positive
@@ -342,8 +331,7 @@ def _both(results: Results, both: str) -> tuple[Parts, Figures]:
 
 
 def _worse_with_penalty(results: Results, free: str, regularised: dict[str, str]) -> tuple[Parts, Figures]:
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     for word, name in regularised.items():
         found = difference(results, free, name, final_accuracy)
         parts[f"better without {word}"] = found.positive
@@ -369,8 +357,7 @@ def number_left(history: History) -> float:
 
 def pruning_succeeds(results: Results) -> Verdict:
     """H6: what is deleted, what it costs, what it saves."""
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     for treatment in PRUNED:
         name = setting(FASHION, "resnet", f"{treatment}-pruned")
         if "l1" not in treatment and name not in results.settings:
@@ -404,8 +391,7 @@ def pruning_succeeds(results: Results) -> Verdict:
 
 def depth_is_found(results: Results) -> Verdict:
     """H8: the same number of layers and the same accuracy from any start, and more time saved from a deeper one."""
-    parts: Parts = {}
-    figures: Figures = {}
+    parts, figures = Parts(), Figures()
     left, pruned, saved = {}, {}, {}
     for depth in (6, *DEPTHS):
         network = "resnet" if depth == 6 else f"resnet-{depth}"

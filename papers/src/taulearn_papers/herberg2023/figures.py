@@ -1,7 +1,7 @@
 """Figures 4.1 to 4.6 in the paper's form, means and ranges over the seeds; and what the published faults changed."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from taulearn.report.figures import PALETTE
 from taulearn.report.seed_bands import epoch_bands
 from taulearn.training import History
 
+from ..axes_and_tables import markdown_table, new_axes
 from . import statistics as q
 from .statistics import accuracy_after, difference, final_accuracy, values
 from .tau_bands import tau_bands
@@ -122,17 +123,6 @@ def _accuracy_axis(ax: "Axes", title: str) -> None:
     ax.set_title(title, fontsize="medium")
 
 
-def new_axes(rows: int, columns: int, size: float) -> "tuple[Figure, Any]":
-    """A figure with panels of a size in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.25 * size * columns, size * rows), dpi=120, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 _COLUMNS = (
     "setting",
     "accuracy after epoch 1, formulas",
@@ -166,27 +156,29 @@ def published_table(results: Results) -> str:
     The published program's test loss contains the penalties. No training depends on that, so it is not imitated in a
     record; here the penalties are added, as their mean over each epoch's iterations.
     """
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+    rows = []
     for title, own, published in pairs():
         try:
             seeds = results.seeds(own, published)
         except NotMeasured as missing:
-            lines.append(f"| {title} | {missing} |" + " |" * (len(_COLUMNS) - 2))
+            rows.append([title, str(missing), *[""] * (len(_COLUMNS) - 2)])
             continue
-        cells = [
-            _mean(results, own, seeds, accuracy_after(1)),
-            _mean(results, published, seeds, accuracy_after(1)),
-            _mean(results, own, seeds, final_accuracy),
-            _mean(results, published, seeds, final_accuracy),
-            str(difference(results, published, own, final_accuracy)),
-            _mean(results, own, seeds, _test_loss),
-            _mean(results, published, seeds, _test_loss),
-            _mean(results, published, seeds, _test_loss_with_penalties),
-            _steps(results, own, seeds[0]),
-            _steps(results, published, seeds[0]),
-        ]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(
+            [
+                title,
+                _mean(results, own, seeds, accuracy_after(1)),
+                _mean(results, published, seeds, accuracy_after(1)),
+                _mean(results, own, seeds, final_accuracy),
+                _mean(results, published, seeds, final_accuracy),
+                str(difference(results, published, own, final_accuracy)),
+                _mean(results, own, seeds, _test_loss),
+                _mean(results, published, seeds, _test_loss),
+                _mean(results, published, seeds, _test_loss_with_penalties),
+                _steps(results, own, seeds[0]),
+                _steps(results, published, seeds[0]),
+            ]
+        )
+    return markdown_table(_COLUMNS, rows)
 
 
 def published_figure(results: Results) -> "Figure":

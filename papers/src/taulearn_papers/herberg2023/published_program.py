@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from taulearn import caputo, functional
 from taulearn.adaptivity.policies import Pruning
 from taulearn.app.config import TrainConfig
+from taulearn.app.train import Hooks
 from taulearn.nn.network import TimeVariableNetwork
 from taulearn.nn.schemes import Fractional
 from taulearn.nn.skips import Skips
@@ -101,7 +102,7 @@ class PublishedFractional(Fractional):
 
 
 @dataclass(frozen=True)
-class AsPublished:
+class AsPublished(Hooks):
     """Hooks of :func:`taulearn.experiments.train` that imitate the published program.
 
     Example:
@@ -138,9 +139,6 @@ class AsPublished:
     def pruning(self, config: TrainConfig) -> Pruning | None:
         """The published rule, once an epoch, where there is to be pruning."""
         return None if config.prune is None else pruning(config.prune)
-
-    def refinement(self, config: TrainConfig) -> None:
-        """None: that program has fixed grids."""
 
     def restore_(self, network: TimeVariableNetwork) -> None:
         """Put ordinary steps and weights into a trained network; its outputs stay what they are."""

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from taulearn.app.results import NotMeasured, Results
 from taulearn.report.figures import PALETTE
 
+from ..axes_and_tables import markdown_table, new_axes
 from .statistics import Pair, at_depth, bounds, pairs, per_layer
 from .trainings import kept
 
@@ -31,7 +32,7 @@ def depths(results: Results) -> "Figure":
     from matplotlib.ticker import MaxNLocator
 
     found = pairs(results)
-    figure, axes = _grid(len(found), 3)
+    figure, axes = new_axes(len(found), 3, 2.7, width=40 / 27)
     for row, pair in zip(axes, found, strict=True):
         M = kept(pair.depth)[1]
         for treatment in _WORDS:
@@ -101,16 +102,6 @@ def _band(
         ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=_BAND, linewidth=0)
 
 
-def _grid(rows: int, columns: int) -> "tuple[Figure, list[list[Axes]]]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.0 * columns, 2.7 * rows), dpi=120, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, [list(row) for row in axes]
-
-
 PUBLISHED: dict[str, tuple[float, float, float]] = {
     "MNIST": (99.62, 99.54, 99.64),
     "CIFAR-10": (91.59, 91.02, 93.05),
@@ -138,7 +129,7 @@ def first_blocks(results: Results) -> str:
             [f"published: {data}, ResNet-54", "54", "with", "", f"{whole:.2f}", "", f"{first:.2f} (12)", "", ""]
         )
         rows.append([f"published: {data}, ResNet-54", "54", "without", "", f"{plain:.2f}", "", "", "", ""])
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def early_exits(results: Results) -> str:
@@ -154,7 +145,7 @@ def early_exits(results: Results) -> str:
             accuracy, depth = (np.mean([each[key] for each in exits], axis=0) for key in ("accuracy", "depth"))
             cells = [f"{100 * a:.2f} at {d:.1f}" for a, d in zip(accuracy, depth, strict=True)]
             rows.append([_words(pair), word, *cells])
-    return _table(["network", "stage cost", *(f"{threshold:g}" for threshold in thresholds)], rows)
+    return markdown_table(["network", "stage cost", *(f"{threshold:g}" for threshold in thresholds)], rows)
 
 
 def both_sides(results: Results) -> str:
@@ -165,7 +156,9 @@ def both_sides(results: Results) -> str:
         kept_by = sum(each.left <= each.right for each in found)
         of = "trained by itself" if trained else "the first blocks of the deep one"
         rows.append([title, str(M), of, f"{left:.4f}", f"{right:.4f}", f"{kept_by} of {len(found)}"])
-    return _table(["network", "M", "network of M blocks", "left side", "right side", "seeds that keep it"], rows)
+    return markdown_table(
+        ["network", "M", "network of M blocks", "left side", "right side", "seeds that keep it"], rows
+    )
 
 
 def _words(pair: Pair) -> str:
@@ -175,8 +168,3 @@ def _words(pair: Pair) -> str:
 def _percent(values: list[float]) -> str:
     mean = 100 * np.mean(values)
     return f"{mean:.2f}" if len(values) < 2 else f"{mean:.2f} ± {100 * np.std(values, ddof=1):.2f}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
