@@ -15,6 +15,7 @@ from taulearn.app.results import NotMeasured, Results
 from taulearn.data import maxwell
 from taulearn.files import read_tensors
 from taulearn.report.figures import PALETTE
+from taulearn.report.seed_bands import band
 
 from ..axes_and_tables import markdown_table, new_axes
 from ..packed_results import shown_arrays
@@ -163,9 +164,7 @@ def _band(ax: "Axes", x: NDArray[Any], rows: NDArray[Any], scheme: str, kind: st
     """Geometric mean and range over the seeds; the colour tells network and ordering, dashes tell fixed steps."""
     colour, style = _COLOURS[scheme, order], "-" if kind == "learned" else "--"
     label = f"{NAMES[scheme]}, {_FIXED[kind]}{_ORDERED[order]}"
-    ax.plot(x, np.exp(np.log(rows).mean(0)), style, color=colour, linewidth=1.4, label=label)
-    if len(rows) > 1:
-        ax.fill_between(x, rows.min(0), rows.max(0), color=colour, alpha=0.12, linewidth=0)
+    band(ax, x, (np.exp(np.log(rows).mean(0)), rows.min(0), rows.max(0)), colour, label, style)
 
 
 def _most_telling(results: Results) -> tuple[str, int]:
@@ -243,11 +242,7 @@ def _disc(ax: "Axes", colour: str) -> None:
     from matplotlib.patches import Circle
 
     ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor=colour, linestyle="--", linewidth=1.2))
-    ax.set_aspect("equal")
-    ax.set_xlim(-1.02, 1.02)
-    ax.set_ylim(-1.02, 1.02)
-    ax.set_xlabel("$x_1$")
-    ax.set_ylabel("$x_2$")
+    ax.set(aspect="equal", xlim=(-1.02, 1.02), ylim=(-1.02, 1.02), xlabel="$x_1$", ylabel="$x_2$")
 
 
 def table_1(results: Results) -> str:

@@ -1,6 +1,6 @@
 """Figures 4.1 to 4.6 in the paper's form, means and ranges over the seeds; and what the published faults changed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -163,21 +163,12 @@ def published_table(results: Results) -> str:
         except NotMeasured as missing:
             rows.append([title, str(missing), *[""] * (len(_COLUMNS) - 2)])
             continue
-        rows.append(
-            [
-                title,
-                _mean(results, own, seeds, accuracy_after(1)),
-                _mean(results, published, seeds, accuracy_after(1)),
-                _mean(results, own, seeds, final_accuracy),
-                _mean(results, published, seeds, final_accuracy),
-                str(difference(results, published, own, final_accuracy)),
-                _mean(results, own, seeds, _test_loss),
-                _mean(results, published, seeds, _test_loss),
-                _mean(results, published, seeds, _test_loss_with_penalties),
-                _steps(results, own, seeds[0]),
-                _steps(results, published, seeds[0]),
-            ]
-        )
+        both = own, published
+        means = [(name, figure) for figure in (accuracy_after(1), final_accuracy, _test_loss) for name in both]
+        means.append((published, _test_loss_with_penalties))
+        cells = [f"{np.mean(values(results, name, seeds, figure)):.4f}" for name, figure in means]
+        cells.insert(4, str(difference(results, published, own, final_accuracy)))
+        rows.append([title, *cells, *(_steps(results, name, seeds[0]) for name in both)])
     return markdown_table(_COLUMNS, rows)
 
 
@@ -198,10 +189,6 @@ def published_figure(results: Results) -> "Figure":
         ax.legend(fontsize="small", loc="lower right")
     axes.flat[-1].axis("off")
     return drawing
-
-
-def _mean(results: Results, name: str, seeds: Sequence[int], figure: Callable[[History], float]) -> str:
-    return f"{np.mean(values(results, name, seeds, figure)):.4f}"
 
 
 def _test_loss(history: History) -> float:

@@ -53,15 +53,7 @@ class PublishedSteps(TimeSteps):
     """
 
     def __init__(self, steps: TimeSteps, *, first_fixed: bool = False) -> None:
-        super().__init__(
-            steps.num_steps,
-            horizon=steps.horizon,
-            constraint=steps.constraint,
-            lower_bound=steps.lower_bound,
-            init=steps.tau.detach(),
-            dtype=steps.values.dtype,
-            device=steps.values.device,
-        )
+        super().__init__(constraint=steps.constraint, init=steps.tau.detach(), **_common(steps))
         self.first_fixed = first_fixed
 
     @property
@@ -80,6 +72,12 @@ class PublishedSteps(TimeSteps):
         if self.constraint != "dependent" or self.lower_bound is None:
             return raw
         return torch.cat([raw[:-1], raw[-1:].clamp(min=self.lower_bound)])
+
+
+def _common(steps: TimeSteps) -> dict[str, Any]:
+    """What other steps have in common with these: all but constraint and values."""
+    of_tensor = {"dtype": steps.values.dtype, "device": steps.values.device}
+    return {"num_steps": steps.num_steps, "horizon": steps.horizon, "lower_bound": steps.lower_bound, **of_tensor}
 
 
 class PublishedFractional(Fractional):
@@ -123,14 +121,7 @@ class AsPublished(Hooks):
         steps = network.time_steps
         first_fixed = config.constraint == "fixed" and config.network == "resnet"
         if first_fixed:
-            steps = TimeSteps(
-                steps.num_steps,
-                horizon=steps.horizon,
-                lower_bound=steps.lower_bound,
-                init=steps.tau.detach(),
-                dtype=steps.values.dtype,
-                device=steps.values.device,
-            )
+            steps = TimeSteps(init=steps.tau.detach(), **_common(steps))
         network.time_steps = PublishedSteps(steps, first_fixed=first_fixed)
         scheme = network.scheme
         if isinstance(scheme, Fractional):
@@ -143,14 +134,7 @@ class AsPublished(Hooks):
     def restore_(self, network: TimeVariableNetwork) -> None:
         """Put ordinary steps and weights into a trained network; its outputs stay what they are."""
         published, scheme = network.time_steps, network.scheme
-        ordinary = TimeSteps(
-            published.num_steps,
-            horizon=published.horizon,
-            constraint=published.constraint,
-            lower_bound=published.lower_bound,
-            dtype=published.values.dtype,
-            device=published.values.device,
-        )
+        ordinary = TimeSteps(constraint=published.constraint, **_common(published))
         ordinary.origin = published.origin
         with torch.no_grad():
             ordinary.values.copy_(published.values)

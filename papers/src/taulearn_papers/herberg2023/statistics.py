@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from taulearn.app.results import Results
 from taulearn.training import History
@@ -118,11 +118,6 @@ def reversals(values: Float[np.ndarray, " rows"], amplitude: float) -> int:
         elif direction and abs(value - extreme) >= amplitude:
             turns, direction, extreme = turns + 1, -direction, value
     return turns
-
-
-def milestones(history: History) -> Int[np.ndarray, " epochs"]:
-    """The number of iterations after each epoch."""
-    return np.asarray(history.epochs["iteration"], dtype=np.int64)
 
 
 Parts = dict[str, bool]

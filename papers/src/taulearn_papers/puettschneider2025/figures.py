@@ -7,23 +7,21 @@ both sides of the bound.
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
 
 from taulearn.app.results import NotMeasured, Results
 from taulearn.report.figures import PALETTE
+from taulearn.report.seed_bands import band
 
 from ..axes_and_tables import markdown_table, new_axes
 from .statistics import Pair, at_depth, bounds, pairs, per_layer
 from .trainings import kept
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 _WORDS = {"stage": "with stage cost", "plain": "without"}
 _COLOURS = {"stage": PALETTE[0], "plain": PALETTE[3]}
-_BAND = 0.2
 _TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "dense": "fully connected"}
 
 
@@ -39,23 +37,20 @@ def depths(results: Results) -> "Figure":
             name = pair.name(treatment)
             seeds = results.seeds(name)
             accuracy = [at_depth(results, name, seed, "test.accuracy") for seed in seeds]
-            _band(row[0], treatment, np.array(list(accuracy[0])), np.array([list(a.values()) for a in accuracy]))
-            blocks = np.arange(1, pair.depth + 1)
-            for ax, key in ((row[1], "relative"), (row[2], "weights")):
-                _band(ax, treatment, blocks, np.array([per_layer(results, name, seed, key) for seed in seeds]))
+            panels = [(np.array(list(accuracy[0])), np.array([list(each.values()) for each in accuracy]))]
+            for key in ("relative", "weights"):
+                values = np.array([per_layer(results, name, seed, key) for seed in seeds])
+                panels.append((np.arange(1, pair.depth + 1), values))
+            for ax, (x, values) in zip(row, panels, strict=True):
+                lines = values.mean(0), values.min(0), values.max(0)
+                band(ax, x, lines, _COLOURS[treatment], _WORDS[treatment], "-")
+        row[0].set(ylabel=f"{_title(pair)}\ntest accuracy", xlabel=f"first k blocks (dotted: {M})")
+        row[1].set(ylabel=r"$\|\tau_k F_k(y_k)\| \, / \, \|y_{k+1}\|$", yscale="log", xlabel="block k")
+        row[2].set(ylabel=r"$\|w_{F,k}\|$", yscale="log", xlabel="block k")
         for ax in row:
             ax.axvline(M, color="#999999", linewidth=0.8, linestyle=":")
             ax.set_xlim(0, pair.depth + 0.5)
-        row[0].set_ylabel(f"{_title(pair)}\ntest accuracy")
-        row[0].set_xlabel(f"first k blocks (dotted: {M})")
-        row[1].set_ylabel(r"$\|\tau_k F_k(y_k)\| \, / \, \|y_{k+1}\|$")
-        row[1].set_yscale("log")
-        row[2].set_ylabel(r"$\|w_{F,k}\|$")
-        row[2].set_yscale("log")
-        for ax in row:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for ax in row[1:]:
-            ax.set_xlabel("block k")
     axes[0][0].legend(fontsize="small", loc="lower right")
     return figure
 
@@ -91,15 +86,6 @@ def bound(results: Results) -> "Figure":
 def _title(pair: Pair) -> str:
     kind = _TITLES.get(pair.kind, "ResNet-v2")
     return f"{_TITLES.get(pair.data, pair.data)}, {kind}, {pair.depth}"
-
-
-def _band(
-    ax: "Axes", treatment: str, x: Float[np.ndarray, " points"], values: Float[np.ndarray, "seeds points"]
-) -> None:
-    colour = _COLOURS[treatment]
-    ax.plot(x, values.mean(0), color=colour, label=_WORDS[treatment], marker=".", markersize=4, linewidth=1.4)
-    if len(values) > 1:
-        ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=_BAND, linewidth=0)
 
 
 PUBLISHED: dict[str, tuple[float, float, float]] = {
