@@ -57,6 +57,15 @@ def test_a_part_is_judged_by_its_interval(as_claimed, factors, answer):
     assert "peaks: lower than the smallest residuals" in parts
 
 
+def test_losses_that_are_no_longer_told_from_0_are_level(as_claimed):
+    measured = dict(as_claimed.measured)
+    for name, loss in (("sine/split/largest", 0.0), ("sine/split/all", 1e-8)):
+        measured[name] = {"train.loss": loss, "test.loss": loss}
+    verdict = SUITE.claims[2].verdict(MadeUp(as_claimed.records, measured))
+    assert verdict.outcome == "holds in part"
+    assert "sine: lower than all at once" in verdict.sentence.partition("open: ")[2]
+
+
 def test_figure_is_drawn(as_claimed):
     assert len(adaptive.figure_losses(as_claimed).axes) == 2 * len(DATA)
 
@@ -80,6 +89,13 @@ def test_fixed_networks_do_the_work_of_one_that_grows(data):
             config = configs[f"{data}/{name}"]
             fixed = multiply_adds(config)
             assert wanted <= fixed < wanted + fixed / config.epochs, "rounded up to a whole epoch"
+
+
+def test_quick_suite_is_the_full_one_with_fewer_epochs_and_seeds():
+    quick, full = SUITE.members(True), SUITE.members()
+    assert {member.setting for member in quick} == {member.setting for member in full}
+    longest = [max(member.config.epochs for member in members) for members in (quick, full)]
+    assert len(quick) * longest[0] < 0.1 * len(full) * longest[1]
 
 
 def test_all_members_of_a_comparison_start_alike_and_have_names_that_records_can_carry():

@@ -33,7 +33,7 @@ def call(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("herberg2024", "SUITE must be one of 'antil2022', 'beyond', 'herberg2023'"),
+        ("herberg2024", "'antil2022', 'beyond', 'herberg2023'"),
         ("herberg2024", "did you mean 'herberg2023'?"),
         ("herberg2023 --figure 4.7", "--figure must be one of 4.1, 4.2"),
         ("herberg2023 --table 1", "--table must be one of as-published"),

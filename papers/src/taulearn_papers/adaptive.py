@@ -44,6 +44,9 @@ SHALLOW, DEEP = 5, 9
 FULL_EPOCHS, QUICK_EPOCHS, FULL_SEEDS, QUICK_SEEDS = 48, 16, 16, 2
 SAMPLES = 500
 """Samples that an indicator looks at: as many as in a batch."""
+RESOLUTION = torch.finfo(torch.float32).eps
+"""Losses below are taken for it: an error that float32 does not tell from none. (Added when a network reached a cross
+entropy of 0, which has no logarithm; before any comparison was looked at.)"""
 PLACES = {"insert": ("largest", "first", "random", "smallest"), "split": ("largest", "all", "longest", "smallest")}
 """Where layers come. largest, smallest: by the indicator; first: behind the first layer; random: behind any; longest:
 the longest step is split, for a grid that is evenly fine; all: every layer is split, in a single round."""
@@ -132,6 +135,12 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
     return found
 
 
+def ratio(results: Results, a: str, b: str, split: str = "train") -> Interval:
+    """The logarithm of the final loss of a setting over that of another one, in pairs of seeds."""
+    figure = measured(f"{split}.loss")
+    return log_ratio(results, a, b, lambda *member: max(figure(*member), RESOLUTION))
+
+
 def as_factor(found: Interval) -> str:
     """The interval of a ratio, from that of its logarithm.
 
@@ -156,10 +165,9 @@ def lower_than(results: Results, name: str, others: Mapping[str, str]) -> Verdic
     for data in DATA:
         for words, other in others.items():
             pair = f"{data}/{name}", f"{data}/{other}"
-            ratios = {each: log_ratio(results, *pair, measured(f"{each}.loss")) for each in ("train", "test")}
-            parts[f"{data}: lower than {words}"] = ratios["train"].less
-            for each, ratio in ratios.items():
-                figures[f"{data}: {each} loss, times that of {words}"] = as_factor(ratio)
+            parts[f"{data}: lower than {words}"] = ratio(results, *pair).less
+            for split in ("train", "test"):
+                figures[f"{data}: {split} loss, times that of {words}"] = as_factor(ratio(results, *pair, split))
             done, than = (_work(results, setting)[-1] for setting in pair)
             figures[f"{data}: work, times that of {words}"] = done / than
     return Verdict.of(parts, figures)
@@ -195,11 +203,11 @@ def figure_losses(results: Results) -> "Figure":
         for colour, (name, label) in zip(PALETTE, shown.items(), strict=False):
             setting = f"{data}/{name}"
             losses = [results.history(setting, seed).epochs["train.loss"][1:] for seed in results.seeds(setting)]
-            above.plot(_work(results, setting), np.exp(np.mean(np.log(losses), axis=0)), color=colour, label=label)
+            means = np.exp(np.mean(np.log(np.maximum(losses, RESOLUTION)), axis=0))
+            above.plot(_work(results, setting), means, color=colour, label=label)
         above.set(yscale="log", xlabel="Work (epochs x parameters)", ylabel="Loss, training", title=data)
         for row, (k, name, other) in enumerate(pairs):
-            found = log_ratio(results, f"{data}/{name}", f"{data}/{other}", measured("train.loss"))
-            mean, low, high = np.exp(found[:3])
+            mean, low, high = np.exp(ratio(results, f"{data}/{name}", f"{data}/{other}")[:3])
             below.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", color=PALETTE[k], capsize=2)
         below.axvline(1.0, color="0.6", linewidth=0.8)
         below.set(xscale="log", xlabel="Final loss, times that of", yticks=range(len(pairs)))

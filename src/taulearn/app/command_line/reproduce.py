@@ -60,7 +60,7 @@ class Reproduce:
 
     suite: Annotated[
         tyro.conf.Positional[str],
-        about("herberg2023, antil2022, puettschneider2025 or beyond, of taulearn-papers; or another.", "SUITE"),
+        about("herberg2023, antil2022, puettschneider2025, adaptive, beyond of taulearn-papers; or another.", "SUITE"),
     ]
     quick: Annotated[bool, about("Minutes instead of hours: few epochs, few seeds.")] = False
     seeds: Annotated[int | None, about("Seeds of each setting; the suite's own number unless given.", "INT")] = None
