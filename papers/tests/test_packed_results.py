@@ -49,6 +49,16 @@ def test_packed_results_are_the_same_results(tmp_path):
     assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "records.npz").read_bytes()
 
 
+def test_columns_that_are_not_asked_for_are_not_kept(tmp_path):
+    run_members([member(refine=4, epochs=2)], tmp_path / "out", engine="serial")
+    pack(Results(tmp_path / "out"), tmp_path / "records.npz", columns=("epoch/*loss", "insertion/*"))
+    whole, kept = Results(tmp_path / "out").history("a", 0), results_in(tmp_path / "records.npz").history("a", 0)
+    assert not kept.iterations
+    assert set(kept.epochs) == {"train.loss", "validation.loss"}
+    np.testing.assert_array_equal(kept.epochs["train.loss"], whole.epochs["train.loss"])
+    assert kept.insertions == whole.insertions != []
+
+
 def test_what_a_figure_shows_besides_records_is_kept(tmp_path):
     run_members([member()], tmp_path / "out", engine="serial")
     folder = Results(tmp_path / "out")

@@ -31,9 +31,8 @@ from taulearn.report.figures import PALETTE
 
 from .antil2022.statistics import log_ratio, measured
 from .axes_and_tables import new_axes
-from .herberg2023.statistics import Figures
 from .intervals import Interval
-from .suite import Claim, Suite, Verdict, generalisation
+from .suite import Claim, Figures, Suite, Verdict, generalisation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,8 +44,8 @@ FULL_EPOCHS, QUICK_EPOCHS, FULL_SEEDS, QUICK_SEEDS = 48, 16, 16, 2
 SAMPLES = 500
 """Samples that an indicator looks at: as many as in a batch."""
 RESOLUTION = torch.finfo(torch.float32).eps
-"""Losses below are taken for it: an error that float32 does not tell from none. (Added when a network reached a cross
-entropy of 0, which has no logarithm; before any comparison was looked at.)"""
+"""Losses below are taken for it: float32 does not tell them from 0, which has no logarithm. (Added when a network
+reached 0, before any comparison was looked at.)"""
 PLACES = {"insert": ("largest", "first", "random", "smallest"), "split": ("largest", "all", "longest", "smallest")}
 """Where layers come. largest, smallest: by the indicator; first: behind the first layer; random: behind any; longest:
 the longest step is split, for a grid that is evenly fine; all: every layer is split, in a single round."""
@@ -141,13 +140,8 @@ def ratio(results: Results, a: str, b: str, split: str = "train") -> Interval:
     return log_ratio(results, a, b, lambda *member: max(figure(*member), RESOLUTION))
 
 
-def as_factor(found: Interval) -> str:
-    """The interval of a ratio, from that of its logarithm.
-
-    Example:
-        >>> as_factor(Interval(0.0, -0.7, 0.7, 16))
-        '1 (0.497 .. 2.01, n = 16)'
-    """
+def _as_factor(found: Interval) -> str:
+    """The interval of a ratio, from that of its logarithm."""
     mean, low, high = (f"{math.exp(each):.3g}" for each in found[:3])
     return f"{mean} ({low} .. {high}, n = {found.n})"
 
@@ -167,7 +161,7 @@ def lower_than(results: Results, name: str, others: Mapping[str, str]) -> Verdic
             pair = f"{data}/{name}", f"{data}/{other}"
             parts[f"{data}: lower than {words}"] = ratio(results, *pair).less
             for split in ("train", "test"):
-                figures[f"{data}: {split} loss, times that of {words}"] = as_factor(ratio(results, *pair, split))
+                figures[f"{data}: {split} loss, times that of {words}"] = _as_factor(ratio(results, *pair, split))
             done, than = (_work(results, setting)[-1] for setting in pair)
             figures[f"{data}: work, times that of {words}"] = done / than
     return Verdict.of(parts, figures)
@@ -210,8 +204,8 @@ def figure_losses(results: Results) -> "Figure":
             mean, low, high = np.exp(ratio(results, f"{data}/{name}", f"{data}/{other}")[:3])
             below.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", color=PALETTE[k], capsize=2)
         below.axvline(1.0, color="0.6", linewidth=0.8)
-        below.set(xscale="log", xlabel="Final loss, times that of", yticks=range(len(pairs)))
-        below.set_yticklabels([other for *_, other in pairs] if below is axes[1][0] else [])
+        words = [other if below is axes[1][0] else "" for *_, other in pairs]
+        below.set(xscale="log", xlabel="Final loss, times that of", yticks=range(len(pairs)), yticklabels=words)
         below.invert_yaxis()
     axes[0][0].legend(fontsize="small")
     return figure
@@ -226,4 +220,5 @@ SUITE = Suite(
         for k, (statement, what) in enumerate(CLAIMS, start=1)
     ),
     figures={"losses": figure_losses},
+    kept=("epoch/train.loss", "epoch/layers", "epoch/parameters", "deletion/*", "insertion/*"),
 )

@@ -17,9 +17,9 @@ from .axes_and_tables import new_axes
 from .herberg2023 import statistics as q
 from .herberg2023.claims import SIMILAR
 from .herberg2023.figures import records
-from .herberg2023.statistics import Figures, Parts, describe, difference, final_accuracy, values
+from .herberg2023.statistics import describe, difference, final_accuracy, values
 from .intervals import interval_of, paired_interval
-from .suite import Claim, Suite, Verdict, generalisation
+from .suite import Claim, Figures, Parts, Suite, Verdict, generalisation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -33,7 +33,7 @@ def keep(suite: Suite, results: Results, judged: Sequence[Judged], folder: str |
     for name, text in tabulate(suite, results).items():
         write_bytes(kept / f"table-{name}.md", text.encode())
         files.append(kept / f"table-{name}.md")
-    pack(results, kept / PACK, suite.shown)
+    pack(results, kept / PACK, suite.shown, suite.kept)
     write_bytes(kept / "provenance.json", (json.dumps(provenance(suite, results), indent=1) + "\n").encode())
     write_bytes(kept / "recipe.toml", tomli_w.dumps(recipe(results)).encode())
     return [*files, kept / PACK, kept / "provenance.json", kept / "recipe.toml"]

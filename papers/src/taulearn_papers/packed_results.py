@@ -5,7 +5,8 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,16 @@ def shown_arrays(results: Results, figure: str, compute: Compute) -> dict[str, A
     return {name: array.astype(np.float16).astype(np.float32) for name, array in found.items()}
 
 
-def pack(results: Results, path: str | Path, shown: Mapping[str, Compute] | None = None) -> None:
+def pack(
+    results: Results, path: str | Path, shown: Mapping[str, Compute] | None = None, columns: Sequence[str] = ("*",)
+) -> None:
     """Write all that is needed to judge and to draw into one file, some kilobytes for each member.
 
     Args:
         results: A suite's results.
         path: The file; :func:`results_in` reads it.
         shown: What makes the arrays of a figure, by its number; see :func:`shown_arrays`.
+        columns: Patterns of the columns of records that are written, by their names in ``History.tensors``.
     """
     figures: dict[str, dict[str, Array]] = {}
     for number, compute in (shown or {}).items():
@@ -72,7 +76,10 @@ def pack(results: Results, path: str | Path, shown: Mapping[str, Compute] | None
         history = None
         if note.get("config") is not None:
             note["config"] = results.options(setting, seed)
-            history = results.history(setting, seed)
+            tensors = results.history(setting, seed).tensors().items()
+            history = History.from_tensors(
+                {name: tensor for name, tensor in tensors if any(fnmatchcase(name, each) for each in columns)}
+            )
         try:
             measured: dict[str, Any] | None = results.measurements(setting, seed)
         except NotMeasured:

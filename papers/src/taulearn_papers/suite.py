@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Outcome = Literal["holds", "holds in part", "does not hold", "open", "not measured"]
 
 
+Parts = dict[str, bool]
+Figures = dict[str, float | str]
+
 SEPARATOR = " — "
 """Between what holds and what does not, in the sentence of a verdict."""
 
@@ -112,6 +115,7 @@ class Suite:
         tables: Functions from records to Markdown tables, by their numbers in the paper.
         needs: Patterns of the settings that a figure or a table needs, by its number; without any, all of them.
         shown: What makes the arrays that a figure shows besides records, by its number.
+        kept: Patterns of the columns of records that are kept, such as "epoch/*"; a long suite does not keep all.
 
     Example:
         >>> from taulearn_papers.herberg2023 import SUITE as suite
@@ -127,6 +131,7 @@ class Suite:
     tables: "Mapping[str, Callable[[Results], str]]" = field(default_factory=dict)
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shown: "Mapping[str, Callable[[Results], Mapping[str, Array]]]" = field(default_factory=dict)
+    kept: tuple[str, ...] = ("*",)
 
     def reproduce(self, options: "Reproduce") -> None:
         """Train, judge and draw, as ``taulearn reproduce`` does.

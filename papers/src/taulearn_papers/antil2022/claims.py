@@ -13,9 +13,9 @@ import numpy as np
 from taulearn.app.results import Results
 
 from ..intervals import Interval, paired_interval
-from ..suite import Verdict
+from ..suite import Figures, Parts, Verdict
 from .gradients import EXAMPLES, GRADIENT_STARTS, KINDS, PARTS, SLOPE
-from .statistics import ABOUT, PRINTED, Figure, Figures, Parts, log_ratio, mean, measured, meshes_of, mse
+from .statistics import ABOUT, PRINTED, Figure, log_ratio, mean, measured, meshes_of, mse
 from .trainings import COARSER, ORDERS, SCHEMES, STARTS, STEPS, mesh, reduction, setting
 
 ROUNDING = 1e-6

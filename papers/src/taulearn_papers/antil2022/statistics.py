@@ -32,8 +32,6 @@ PRINTED: dict[tuple[str, str, str], tuple[float, ...]] = {
 
 NAMES = {"resnet": "ResNet", "fractional": "Frac-DNN"}
 
-Parts = dict[str, bool]
-Figures = dict[str, float | str]
 Figure = Callable[[Results, str, int], float]
 
 

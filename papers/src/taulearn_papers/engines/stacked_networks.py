@@ -72,11 +72,8 @@ class Stack:
     def __init__(self, trainees: Sequence[Trainee], *, weight_decay: float, compiled: bool) -> None:
         self.trainees, self.weight_decay = list(trainees), weight_decay
         first = self.trainees[0]
-        self.objective, self.steps, self.depth = (
-            first.objective,
-            first.model.time_steps,
-            first.model.time_steps.num_steps,
-        )
+        self.objective, self.steps = first.objective, first.model.time_steps
+        self.depth = self.steps.num_steps
         trains = dict(first.objective.named_parameters())
         self.step_name = next((name for name, p in trains.items() if p is self.steps.values), None)
         self.values = {name: self._stacked(name) for name in trains}

@@ -21,9 +21,9 @@ from taulearn.training import History
 from taulearn.training.thinned_records import numbers
 
 from ..intervals import interval_of
-from ..suite import Verdict
+from ..suite import Figures, Parts, Verdict
 from . import statistics as q
-from .statistics import Figures, Parts, accuracy_after, describe, difference, final_accuracy, mean, mean_of, values
+from .statistics import accuracy_after, describe, difference, final_accuracy, mean, mean_of, values
 from .trainings import DATA, DEPTHS, LEARNED, NETWORKS, PRUNED, THRESHOLD, TREATMENTS, setting
 
 EARLY_EPOCHS = (1, 5, 10, 20)

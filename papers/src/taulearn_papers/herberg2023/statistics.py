@@ -120,10 +120,6 @@ def reversals(values: Float[np.ndarray, " rows"], amplitude: float) -> int:
     return turns
 
 
-Parts = dict[str, bool]
-Figures = dict[str, float | str]
-
-
 def values(results: Results, name: str, seeds: Iterable[int], figure: Callable[[History], float]) -> list[float]:
     """A figure of the records of a setting, one for each seed."""
     return [figure(results.history(name, seed)) for seed in seeds]

@@ -175,11 +175,7 @@ def epoch_times(_: Path, *, layers: int, rounds: int) -> dict[str, list[float]]:
     """
     from taulearn.adaptivity.policies import Pruning
 
-    rules: dict[str, Any] = {
-        "never": None,
-        "each epoch": Pruning(NOTHING),
-        "each iteration": Pruning(NOTHING, 1),
-    }
+    rules: dict[str, Any] = {"never": None, "each epoch": Pruning(NOTHING), "each iteration": Pruning(NOTHING, 1)}
     variants = {name: (layers, rule) for name, rule in rules.items()}
     variants |= {f"{n} layers": (n, None) for n in (2, 4, 6) if n < layers}
     times: dict[str, list[float]] = {name: [] for name in variants}

@@ -60,11 +60,10 @@ def bound(results: Results) -> "Figure":
     rows = list(bounds(results))
     if not rows:
         raise NotMeasured("no network is finished for the bound")
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(7.5, 0.6 + 0.32 * len(rows)), dpi=120, layout="constrained")
-    ax = figure.subplots()
+    height = 0.6 + 0.32 * len(rows)
+    figure, ((ax,),) = new_axes(1, 1, height, width=7.5 / height)
     for y, (_, _, _, found) in enumerate(rows):
         values = np.asarray(found)
         for column, (side, colour) in enumerate((("left", PALETTE[0]), ("right", PALETTE[3]))):
@@ -78,7 +77,6 @@ def bound(results: Results) -> "Figure":
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("weighted mean of the training losses")
-    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize="small")
     return figure
 
