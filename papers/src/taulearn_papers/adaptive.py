@@ -84,12 +84,11 @@ class Refined(Hooks):
             "longest": lambda tau, _: tau,
             "all": lambda tau, _: torch.ones_like(tau),
         }
-        looks = self.place in ("largest", "smallest")
         return replace(
             policy,
             by=self.by,
             indicator=functions[self.place],
-            data=[tuple(each[:SAMPLES] for each in splits.train)] if looks else None,
+            data=[tuple(each[:SAMPLES] for each in splits.train)] if self.place in ("largest", "smallest") else None,
             number=DEEP - SHALLOW if self.place == "all" else 1,
         )
 
