@@ -189,7 +189,7 @@ CLAIMS = (
 
 def figure_losses(results: Results) -> "Figure":
     """Above: training loss over the work, geometric means over the seeds. Below: final training losses as multiples."""
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogFormatter
 
     figure, axes = new_axes(2, len(DATA), 3.2)
     shown = {"insert/largest": "insertion", "split/largest": "splits", "shallow": "5 layers", "deep": "9 layers"}
@@ -207,7 +207,7 @@ def figure_losses(results: Results) -> "Figure":
         below.axvline(1.0, color="0.6", linewidth=0.8)
         words = [other if below is axes[1][0] else "" for *_, other in pairs]
         below.set(xscale="log", xlabel="Final loss, times that of", yticks=range(len(pairs)), yticklabels=words)
-        below.xaxis.set(major_locator=LogLocator(subs=(1.0, 3.0)), major_formatter="{x:g}", minor_formatter="")
+        below.xaxis.set(major_formatter="{x:g}", minor_formatter=LogFormatter(minor_thresholds=(1.0, 0.4)))
         below.invert_yaxis()
     axes[0][0].legend(fontsize="small")
     return figure
