@@ -55,6 +55,12 @@ def test_loss_is_that_of_the_single_run(tmp_path, settings):
         np.testing.assert_allclose(together.epochs["validation.loss"], alone.epochs["validation.loss"], atol=1e-4)
 
 
+def test_a_learned_order_has_the_rate_of_the_steps(tmp_path):
+    settings = {"network": "fractional", "learn_order": True, "tau_lr": 0.5, "gamma": 0.3}
+    for alone, together in train_both_ways(tmp_path, members(**settings)):
+        assert abs(alone.epochs["train.total"][-1] - together.epochs["train.total"][-1]) < 1e-4
+
+
 @pytest.mark.parametrize("every", ["epoch", 1, 7, 100])
 def test_pruned_members_are_regrouped_and_go_on(tmp_path, every):
     some = members(epochs=5, l1=0.05, prune=0.12, prune_every=every, width=16, hidden_layers=6)

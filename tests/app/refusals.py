@@ -105,6 +105,7 @@ APP = [
                 {"network": "fractional", "hidden_layers": 20, "memory": "fast", "learn_order": True},
                 ("'fast'",),
             ),
+            ("gamma", {"network": "fractional", "gamma": 0.995, "learn_order": True}, ("0.995",)),
             ("epsilon", {"epsilon": 0.0, "scheme": "momentum"}, ("0",)),
             ("memory_from", {"network": "densenet", "memory_from": 0}, ("'densenet'",)),
             ("init", {"init": "uniform", "constraint": "simplex"}, ("'simplex'",)),

@@ -257,14 +257,28 @@ class TestRefusals:
     def test_names(self) -> None:
         with pytest.raises(ValueError, match=r"scheme must be one of .*did you mean 'midpoint'"):
             resnet(2, 3, 1, 3, scheme="midpiont")
-        with pytest.raises(ValueError, match="scheme must not be 'fractional'"):
-            resnet(2, 3, 1, 3, scheme=Fractional())
+        for given in (Fractional(), "fractional"):
+            with pytest.raises(ValueError, match="scheme must not be 'fractional'"):
+                resnet(2, 3, 1, 3, scheme=given)
+        for given in (Heun, ["heun"], None):
+            with pytest.raises(TypeError, match="scheme must be a name or a scheme"):
+                resnet(2, 3, 1, 3, scheme=given)  # type: ignore[arg-type]
 
     @all_schemes
     def test_a_layer_that_changes_the_width(self, scheme: Scheme) -> None:
         model = resnet(2, [3, 4, 4], 1, 3, scheme=scheme)
         with pytest.raises(ValueError, match=r"skips must be identities .* past layer 1"):
             model(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("scheme", [*ALL, Momentum(memory="reversible")], ids=repr)
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_layer_that_changes_the_shape(scheme: Scheme, width: int) -> None:
+    """Width 1 would be broadcast."""
+    layers = [nn.Linear(4, 4), nn.Linear(4, width), nn.Linear(4, 4)]
+    model = TimeVariableNetwork(layers, nn.Linear(4, 2), scheme, TimeSteps(3), stem=nn.Identity())
+    with pytest.raises(ValueError, match=rf"keep the shape .* got \(5, {width}\) from Linear for \(5, 4\)"):
+        model(torch.ones(5, 4))
 
 
 def test_a_scheme_is_copied_with_its_network() -> None:
@@ -292,7 +306,7 @@ class TestLayers:
         np.testing.assert_allclose(layer(y).detach().numpy(), -np.tanh(y.numpy() @ K.T + b) @ K, rtol=1e-13)
         jacobian = torch.func.jacrev(layer)(y[0])
         torch.testing.assert_close(jacobian, jacobian.T, rtol=1e-12, atol=1e-14)
-        assert float(torch.linalg.eigvalsh(jacobian).max()) <= 1e-12
+        assert float(torch.linalg.eigvalsh(jacobian.detach()).max()) <= 1e-12
 
     @pytest.mark.parametrize("make", [Antisymmetric, Symmetric])
     def test_convolutions_are_the_matrices_that_they_stand_for(self, make: Any) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taulearn import Pruning, adjoint, fit, load_model, parameter_groups, prune, refine, save_model
+from taulearn import Pruning, adjoint, fit, functional as F, load_model, parameter_groups, prune, refine, save_model
 from taulearn.adaptivity.indicators import indicators
 from taulearn.caputo import l1_weights
 from taulearn.caputo.weights import plain_left_weights
+from taulearn.export import export_model
 from taulearn.nn import Fractional, FractionalLearned, LearnedOrder, TimeVariableNetwork, fractional_dnn
 
 DOUBLE = torch.float64
@@ -156,6 +157,30 @@ def test_refinement_follows() -> None:
     prune(model, keep=[0, 2, 4], optimizer=optimizer)
     mse(model(x), z).backward()
     optimizer.step()
+
+
+def test_gamma_function() -> None:
+    x = torch.linspace(1.0, 2.0, 41, dtype=DOUBLE, requires_grad=True)
+    found = F.gamma_function(x)
+    expected = [float(mpmath.gamma(float(each))) for each in x.detach()]
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-14)
+    slope = [float(mpmath.gamma(float(each)) * mpmath.digamma(float(each))) for each in x.detach()]
+    np.testing.assert_allclose(torch.autograd.grad(found.sum(), x)[0].numpy(), slope, rtol=1e-12, atol=1e-13)
+
+
+def test_onnx(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="pip install 'taulearn[onnx]'")
+    runtime = pytest.importorskip("onnxruntime", reason="pip install 'taulearn[onnx]'")
+
+    model, x = network().float(), batch()[0].float()
+    exported = export_model(model, tmp_path / "out", x)
+    session = runtime.InferenceSession(exported.files[0], providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(output, model(x).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_it_prints_without_content() -> None:
+    assert "gamma=0.4" in repr(network().to("meta"))
 
 
 def test_refusals() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from contract import gradients
 from taulearn import fit, load_model, prune, save_model
+from taulearn.adaptivity.indicators import indicators
 from taulearn.nn import (
     FullyConnected,
     Momentum,
@@ -57,6 +58,10 @@ class TestGradients:
     @pytest.mark.parametrize("every", [1, 3, 100])
     def test_with_stored_states_on_the_way(self, scheme: str, every: int) -> None:
         assert largest_error(scheme, 10, DOUBLE, store_every=every) <= 1e-10
+
+    @pytest.mark.parametrize("layers", [1, 2])
+    def test_of_few_layers(self, scheme: str, layers: int) -> None:
+        assert largest_error(scheme, layers, DOUBLE) <= 1e-10
 
     def test_of_the_inputs_and_without_a_first_layer_of_another_width(self, scheme: str) -> None:
         found = []
@@ -112,6 +117,23 @@ class TestGradients:
         assert "reversible" in repr(loaded.scheme)
 
 
+@both_schemes
+def test_indicators_of_refinement_are_those_of_stored_states(scheme: str) -> None:
+    stored, reversible = pair(scheme, 5)
+    data, loss = (batch(), batch()[:, :2]), nn.functional.mse_loss
+    for name in ("dual-weighted", "sensitivity"):
+        expected = indicators(stored, name, data, loss)
+        torch.testing.assert_close(indicators(reversible, name, data, loss), expected, equal_nan=True)
+    assert reversible.scheme.last.__self__ is reversible.scheme, "the scheme is as it was"
+
+
+def test_training_is_not_compiled_and_says_so(tmp_path: Path) -> None:
+    (model, x), loss = (pair("verlet", 3)[1], batch()), nn.functional.mse_loss
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    fit(model, (x, x[:, :2]), loss=loss, optimizer=optimizer, epochs=1, compile="always", run=tmp_path / "run")
+    assert "eager (compiled steps have no reversible memory)" in (tmp_path / "run/run.toml").read_text()
+
+
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
     """What a forward pass keeps for the backward pass, without parameters."""
     own, seen = {p.data_ptr() for p in model.parameters()}, {}
@@ -152,6 +174,47 @@ class TestRefusals:
         with pytest.raises(ValueError, match="store_every=k"):
             make()(x)
         assert make(store_every=16)(x).requires_grad
+
+    def test_rounding_that_grows_in_some_layers_and_shrinks_in_others(self) -> None:
+        """The product over all layers is 0.5, that over the first one 2,000."""
+        steps = [0.9995, *[3.0] * 12]
+        layers = [FullyConnected(4, 4, "tanh") for _ in steps]
+        made = Momentum(1.0, memory="reversible")
+        model = TimeVariableNetwork(layers, nn.Linear(4, 2), made, TimeSteps(13, init=steps), stem=nn.Identity())
+        with pytest.raises(ValueError, match=r"rounding errors grow by 2\.0e"):
+            model(batch(torch.float32))
+
+    @pytest.mark.parametrize("tau", [0.3, 0.5])
+    def test_layers_that_amplify_rounding(self, tau: float) -> None:
+        """Gradients that would be wrong by 0.3 or more; with a state stored every layer they are right."""
+
+        def error(every: int) -> float:
+            found = []
+            for options in ({}, {"memory": "reversible", "store_every": every}):
+                torch.manual_seed(0)
+                model = resnet(4, 20, 2, 64, scheme=Verlet(**options), init=tau, horizon=64 * tau)
+                found.append(torch.cat([g.flatten() for g in gradients(model, batch(torch.float32)).values()]))
+            return float((found[1] - found[0]).norm() / found[0].norm())
+
+        with pytest.raises(ValueError, match="of a state that was computed again"):
+            error(0)
+        assert error(1) < 1e-4
+
+    def test_parameters_that_changed_in_between(self) -> None:
+        model = pair("verlet", 4)[1]
+        output = model(batch()).sum()
+        with torch.no_grad():
+            model.layers[2].linear.bias.add_(1e-9)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.backward()
+
+    def test_steps_that_are_no_numbers_are_for_the_loss_to_show(self) -> None:
+        model = pair("momentum", 4)[1]
+        with torch.no_grad():
+            model.time_steps.values[2] = torch.nan
+        output = model(batch())
+        output.sum().backward()
+        assert output.isnan().all()
 
     @both_schemes
     def test_random_numbers(self, scheme: str) -> None:

@@ -33,6 +33,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ from .._undisturbed import undisturbed
 from ..nn.finer_steps import check_theta
 from ..nn.network import TimeVariableNetwork
 from ..nn.pruned_models import prunable_of
-from ..nn.schemes import Fractional
+from ..nn.schemes import Fractional, Scheme
 from ..nn.skips import IdentitySkips, Skips
 from ..nn.time_steps import TimeSteps, time_steps_of
 from ..wrapping.block import blend
@@ -306,8 +307,9 @@ def _in_network(network: TimeVariableNetwork, varied: _Varied, layer: NewLayer |
         if isinstance(scheme, Fractional):
             step = _fractional_step(scheme, varied, new_layer)
             stack.enter_context(forward_ad.dual_level())  # its plain path, whose states are seen by autograd
-        vars(scheme)["step"] = step
-        stack.callback(vars(scheme).pop, "step")
+        for name, method in (("step", step), ("last", partial(Scheme.last, scheme))):  # not in reversible memory
+            vars(scheme)[name] = method
+            stack.callback(vars(scheme).pop, name)
         yield
 
 

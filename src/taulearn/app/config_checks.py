@@ -108,6 +108,8 @@ def _without_effect(config: "TrainConfig") -> Iterator[str]:
             f"memory must be left out where the width changes or there are fewer than {_BLOCKED_FROM} hidden_layers, "
             f"got {config.memory!r}: the exact memory is the only one there"
         )
+    elif config.learn_order and not 0.01 < config.gamma < 0.99:
+        yield f"gamma must lie in (0.01, 0.99) with learn_order, got {config.gamma:g}, where the order stays"
     elif config.learn_order and config.memory == "fast":
         yield "memory must not be 'fast' with learn_order, whose memory is exact; leave it out"
     elif config.memory == "fast" and config.compile == "always":

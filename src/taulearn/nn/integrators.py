@@ -22,7 +22,7 @@ References:
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from .. import functional as F
 from .._calls import transforming
 from .._errors import is_number, positive_integer, unknown_name
-from .schemes import Dense, Feedforward, Fractional, Residual, Scheme
+from .schemes import Scheme
 from .skips import Skips
 
 MEMORIES = ("stored", "reversible")
+LayerFunction = Callable[[Tensor], Tensor]
 
 
 class LayerBack(Protocol):
@@ -58,7 +59,7 @@ class LocalScheme(Scheme):
 
     def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> tuple[Tensor, Any]:
         if skips.is_identity(l):
-            return self.advance(f, y, carry, coefficients[l])
+            return self.advance(shape_kept(f, self), y, carry, coefficients[l])
         self._check_skip(skips, l)
         y = F.residual_step(skips(y, l, l + 1), f(y), coefficients[l])
         return y, self.init(y)
@@ -71,7 +72,7 @@ class LocalScheme(Scheme):
             )
 
     @abstractmethod
-    def advance(self, f: nn.Module, y: Tensor, v: Any, tau: Tensor) -> tuple[Tensor, Any]:
+    def advance(self, f: LayerFunction, y: Tensor, v: Any, tau: Tensor) -> tuple[Tensor, Any]:
         """One step.
 
         Args:
@@ -103,6 +104,21 @@ class LocalScheme(Scheme):
         raise NotImplementedError(f"{type(self).__name__} defines no step_back")
 
 
+def shape_kept(f: LayerFunction, scheme: Scheme) -> LayerFunction:
+    """A layer function that is refused where it changes the shape of the state, which broadcasting could hide."""
+
+    def kept(y: Tensor) -> Tensor:
+        value = f(y)
+        if value.shape != y.shape:
+            raise ValueError(
+                f"layers must keep the shape of the state in the {scheme.name} scheme, got {tuple(value.shape)} from "
+                f"{type(f).__name__} for {tuple(y.shape)}: change the shape in the stem or the head"
+            )
+        return value
+
+    return kept
+
+
 class RungeKutta(LocalScheme):
     """An explicit Runge-Kutta scheme, by its tableau; a subclass gives the name, a and b.
 
@@ -120,7 +136,7 @@ class RungeKutta(LocalScheme):
     a: Sequence[Sequence[float]]
     b: Sequence[float]
 
-    def advance(self, f: nn.Module, y: Tensor, v: Any, tau: Tensor) -> tuple[Tensor, Any]:
+    def advance(self, f: LayerFunction, y: Tensor, v: Any, tau: Tensor) -> tuple[Tensor, Any]:
         return y + tau * _sum(self.b, self._stages(f, y, tau)[1]), v
 
     def step_back(
@@ -191,17 +207,17 @@ class InvertibleScheme(LocalScheme):
 
     With ``memory="reversible"`` the forward pass of a network stores no states for the backward pass, which computes
     them again from the last one. Where states are asked for (``network.states``, penalties on them) or a transform
-    looks into the computation (torch.compile, torch.func), they are stored all the same; ``fit`` needs
-    ``compile="never"`` for it.
+    looks into the computation (torch.compile, torch.func), they are stored all the same; ``fit`` does not compile
+    such a network.
 
     Args:
         memory: "stored" or "reversible".
         store_every: With reversible memory, after how many layers a state is stored nevertheless. 0: none is.
 
     Raises:
-        ValueError: If an argument lies outside its range. In the forward pass, if reversible memory cannot be: a step
+        ValueError: If an argument lies outside its range. In the forward pass, if reversible memory cannot be: steps
             that cannot be taken back without amplifying rounding too much (more than 1e-5), batch normalisation in
-            training mode, layers that draw random numbers.
+            training mode, layers that draw random numbers. In the backward pass, if the layers amplified it too much.
     """
 
     second_order = True
@@ -235,6 +251,10 @@ class InvertibleScheme(LocalScheme):
         for l in range(first, len(layers)):
             self._check_skip(skips, l)
         return last_state(self, y, v, list(layers)[first:], tau[first:])
+
+    @property
+    def only_eager(self) -> str:  # type: ignore[override]
+        return "compiled steps have no reversible memory" if self.memory == "reversible" else ""
 
     def extra_repr(self) -> str:
         every = f", store_every={self.store_every}" if self.store_every else ""
@@ -271,7 +291,7 @@ class Momentum(InvertibleScheme):
             )
         self.epsilon = float(epsilon)
 
-    def advance(self, f: nn.Module, y: Tensor, v: Any, tau: Tensor) -> tuple[Tensor, Any]:
+    def advance(self, f: LayerFunction, y: Tensor, v: Any, tau: Tensor) -> tuple[Tensor, Any]:
         v = v + tau / self.epsilon * (f(y) - v)
         return y + tau * v, v
 
@@ -311,7 +331,7 @@ class Verlet(InvertibleScheme):
 
     name = "verlet"
 
-    def advance(self, f: nn.Module, y: Tensor, v: Any, tau: Tensor) -> tuple[Tensor, Any]:
+    def advance(self, f: LayerFunction, y: Tensor, v: Any, tau: Tensor) -> tuple[Tensor, Any]:
         half = y + tau / 2.0 * v
         v = v + tau * f(half)
         return half + tau / 2.0 * v, v
@@ -334,20 +354,3 @@ class Verlet(InvertibleScheme):
 INTEGRATORS: dict[str, type[LocalScheme]] = {
     scheme.name: scheme for scheme in (Midpoint, Heun, RungeKutta4, Momentum, Verlet)
 }
-
-
-def make_scheme(scheme: str | Scheme) -> Scheme:
-    """A scheme by its name; a scheme is answered as it is.
-
-    Example:
-        >>> make_scheme("momentum")
-        Momentum(epsilon=1)
-    """
-    if isinstance(scheme, Dense | Feedforward | Fractional):
-        raise ValueError(f"scheme must not be {scheme.name!r} here, which has a builder of its own in taulearn.nn")
-    if isinstance(scheme, Scheme):
-        return scheme
-    known: dict[str, type[Scheme]] = {"residual": Residual, **INTEGRATORS}
-    if scheme not in known:
-        raise unknown_name("scheme", scheme, known)
-    return known[scheme]()

@@ -84,10 +84,7 @@ class FractionalLearned(Fractional):
     name = "fractional-learned"
 
     def __init__(self, initial: float = 0.5, memory_from: int = 1) -> None:
-        super().__init__(LearnedOrder(initial).initial, memory_from, memory="exact")
-        self.initial = float(initial)
-        share = (self.initial - LOWEST) / (HIGHEST - LOWEST)
-        self.order = nn.Parameter(torch.tensor(math.log(share / (1.0 - share)), dtype=torch.float64))
+        super().__init__(LearnedOrder(initial).initial, memory_from, memory="exact")  # which sets gamma
         self.caputo_order = None  # no adjoint system is written down
 
     def value(self) -> Tensor:
@@ -96,12 +93,14 @@ class FractionalLearned(Fractional):
 
     @property
     def gamma(self) -> float:
-        """The order now."""
-        return self.value().item() if "order" in self._parameters else self.initial_gamma
+        """The order now; setting it makes a new parameter."""
+        return self.initial if self.order.is_meta else self.value().item()
 
     @gamma.setter
     def gamma(self, value: float) -> None:
-        self.initial_gamma = value
+        self.initial = value
+        share = (value - LOWEST) / (HIGHEST - LOWEST)
+        self.order = nn.Parameter(torch.tensor(math.log(share / (1.0 - share)), dtype=torch.float64))
 
     def factor(self, tau: Tensor) -> Tensor:
         gamma = self.value().detach().to(tau.dtype)

@@ -1,32 +1,36 @@
 """Backward passes that compute the states again from the last one, where a scheme can be inverted.
 
 Nothing is stored of the layers on the way, so that memory does not grow with the depth beyond the parameters. A step
-back amplifies rounding, by ``growth_back`` of the scheme: where the product over the layers between two stored states,
-times the machine epsilon, exceeds 1e-5, the pass is refused. Layers must compute the same when they are called again.
+back amplifies rounding, by ``growth_back`` of the scheme: where the product over some layers in a row between two
+stored states, times the machine epsilon, exceeds 1e-5, the pass is refused. The layers can amplify it as well: the
+backward pass compares the state that it comes back to with the one it began from, and is refused where they differ by
+more than 1e-5 of it (under autocast, than its rounding). Layers must compute the same when they are called again.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-if TYPE_CHECKING:
-    from .integrators import InvertibleScheme
+from .integrators import InvertibleScheme, shape_kept
 
 TOLERANCE = 1e-5
+_REMEDY = "store a state every k layers, store_every=k, or take smaller steps, a larger epsilon or float64"
 
 
-def last_state(scheme: "InvertibleScheme", y: Tensor, v: Tensor, layers: Sequence[nn.Module], tau: Tensor) -> Tensor:
+def last_state(scheme: InvertibleScheme, y: Tensor, v: Tensor, layers: Sequence[nn.Module], tau: Tensor) -> Tensor:
     """y_N from y_0, v_0 by steps with identity skips, of which every ``scheme.store_every``-th state is stored.
 
     Raises:
         ValueError: If a layer in training mode has batch normalisation or draws random numbers, or rounding would be
-            amplified too much.
+            amplified too much; in the backward pass, if it was.
     """
-    every, segment = scheme.store_every or len(layers), cast(Callable[..., tuple[Tensor, Tensor]], _Segment.apply)
+    every = scheme.store_every or max(1, len(layers))
+    segment = cast(Callable[..., tuple[Tensor, Tensor]], _Segment.apply)
     for first in range(0, len(layers), every):
         part = list(layers[first : first + every])
         steps = tau[first : first + every]
@@ -36,7 +40,7 @@ def last_state(scheme: "InvertibleScheme", y: Tensor, v: Tensor, layers: Sequenc
     return y
 
 
-def _check(scheme: "InvertibleScheme", layers: Sequence[nn.Module], tau: Tensor, y: Tensor) -> None:
+def _check(scheme: InvertibleScheme, layers: Sequence[nn.Module], tau: Tensor, y: Tensor) -> None:
     for layer in layers:
         for module in layer.modules():
             if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
@@ -44,13 +48,25 @@ def _check(scheme: "InvertibleScheme", layers: Sequence[nn.Module], tau: Tensor,
                     "memory must be 'stored' with batch normalisation in training mode, whose running statistics would "
                     "see each batch twice: take memory='stored', or group normalisation"
                 )
-    growth = float(scheme.growth_back(tau.detach().double()).abs().prod())
-    error = growth * torch.finfo(y.dtype).eps
-    if not error <= TOLERANCE:
+    growth = scheme.growth_back(tau.detach().double()).abs().log()
+    total = torch.cat([growth.new_zeros(1), growth.cumsum(0)])
+    largest = float((total - total.cummin(0).values).max().exp())  # of all products over layers in a row
+    error = largest * torch.finfo(y.dtype).eps
+    if error > TOLERANCE:  # steps that are no numbers are for the loss to show
         raise ValueError(
             f"memory must be 'stored' for these steps, got 'reversible' with {len(layers)} layers between stored "
-            f"states, through which rounding errors grow by {growth:.1e} backwards, to about {error:.0e}: store "
-            "a state every k layers, store_every=k, or take smaller steps, a larger epsilon or float64"
+            f"states, through which rounding errors grow by {largest:.1e} backwards, to about {error:.0e}: {_REMEDY}"
+        )
+
+
+def _check_return(found: Tensor, start: Tensor, end: Tensor, layers_in: torch.dtype) -> None:
+    """Refuse a state that is not the one the forward pass began from; a pass that ended in no numbers is let go."""
+    tolerance = max(TOLERANCE, torch.finfo(layers_in).eps)
+    scale, error = float(start.norm()) or float(end.norm()), float((found - start).norm())
+    if math.isfinite(float(end.norm())) and not error <= tolerance * scale:
+        raise ValueError(
+            f"memory must be 'stored' for these layers, got 'reversible', with which rounding errors grew to "
+            f"{error / scale:.0e} of a state that was computed again: {_REMEDY}"
         )
 
 
@@ -83,35 +99,38 @@ class _Segment(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        scheme: "InvertibleScheme",
+        scheme: InvertibleScheme,
         layers: list[nn.Module],
         y: Tensor,
         v: Tensor,
         tau: Tensor,
-        *parameters: Tensor,  # noqa: ARG004  their gradients come from the backward pass
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.scheme, ctx.layers = scheme, layers
         kind = y.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        start = y
         with _no_random_numbers(y.device):
             for f, step in zip(layers, tau.unbind(), strict=True):
-                y, v = scheme.advance(f, y, v, step)
-        ctx.save_for_backward(y, v, tau)
+                y, v = scheme.advance(shape_kept(f, scheme), y, v, step)
+        ctx.save_for_backward(start, y, v, tau, *parameters)  # parameters, so that a change of theirs is noticed
         return y, v
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, phi: Tensor, psi: Tensor) -> tuple[Any, ...]:
-        y, v, tau = ctx.saved_tensors
+        start, end, v, tau, *_ = ctx.saved_tensors
         dtau = torch.zeros_like(tau)
         gradients: list[Tensor] = []
         kind, dtype, enabled = ctx.autocast
+        y = end
         with torch.autocast(kind, dtype, enabled=enabled):
             for l in reversed(range(len(ctx.layers))):
                 f = _Once(ctx.layers[l])
                 y, v = ctx.scheme.invert(f, y, v, tau[l])
                 phi, psi, dtau[l] = ctx.scheme.step_back(f, y, v, tau[l], phi, psi)
                 gradients = [*f.gradients, *gradients]
+        _check_return(y, start, end, dtype if enabled else y.dtype)
         return None, None, phi, psi, dtau, *gradients
 
 

@@ -84,7 +84,8 @@ class Objective(nn.Module):
         """Why the objective cannot be compiled; empty if nothing is known to be in the way."""
         looks = any(p.needs_states for p in self.penalties) and not isinstance(self.model, TimeVariableNetwork)
         states = "a penalty looks at the states of a wrapped model" if looks else ""
-        return next(filter(None, [states, *(p.only_eager for p in self.penalties)]), "")
+        parts = (getattr(self.model, "scheme", None), *self.penalties)
+        return next(filter(None, [states, *(getattr(part, "only_eager", "") for part in parts)]), "")
 
     def weights(
         self, parts: Sequence[tuple[Any, Any]], add: Callable[[Tensor], Tensor], *, counts: bool = True

@@ -330,6 +330,7 @@ def why_alone(member: Member) -> str | None:
         "its weights are averaged": config.average_weights,
         "it writes events for TensorBoard": config.tensorboard,
         "layers come while it trains": refined,
+        "it learns its order": config.learn_order,
         "it has a stage cost": bool(config.stage_cost) or config.depth_losses,
         "its network keeps statistics of batches": config.network == "resnet-v2",
         "its stage cost changes over training": config.stage_cost_schedule != "constant",
