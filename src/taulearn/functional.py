@@ -66,7 +66,7 @@ def fractional_step(
     memory: Float[Tensor, "*batch width"] | None,
     f: Float[Tensor, "*batch width"],
     tau: Float[Tensor, ""],
-    gamma: float | Float[Tensor, ""],
+    gamma: float,
 ) -> Float[Tensor, "*batch width"]:
     """One explicit step of the Caputo equation, y_{l+1} = P y_l - memory_l + tau_l^gamma Gamma(2-gamma) f_l(y_l).
 
@@ -75,7 +75,7 @@ def fractional_step(
         memory: sum_{j<l} a_{l,j} (P y_{j+1} - P y_j); None where the sum is empty.
         f: Layer value f_l(y_l).
         tau: Time step tau_l > 0, a scalar tensor.
-        gamma: Order of the derivative, 0 < gamma < 1, also as a scalar tensor; in the limit 1 the residual step.
+        gamma: Order of the derivative, 0 < gamma < 1; in the limit 1 the residual step.
 
     Returns:
         The next state y_{l+1}, shaped like ``f``.
@@ -84,33 +84,10 @@ def fractional_step(
         >>> fractional_step(torch.tensor([1.0]), None, torch.tensor([2.0]), torch.tensor(1.0), 0.999999)
         tensor([3.0000])
     """
-    increment = tau**gamma * gamma_function(2.0 - gamma) * f
+    increment = tau**gamma * math.gamma(2.0 - gamma) * f
     if y is None:
         return increment if memory is None else increment - memory
     return y + increment if memory is None else y - memory + increment
-
-
-def gamma_function(x: float | Tensor) -> float | Tensor:
-    """Gamma(x) of a number or a tensor, x >= 1; of a tensor by Lanczos's sum, since ONNX has no lgamma."""
-    if not isinstance(x, Tensor):
-        return math.gamma(x)
-    total = _LANCZOS[0] + sum(c / (x + k) for k, c in enumerate(_LANCZOS[1:]))
-    t = x + 6.5
-    return math.sqrt(2.0 * math.pi) * t ** (x - 0.5) * torch.exp(-t) * total
-
-
-_LANCZOS = (
-    0.99999999999980993,
-    676.5203681218851,
-    -1259.1392167224028,
-    771.32342877765313,
-    -176.61502916214059,
-    12.507343278686905,
-    -0.13857109526572012,
-    9.9843695780195716e-6,
-    1.5056327351493116e-7,
-)
-"""Coefficients for g = 7, with a relative error of about 1e-15."""
 
 
 def smooth_relu(y: Float[Tensor, "*shape"], eta: float = 1e-4) -> Float[Tensor, "*shape"]:

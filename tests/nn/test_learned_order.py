@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taulearn import Pruning, adjoint, fit, functional as F, load_model, parameter_groups, prune, refine, save_model
+from taulearn import Pruning, adjoint, fit, load_model, parameter_groups, prune, refine, save_model
 from taulearn.adaptivity.indicators import indicators
 from taulearn.caputo import l1_weights
 from taulearn.caputo.weights import plain_left_weights
 from taulearn.export import export_model
 from taulearn.nn import Fractional, FractionalLearned, LearnedOrder, TimeVariableNetwork, fractional_dnn
+from taulearn.nn.learned_order import gamma_function
 
 DOUBLE = torch.float64
 mse = nn.functional.mse_loss
@@ -161,7 +162,7 @@ def test_refinement_follows() -> None:
 
 def test_gamma_function() -> None:
     x = torch.linspace(1.0, 2.0, 41, dtype=DOUBLE, requires_grad=True)
-    found = F.gamma_function(x)
+    found = gamma_function(x)
     expected = [float(mpmath.gamma(float(each))) for each in x.detach()]
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-14)
     slope = [float(mpmath.gamma(float(each)) * mpmath.digamma(float(each))) for each in x.detach()]

@@ -200,8 +200,7 @@ def resnet(
             "momentum" or "verlet", see :mod:`taulearn.nn.integrators`; or a scheme. The hidden layers of all but the
             first must have one width.
         **options: See :class:`Options`: ``activation="relu"``, ``horizon=1.0``, ``constraint="free"``,
-            ``lower_bound=None``, ``init=None``,
-            ``skips="pad"``, ``dtype=None``, ``device=None``.
+            ``lower_bound=None``, ``init=None``, ``skips="pad"``, ``dtype=None``, ``device=None``.
 
     Returns:
         The network.
@@ -298,8 +297,7 @@ def fractional_dnn(
     else:
         from .learned_order import scheme_of
 
-        dtype = options.get("dtype") or torch.get_default_dtype()
-        scheme = scheme_of(gamma, memory_from, memory).to(dtype=dtype, device=options.get("device"))
+        scheme = scheme_of(gamma, memory_from, memory, options.get("dtype"), options.get("device"))
     return _build(
         "fractional_dnn", scheme, in_features, width, out_features, hidden_layers, lower_bound=lower_bound, **options
     )

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from .._calls import transforming
 from .._errors import is_number, positive_integer, unknown_name
-from .schemes import Scheme
+from .schemes import SCHEMES, Dense, Feedforward, Fractional, Residual, Scheme
 from .skips import Skips
 
 MEMORIES = ("stored", "reversible")
@@ -253,7 +253,8 @@ class InvertibleScheme(LocalScheme):
         return last_state(self, y, v, list(layers)[first:], tau[first:])
 
     @property
-    def only_eager(self) -> str:  # type: ignore[override]
+    def only_eager(self) -> str:
+        """Why a training is not compiled; empty: it is."""
         return "compiled steps have no reversible memory" if self.memory == "reversible" else ""
 
     def extra_repr(self) -> str:
@@ -354,3 +355,23 @@ class Verlet(InvertibleScheme):
 INTEGRATORS: dict[str, type[LocalScheme]] = {
     scheme.name: scheme for scheme in (Midpoint, Heun, RungeKutta4, Momentum, Verlet)
 }
+
+
+def integrator(scheme: str | Scheme) -> Scheme:
+    """One of these schemes by its name; a scheme of one's own is answered as it is.
+
+    Example:
+        >>> integrator("momentum")
+        Momentum(epsilon=1)
+    """
+    name = scheme.name if isinstance(scheme, Dense | Feedforward | Fractional) else scheme
+    if isinstance(name, Scheme):
+        return name
+    known: dict[str, type[Scheme]] = {"residual": Residual, **INTEGRATORS}
+    if not isinstance(name, str):
+        raise TypeError(f"scheme must be a name or a scheme, got {name!r}: take one of {', '.join(known)}")
+    if name in SCHEMES and name not in known:
+        raise ValueError(f"scheme must not be {name!r} here, which has a builder of its own in taulearn.nn")
+    if name not in known:
+        raise unknown_name("scheme", name, known)
+    return known[name]()

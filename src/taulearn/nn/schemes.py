@@ -51,7 +51,6 @@ class Scheme(nn.Module):
         caputo_order: Order in (0, 1] of the Caputo derivative in the equation whose L1 scheme this is (1: an ordinary
             derivative and Euler's steps), for which the papers write down adjoints. None: there is no such equation.
         growth: Factor by which each layer enlarges derivatives whatever tau >= 0.
-        only_eager: Why a training of it is not compiled; empty: it is.
     """
 
     name: str
@@ -62,7 +61,6 @@ class Scheme(nn.Module):
     memory_from = 0
     caputo_order: float | None = None
     growth = 1.0
-    only_eager = ""
     runs_whole = False  # the class defines `states` by itself, which cannot be stopped on the way
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -361,28 +359,13 @@ class Fractional(Scheme):
         return f"gamma={self.gamma:g}, memory_from={self.memory_from}{memory}{tolerance}"
 
 
-SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Feedforward, Residual, Dense, Fractional)}
-
-
 def make_scheme(scheme: str | Scheme) -> Scheme:
-    """A scheme that takes steps from state to state, by its name; one that is made already is answered as it is.
-
-    Example:
-        >>> make_scheme("momentum")
-        Momentum(epsilon=1)
-    """
-    name = scheme.name if isinstance(scheme, Dense | Feedforward | Fractional) else scheme
-    if isinstance(name, Scheme):
-        return name
-    if name == "residual":
+    """A scheme that takes steps from state to state, by its name; one that is made already is answered as it is."""
+    if scheme == "residual":
         return Residual()
-    from .integrators import INTEGRATORS
+    from .integrators import integrator
 
-    known: dict[str, type[Scheme]] = {"residual": Residual, **INTEGRATORS}
-    if not isinstance(name, str):
-        raise TypeError(f"scheme must be a name or a scheme, got {name!r}: take one of {', '.join(known)}")
-    if name in SCHEMES:
-        raise ValueError(f"scheme must not be {name!r} here, which has a builder of its own in taulearn.nn")
-    if name not in known:
-        raise unknown_name("scheme", name, known)
-    return known[name]()
+    return integrator(scheme)
+
+
+SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Feedforward, Residual, Dense, Fractional)}

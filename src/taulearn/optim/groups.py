@@ -32,14 +32,11 @@ def parameter_groups(
         >>> [(group["name"], group["lr"], group["weight_decay"]) for group in groups]
         [('weights', 0.1, 0.0001), ('tau', 0.01, 0.0)]
     """
-    values = time_steps_of(model).values
     scheme = getattr(model, "scheme", None)
-    learned = [p for p in scheme.parameters() if p.requires_grad] if isinstance(scheme, nn.Module) else []
-    steps = [values] if isinstance(values, nn.Parameter) and values.requires_grad else []
-    apart = {id(p) for p in (*learned, values)}
-    others = [p for p in model.parameters() if id(p) not in apart and p.requires_grad]
+    learned = scheme.parameters() if isinstance(scheme, nn.Module) else ()
+    apart = [p for p in (time_steps_of(model).values, *learned) if p.requires_grad]
+    others = [p for p in model.parameters() if p.requires_grad and not any(p is each for each in apart)]
     groups = [{"name": "weights", "params": others, "lr": lr, "weight_decay": weight_decay}]
-    if steps or learned:
-        own = lr if tau_lr is None else tau_lr
-        groups.append({"name": "tau", "params": [*steps, *learned], "lr": own, "weight_decay": 0.0})
+    if apart:
+        groups.append({"name": "tau", "params": apart, "lr": lr if tau_lr is None else tau_lr, "weight_decay": 0.0})
     return groups
