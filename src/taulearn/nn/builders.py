@@ -197,8 +197,7 @@ def resnet(
         out_features: Width of the output layer W_N, which has neither bias nor time step.
         hidden_layers: Number N >= 1 of hidden layers.
         scheme: How a layer f_l takes the state on: "residual", the Euler step above; "midpoint", "heun", "rk4",
-            "momentum" or "verlet", see :mod:`taulearn.nn.integrators`; or a scheme. The hidden layers of all but the
-            first must have one width.
+            "momentum" or "verlet" (:mod:`taulearn.nn.integrators`), which need hidden layers of one width; or a scheme.
         **options: See :class:`Options`: ``activation="relu"``, ``horizon=1.0``, ``constraint="free"``,
             ``lower_bound=None``, ``init=None``, ``skips="pad"``, ``dtype=None``, ``device=None``.
 
