@@ -14,7 +14,7 @@ are not trained again. ``--quick`` takes some seconds.
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,7 +157,11 @@ def figures(cells: Sequence[Cell], name: str, scheme: str, steps: str) -> dict[i
 
 def table(cells: Sequence[Cell], name: str) -> list[str]:
     """Rows of the schemes: learned and fixed steps, their paired difference, and that to the residual scheme."""
-    digits = 5 if next(c for c in cells if c["data"] == name)["values"] else 2
+    scale = 1e6 if next(c for c in cells if c["data"] == name)["values"] else 1.0
+
+    def said(values: Iterable[float], signed: bool = False) -> str:
+        return shown([scale * value for value in values], 2, signed=signed)
+
     lines = [
         "| scheme | layers | parameters | learned | fixed | learned - fixed | learned - residual, learned |",
         "|---|---|---|---|---|---|---|",
@@ -170,14 +174,14 @@ def table(cells: Sequence[Cell], name: str) -> list[str]:
         one = next(c for c in cells if (c["data"], c["scheme"], c["steps"]) == (name, scheme, "learned"))
         differences = [[learned[s] - other[s] for s in learned.keys() & other.keys()] for other in (fixed, residual)]
         row = [scheme, str(len(one["tau"])), f"{one['parameters']:,}"]
-        row += [shown(list(values.values()), digits) for values in (learned, fixed)]
-        row += [shown(values, digits, signed=True) for values in differences]
+        row += [said(values.values()) for values in (learned, fixed)]
+        row += [said(values, signed=True) for values in differences]
         lines.append("| " + " | ".join(row) + " |")
     for steps in STEPS:
         fixed, learned = (figures(cells, name, scheme, steps) for scheme in ("fractional", "learned order"))
         mine = [c for c in cells if (c["data"], c["scheme"], c["steps"]) == (name, "learned order", steps)]
         if fixed and learned:
-            difference = shown([learned[s] - fixed[s] for s in learned.keys() & fixed.keys()], digits, signed=True)
+            difference = said([learned[s] - fixed[s] for s in learned.keys() & fixed.keys()], signed=True)
             orders = shown([c["order"] for c in mine], 3)
             lines += ["", f"Order learned - order 0.5, {steps} steps: {difference}; orders at the end: {orders}."]
     return lines
@@ -232,7 +236,7 @@ def report(given: argparse.Namespace) -> str:
     for name in names:
         mine = [each for each in found if each["data"] == name]
         seeds = sorted({each["seed"] for each in mine})
-        unit = "loss" if mine[0]["values"] else "error in percent"
+        unit = "loss in millionths" if mine[0]["values"] else "error in percent"
         lines += ["", f"## {name}, {unit}, seeds {', '.join(map(str, seeds))}", "", *table(found, name)]
     draw(found, names, given.out / "figure.png")
     text = "\n".join(lines) + "\n"
