@@ -221,7 +221,9 @@ def test_prune_cuts_after_a_depth(call, trained, depth):
     code, out, _ = call("prune", trained, "--depth", *depth)
     assert code == 0
     if depth[0] == "auto":
-        assert re.match(r"depth +loss +accuracy +parameters +ms +distance +last layer +contribution +relative\n-+\n +1 ", out)
+        assert re.match(
+            r"depth +loss +accuracy +parameters +ms +distance +last layer +contribution +relative\n-+\n +1 ", out
+        )
         assert re.search(r"the first layer of 3: accuracy \S+ -> \S+ \(test data: this set has no validation", out)
     assert re.search(r"deleted layers 2, 1 \(shares 0\.\d+, 0\.\d+\): 3 -> 1 layers, 747 -> 601 parameters\n", out)
     assert re.search(r"test accuracy +0\.\d{4} -> 0\.\d{4}\ntest loss +\S+ -> \S+\nnetwork +runs/a/pruned\n$", out)

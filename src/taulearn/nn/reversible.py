@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from .integrators import InvertibleScheme, shape_kept
 
@@ -43,9 +43,9 @@ def last_state(scheme: InvertibleScheme, y: Tensor, v: Tensor, layers: Sequence[
 def _check(scheme: InvertibleScheme, layers: Sequence[nn.Module], tau: Tensor, y: Tensor) -> None:
     for layer in layers:
         for module in layer.modules():
-            if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
+            if isinstance(module, _NormBase) and module.training and module.track_running_stats:
                 raise ValueError(
-                    "memory must be 'stored' with batch normalisation in training mode, whose running statistics would "
+                    "memory must be 'stored' with a normalisation in training mode whose running statistics would "
                     "see each batch twice: take memory='stored', or group normalisation"
                 )
     growth = scheme.growth_back(tau.detach().double()).abs().log()
