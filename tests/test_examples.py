@@ -184,6 +184,7 @@ def test_shorten_minilm(run_here: Callable[..., str], tmp_path: Path) -> None:
         check_plain(tmp_path / "models" / f"toy-2-{way}-0", 2)
 
 
+@pytest.mark.long  # test_shorten_minilm goes the same way
 def test_shorten_language_model(run_here: Callable[..., str], tmp_path: Path) -> None:
     ways = ("whole", "top", "loss-faded")
     cells = shortened_by(ways, "shorten_language_model.py", tmp_path, run_here)
@@ -194,9 +195,8 @@ def test_shorten_language_model(run_here: Callable[..., str], tmp_path: Path) ->
     check_plain(tmp_path / "models" / "text-2-loss-faded-0", 2)
 
 
-@pytest.mark.parametrize(
-    ("model", "annealed", "task"), [("minilm", True, "toy"), pytest.param("lm", False, "text", marks=pytest.mark.long)]
-)
+@pytest.mark.long  # test_shorten_minilm goes the same way
+@pytest.mark.parametrize(("model", "annealed", "task"), [("minilm", True, "toy"), ("lm", False, "text")])
 def test_deepen_pretrained(model: str, annealed: bool, task: str, run_here: Callable[..., str], tmp_path: Path) -> None:
     ways = ("inserted", "stacked", "last")
     cells = shortened_by(ways, "deepen_pretrained.py", tmp_path, run_here, "--model", model)

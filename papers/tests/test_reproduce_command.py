@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import tomllib
+import zipfile
 from html import unescape
 from pathlib import Path
 
@@ -72,7 +73,10 @@ def test_kept_records_give_verdicts_figures_and_a_report(call, tmp_path):
     assert (tmp_path / "claims.md").read_text().count("| holds |") >= 2
     assert {file.suffix for file in (tmp_path / "figures").iterdir()} == {".png", ".svg"}
     assert "data:image/png" in (tmp_path / "report.html").read_text()
-    assert (tmp_path / "kept/records.npz").read_bytes() == STORED.read_bytes()
+    with zipfile.ZipFile(tmp_path / "kept/records.npz") as again, zipfile.ZipFile(STORED) as stored:
+        assert again.namelist() == stored.namelist()  # Python's versions write other headers
+        for name in stored.namelist():
+            assert again.read(name) == stored.read(name), name
     assert sum(file.stat().st_size for file in (tmp_path / "kept").iterdir()) < 2e6
     provenance = json.loads((tmp_path / "kept/provenance.json").read_text())
     assert provenance["members"] == sum(provenance["settings"].values())

@@ -37,6 +37,8 @@ from test_adjoint import assert_autograd, draw_batch
 DOUBLE = torch.float64
 ALL = [Midpoint(), Heun(), RungeKutta4(), Momentum(0.8), Verlet()]
 all_schemes = pytest.mark.parametrize("scheme", ALL, ids=repr)
+slow = [pytest.param(scheme, marks=pytest.mark.long) for scheme in ALL[:-1]]
+verlet_alone = pytest.mark.parametrize("scheme", [*slow, ALL[-1]], ids=repr)  # the others take the same way
 mse = nn.functional.mse_loss
 
 
@@ -176,6 +178,29 @@ class TestGrid:
         assert abs(quotient(0.2) - 1.0) < 0.02
 
 
+@verlet_alone
+class TestCompiledAndExported:
+    def test_compiled_training_is_the_plain_one(self, scheme: Scheme) -> None:
+        x, z = draw_batch(3, 2, 40)
+        found = []
+        for mode in ("never", "always"):
+            model = network(scheme)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            fit(model, (x, z), loss=mse, optimizer=optimizer, epochs=2, batch_size=10, compile=mode, seed=0)
+            found.append(model(x))
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+    def test_onnx(self, scheme: Scheme, tmp_path: Path) -> None:
+        pytest.importorskip("onnxscript", reason="pip install 'taulearn[onnx]'")
+        runtime = pytest.importorskip("onnxruntime", reason="pip install 'taulearn[onnx]'")
+
+        model, x = network(scheme).float(), draw_batch(3, 2)[0].float()
+        exported = export_model(model, tmp_path / "out", x)
+        session = runtime.InferenceSession(exported.files[0], providers=["CPUExecutionProvider"])
+        (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        np.testing.assert_allclose(output, model(x).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
 @all_schemes
 class TestUse:
     def test_training_deletes_and_saves(self, scheme: Scheme, tmp_path: Path) -> None:
@@ -192,16 +217,6 @@ class TestUse:
         loaded = load_model(tmp_path)
         assert repr(loaded.scheme) == repr(scheme)
         assert torch.equal(loaded(x), model(x))
-
-    def test_compiled_training_is_the_plain_one(self, scheme: Scheme) -> None:
-        x, z = draw_batch(3, 2, 40)
-        found = []
-        for mode in ("never", "always"):
-            model = network(scheme)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-            fit(model, (x, z), loss=mse, optimizer=optimizer, epochs=2, batch_size=10, compile=mode, seed=0)
-            found.append(model(x))
-        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
     def test_early_exit_drops_samples_from_state_and_velocity(self, scheme: Scheme) -> None:
         model, (x, _) = network(scheme, 5), draw_batch(3, 2, 30)
@@ -226,16 +241,6 @@ class TestUse:
         y = model.states(x[:1])
         jacobian = torch.stack([torch.autograd.grad(each, y[2], retain_graph=True)[0][0] for each in y[3][0]])
         assert float(found.largest[2, 0]) == pytest.approx(float(torch.linalg.matrix_norm(jacobian, 2)), rel=1e-9)
-
-    def test_onnx(self, scheme: Scheme, tmp_path: Path) -> None:
-        pytest.importorskip("onnxscript", reason="pip install 'taulearn[onnx]'")
-        runtime = pytest.importorskip("onnxruntime", reason="pip install 'taulearn[onnx]'")
-
-        model, x = network(scheme).float(), draw_batch(3, 2)[0].float()
-        exported = export_model(model, tmp_path / "out", x)
-        session = runtime.InferenceSession(exported.files[0], providers=["CPUExecutionProvider"])
-        (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        np.testing.assert_allclose(output, model(x).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tau", [0.05, 0.3])
