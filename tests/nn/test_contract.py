@@ -41,14 +41,21 @@ def make_case(scheme: str, widths: str) -> Case:
 
 
 CASES = [make_case(scheme, widths) for scheme in SCHEMES for widths in WIDTHS]
-CASES += [make_case(scheme, "equal") for scheme in LOCAL]
+LIKE_HEUN = ("midpoint", "rk4")  # the same code with other numbers
+CASES += [make_case(scheme, "equal") for scheme in LOCAL if scheme not in LIKE_HEUN]
 # One of each kind of scheme, every kind of skip: compilation takes a second.
 NAMES = ("feedforward, equal", "residual, pad", "dense, learned", "fractional, pad", "heun, equal", "verlet, equal")
 COMPILED = [case for case in CASES if str(case) in NAMES]
 
 
 class TestFullyConnected(TimeVariableContract):
-    @pytest.fixture(params=CASES, ids=str)
+    @pytest.fixture(
+        params=[
+            *CASES,
+            *(pytest.param(make_case(scheme, "equal"), marks=pytest.mark.long) for scheme in LIKE_HEUN),
+        ],
+        ids=str,
+    )
     def case(self, request: pytest.FixtureRequest) -> Case:
         case = request.param
         assert isinstance(case, Case)

@@ -39,7 +39,10 @@ def finish(process: "subprocess.Popen[str]") -> None:
     assert process.returncode == 0, errors
 
 
-@pytest.fixture(scope="module", params=list(kill_run.POLICIES))
+SLOW = [pytest.param(kind, marks=pytest.mark.long) for kind in kill_run.POLICIES if kind != "refined"]
+
+
+@pytest.fixture(scope="module", params=[*SLOW, "refined"])  # the last one deletes, too
 def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, float]:
     """A run in this process that nothing happened to: its kind, its folder, and how long it trained."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
