@@ -60,9 +60,12 @@ def _check(scheme: InvertibleScheme, layers: Sequence[nn.Module], tau: Tensor, y
 
 
 def _check_return(found: Tensor, start: Tensor, end: Tensor, layers_in: torch.dtype) -> None:
-    """Refuse a state that is not the one the forward pass began from; a pass that ended in no numbers is let go."""
+    """Refuse a state that is not the one the forward pass began from; a pass that ended in no numbers is let go.
+
+    The error is compared with the larger of the first and the last state: rounding is that of the larger one.
+    """
     tolerance = max(TOLERANCE, torch.finfo(layers_in).eps)
-    scale, error = float(start.norm()) or float(end.norm()), float((found - start).norm())
+    scale, error = max(float(start.norm()), float(end.norm())), float((found - start).norm())
     if math.isfinite(float(end.norm())) and not error <= tolerance * scale:
         raise ValueError(
             f"memory must be 'stored' for these layers, got 'reversible', with which rounding errors grew to "
