@@ -1,72 +1,72 @@
-"""Wrappers of data parallel training around a model that is to be pruned, and sharded parameters.
+"""Models that several processes hold: in a DistributedDataParallel, or sharded by fully_shard; what is refused of them.
 
-DistributedDataParallel keeps a list of the parameters that it was made with. After a deletion it goes on without an
-error, averages the gradients of the old list, and lets the processes' weights drift apart. fully_shard keeps such lists
-too, and buffers laid out for them.
+Both keep lists of the parameters that they were made with. What a change of the layers means for them is in
+:mod:`taulearn._together`, which is loaded where there are any.
 """
 
 import gc
-import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+_SHARDED = {
+    "wrap": "wrap it before fully_shard",
+    "refine": "refine it before fully_shard, as new layers have no place in the lists that it keeps",
+    "export": "save it with taulearn.save_model, load that in one process, and export what is loaded",
+    "fit": "train it in a loop of your own with taulearn.attach",
+}
+
 
 def refuse_distributed(argument: str, model: nn.Module, act: str = "prune") -> None:
-    """Refuse a wrapper of data parallel training, and a model whose parameters are sharded."""
+    """Refuse a wrapper of data parallel training, and a sharded model where it does not allow the act."""
     model = getattr(model, "_orig_mod", model)
-    remedies = {
-        "prune": ", which would keep averaging the gradients of deleted layers: hand over wrapper.module on every "
-        "process, and wrap it anew after a deletion. Or let taulearn.fit train the bare model: under torchrun it "
-        "averages gradients itself",
-        "wrap": ", which would not average the gradients of the time steps: wrap wrapper.module, then make the "
-        "DistributedDataParallel anew",
-    }
-    if isinstance(model, DataParallel):
-        raise TypeError(f"{argument} must be the model itself, got it in a DataParallel: hand over wrapper.module")
-    if isinstance(model, DistributedDataParallel):
-        remedy = remedies.get(act, f": {act} wrapper.module")
-        raise TypeError(f"{argument} must be the model itself, got it in a DistributedDataParallel{remedy}")
-    if dist.is_available() and dist.is_initialized() and (sharded := _sharded(model)) is not None:
-        raise ValueError(
-            f"{argument} must not be sharded, got {sharded}: {act} before fully_shard; or gather the weights "
-            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), load them into "
-            f"a fresh model, and {act} that one{', then shard it' if act in ('prune', 'wrap') else ''}"
-        )
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        name = DistributedDataParallel.__name__ if isinstance(model, DistributedDataParallel) else "DataParallel"
+        remedy = "hand over wrapper.module"
+        if act == "wrap":
+            remedy += ", and make the wrapper anew, which would not average the gradients of the time steps"
+        raise TypeError(f"{argument} must be the model itself, got it in a {name}: {remedy}")
+    if act in _SHARDED and (found := sharded(model)) is not None:
+        raise ValueError(f"{argument} must not be sharded, got {found}: {_SHARDED[act]}")
 
 
-def _sharded(model: nn.Module) -> str | None:
-    """The signs that a model is sharded; classes that torch has not loaded cannot be in it."""
-    fsdp, tensor = sys.modules.get("torch.distributed.fsdp"), sys.modules.get("torch.distributed.tensor")
-    kinds = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
-    for name, module in model.named_modules():
-        if isinstance(module, kinds):
+def several_processes() -> bool:
+    """Whether this process is one of several, of one alone perhaps, that torch.distributed knows."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def sharded(model: nn.Module) -> str | None:
+    """The sign that a model is sharded, or None."""
+    kinds = {"FSDPModule", "FullyShardedDataParallel"} if several_processes() else set[str]()
+    for name, module in model.named_modules() if kinds else ():
+        if kinds & {kind.__name__ for kind in type(module).__mro__}:
             return f"the {type(module).__name__} {name!r}" if name else f"a {type(module).__name__}"
-    for name, parameter in model.named_parameters():
-        if tensor is not None and isinstance(parameter, tensor.DTensor):
-            return f"the DTensor {name!r}"
+    for name, parameter in model.named_parameters() if kinds else ():
+        if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):  # a DTensor, or DeepSpeed's
+            return f"the {type(parameter).__name__} {name!r}"
     return None
 
 
-def wrappers_around(model: nn.Module) -> list[nn.Module]:
+def wrappers_around(model: nn.Module) -> list[Any]:
     """Every DistributedDataParallel that there is around a model, for which all objects are gone through."""
-    if not dist.is_available() or not dist.is_initialized():
-        return []
-    wrappers = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    everything = gc.get_objects() if several_processes() else []
+    wrappers = (each for each in everything if issubclass(type(each), DistributedDataParallel))
     return [each for each in wrappers if any(part is model for part in each.modules())]
 
 
-def expire(wrappers: Iterable[nn.Module]) -> None:
-    """Let wrappers around a model, of which layers were deleted, refuse to be called again."""
-    for each in wrappers:
-        each.register_forward_pre_hook(_refuse_call, prepend=True)
+def alike(model: nn.Module, values: list[float]) -> list[float]:
+    """Figures of the layers, or their means over the processes that hold the model, equal in all of them."""
+    found = together(model)
+    return values if found is None else found.mean(values)
 
 
-def _refuse_call(_module: nn.Module, _args: Any) -> None:
-    raise RuntimeError(
-        "this DistributedDataParallel was made before layers were deleted, and would let the processes' weights drift "
-        "apart: wrap the pruned model anew, wrapper = DistributedDataParallel(wrapper.module)"
-    )
+def together(model: nn.Module) -> Any:
+    """The :class:`~taulearn._together.Together` of a model that several processes hold, else None."""
+    wrappers, shards = wrappers_around(model), sharded(model)
+    if wrappers or shards is not None:
+        from ._together import Together
+
+        return Together(model, wrappers, shards)
+    return None

@@ -54,6 +54,9 @@ class Contents:
     """The present contents of the containers reached from some objects, to be put back into the same containers."""
 
     def __init__(self, objects: Iterable[Any]) -> None:
+        objects = [*objects]
+        self.units = [each for each in objects if isinstance(each, nn.Module) and hasattr(each, "reshard")]
+        self._reshard()
         self.containers: list[tuple[Any, Any]] = []
         self.others: list[Any] = []  # tensors and generators, which are left as they are
         seen: dict[int, Any] = {}
@@ -73,11 +76,17 @@ class Contents:
 
     def put_back(self) -> None:
         """Let every container hold what it held, in its order; one in which nothing changed is not touched."""
+        self._reshard()
         for container, content in self.containers:
             now, then = ([*each, *(each.values() if isinstance(each, dict) else ())] for each in (container, content))
             if len(now) != len(then) or not all(map(is_, now, then)):
                 container.clear()
                 container.extend(content) if isinstance(container, list | deque) else container.update(content)
+
+    def _reshard(self) -> None:
+        """Let sharded modules hold their shards, whose places gathered parameters take in passes."""
+        for unit in self.units:
+            unit.reshard()
 
 
 class Before:

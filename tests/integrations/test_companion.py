@@ -25,7 +25,7 @@ def test_steps_that_a_scaler_skips_are_none(options: dict[str, Any], order: str)
     optimizer = torch.optim.Adam(taulearn.parameter_groups(model, lr=1e-2), **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     companion = Companion([L2(0.1)], Pruning(target_blocks=3, every=2), progress=False)
-    companion.begin(model, optimizer, epochs=1, per_epoch=12, processes=1, averages=list)
+    companion.begin(model, optimizer, epochs=1, per_epoch=12, averages=list)
     session = companion.session
     inputs, expected, looks = torch.randn(8, 4), [], []
     look = companion._change
@@ -70,4 +70,4 @@ def test_an_optimiser_with_a_session_is_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     taulearn.attach(model, optimizer)
     with pytest.raises(ValueError, match=r"optimizer must have no session of taulearn.attach"):
-        Companion([], None, progress=False).begin(model, optimizer, epochs=1, per_epoch=12, processes=1, averages=list)
+        Companion([], None, progress=False).begin(model, optimizer, epochs=1, per_epoch=12, averages=list)

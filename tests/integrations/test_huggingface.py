@@ -22,7 +22,6 @@ from integrations.huggingface_runs import (
     pruning_callback,
     stopping,
     trainer,
-    transformers,
     vit,
 )
 from taulearn import Pruning
@@ -180,17 +179,11 @@ def test_weight_decay_on_the_time_steps_is_said(tmp_path: Path) -> None:
         training.train()
 
 
-def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"pruning must .*got 0\.1"):
         TimeStepsCallback(pruning=0.1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model must .*got a ViTForImage.* with 0"):
         trainer(taulearn.unwrap(vit(1.0)), TimeStepsCallback(), tmp_path, optimizer=torch.optim.SGD(vit().parameters()))
-    callback, model = pruning_callback(), vit()
-    training = trainer(model, callback, tmp_path)
-    monkeypatch.setattr(transformers.TrainingArguments, "world_size", property(lambda _: 2))
-    state = transformers.TrainerState(max_steps=1, num_train_epochs=1)
-    with pytest.raises(ValueError, match="pruning must be None where 2 processes train in this trainer"):
-        callback.on_train_begin(training.args, state, None, model=model, optimizer=training.optimizer)
 
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,69 +1,241 @@
-"""Models of which torch's own parallel wrappers hold a part: what is said to them, and what works."""
+"""Models in torch's own wrappers of parallel training, in loops with ``attach``: what works, and what is refused."""
 
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import taulearn
+from taulearn import Pruning, Refinement, attach, parameter_groups
+from taulearn.files import write_tensors
+from taulearn.penalties import L2, WeightElasticNet
 from training.parallel_base import RANK, model_and_optimizer
-from training.support import digits, run_fit
+from training.support import LOSS, digits, run_fit
+
+SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _meet() -> None:
+    if SIZE > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+
+
+def whole(t: Tensor) -> Tensor:
+    """A tensor, or all of a sharded one."""
+    value: Tensor = t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach()
+    return value
+
+
+def in_ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def shard(model: Any) -> nn.Module:
+    """Each layer a unit, and the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.layers:
+        fully_shard(layer)
+    sharded: nn.Module = fully_shard(model, ignored_params={model.time_steps.values})
+    return sharded
+
+
+def loop(folder: Path, around: Callable[[Any], nn.Module] = in_ddp, **options: Any) -> None:
+    """100 steps with ``attach``, each process with its share of each batch, and all that is left."""
+    _meet()
+    model = model_and_optimizer()[0]
+    called = around(model) if SIZE > 1 else model
+    optimizer = torch.optim.Adam(parameter_groups(model, lr=0.02, tau_lr=0.02, weight_decay=1e-4))
+    defaults: dict[str, Any] = {
+        "penalties": [L2(0.05), WeightElasticNet(1e-3)],
+        "pruning": Pruning(target_blocks=4, criterion="contribution"),
+    }
+    session = attach(model, optimizer, iterations=100, **defaults | options)
+    inputs, targets = digits(420, torch.float64)
+    losses = []
+    for step in range(100):
+        mine = torch.arange(42 * (step % 10), 42 * (step % 10 + 1))[RANK::SIZE]
+        optimizer.zero_grad()
+        loss = LOSS(called(inputs[mine]), targets[mine])
+        loss.backward()
+        if around is not shard:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        losses.append(loss.detach())
+    session.detach()
+    mean = torch.stack(losses)
+    if SIZE > 1:
+        torch.distributed.all_reduce(mean)
+    names = {id(p): name for name, p in model.named_parameters()}
+    state = {
+        f"state/{names[id(p)]}/{key}": whole(value)
+        for p, each in optimizer.state.items()
+        for key, value in each.items()
+        if isinstance(value, Tensor)
+    }
+    record = {name: torch.from_numpy(value) for name, value in session.history.iterations.items() if name == "tau"}
+    weights = {f"model/{name}": whole(t) for name, t in model.state_dict().items()}
+    tensors = {"losses": mean / SIZE, **record, **weights, **state}
+    write_tensors(folder / f"{RANK}.safetensors", tensors, {"origin": str(model.time_steps.origin)})
+
+
+def loop_in_ddp(folder: Path) -> None:
+    loop(folder)
+
+
+def loop_refined(folder: Path) -> None:
+    """Layers come and go, by a batch that all share."""
+    data = digits(60, torch.float64)
+    loop(folder, refinement=Refinement(11, until=0.4, rest=2, loss=LOSS, data=data))
+
+
+def loop_sharded(folder: Path) -> None:
+    """Without clipping, as norms of shards and of whole tensors do not mix."""
+    loop(folder, shard)
+
+
+def said_by(*acts: Callable[[], object]) -> str:
+    """The errors of calls, a line each."""
+    said = []
+    for act in acts:
+        try:
+            act()
+            said.append("nothing")
+        except (TypeError, ValueError, RuntimeError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return "\n".join(said)
 
 
 def wrapped_in_ddp(folder: Path) -> None:
-    """The refusals of fit and prune of a live DistributedDataParallel, and that of a stale one after a deletion."""
-    torch.distributed.is_initialized() or torch.distributed.init_process_group("gloo")
+    """What is refused of a DistributedDataParallel; one around a model that is pruned goes on."""
+    _meet()
     model, optimizer = model_and_optimizer()
-    wrapper = nn.parallel.DistributedDataParallel(model)
+    wrapper = DistributedDataParallel(model, static_graph=True, bucket_cap_mb=0.001, gradient_as_bucket_view=True)  # type: ignore[arg-type]
     inputs, targets = digits(20, torch.float64)
-    said = []
-    for act in (
+    latency = Pruning(target_latency_ms=1.0, example_inputs=inputs)
+    said = said_by(
         lambda: taulearn.prune(wrapper, keep=[0, 1, 2]),
         lambda: run_fit(wrapper, (inputs, targets), optimizer),
-        lambda: taulearn.prune(model, keep=[0, 1, 2], optimizer=optimizer) and wrapper(inputs),
-        lambda: taulearn.wrap(
-            nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), "0"
-        ),
-    ):
-        try:
-            act()
-        except (TypeError, RuntimeError) as error:
-            said.append(f"{type(error).__name__}: {error}")
-    nn.parallel.DistributedDataParallel(model)(inputs).sum().backward()
-    (folder / f"{RANK}.said").write_text("\n".join(said))
+        lambda: attach(wrapper, optimizer),
+        lambda: taulearn.wrap(DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), "0"),
+        lambda: attach(model, optimizer, pruning=latency, iterations=10),
+        lambda: taulearn.prune(model, keep=[0, 1 + RANK]),
+    )
+    calls: list[int] = []
+    wrapper.register_forward_hook(lambda *_: calls.append(1))
+    wrapper.register_comm_hook(None, _doubled)
+    for keep in ([0, 1, 2, 5, 7], [0, 2, 4]):
+        taulearn.prune(model, keep=keep, optimizer=optimizer)
+        for _ in range(2):
+            optimizer.zero_grad()
+            LOSS(wrapper(inputs[RANK::SIZE]), targets[RANK::SIZE]).backward()
+            optimizer.step()
+    twice = model.layers[0].linear.weight.grad.clone()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    write_tensors(folder / f"{RANK}.safetensors", {"weights": weights, "calls": torch.tensor(len(calls))}, {})
+    # the comm hook doubles the mean gradient
+    optimizer.zero_grad()
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()})
+    LOSS(wrapper(inputs[RANK::SIZE]), targets[RANK::SIZE]).backward()
+    ours = model.layers[0].linear.weight.grad.clone()
+    optimizer.zero_grad()
+    LOSS(model(inputs), targets).backward()
+    torch.testing.assert_close(ours, 2 * model.layers[0].linear.weight.grad)
+    assert not torch.equal(twice, ours)
+    (folder / f"{RANK}.said").write_text(said)
+
+
+def _doubled(_state: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    """Sum up a bucket's gradients, of two processes: twice their mean."""
+    return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda each: each.value()[0])
 
 
 def sharded(folder: Path) -> None:
-    """The refusal by prune of a model that fully_shard sharded; the remedy works."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    """What is refused of a model that fully_shard sharded; pruning frees memory, and saving gathers."""
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.is_initialized() or torch.distributed.init_process_group("gloo")
+    _meet()
     model, _ = model_and_optimizer()
-    inputs, _ = digits(20, torch.float64)
-    before = model(inputs).detach()
-    for layer in model.layers:
+    inputs, targets = digits(20, torch.float64)
+    shard(model)
+    optimizer = torch.optim.Adam(parameter_groups(model, lr=0.02))
+    LOSS(model(inputs), targets).backward()
+    optimizer.step()
+    larger, split = model_and_optimizer()[0], model_and_optimizer()[0]
+    fully_shard(larger, ignored_params={larger.time_steps.values})
+    shared = split.time_steps.values
+    for layer in split.layers:
         fully_shard(layer)
-    fully_shard(model)
-    torch.testing.assert_close(model(inputs).detach(), before)
-    said = []
-    for act in (
-        lambda: taulearn.prune(model, keep=[0, 1, 2]),
+    fully_shard(split)
+    assert split.time_steps.values is not shared
+    said = said_by(
         lambda: run_fit(model, digits(20, torch.float64), torch.optim.SGD(model.parameters(), lr=0.1)),
-        lambda: taulearn.save_model(model, folder / "saved"),
         lambda: taulearn.export_model(model, folder / "exported", inputs, format="torch"),
-    ):
+        lambda: taulearn.refine(model, [2]),
+        lambda: taulearn.wrap(nn.Sequential(fully_shard(nn.Linear(4, 4)), nn.Linear(4, 4)), "0"),
+        lambda: attach(model, optimizer, refinement=Refinement(11, loss=LOSS), iterations=9),
+        lambda: taulearn.prune(larger, keep=[0, 1, 2]),
+        lambda: taulearn.prune(split, keep=[0, 1, 2]),
+    )
+    (folder / f"{RANK}.said").write_text(said)
+    shards = {name: p.detach().to_local().untyped_storage() for name, p in model.layers.named_parameters()}
+    state = {name: optimizer.state[p]["exp_avg"].full_tensor() for name, p in model.layers.named_parameters()}
+    mine = inputs[RANK::SIZE], targets[RANK::SIZE]
+    taulearn.prune(model, budget=5, criterion="loss", data=[mine], loss=LOSS, optimizer=optimizer)
+    kept = model.time_steps.origin
+    assert {name: s.nbytes() > 0 for name, s in shards.items()} == {n: int(n.split(".")[0]) in kept for n in shards}
+    assert len(optimizer.state) == len([*model.parameters()])
+    for layer, number in zip(model.layers, kept, strict=True):
+        for name, p in layer.named_parameters():
+            assert torch.equal(optimizer.state[p]["exp_avg"].full_tensor(), state[f"{number}.{name}"])
+    model.train()
+    LOSS(model(inputs), targets).backward()
+    optimizer.step()
+    answer = model.eval()(inputs).detach()
+    taulearn.save_model(model, folder / "saved")
+    assert torch.equal(model(inputs).detach(), answer)
+    torch.testing.assert_close(taulearn.load_model(folder / "saved").eval()(inputs), answer, rtol=0, atol=1e-12)
+    write_tensors(folder / f"{RANK}.safetensors", {"answer": answer}, {"origin": str(kept)})
+
+
+def alone(folder: Path) -> None:
+    """``prune`` on rank 1 alone; the other does not come."""
+    _meet()
+    model, _ = model_and_optimizer()
+    shard(model)
+    start = time.time()
+    if RANK == 1:
         try:
-            act()
-        except ValueError as error:
-            said.append(str(error))
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    fresh, optimizer = model_and_optimizer()
-    fresh.load_state_dict(weights if RANK == 0 else fresh.state_dict())
-    taulearn.prune(fresh, keep=[0, 2, 6], optimizer=optimizer)
-    pruned = fresh(inputs).detach()
-    fully_shard(fresh)
-    torch.testing.assert_close(fresh(inputs).detach(), pruned)
-    fresh(inputs).sum().backward()
-    torch.optim.SGD(fresh.parameters(), lr=0.1).step()
-    (folder / f"{RANK}.said").write_text("\n".join(said))
+            taulearn.prune(model, keep=[0, 1, 2])
+        except ConnectionError as error:
+            (folder / "said").write_text(f"{time.time() - start}\n{error}\n{model.time_steps.num_steps}")
+    else:
+        while not (folder / "said").exists() and time.time() - start < 200:
+            time.sleep(0.5)
+
+
+def killed_deleting(folder: Path) -> None:
+    """Rank 1 dies in the middle of a deletion, and leaves the time."""
+    _meet()
+    model, _ = model_and_optimizer()
+    shard(model)
+    optimizer = torch.optim.Adam(parameter_groups(model, lr=0.02))
+
+    def die(*_: object) -> None:
+        (folder.parent / "killed_deleting" / "killed").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if RANK == 1:
+        model.keep_layers_ = die
+    try:
+        taulearn.prune(model, keep=[0, 1, 2], optimizer=optimizer)
+    except ConnectionError as error:
+        assert model.time_steps.num_steps == 8  # all is as before
+        (folder / f"{RANK}.said").write_text(str(error))
+        raise

@@ -42,6 +42,9 @@ SAME = (
     "target",
     "refined",
     "measured",
+    "loop_in_ddp",
+    "loop_refined",
+    "loop_sharded",
 )
 REFUSED = ("shuffled_loader", "shuffled_batches", "odd_batches", "other_model", "other_arguments", "odd_batch")
 ENDED = ("refused_at_once", "meddling", "meddling_unpruned", "failing", "failing_first", "interrupted")
@@ -216,21 +219,31 @@ def test_a_process_that_fails_ends_the_others(two: Path) -> None:
     assert survivor.startswith("RankLost: rank 1 ends because rank 0 failed: FileExistsError")
 
 
-def test_live_and_stale_wrappers_are_refused(two: Path) -> None:
+def test_a_live_wrapper_is_refused_and_follows(two: Path) -> None:
+    follows = results(two / "wrapped_in_ddp", 2)[0]  # the same weights after two deletions
+    assert int(follows["calls"]) == 4
     for rank in range(2):
-        pruned, fitted, stale, wrapped = (two / "wrapped_in_ddp" / f"{rank}.said").read_text().splitlines()
-        for text in (pruned, fitted):
+        pruned, fitted, attached, wrapped, slow, other = (
+            (two / "wrapped_in_ddp" / f"{rank}.said").read_text().splitlines()
+        )
+        for text in (pruned, fitted, attached, wrapped):
             assert re.match(r"TypeError: model must be the model itself, .* hand over wrapper\.module", text)
-        assert re.search(r"time steps: wrap wrapper\.module, then make the DistributedDataParallel anew$", wrapped)
-        assert re.match(r"RuntimeError: this DistributedDataParallel was made before layers were deleted", stale)
+        assert "would not average the gradients of the time steps" in wrapped
+        assert slow.startswith("ValueError: target_latency_ms must be None where several processes train")
+        assert other.startswith("RanksDisagree: the layers to delete must be the same in all processes")
 
 
-def test_sharded_models_are_refused_and_the_remedy_works(two: Path) -> None:
+def test_a_sharded_model_is_pruned_and_saved(two: Path) -> None:
+    assert results(two / "sharded", 2)[0]["answer"].shape == (20, 10)
     for rank in range(2):
-        lines = (two / "sharded" / f"{rank}.said").read_text().splitlines()
-        assert len(lines) == 4
-        for act, text in zip(("prune", "prune", "save", "export"), lines, strict=True):
-            assert re.match(rf"model must not be sharded, got a FSDP\w+: {act} before fully_shard; or gather", text)
+        said = (two / "sharded" / f"{rank}.said").read_text().splitlines()
+        *refused, together, larger, split = said
+        remedies = ("taulearn.attach", "save_model", "refine it before", "wrap it before")
+        for text, remedy in zip(refused, remedies, strict=True):
+            assert re.match(r"ValueError: model must not be sharded, got .*" + re.escape(remedy), text)
+        assert together.startswith("ValueError: refinement must be None for a model that fully_shard sharded")
+        assert re.match(r"ValueError: model must be sharded block by block, got 'layers\.\d.*' as a part of", larger)
+        assert "ignored_params={model.time_steps.values}" in split
 
 
 def start_by_hand(processes: int, folder: Path, *names: str) -> "list[subprocess.Popen[str]]":
@@ -305,6 +318,25 @@ def test_torchrun_ends_with_a_killed_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_a_deletion_in_one_process_alone_ends_within_a_minute(tmp_path: Path) -> None:
+    run_all(2, tmp_path, "alone")
+    seconds, text, layers = (tmp_path / "alone" / "said").read_text().splitlines()
+    assert float(seconds) < 60
+    assert text.startswith("the processes of this training do not find each other")
+    assert layers == "8"
+
+
+@pytest.mark.long
+def test_a_process_killed_in_a_deletion_ends_the_others(tmp_path: Path) -> None:
+    survivor, victim = start_by_hand(2, tmp_path, "killed_deleting")
+    _, errors = survivor.communicate(timeout=200)
+    victim.communicate()
+    assert seconds_since(tmp_path / "killed_deleting") < 60
+    assert "RankLost: rank 0 of 2 ends because another process" in errors
+    assert (tmp_path / "killed_deleting" / "0.said").exists()
+
+
+@pytest.mark.long
 def test_a_process_that_hangs_ends_the_others_within_a_minute(tmp_path: Path) -> None:
     survivor, hanging = start_by_hand(2, tmp_path, "hanging")
     _, errors = survivor.communicate(timeout=200)
@@ -340,7 +372,7 @@ def test_processes_wait_for_each_other_as_long_as_for_gradients(monkeypatch: pyt
 
 
 def test_a_resumed_run_is_told_numbers_of_processes_alone() -> None:
-    three = distributed.Ranks()
+    three = distributed.TrainingRanks()
     three.size = 3
     with pytest.raises(ValueError, match=r"got 200: it is that of all processes together; use 201, or 2 processes"):
         distributed.check_batch_size(three, 200, 1000)

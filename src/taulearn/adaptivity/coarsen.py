@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .._distributed import expire, refuse_distributed, wrappers_around
+from .._distributed import refuse_distributed, together
 from ..nn.pruned_models import WRAPPING, prunable_of, refuse_inference_mode
 from ..optim.projections import has_session
 from .estimate import Criterion, as_criterion, normalised, scores_of, shares
@@ -223,7 +223,7 @@ def prune(
     if threshold is not None:
         check_threshold(threshold)
     check_one_decides(threshold, keep=keep, budget=budget)
-    prunable = check_prunable(model)
+    shared, prunable = together(model), check_prunable(model)
     models, optimizers = changed_together(model, optimizer, averaged)
     model = models[0]
     asked = as_criterion(criterion, model, data=data, loss=loss)
@@ -235,12 +235,14 @@ def prune(
     measured = asked.power is None or isinstance(budget, Mapping)
     with all_or_nothing(models, optimizer) if measured else nullcontext():  # a criterion or a clock calls the model
         chosen, note = _choose(prunable, model, threshold, keep, asked, budget)
-    with all_or_nothing(models, optimizer) if chosen else nullcontext():
+    before = prunable.time_steps.values
+    lost = {i: prunable.layers[i] for i, _ in chosen}
+    alike = nullcontext() if shared is None else shared.changing("the layers to delete", lost)
+    with all_or_nothing(models, optimizer) if chosen else nullcontext(), alike:
         number, parameters = prunable.time_steps.num_steps, number_of_variables(model)
         deleted, gone = deleted_layers(prunable, chosen), {i for i, _ in chosen}
         kept = tuple(i for i in range(number) if i not in gone)
         state, notes = "unchanged" if optimizers else "none", [note]
-        wrappers = wrappers_around(model) if chosen else []
         if chosen:
             if WRAPPING in vars(model):
                 forget_compiled()
@@ -248,8 +250,9 @@ def prune(
             notes += [*_cautions(prunable, deleted, given=bool(optimizers)), *reset]
         said = "; ".join(each for each in notes if each)
         report = PruneReport(deleted, kept, number, len(kept), parameters, number_of_variables(model), state, said)
-        expire(wrappers)
-        return report
+    if shared is not None and chosen:
+        shared.follow(lost.values(), prunable.time_steps.values, before)
+    return report
 
 
 def _choose(

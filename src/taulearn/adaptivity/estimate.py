@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._batches import check_loss
+from .._distributed import alike
 from .._errors import unknown_name
 from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import TimeSteps
@@ -212,7 +213,7 @@ def scores_of(criterion: Criterion, model: nn.Module) -> tuple[list[float] | Non
             f"criterion must return {number} finite scores >= 0, one per layer, got "
             f"{scores.tolist() if scores.numel() < 50 else f'shape {tuple(scores.shape)}'}"
         )
-    return scores.tolist(), 1.0
+    return alike(model, scores.tolist()), 1.0
 
 
 def normalised(scores: Sequence[float]) -> list[float]:

@@ -44,6 +44,7 @@ from torch.utils._pytree import tree_map
 from .._batches import batches_of, check_loss, each_batch, leading
 from .._calls import forwards
 from .._counting import BY_SAMPLES, Mean, loss_counted
+from .._distributed import alike
 from .._errors import unknown_name
 from .._undisturbed import undisturbed
 from ..nn.finer_steps import check_theta
@@ -113,7 +114,8 @@ def indicators(
     check_indicator(indicator)
     steps = time_steps_of(model)
     if not isinstance(indicator, str):
-        return _of_function(indicator, model, data)
+        given = _of_function(indicator, model, data)
+        return given.new_tensor(alike(model, given.tolist()))
     if data is None:
         raise ValueError(
             f"data must be given with indicator {indicator!r}, got None: hand over batches on which the loss is taken, "
@@ -136,7 +138,7 @@ def indicators(
     rest = [l for l in range(steps.num_steps) if l not in without]
     if unseen := set(rest) - varied.seen:
         raise ValueError(f"data must be such that every layer is called, got data on which {len(unseen)} are not")
-    found[rest] = mean.value()[rest]
+    found[rest] = torch.tensor(alike(model, mean.value()[rest].tolist()), dtype=found.dtype, device=found.device)
     if not bool(found[rest].isfinite().all()):
         raise NotFinite(f"loss must be finite on data with finite gradients, got indicators {found.tolist()}")
     return found

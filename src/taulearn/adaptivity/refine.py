@@ -13,6 +13,7 @@ References:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .._distributed import expire, wrappers_around
+from .._distributed import together
 from .._errors import unknown_name
 from ..nn import finer_steps
 from ..nn.grid import Grid, copied, regrow, twice
@@ -315,20 +316,22 @@ def carry_out(
         finer_steps.split(each, [*chosen], theta) if by == "split" else finer_steps.insert(each, [*chosen])
         for each in grids
     ]
-    wrappers = wrappers_around(model)
+    shared, before = together(model), steps.values
     if WRAPPING in vars(model):
         forget_compiled()
     grown = dict(zip(models, zip(made, values, strict=True), strict=True))
     # a half takes the state of the steps, too; where new layers train alone, nothing is left that moves other steps
     old = [-1 if train == "new" or (i in like and by == "insert") else l for i, l in enumerate(sources)]
-    state, reset = change(
-        models,
-        lambda each, grows: grows.grow_layers_(sources, *grown[each]),
-        steps.rule.entries(old),
-        optimizers,
-        kin,
-        inherit=by == "split",
-    )
+    alike = nullcontext() if shared is None else shared.changing("the layers to refine", dict.fromkeys(chosen))
+    with alike:
+        state, reset = change(
+            models,
+            lambda each, grows: grows.grow_layers_(sources, *grown[each]),
+            steps.rule.entries(old),
+            optimizers,
+            kin,
+            inherit=by == "split",
+        )
     own = int(isinstance(steps.values, nn.Parameter))
     new = tuple(
         NewLayer(steps.origin[i], steps.parent[steps.origin[i]], eta, own + number_of_variables(made[0][i]))
@@ -341,7 +344,8 @@ def carry_out(
     report = RefineReport(
         by, new, layers_before, steps.num_steps, parameters, number_of_variables(model), state, "; ".join(notes)
     )
-    expire(wrappers)
+    if shared is not None:
+        shared.follow((), steps.values, before)
     if train == "new":  # last, as flags are not put back
         for p in model.parameters():
             p.requires_grad_(p in kin or p is steps.values)

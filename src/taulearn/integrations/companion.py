@@ -21,6 +21,7 @@ from ..nn.time_steps import time_steps_of
 from ..optim import group_of
 from ..optim.projections import check_unattached
 from ..penalties import Penalty
+from ..training.attaching import work_together
 from ..training.check_arguments import check_policies
 from ..training.history import History
 from ..training.objective import as_penalties
@@ -94,18 +95,11 @@ class Companion:
         *,
         epochs: int,
         per_epoch: int,
-        processes: int,
         averages: Callable[[], Sequence[nn.Module]],
     ) -> None:
         """Start beside a loop, from the record and the state of a checkpoint where these were set."""
         refuse_distributed("model", model)
-        if self.changes and processes > 1:
-            name = "refinement" if self.pruning is None else "pruning"
-            raise ValueError(
-                f"{name} must be None where {processes} processes train in this trainer, whose wrapper around the "
-                "model would keep averaging the gradients of the layers at its start: use one process, or train with "
-                "taulearn.fit under torchrun"
-            )
+        work_together(model, self.pruning, self.refinement)
         check_holds(optimizer, model)
         check_holds_steps(optimizer, model)
         check_unattached(optimizer, model)

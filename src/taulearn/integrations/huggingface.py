@@ -123,7 +123,6 @@ class TimeStepsCallback(TrainerCallback):
             optimizer,
             epochs=state.num_train_epochs,
             per_epoch=math.ceil(state.max_steps / state.num_train_epochs),
-            processes=args.world_size,
             averages=lambda: averages_in(kwargs["model"]),
         )
         self._training.callback(companion.end)

@@ -116,7 +116,6 @@ class TimeStepsCallback(Callback):
             self._optimizer,
             epochs=epochs,
             per_epoch=-(-int(batches) // epochs),
-            processes=trainer.world_size,
             averages=lambda: [*averages_in(pl_module), *averages_of(trainer)],
         )
         for each in averages_of(trainer):

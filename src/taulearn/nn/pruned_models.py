@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._distributed import expire, wrappers_around
+from .._distributed import together
 
 if TYPE_CHECKING:
     from ..wrapping.wrapped_model import Wrapping
@@ -98,7 +98,8 @@ class Follower:
         regrow(prunable_of(model), grid)
         if model.time_steps.values is not replaced:
             retire(replaced)
-        expire(wrappers_around(model))
+        if (shared := together(model)) is not None:
+            shared.follow((), model.time_steps.values, replaced)
 
 
 def retire(values: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import __version__
-from .._distributed import refuse_distributed
+from .._distributed import refuse_distributed, sharded
 from ..files import check_tensors, move, tensor_bytes, write_bytes
 from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps, time_steps_of
@@ -42,6 +42,8 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, plain: bool = 
 
     A model that was saved there before is replaced: whatever happens meanwhile, one of the two can be loaded.
 
+    A sharded model is gathered, parameter by parameter, and the first process writes it; all must call this at once.
+
     Of a scheme or a constraint of your own the public attributes that JSON can hold are saved too, and a host must have
     the same; what changes from call to call needs a name that begins with an underscore. ``requires_grad`` and memory
     formats such as channels_last are not kept.
@@ -56,7 +58,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, plain: bool = 
     Raises:
         TypeError: If the model has no time steps, or its state dict holds something other than dense tensors of numbers
             (sparse, quantized, nested, on the meta device); nothing is written then.
-        ValueError: If its parameters are sharded, or ``plain`` is asked for and steps can neither be folded nor are 1.
+        ValueError: If ``plain`` is asked for and steps can neither be folded nor are 1.
         OSError: If the files cannot be written.
 
     Example:
@@ -69,6 +71,17 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, plain: bool = 
     """
     refuse_distributed("model", model, "save")
     inner = with_steps("model", model)
+    if sharded(inner) is not None:
+        from .._together import gathered
+
+        with gathered(inner) as ranks:
+            ranks.told(lambda: _save(inner, Path(path), plain=plain))
+    else:
+        _save(inner, Path(path), plain=plain)
+
+
+def _save(inner: nn.Module, folder: Path, *, plain: bool) -> None:
+    """Write the folder."""
     wrapping = wrapping_of(inner)
     if plain:
         state = _plain_state(inner, wrapping)
@@ -79,7 +92,6 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, plain: bool = 
         state = {name: value.unsqueeze(0) for name, value in state.items()}
     content = tensor_bytes(state, {"kind": "taulearn weights"}, "model")
     manifest = describe(inner, plain=plain) | {"weights_sha256": hashlib.sha256(content).hexdigest()}
-    folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(
             f"path must be a folder, got the file {folder}: the model becomes two files in a folder"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazily
 
 if TYPE_CHECKING:
-    from .distributed import RankLost as RankLost, RanksDisagree as RanksDisagree
+    from .._ranks import RankLost as RankLost, RanksDisagree as RanksDisagree
     from .events import (
         Diverged as Diverged,
         EpochEnd as EpochEnd,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
-        ".distributed": ("RankLost", "RanksDisagree"),
+        ".._ranks": ("RankLost", "RanksDisagree"),
         ".events": ("Diverged", "EpochEnd", "Interrupted", "StopTraining"),
         ".fitting": ("fit",),
         ".history": ("Deletion", "History"),

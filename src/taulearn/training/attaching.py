@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from .._distributed import refuse_distributed, wrappers_around
+from .._distributed import refuse_distributed, several_processes, together
 from .._errors import positive_integer
 from ..adaptivity.adaptation import Adaptation
 from ..adaptivity.optimizer_state import LACKING, check_holds, check_holds_steps, optimizers_in, parameters_held
 from ..adaptivity.policies import Pruning
 from ..adaptivity.refiner import Refinement
 from ..adaptivity.transaction import check_averaged
+from ..nn.time_steps import time_steps_of
 from ..optim.projections import (
     SESSIONS,
     Attached,
@@ -74,7 +75,7 @@ def attach(
         The session: ``.history``, ``.loss(..)`` and ``.detach()``.
 
     Raises:
-        TypeError: If the model is in a wrapper of data parallel training, or the optimiser calls no hooks.
+        TypeError: If it is handed in a wrapper of data parallel training, or the optimiser calls no hooks.
         ValueError: If an optimiser does not hold the model's parameters, none holds the time steps, one evaluates
             the loss several times a step (LBFGS, SAM) or has a registered projection, it or the model has a session,
             or a number is missing that the policy or a penalty needs.
@@ -108,8 +109,7 @@ def attach(
     epochs, per_epoch = 1.0, iterations_per_epoch or iterations or 1
     if iterations is not None and iterations_per_epoch is not None:
         epochs = iterations / iterations_per_epoch
-    if pruning is not None or refinement is not None:
-        _refuse_wrapped(model, "refinement" if pruning is None else "pruning")
+    work_together(model, pruning, refinement, averaged)
     policies = Adaptation(pruning, refinement, model, optimizers, epochs, per_epoch, recording=True)
     policies.begin(None)
     session = Session(
@@ -136,16 +136,13 @@ class _Hooks(Attached):
     """The hooks of a session: ``before`` a step, and the call after it."""
 
     def __init__(self, session: Session, per_epoch: int | None) -> None:
-        self.session, self.per_epoch, self._looked = session, per_epoch, False
+        self.session, self.per_epoch = session, per_epoch
 
     def before(self, optimizer: Any, args: Sequence[Any], options: dict[str, Any]) -> Any:
         """Add the penalties' gradients before a step, or behind those that the closure makes."""
         session = self.session
         if steps_under_way(optimizer) > 1:
             return None
-        if session.policies and not self._looked:
-            _refuse_wrapped(session.model, "refinement" if session.pruner is None else "pruning")
-            self._looked = True
         closure = options.get("closure", args[1] if len(args) > 1 else None)
         if callable(closure):
             if len(session.optimizers) > 1:
@@ -268,11 +265,21 @@ def _check_numbers(
         )
 
 
-def _refuse_wrapped(model: nn.Module, policy: str) -> None:
-    """Refuse to change a model in a DistributedDataParallel, whose processes would decide each for themselves."""
-    if wrappers_around(model):
+def work_together(
+    model: nn.Module, pruning: Pruning | None, refinement: Refinement | None, averaged: AveragedModel | None = None
+) -> None:
+    """Prepare a model that several processes hold, and refuse what they cannot do together."""
+    if pruning is not None and pruning.target_latency_ms is not None and several_processes():
         raise ValueError(
-            f"{policy} must be None while a DistributedDataParallel is around the model, got a policy: the wrapper "
-            "would keep averaging the gradients of the layers at its start; train in one process, or with taulearn.fit "
-            "under torchrun"
+            "target_latency_ms must be None where several processes train, got one, which each would measure for "
+            "itself: measure in one process (taulearn.summary), and give target_blocks"
         )
+    shared = together(model)
+    if shared is None or not shared.sharded:
+        return
+    for name, value in {"refinement": refinement, "averaged": averaged}.items():
+        if value is not None:
+            raise ValueError(f"{name} must be None for a model that fully_shard sharded, got one: refine before it")
+    from .._together import average_gradient
+
+    average_gradient(time_steps_of(model).values)

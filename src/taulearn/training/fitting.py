@@ -151,7 +151,7 @@ def fit(
     """
     with announced(run), ExitStack() as until_failure:
         ranks = until_failure.enter_context(join())
-        refuse_distributed("model", model)
+        refuse_distributed("model", model, "fit")
         optimizer, scheduler = bare(optimizer), bare_scheduler(scheduler)
         _put_on(device, model)
         where = time_steps_of(model).values.device

@@ -17,7 +17,7 @@ from ..nn.time_steps import time_steps_of
 from ..optim.projections import suspended_projections
 from .batches import LoaderBatches, TensorBatches
 from .check_arguments import Metric, steps_each_iteration
-from .distributed import CHANGED, Ranks, change_alike
+from .distributed import CHANGED, TrainingRanks, change_alike
 from .events import Diverged, EpochEnd, Interrupted, StopTraining
 from .fast.compiler import worth_compiling
 from .history import FLUSH_EVERY, History
@@ -57,7 +57,7 @@ class Loop:
         options: StepOptions,
         settings: Settings,
         folder: "Run | None",
-        ranks: Ranks,
+        ranks: TrainingRanks,
     ) -> None:
         self.objective, self.batches, self.parts, self.options = objective, batches, parts, options
         self.settings, self.ranks = settings, ranks
@@ -232,7 +232,7 @@ class Loop:
         position, scheduler = self.position, self.parts.scheduler
         first, seconds = position.iteration - position.batch, position.seconds
         position.epoch, position.batch, position.seconds = epoch + 1, 0, 0.0
-        self.ranks.share_buffers(self.models)
+        self.ranks.copy_first(self.models, buffers_alone=True)
         row = self._record_epoch(seconds=seconds, first=first)
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(row.get("validation.loss", row["train.loss"]))

@@ -22,7 +22,7 @@ from ..nn.time_steps import time_steps_of
 from ..optim import constrain_
 from ..optim.projections import constrains_trials, searches
 from .batches import LoaderBatches, TensorBatches
-from .distributed import Ranks, has_whole_batches, start_epoch
+from .distributed import TrainingRanks, has_whole_batches, start_epoch
 from .fast.compiler import compile_once
 from .objective import Objective, StepOptions, as_float, autocast_of, input_dtype
 
@@ -43,10 +43,14 @@ class PlainStep:
     """
 
     def __init__(
-        self, objective: Objective, optimizer: torch.optim.Optimizer, options: StepOptions, ranks: Ranks | None = None
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        options: StepOptions,
+        ranks: TrainingRanks | None = None,
     ) -> None:
         self.objective, self.optimizer, self.options = objective, optimizer, options
-        self.ranks = Ranks() if ranks is None else ranks
+        self.ranks = TrainingRanks() if ranks is None else ranks
         self.device = time_steps_of(objective.model).values.device
 
     def __call__(
@@ -145,10 +149,10 @@ class Engine:
         policies: Adaptation | None = None,
         single: bool = False,
         failed: Callable[[str], None] | None = None,
-        ranks: Ranks | None = None,
+        ranks: TrainingRanks | None = None,
     ) -> None:
         self.objective, self.optimizer, self.batches, self.options = objective, optimizer, batches, options
-        self.ranks, self.whole = Ranks() if ranks is None else ranks, has_whole_batches(batches)
+        self.ranks, self.whole = TrainingRanks() if ranks is None else ranks, has_whole_batches(batches)
         self.plain = PlainStep(objective, optimizer, options, self.ranks)
         self.pruner = pruner = None if policies is None else policies.pruner
         self.refiner, self.failed = None if policies is None else policies.refiner, failed

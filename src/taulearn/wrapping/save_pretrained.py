@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._distributed import sharded
 from .._errors import in_short
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import Snapshot
@@ -63,7 +64,15 @@ class SavePretrained:
         return self.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the model without its time steps; those that fold are folded into the weights that are written."""
+        """Save the model without its time steps; those that fold are folded into the weights that are written.
+
+        A sharded model is gathered first, in all processes at once, and the first writes.
+        """
+        if sharded(self.host) is not None and not self._has_state(args, kwargs):
+            from .._together import gathered
+
+            with gathered(self.host) as ranks:
+                return ranks.told(lambda: self(*args, **kwargs))
         wrapping = vars(self.host).get(WRAPPING)
         if wrapping is not None:
             check_plain(wrapping, _SAVE)
@@ -84,6 +93,11 @@ class SavePretrained:
                         f"{len(found)} differences: {'; '.join(found[:5])}. {_INSTEAD}"
                     )
             return self._write(given)
+
+    def _has_state(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the whole state was handed over, as trainers do after they gathered it."""
+        given = inspect.signature(self.inner).bind(*args, **kwargs)
+        return isinstance((given.arguments | given.arguments.get(_keywords(given), {})).get("state_dict"), dict)
 
     def has_other_blocks(self) -> bool:
         """Whether blocks were deleted or came, now or before."""
