@@ -86,6 +86,34 @@ def test_all_members_finish_once_though_a_worker_is_killed_in_the_middle(tmp_pat
     assert again.skipped == [member.name for member in members]
 
 
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*accelerator devices", "ignore::ResourceWarning")
+def test_all_members_finish_though_a_node_of_the_cluster_dies_in_the_middle(tmp_path):
+    """Two raylets on this machine, of one core each; the second takes its workers with it."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    other = cluster.add_node(num_cpus=1)
+    members = [Member("a", seed, TrainConfig(width=16, epochs=40, seed=seed)) for seed in range(4)]
+    seen, finished = [], []
+
+    def end_the_other(event):
+        finished.append(event.member)
+        if not seen:
+            _wait_for(lambda: _busy_workers(tmp_path))
+            seen.append(sum(node["Alive"] for node in ray.nodes()))
+            cluster.remove_node(other, allow_graceful=False)
+
+    try:
+        outcome = run_members(members, tmp_path, engine="ray", address=cluster.address, on_event=end_the_other)
+    finally:
+        cluster.shutdown()
+    assert seen == [2]
+    assert not outcome.failed
+    assert sorted(outcome.finished) == sorted(finished) == [member.name for member in members]
+
+
 def _busy_workers(out: Path) -> list[int]:
     """Processes that hold the lock of a member, whose training has left a checkpoint."""
     found = []

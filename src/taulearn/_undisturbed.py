@@ -55,7 +55,7 @@ class Contents:
 
     def __init__(self, objects: Iterable[Any]) -> None:
         objects = [*objects]
-        self.units = [each for each in objects if isinstance(each, nn.Module) and hasattr(each, "reshard")]
+        self.units: list[Any] = [each for each in objects if hasattr(each, "reshard")]
         self._reshard()
         self.containers: list[tuple[Any, Any]] = []
         self.others: list[Any] = []  # tensors and generators, which are left as they are

@@ -36,6 +36,7 @@ def _run(arguments: list[str]) -> int:
     try:
         with needs("app", "the command line"):
             from .commands import parse
+            from .launch import launch, started_here
             from .options import UsageError
     except ImportError as error:
         complain("error", error)
@@ -49,7 +50,10 @@ def _run(arguments: list[str]) -> int:
         with warnings.catch_warnings():
             if not debug:
                 warnings.showwarning = show
-            parse(arguments or ["--help"])()
+            command = parse(arguments or ["--help"])
+            if started_here(processes := getattr(command, "processes", None)):
+                return launch(processes, arguments)
+            command()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     except UsageError as error:

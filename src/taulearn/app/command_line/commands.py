@@ -16,6 +16,9 @@ from .output import figure, say, table, watched
 from .reproduce import Reproduce
 from .sweep import Sweep, about
 
+Processes = Annotated[
+    int | None, about("Train in so many processes of this machine, each with its share of every batch.", "INT")
+]
 RunFolder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="Folder of the run.")]
 
 
@@ -36,6 +39,7 @@ class Resume:
         about("Number of epochs in all, to train longer than was planned; as it was unless given."),
         numbers_option("INT", int, spaces=False),
     ] = None
+    processes: Processes = None
 
     def __call__(self) -> None:
         if self.epochs is not None and not (isinstance(self.epochs, int) and self.epochs >= 1):
@@ -224,7 +228,11 @@ def commands(defaults: Mapping[str, Any]) -> dict[str, type]:
     file = about("Settings to start from: a run's run.toml, or TOML with one key for each option.", "FILE")
     train = make_dataclass(
         "Train",
-        [("config", Annotated[str | None, file], field(default=None)), *option_groups(defaults)],
+        [
+            ("config", Annotated[str | None, file], field(default=None)),
+            ("processes", Processes, field(default=None)),
+            *option_groups(defaults),
+        ],
         frozen=True,
         namespace={"__call__": _train, "__doc__": "Train a network with learned time steps, and prune it on the way."},
     )
