@@ -305,7 +305,7 @@ def deleted_layers(prunable: Prunable, chosen: Iterable[tuple[int, float]]) -> t
     """The layers at these positions, with their shares, as the report names them."""
     steps, layers = prunable.time_steps, prunable.layers
     factors = prunable.scheme.factor(steps.tau.detach().double()).tolist()
-    own = int(isinstance(steps.values, nn.Parameter))
+    own = int(isinstance(steps.values, nn.Parameter)) + prunable.scheme.per_layer
     return tuple(
         DeletedLayer(steps.origin[i], share, factors[i], own + number_of_variables(layers[i])) for i, share in chosen
     )
@@ -315,6 +315,7 @@ def _cautions(prunable: Prunable, deleted: Iterable[DeletedLayer], *, given: boo
     """Notes for the report: accuracy, and an optimiser that was not given."""
     if (power := prunable.scheme.step_power) != 1.0:
         size = sum(d.factor for d in deleted)
+        power = min(power) if isinstance(power, tuple) else power
         yield f"error of the order tau^{power:g}, here {size:.2g} times the size of the deleted layers' values"
     if not given and prunable.time_steps.values.grad is not None:
         yield "an optimiser made before this no longer trains tau: hand it over (optimizer=...) or make a new one"

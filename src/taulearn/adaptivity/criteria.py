@@ -188,7 +188,7 @@ class Contribution(Measured):
         @torch.no_grad()
         def measure(l: int, form: Form, x: Tensor | None, output: Any) -> None:
             size = _mean_norm(_increment(form, x, output))
-            found[l] = size if wrapped else size * prunable.scheme.factor(prunable.time_steps.tau[l].float())
+            found[l] = size if wrapped else size * prunable.scheme.factor(prunable.time_steps.tau.float())[l]
 
         return self._on_outputs(self._layers(), measure)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from .._errors import positive_integer
 from ..nn.time_steps import TimeSteps
-from .estimate import normalised, shares
+from .estimate import Exponent, normalised, shares
 from .transaction import taken_out
 
 Budget = int | Mapping[str, Any]
@@ -22,7 +22,7 @@ def plan(
     steps: TimeSteps,
     threshold: float,
     *,
-    power: float = 1.0,
+    power: Exponent = 1.0,
     fixed: Iterable[int] = (),
     scores: Sequence[float] | Mapping[int, float] | None = None,
     number: int | None = None,
@@ -37,7 +37,8 @@ def plan(
     kept_always = set(fixed)
     chosen = []
     while len(positions) > (1 if number is None else number):
-        now = shares(steps, power).tolist() if scores is None else normalised([scores[l] for l in positions])
+        left = tuple(power[l] for l in positions) if isinstance(power, tuple) else power
+        now = shares(steps, left).tolist() if scores is None else normalised([scores[l] for l in positions])
         candidates = [(share, i) for i, share in enumerate(now) if positions[i] not in kept_always]
         if not candidates or (number is None and min(candidates)[0] >= threshold):
             break
@@ -53,7 +54,7 @@ def within_budget(
     budget: Budget,
     model: nn.Module,
     steps: TimeSteps,
-    power: float,
+    power: Exponent,
     scores: list[float] | None,
     fixed: Mapping[int, str],
     again: Again | None = None,

@@ -107,7 +107,7 @@ def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
         options["scheme"] = Momentum(config.epsilon) if config.scheme == "momentum" else config.scheme
     if config.network == "fractional":
         options = {name: getattr(config, name) for name in ("gamma", "memory_from", "memory", "tolerance")}
-        options |= {"gamma": LearnedOrder(config.gamma)} if config.learn_order else {}
+        options |= {"gamma": LearnedOrder(config.gamma, config.learn_order)} if config.learn_order else {}
     if config.network != "fractional" or config.lower_bound is not None:
         options["lower_bound"] = config.lower_bound
     in_features, out_features = features(splits)

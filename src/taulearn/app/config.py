@@ -89,8 +89,8 @@ class TrainConfig(BaseModel):
         "draws them from (0, 1), by the seed.",
     )
     gamma: float = Field(0.5, gt=0, lt=1, description="Order of the fractional derivative, in (0, 1).")
-    learn_order: bool = Field(
-        False, description="Learn the order of a fractional network; gamma is the one at the start."
+    learn_order: Literal["network", "layer"] | None = Field(
+        None, description="Learn one order of a fractional network, or one a layer; gamma is the one at the start."
     )
     memory_from: int = Field(1, ge=0, le=1, description="First difference that a fractional network remembers.")
     memory: Literal["auto", "exact", "fast"] = Field(

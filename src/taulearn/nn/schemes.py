@@ -14,7 +14,7 @@ References:
 import functools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +44,9 @@ class Scheme(nn.Module):
         name: The scheme's name in records and manifests.
         deletes_exactly: Whether a layer with an identity skip is the identity in the limit tau_l -> 0, so that it can
             be pruned.
-        step_power: Exponent p for which tau^p multiplies the layer function; pruning compares shares of abs(tau)^p.
+        step_power: Exponent p for which tau^p multiplies the layer function, or one for each layer; pruning compares
+            shares of abs(tau)^p.
+        per_layer: How many variables it learns for each layer.
         remembers: Whether a step looks at all states before it, so that its cost grows with their number.
         uses_skips: Whether a step asks for the skips.
         memory_from: Number of the first state that is remembered; where it is 1, layer 0 cannot be deleted.
@@ -55,7 +57,8 @@ class Scheme(nn.Module):
 
     name: str
     deletes_exactly = False
-    step_power = 1.0
+    step_power: float | tuple[float, ...] = 1.0
+    per_layer = 0
     remembers = False
     uses_skips = True
     memory_from = 0
@@ -80,10 +83,10 @@ class Scheme(nn.Module):
         """The factor of the layer function in a step, by itself abs(tau)^p.
 
         Args:
-            tau: Time steps, any shape.
+            tau: Time steps, (N,).
 
         Returns:
-            Factors >= 0, shaped like tau.
+            Factors >= 0, (N,).
         """
         return tau.abs() ** self.step_power
 
@@ -145,6 +148,10 @@ class Scheme(nn.Module):
             y, carry = pair_of(self, self.step(l, f, y, carry, skips, coefficients))
             states.append(y)
         return states
+
+    def follow_(self, sources: Sequence[int]) -> dict[Any, Any]:
+        """Follow a change to layers that have what those at ``sources`` have; new parameters, with their parents."""
+        return {}
 
     def last(self, x: Tensor, layers: nn.ModuleList, skips: Skips, tau: Tensor) -> Tensor:
         """The state y_N alone; arguments as those of :meth:`states`."""
@@ -299,7 +306,7 @@ class Fractional(Scheme):
     def factor(self, tau: Tensor) -> Tensor:
         return tau.abs() ** self.gamma * math.gamma(2.0 - self.gamma)
 
-    def prepare(self, tau: Tensor) -> _Coefficients:
+    def prepare(self, tau: Tensor, twice: int | None = None) -> _Coefficients:  # a layer that stands twice in tau
         return _Coefficients(tau, self.gamma)
 
     def init(self, y_0: Tensor) -> Any:
