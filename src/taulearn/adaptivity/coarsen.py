@@ -24,7 +24,7 @@ from .._distributed import refuse_distributed, together
 from ..nn.pruned_models import WRAPPING, prunable_of, refuse_inference_mode
 from ..optim.projections import has_session
 from .estimate import Criterion, as_criterion, normalised, scores_of, shares
-from .mark import Budget, plan, within_budget
+from .mark import Budget, plan
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in
 from .policies import THRESHOLD, check_one_decides, check_threshold
 from .transaction import Prunable, all_or_nothing, check_averaged, delete, taken_out
@@ -270,6 +270,8 @@ def _choose(
     if budget is not None:
         if keep is not None:
             raise ValueError("budget must be None where keep is given: keep names the layers already")
+        from .mark_by_budget import within_budget
+
         chosen, note = within_budget(budget, model, steps, exponent, scores, fixed, again)
     elif keep is None:
         chosen = plan(steps, THRESHOLD if threshold is None else threshold, power=exponent, fixed=fixed, scores=scores)

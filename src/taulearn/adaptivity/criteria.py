@@ -184,10 +184,16 @@ class Contribution(Measured):
 
     def _watch(self, found: dict[int, Tensor]) -> Iterable[Any]:
         prunable, wrapped = prunable_of(self.model), wrapping_of(self.model) is not None
+        weights, stages = prunable.scheme.stage_weights, dict[int, list[Tensor]]()
 
         @torch.no_grad()
         def measure(l: int, form: Form, x: Tensor | None, output: Any) -> None:
-            size = _mean_norm(_increment(form, x, output))
+            added = _increment(form, x, output)
+            if len(weights) > 1 and prunable.skips.is_identity(l):
+                so_far = stages.get(l, [])
+                stages[l] = [*so_far[len(so_far) // len(weights) * len(weights) :], added.detach()]
+                added = sum(b * k for b, k in zip(weights, stages[l], strict=False))
+            size = _mean_norm(added)
             found[l] = size if wrapped else size * prunable.scheme.factor(prunable.time_steps.tau.float())[l]
 
         return self._on_outputs(self._layers(), measure)

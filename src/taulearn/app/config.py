@@ -58,7 +58,8 @@ class TrainConfig(BaseModel):
         "resnet", description="Kind of network; resnet-v2 is the convolutional one, for images."
     )
     scheme: Literal["residual", "midpoint", "heun", "rk4", "momentum", "verlet"] = Field(
-        "residual", description="How a layer of a resnet takes the state on: Euler's step, or another integrator's."
+        "residual",
+        description="How a layer of a resnet or resnet-v2 takes the state on: Euler's step, or another integrator's.",
     )
     epsilon: float = Field(1.0, gt=0, description="Inertia of the scheme momentum, epsilon x'' + x' = f(x).")
     hidden_layers: int = Field(

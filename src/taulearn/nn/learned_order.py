@@ -165,9 +165,11 @@ class FractionalLearned(Fractional):
     def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> tuple[Tensor, Any]:
         states, before = (*carry, y), skips(y, l, l + 1)
         memory = self._memory(coefficients.weights[l], states, skips) if l else None
+        value = f(y)
+        self.check_shape(l, value, before)
         if memory is not None:
             before = -memory if before is None else before - memory
-        return F.residual_step(before, f(y), coefficients.factors[l]), states
+        return F.residual_step(before, value, coefficients.factors[l]), states
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
