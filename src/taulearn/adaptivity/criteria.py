@@ -22,6 +22,7 @@ References:
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -192,7 +193,7 @@ class Contribution(Measured):
             if len(weights) > 1 and prunable.skips.is_identity(l):
                 so_far = stages.get(l, [])
                 stages[l] = [*so_far[len(so_far) // len(weights) * len(weights) :], added.detach()]
-                added = sum(b * k for b, k in zip(weights, stages[l], strict=False))
+                added = sum(map(mul, weights, stages[l]))
             size = _mean_norm(added)
             found[l] = size if wrapped else size * prunable.scheme.factor(prunable.time_steps.tau.float())[l]
 

@@ -7,6 +7,7 @@ References:
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 import torch
@@ -284,7 +285,7 @@ def _pass(
         output = network.head(states[-1])
         factors = network.scheme.factor(tau)
         weights = network.scheme.stage_weights
-        sums = {l: k[0] if len(k) == 1 else sum(b * each for b, each in zip(weights, k)) for l, k in values.items()}
+        sums = {l: sum(map(mul, weights, k)) if len(k) > 1 else k[0] for l, k in values.items()}
         added = [factors[l].to(value.dtype) * value for l, value in sums.items()]
     return outputs_at(network, x, states, output, own), states, added
 
