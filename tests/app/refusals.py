@@ -98,6 +98,8 @@ APP = [
             ("gamma", {"gamma": 0.3}, ("'resnet'",)),
             ("scheme", {"scheme": "verlet", "network": "densenet"}, ("'densenet'",)),
             ("scheme", {"scheme": "heun", "hidden_layers": 2, "width": (4, 5)}, ("'heun'",)),
+            ("scheme", {"scheme": "heun", "network": "resnet-v2"}, ("'heun'",)),
+            ("learn_order", {"network": "fractional", "learn_order": "layers"}, ("'layer'",)),
             ("epsilon", {"epsilon": 0.5}, ("'residual'",)),
             ("learn_order", {"learn_order": "network"}, ("'resnet'",)),
             (
