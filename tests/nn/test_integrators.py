@@ -309,14 +309,20 @@ class TestStages:
 
     def test_contribution_is_the_whole_increment(self, scheme: Scheme) -> None:
         model, (x, z) = network(scheme), draw_batch(3, 2)
-        states = [y.detach() for y in model.states(x)]
-        steps = [y - before for before, y in zip([torch.zeros_like(states[0]), *states], states, strict=False)]
-        expected = [step.norm(dim=1).mean().item() for step in steps]
-        for times in (1, 2):
-            found = on_data("contribution", [(x, z)] * times, None)(model.time_steps.tau, model)
-            assert found.tolist() == pytest.approx(expected, rel=1e-5)
-        expected = [step.square().sum(1).mean().sqrt().item() for step in steps]
-        assert depth_profile(model, x, z, mse).contribution.tolist() == pytest.approx(expected, rel=1e-9)
+
+        def added(x: Tensor) -> list[Tensor]:
+            states = [y.detach() for y in model.states(x)]
+            return [states[0], *(after - before for before, after in itertools.pairwise(states))]
+
+        expected = [
+            torch.stack([s.norm(dim=1).mean() for s in pair]).mean()
+            for pair in zip(added(x), added(3 * x), strict=True)
+        ]
+        found = on_data("contribution", [(x, z), (3 * x, z)], None)(model.time_steps.tau, model)
+        torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=0.0)
+        expected = [step.square().sum(1).mean().sqrt() for step in added(x)]
+        found = torch.as_tensor(depth_profile(model, x, z, mse).contribution)
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=0.0)
 
     def test_stages_are_counted(self, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
         model, stages = network(scheme), len(scheme.stage_weights)

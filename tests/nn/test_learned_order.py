@@ -140,8 +140,9 @@ def test_a_change_that_fails_leaves_the_orders(monkeypatch: pytest.MonkeyPatch) 
     assert all(a is b for a, b in zip(model.scheme.orders, orders, strict=True))
 
 
-def test_shares_are_of_the_powers_of_the_layers() -> None:
-    model = per_layer()
+@pytest.mark.parametrize("orders", [np.linspace(0.2, 0.8, 5), np.linspace(0.8, 0.2, 5)], ids=["rise", "fall"])
+def test_shares_are_of_the_powers_of_the_layers(orders: Any) -> None:
+    model = per_layer(orders=orders)
     tau, orders = model.time_steps.tau.detach().numpy(), np.array(model.scheme.gamma)
     magnitudes = tau**orders
     assert summary(model).shares == pytest.approx(magnitudes / magnitudes.sum(), rel=1e-12)
