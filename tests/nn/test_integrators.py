@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from problems import coupled_springs
 from taulearn import Pruning, adjoint, fit, load_model, prune, refine, save_model
 from taulearn._milliseconds import layer_milliseconds
-from taulearn.adaptivity.criteria import on_data
+from taulearn.adaptivity.criteria import Contribution, on_data
 from taulearn.adaptivity.indicators import indicators
 from taulearn.diagnostics import depth_profile, gradient_propagation
 from taulearn.export import export_model
@@ -320,6 +320,12 @@ class TestStages:
         ]
         found = on_data("contribution", [(x, z), (3 * x, z)], None)(model.time_steps.tau, model)
         torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=0.0)
+        rule = Contribution(model)
+        with rule.measuring():  # parts of a batch: the last one
+            model(3 * x)
+            model(x)
+        expected = [step.norm(dim=1).mean() for step in added(x)]
+        torch.testing.assert_close(rule.values.double(), torch.stack(expected), rtol=1e-5, atol=0.0)
         expected = [step.square().sum(1).mean().sqrt() for step in added(x)]
         found = torch.as_tensor(depth_profile(model, x, z, mse).contribution)
         torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=0.0)
