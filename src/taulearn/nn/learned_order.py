@@ -104,6 +104,7 @@ class FractionalLearned(Fractional):
     """
 
     name = "fractional-learned"
+    orders: nn.ParameterList
 
     def __init__(self, initial: float = 0.5, memory_from: int = 1, layers: int = 0) -> None:
         super().__init__(LearnedOrder(initial).initial, memory_from, memory="exact")  # which sets gamma

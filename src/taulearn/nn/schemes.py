@@ -91,7 +91,8 @@ class Scheme(nn.Module):
         Returns:
             Factors >= 0, (N,).
         """
-        return tau.abs() ** self.step_power
+        p = self.step_power
+        return tau.abs() ** (tau.new_tensor(p) if isinstance(p, tuple) else p)
 
     def prepare(self, tau: Tensor) -> Any:
         """All that the steps take from tau, once per forward pass; nothing in it has a batch axis.
