@@ -285,7 +285,7 @@ def _pass(
         output = network.head(states[-1])
         factors = network.scheme.factor(tau)
         weights = network.scheme.stage_weights
-        sums = {l: sum(map(mul, weights, k)) if len(k) > 1 else k[0] for l, k in values.items()}
+        sums = {l: sum(map(mul, weights, k)) if len(k) == len(weights) else k[-1] for l, k in values.items()}
         added = [factors[l].to(value.dtype) * value for l, value in sums.items()]
     return outputs_at(network, x, states, output, own), states, added
 
