@@ -22,6 +22,7 @@ l, weights a' on the finer grid, and S_{k,l} = tau_{l+1} + .. + tau_k, step k > 
 
 (without f_l, a_{k,l} where the memory starts behind layer l). An insertion changes J by tau^gamma <psi, e> + ..: its
 sensitivity is the derivative in tau^gamma, the new step's. That limit is reached when (tau / tau_l)^(1-gamma) is small.
+Where each layer has an order of its own, a_{k,.} and c_{k,l} have that of layer k, e_l and tau that of layer l.
 
 References:
     Hintermüller, Hinze, Korolev (2026), arXiv 2601.07397 (dual weighted residuals).
