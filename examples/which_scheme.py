@@ -98,13 +98,22 @@ def builder_of(scheme: str) -> Callable[..., TimeVariableNetwork]:
 
 
 def train(problem: Problem, scheme: str, steps: str, rate: float, seed: int) -> Cell:
-    """The measures of one training on held out and test samples, and its time steps."""
+    """One training: its measures, and an order that was learned."""
+    hidden_layers = 1 + EVALUATIONS // STAGES[scheme]
+    build = partial(builder_of(scheme), activation="tanh", horizon=HORIZON, constraint=STEPS[steps])
+    network, found = trained(problem, build, hidden_layers, rate, seed)
+    return {**found, **({"order": network.scheme.gamma} if scheme == "learned order" else {})}
+
+
+def trained(
+    problem: Problem, build: Callable[..., TimeVariableNetwork], hidden_layers: int, rate: float, seed: int
+) -> tuple[TimeVariableNetwork, Cell]:
+    """A network after one training, and its measures on held out and test samples, and its time steps."""
     inputs, targets = problem.load("train")
     end = problem.train + problem.held
     held, test = (inputs[problem.train : end], targets[problem.train : end]), problem.load("test")
     torch.manual_seed(seed)
-    sizes = (inputs[0].numel(), problem.width, problem.outputs, 1 + EVALUATIONS // STAGES[scheme])
-    network = builder_of(scheme)(*sizes, activation="tanh", horizon=HORIZON, constraint=STEPS[steps])
+    network = build(inputs[0].numel(), problem.width, problem.outputs, hidden_layers)
     fit(
         network,
         (inputs[: problem.train], targets[: problem.train]),
@@ -116,13 +125,12 @@ def train(problem: Problem, scheme: str, steps: str, rate: float, seed: int) -> 
         compile="never",
         progress=False,
     )
-    return {
+    return network, {
         "rate": rate,
         "held": measure(problem, network, held),
         "test": measure(problem, network, (test[0][: problem.test], test[1][: problem.test])),
         "parameters": sum(p.numel() for p in network.parameters()),
         "tau": network.time_steps.tau.tolist(),
-        **({"order": network.scheme.gamma} if scheme == "learned order" else {}),
     }
 
 

@@ -62,7 +62,7 @@ def states(
     carry: Carry,
     u: Array,
     *,
-    gamma: float = 0.5,
+    gamma: float | tuple[float, ...] = 0.5,
     memory_from: int = 1,
     epsilon: float = 1.0,
 ) -> list[Array]:
@@ -82,11 +82,12 @@ def states(
             new = tau[l] * f
             for k in range(l + 1):
                 new = new + carry(y[k], k, l + 1)
-        elif scheme == "fractional":
-            new = carry(y[l], l, l + 1) + tau[l] ** gamma * math.gamma(2 - gamma) * f
+        elif scheme in ("fractional", "fractional-learned"):
+            order = gamma[l] if isinstance(gamma, tuple) else gamma
+            new = carry(y[l], l, l + 1) + tau[l] ** order * math.gamma(2 - order) * f
             for j in range(memory_from, l):
                 difference = carry(y[j + 1], j + 1, l + 1) - carry(y[j], j, l + 1)
-                new = new - caputo_weight(tau, gamma, l, j) * difference
+                new = new - caputo_weight(tau, order, l, j) * difference
         else:
             raise AssertionError(scheme)
         y.append(new)

@@ -234,6 +234,21 @@ def test_which_scheme(run_here: Callable[..., str], tmp_path: Path) -> None:
             assert float(row.split("|")[4].split("±")[0]) == pytest.approx(sum(found) / 2, abs=0.006)
 
 
+@pytest.mark.long
+def test_learned_order(run_here: Callable[..., str], tmp_path: Path) -> None:
+    run_here("learned_order.py", "run", "--quick", "--seeds", "0", "1", "--out", str(tmp_path))
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "cells").glob("*.json")]
+    assert sorted(len(cell["orders"]) for cell in cells) == [1, 1, 1, 1, 6, 6]
+    assert all((cell["orders"] == [0.5]) == (cell["way"] == "0.5") for cell in cells)
+    page = tmp_path / "page"
+    for place in (tmp_path, page):
+        text = run_here("learned_order.py", "report", "--cells", str(place), "--out", str(page))
+        for way in ("0.5", "one learned", "learned per layer"):
+            row = next(line for line in text.splitlines() if line.startswith(f"| {way} |"))
+            found = [cell["test"] for cell in cells if cell["way"] == way]
+            assert float(row.split("|")[2].split("±")[0]) == pytest.approx(sum(found) / 2, abs=0.006)
+
+
 def test_intervals_of_shortening(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     shortening = importlib.import_module("_shortening")

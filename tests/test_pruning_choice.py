@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from small_networks import deleted, network
 from taulearn import prune, wrap
-from taulearn.adaptivity.mark import within_latency
+from taulearn.adaptivity.mark_by_budget import within_latency
 from taulearn.nn import Residual, TimeSteps, TimeVariableNetwork, fractional_dnn
 
 

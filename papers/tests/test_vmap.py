@@ -56,7 +56,7 @@ def test_loss_is_that_of_the_single_run(tmp_path, settings):
 
 
 def test_a_learned_order_has_the_rate_of_the_steps(tmp_path):
-    settings = {"network": "fractional", "learn_order": True, "tau_lr": 0.5, "gamma": 0.3}
+    settings = {"network": "fractional", "learn_order": "network", "tau_lr": 0.5, "gamma": 0.3}
     for alone, together in train_both_ways(tmp_path, members(**settings)):
         assert abs(alone.epochs["train.total"][-1] - together.epochs["train.total"][-1]) < 1e-4
 

@@ -52,7 +52,7 @@ def _passes(model: nn.Module, inputs: Any) -> Iterator[None]:
 def layer_milliseconds(model: nn.Module, layers: Sequence[nn.Module], inputs: Any) -> tuple[tuple[float, ...], float]:
     """Median times of the layers and of the whole in a forward pass without gradients, in evaluation mode.
 
-    The passes leave nothing behind.
+    A scheme of several stages calls a layer several times, which counts. The passes leave nothing behind.
     """
     now = clock(model)
     taken: dict[nn.Module, list[float]] = {layer: [] for layer in layers}
@@ -72,4 +72,5 @@ def layer_milliseconds(model: nn.Module, layers: Sequence[nn.Module], inputs: An
     with _passes(model, inputs), forwards({layer: timed(layer) for layer in layers}):
         for _ in range(REPEATS):
             call(model, inputs)
-    return tuple(statistics.median(taken[layer]) for layer in layers), whole
+    often = {layer: len(times) / REPEATS / layers.count(layer) for layer, times in taken.items()}
+    return tuple(often[layer] * statistics.median(taken[layer]) for layer in layers), whole

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contract import Case, TimeVariableContract
 from reference import network_output
-from taulearn.nn import Momentum, TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
+from taulearn.nn import LearnedOrder, Momentum, TimeVariableNetwork, densenet, feedforward, fractional_dnn, resnet
 
 SCHEMES: dict[str, Callable[..., TimeVariableNetwork]] = {
     "feedforward": feedforward,
@@ -22,6 +22,9 @@ LOCAL: dict[str, Callable[..., TimeVariableNetwork]] = {
     name: partial(resnet, scheme=Momentum(0.7) if name == "momentum" else name)
     for name in ("midpoint", "heun", "rk4", "momentum", "verlet")
 }
+LEARNED: dict[str, Callable[..., TimeVariableNetwork]] = {
+    f"order learned per {per}": partial(fractional_dnn, gamma=LearnedOrder(0.6, per)) for per in ("network", "layer")
+}
 WIDTHS: dict[str, int | list[int]] = {"equal": 3, "pad": [3, 2, 2, 4], "learned": [2, 3, 3, 2]}
 
 
@@ -31,7 +34,7 @@ def inputs() -> Tensor:
 
 
 def make_case(scheme: str, widths: str) -> Case:
-    builder, skips = (SCHEMES | LOCAL)[scheme], "learned" if widths == "learned" else "pad"
+    builder, skips = (SCHEMES | LOCAL | LEARNED)[scheme], "learned" if widths == "learned" else "pad"
 
     def build(constraint: str) -> TimeVariableNetwork:
         options = {"activation": "tanh", "horizon": 2.0, "constraint": constraint, "skips": skips}
@@ -43,6 +46,7 @@ def make_case(scheme: str, widths: str) -> Case:
 CASES = [make_case(scheme, widths) for scheme in SCHEMES for widths in WIDTHS]
 LIKE_HEUN = ("midpoint", "rk4")  # the same code with other numbers
 CASES += [make_case(scheme, "equal") for scheme in LOCAL if scheme not in LIKE_HEUN]
+CASES += [make_case(scheme, widths) for scheme in LEARNED for widths in ("equal", "pad")]
 # One of each kind of scheme, every kind of skip: compilation takes a second.
 NAMES = ("feedforward, equal", "residual, pad", "dense, learned", "fractional, pad", "heun, equal", "verlet, equal")
 COMPILED = [case for case in CASES if str(case) in NAMES]

@@ -1,6 +1,7 @@
 """Midpoint, Heun, Runge-Kutta 4, Momentum and Verlet: orders, adjoints, invariants, and all that networks do."""
 
 import copy
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from torch import Tensor, nn
 
 from problems import coupled_springs
 from taulearn import Pruning, adjoint, fit, load_model, prune, refine, save_model
+from taulearn._milliseconds import layer_milliseconds
+from taulearn.adaptivity.criteria import Contribution, on_data
 from taulearn.adaptivity.indicators import indicators
-from taulearn.diagnostics import gradient_propagation
+from taulearn.diagnostics import depth_profile, gradient_propagation
 from taulearn.export import export_model
 from taulearn.nn import (
     Antisymmetric,
+    Dense,
     Fractional,
+    FractionalLearned,
     FullyConnected,
     Heun,
     Midpoint,
@@ -32,6 +37,8 @@ from taulearn.nn import (
     resnet,
     resnet_v2,
 )
+from taulearn.training.fast.fused import steps_per_call
+from taulearn.training.objective import Objective
 from test_adjoint import assert_autograd, draw_batch
 
 DOUBLE = torch.float64
@@ -284,6 +291,51 @@ def test_a_layer_that_changes_the_shape(scheme: Scheme, width: int) -> None:
     model = TimeVariableNetwork(layers, nn.Linear(4, 2), scheme, TimeSteps(3), stem=nn.Identity())
     with pytest.raises(ValueError, match=rf"keep the shape .* got \(5, {width}\) from Linear for \(5, 4\)"):
         model(torch.ones(5, 4))
+
+
+@pytest.mark.parametrize("scheme", [Residual(), Dense(), Fractional(), FractionalLearned()], ids=repr)
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_value_that_would_be_broadcast(scheme: Scheme, width: int) -> None:
+    """Fault that was: a layer 4 -> 1 was added to all four."""
+    layers = [nn.Linear(4, 4), nn.Linear(4, width), nn.Linear(4, 4)]
+    model = TimeVariableNetwork(layers, nn.Linear(4, 2), scheme, TimeSteps(3), stem=nn.Identity())
+    with pytest.raises(ValueError, match=rf"layers must .* \(5, 4\), .* got \(5, {width}\) from layer 1"):
+        model(torch.ones(5, 4))
+
+
+@pytest.mark.parametrize("scheme", [Midpoint(), Heun(), RungeKutta4()], ids=repr)
+class TestStages:
+    """Faults that were: a layer of several stages counted as one evaluation, its contribution as that of the last."""
+
+    def test_contribution_is_the_whole_increment(self, scheme: Scheme) -> None:
+        model, (x, z) = network(scheme), draw_batch(3, 2)
+
+        def added(x: Tensor) -> list[Tensor]:
+            states = [y.detach() for y in model.states(x)]
+            return [states[0], *(after - before for before, after in itertools.pairwise(states))]
+
+        expected = [
+            torch.stack([s.norm(dim=1).mean() for s in pair]).mean()
+            for pair in zip(added(x), added(3 * x), strict=True)
+        ]
+        found = on_data("contribution", [(x, z), (3 * x, z)], None)(model.time_steps.tau, model)
+        torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=0.0)
+        rule = Contribution(model)
+        with rule.measuring():  # parts of a batch: the last one
+            model(3 * x)
+            model(x)
+        expected = [step.norm(dim=1).mean() for step in added(x)]
+        torch.testing.assert_close(rule.values.double(), torch.stack(expected), rtol=1e-5, atol=0.0)
+        expected = [step.square().sum(1).mean().sqrt() for step in added(x)]
+        found = torch.as_tensor(depth_profile(model, x, z, mse).contribution)
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=0.0)
+
+    def test_stages_are_counted(self, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, stages = network(scheme), len(scheme.stage_weights)
+        fused = [steps_per_call(Objective(each, mse, []), 1000) for each in (model, network(Residual()))]
+        assert fused[0] == fused[1] // stages
+        monkeypatch.setattr("taulearn._milliseconds.clock", lambda _: itertools.count().__next__)
+        assert layer_milliseconds(model, list(model.layers), torch.ones(2, 3).double())[0] == (1.0, *[stages] * 3)
 
 
 def test_a_scheme_is_copied_with_its_network() -> None:

@@ -24,7 +24,7 @@ from .._distributed import refuse_distributed, together
 from ..nn.pruned_models import WRAPPING, prunable_of, refuse_inference_mode
 from ..optim.projections import has_session
 from .estimate import Criterion, as_criterion, normalised, scores_of, shares
-from .mark import Budget, plan, within_budget
+from .mark import Budget, plan
 from .optimizer_state import check_holds, check_holds_steps, optimizers_in
 from .policies import THRESHOLD, check_one_decides, check_threshold
 from .transaction import Prunable, all_or_nothing, check_averaged, delete, taken_out
@@ -270,6 +270,8 @@ def _choose(
     if budget is not None:
         if keep is not None:
             raise ValueError("budget must be None where keep is given: keep names the layers already")
+        from .mark_by_budget import within_budget
+
         chosen, note = within_budget(budget, model, steps, exponent, scores, fixed, again)
     elif keep is None:
         chosen = plan(steps, THRESHOLD if threshold is None else threshold, power=exponent, fixed=fixed, scores=scores)
@@ -305,7 +307,7 @@ def deleted_layers(prunable: Prunable, chosen: Iterable[tuple[int, float]]) -> t
     """The layers at these positions, with their shares, as the report names them."""
     steps, layers = prunable.time_steps, prunable.layers
     factors = prunable.scheme.factor(steps.tau.detach().double()).tolist()
-    own = int(isinstance(steps.values, nn.Parameter))
+    own = int(isinstance(steps.values, nn.Parameter)) + prunable.scheme.per_layer
     return tuple(
         DeletedLayer(steps.origin[i], share, factors[i], own + number_of_variables(layers[i])) for i, share in chosen
     )
@@ -315,6 +317,7 @@ def _cautions(prunable: Prunable, deleted: Iterable[DeletedLayer], *, given: boo
     """Notes for the report: accuracy, and an optimiser that was not given."""
     if (power := prunable.scheme.step_power) != 1.0:
         size = sum(d.factor for d in deleted)
+        power = min(power) if isinstance(power, tuple) else power
         yield f"error of the order tau^{power:g}, here {size:.2g} times the size of the deleted layers' values"
     if not given and prunable.time_steps.values.grad is not None:
         yield "an optimiser made before this no longer trains tau: hand it over (optimizer=...) or make a new one"

@@ -104,7 +104,8 @@ class Pruner:
     @property
     def by_steps(self) -> bool:
         """Whether the steps alone decide, by a threshold: a record of them tells when a layer had to go."""
-        return not self.policy.targeted and self.criterion.power is not None
+        learned = [*self.prunable.scheme.parameters()]  # an order, of which there is no record
+        return not self.policy.targeted and self.criterion.power is not None and not learned
 
     def idle(self, tau: Tensor) -> bool:
         """Whether, as the policy goes by the steps, no layer has to go with any of these."""
@@ -235,7 +236,7 @@ class Pruner:
     @property
     def _criterion(self) -> Criterion:
         """The criterion; a power of the steps where something is not known in the end."""
-        return Power(self.prunable.scheme.step_power) if self.criterion.unseen else self.criterion
+        return Power(self.prunable.scheme) if self.criterion.unseen else self.criterion
 
     def _scores(self) -> list[float]:
         """The numbers of which shares are taken, one per layer."""

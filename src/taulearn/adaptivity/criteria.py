@@ -22,6 +22,7 @@ References:
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -184,11 +185,17 @@ class Contribution(Measured):
 
     def _watch(self, found: dict[int, Tensor]) -> Iterable[Any]:
         prunable, wrapped = prunable_of(self.model), wrapping_of(self.model) is not None
+        weights, stages = prunable.scheme.stage_weights, dict[int, list[Tensor]]()
 
         @torch.no_grad()
         def measure(l: int, form: Form, x: Tensor | None, output: Any) -> None:
-            size = _mean_norm(_increment(form, x, output))
-            found[l] = size if wrapped else size * prunable.scheme.factor(prunable.time_steps.tau[l].float())
+            added = _increment(form, x, output)
+            if len(weights) > 1 and prunable.skips.is_identity(l):
+                so_far = stages.get(l, [])
+                stages[l] = [*so_far[len(so_far) // len(weights) * len(weights) :], added.detach()]
+                added = sum(map(mul, weights, stages[l]))
+            size = _mean_norm(added)
+            found[l] = size if wrapped else size * prunable.scheme.factor(prunable.time_steps.tau.float())[l]
 
         return self._on_outputs(self._layers(), measure)
 

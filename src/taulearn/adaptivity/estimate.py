@@ -15,20 +15,22 @@ from .._batches import check_loss
 from .._distributed import alike
 from .._errors import unknown_name
 from ..nn.pruned_models import prunable_of
+from ..nn.schemes import Scheme
 from ..nn.time_steps import TimeSteps
 
 MEASURED = ("contribution", "influence", "sensitivity", "loss")
 """The criteria that need data, or a training to watch."""
 NAMES = ("power", "share", *MEASURED)
+Exponent = float | tuple[float, ...]
 
 
 @torch.no_grad()
-def shares(steps: TimeSteps, power: float = 1.0) -> Tensor:
+def shares(steps: TimeSteps, power: Exponent = 1.0) -> Tensor:
     """Each layer's share abs(tau_l)^power / sum_j abs(tau_j)^power.
 
     Args:
         steps: The time steps.
-        power: 1 for the residual scheme, gamma for the fractional one.
+        power: 1 for the residual scheme, gamma for the fractional one; or one for each layer.
 
     Returns:
         Shares (num_steps,), float64, with sum 1 (all 0 where every step is 0).
@@ -47,7 +49,7 @@ def shares(steps: TimeSteps, power: float = 1.0) -> Tensor:
     return shares_of(steps.tau, power)
 
 
-def shares_of(tau: Tensor, power: float) -> Tensor:
+def shares_of(tau: Tensor, power: Exponent) -> Tensor:
     """The shares of any numbers of steps.
 
     Args:
@@ -57,7 +59,8 @@ def shares_of(tau: Tensor, power: float) -> Tensor:
     Returns:
         Shares (..., num_steps), float64.
     """
-    magnitude = tau.double().abs() ** power
+    p = tau.new_tensor(power, dtype=torch.float64) if isinstance(power, tuple) else power
+    magnitude = tau.double().abs() ** p
     return magnitude / magnitude.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
 
@@ -87,7 +90,7 @@ class Criterion(ABC):
         3
     """
 
-    power: float | None = None
+    power: Exponent | None = None
     measuring: Callable[[], AbstractContextManager[None]] | None = None
     unseen: Sequence[int] = ()
     number: int = 0
@@ -120,13 +123,17 @@ class Criterion(ABC):
 
 
 class Power(Criterion):
-    """abs(tau_l)^p."""
+    """Shares of abs(tau_l)^p, p a number, or that of a scheme, which may learn it."""
 
-    def __init__(self, power: float = 1.0) -> None:
-        self.power: float = power
+    def __init__(self, of: float | Scheme = 1.0) -> None:
+        self.of = of
+
+    @property
+    def power(self) -> Exponent:  # type: ignore[override]
+        return self.of if isinstance(self.of, float) else self.of.step_power
 
     def scores(self, model: nn.Module) -> Tensor:
-        return prunable_of(model).time_steps.tau.detach().double().abs() ** self.power
+        return shares_of(prunable_of(model).time_steps.tau.detach(), self.power)
 
 
 class Function(Criterion):
@@ -167,7 +174,7 @@ def as_criterion(
         return KINDS[given](model, recording=recording) if watching else Function(on_data(given, data, loss))
     if callable(given):
         return Function(given)
-    return Power(1.0 if given == "share" else prunable_of(model).scheme.step_power)
+    return Power(1.0 if given == "share" else prunable_of(model).scheme)
 
 
 def check_given(criterion: Any, data: Any, *, watching: bool) -> None:
@@ -196,7 +203,7 @@ def check_criterion(given: Any) -> None:
         )
 
 
-def scores_of(criterion: Criterion, model: nn.Module) -> tuple[list[float] | None, float]:
+def scores_of(criterion: Criterion, model: nn.Module) -> tuple[list[float] | None, Exponent]:
     """The checked scores of all layers; or None and the power of the steps, which change while layers go."""
     if criterion.power is not None:
         return None, criterion.power

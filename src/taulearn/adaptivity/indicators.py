@@ -22,6 +22,7 @@ l, weights a' on the finer grid, and S_{k,l} = tau_{l+1} + .. + tau_k, step k > 
 
 (without f_l, a_{k,l} where the memory starts behind layer l). An insertion changes J by tau^gamma <psi, e> + ..: its
 sensitivity is the derivative in tau^gamma, the new step's. That limit is reached when (tau / tau_l)^(1-gamma) is small.
+Where each layer has an order of its own, a_{k,.} and c_{k,l} have that of layer k, e_l and tau that of layer l.
 
 References:
     Hintermüller, Hinze, Korolev (2026), arXiv 2601.07397 (dual weighted residuals).
@@ -317,13 +318,14 @@ def _in_network(network: TimeVariableNetwork, varied: _Varied, layer: NewLayer |
 
 def _fractional_step(scheme: Fractional, varied: _Varied, new_layer: Callable[[int], Any]) -> Callable[..., Any]:
     """The steps of the fractional scheme, whose memory is varied as well as the state behind a layer."""
-    gamma, tau, inner = scheme.gamma, varied.tau.double(), scheme.step
+    tau, inner = varied.tau.double(), scheme.step
+    gamma = tau.new_tensor(scheme.gamma).expand_as(tau)
     memory: dict[int, tuple[Tensor, Tensor]] = {}  # e_l and c_{.,l} of the layers so far
     t = torch.cat([tau.new_zeros(1), tau.cumsum(0)])
 
     def split(l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, after: Tensor) -> Tensor:
         first, second = varied.halves(l)
-        finer = scheme.prepare(torch.cat([varied.tau[:l], first[None], second[None], varied.tau[l + 1 :]]))
+        finer = scheme.prepare(torch.cat([varied.tau[:l], first[None], second[None], varied.tau[l + 1 :]]), twice=l)
         past: Any = lambda state, j, k: skips(state, j - (j > l), k - (k > l))  # noqa: E731  past the half: identity
         half, carry = inner(l, f, y, carry, skips, finer)
         twice, _ = inner(l + 1, f, half, carry, past, finer)
@@ -334,7 +336,7 @@ def _fractional_step(scheme: Fractional, varied: _Varied, new_layer: Callable[[i
     def insert(l: int, f: nn.Module, y: Tensor, after: Tensor, weights: Tensor) -> Tensor:
         remembered = l >= scheme.memory_from
         value = new_layer(l)(after)
-        e = math.gamma(2.0 - gamma) * (value - f(y) if remembered else value)
+        e = math.gamma(2.0 - float(gamma[l])) * (value - f(y) if remembered else value)
         fading = (1.0 - gamma) * (tau / (t[1:] - t[l + 1])) ** gamma  # of use from k = l + 1 on
         memory[l] = e, weights[:, l] - fading if remembered else -fading
         return e

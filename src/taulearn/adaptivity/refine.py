@@ -48,8 +48,10 @@ class Refinable(Prunable, Protocol):
     def copy_of(self, layer: int) -> nn.Module:
         """A layer once more."""
 
-    def grow_layers_(self, sources: Sequence[int], made: Mapping[int, nn.Module], values: Tensor) -> None:
-        """Take layers in between."""
+    def grow_layers_(
+        self, sources: Sequence[int], made: Mapping[int, nn.Module], values: Tensor
+    ) -> dict[Any, Any] | None:
+        """Take layers in between; new parameters of a scheme are answered, with their parents."""
 
 
 @dataclass(frozen=True)
@@ -322,17 +324,23 @@ def carry_out(
     grown = dict(zip(models, zip(made, values, strict=True), strict=True))
     # a half takes the state of the steps, too; where new layers train alone, nothing is left that moves other steps
     old = [-1 if train == "new" or (i in like and by == "insert") else l for i, l in enumerate(sources)]
+
+    def grow(each: nn.Module, grows: Any) -> None:
+        scheme = grows.grow_layers_(sources, *grown[each])
+        if scheme and each is model:
+            kin.update(scheme)
+
     alike = nullcontext() if shared is None else shared.changing("the layers to refine", dict.fromkeys(chosen))
     with alike:
         state, reset = change(
             models,
-            lambda each, grows: grows.grow_layers_(sources, *grown[each]),
+            grow,
             steps.rule.entries(old),
             optimizers,
             kin,
             inherit=by == "split",
         )
-    own = int(isinstance(steps.values, nn.Parameter))
+    own = int(isinstance(steps.values, nn.Parameter)) + refinable.scheme.per_layer
     new = tuple(
         NewLayer(steps.origin[i], steps.parent[steps.origin[i]], eta, own + number_of_variables(made[0][i]))
         for i, eta in zip(like, chosen.values(), strict=True)
@@ -386,7 +394,7 @@ def _cautions(refinable: Refinable, by: str, number: int) -> Iterator[str]:
     """Notes for the report on the accuracy."""
     steps, power = refinable.time_steps, refinable.scheme.step_power
     if by == "insert" and steps.lower_bound:
-        size = float(refinable.scheme.factor(torch.tensor(steps.lower_bound, dtype=torch.float64)))
+        size = float(refinable.scheme.factor(torch.full_like(steps.tau, steps.lower_bound).double()).max())
         also = ", and the other steps gave way" if steps.rule.adds_up else ""
         yield f"steps at the lower bound: {number} x {size:.2g} times a layer's values came to the state{also}"
     elif by == "split" and power != 1.0:

@@ -103,11 +103,11 @@ def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
     if config.network == "resnet-v2":
         return _convolutional(config, splits)
     options: dict[str, Any] = {}
-    if config.network == "resnet" and config.scheme != "residual":
-        options["scheme"] = Momentum(config.epsilon) if config.scheme == "momentum" else config.scheme
+    if config.network == "resnet":
+        options["scheme"] = _scheme(config)
     if config.network == "fractional":
         options = {name: getattr(config, name) for name in ("gamma", "memory_from", "memory", "tolerance")}
-        options |= {"gamma": LearnedOrder(config.gamma)} if config.learn_order else {}
+        options |= {"gamma": LearnedOrder(config.gamma, config.learn_order)} if config.learn_order else {}
     if config.network != "fractional" or config.lower_bound is not None:
         options["lower_bound"] = config.lower_bound
     in_features, out_features = features(splits)
@@ -126,6 +126,10 @@ def make_network(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
     )
 
 
+def _scheme(config: TrainConfig) -> str | Momentum:
+    return Momentum(config.epsilon) if config.scheme == "momentum" else config.scheme
+
+
 def _convolutional(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
     shape = tuple(splits.train.inputs.shape[1:])
     if len(shape) != 3 or splits.classes is None:
@@ -138,6 +142,7 @@ def _convolutional(config: TrainConfig, splits: Splits) -> TimeVariableNetwork:
         splits.classes,
         shape[0],
         (16, 32, 64) if config.channels is None else config.channels,
+        scheme=_scheme(config),
         activation=config.activation,
         stem_stride=config.stem_stride,
         horizon=config.total_time,

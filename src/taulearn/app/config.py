@@ -58,7 +58,8 @@ class TrainConfig(BaseModel):
         "resnet", description="Kind of network; resnet-v2 is the convolutional one, for images."
     )
     scheme: Literal["residual", "midpoint", "heun", "rk4", "momentum", "verlet"] = Field(
-        "residual", description="How a layer of a resnet takes the state on: Euler's step, or another integrator's."
+        "residual",
+        description="How a layer of a resnet or resnet-v2 takes the state on: Euler's step, or another integrator's.",
     )
     epsilon: float = Field(1.0, gt=0, description="Inertia of the scheme momentum, epsilon x'' + x' = f(x).")
     hidden_layers: int = Field(
@@ -89,8 +90,8 @@ class TrainConfig(BaseModel):
         "draws them from (0, 1), by the seed.",
     )
     gamma: float = Field(0.5, gt=0, lt=1, description="Order of the fractional derivative, in (0, 1).")
-    learn_order: bool = Field(
-        False, description="Learn the order of a fractional network; gamma is the one at the start."
+    learn_order: Literal["network", "layer"] | None = Field(
+        None, description="Learn one order of a fractional network, or one a layer; gamma is the one at the start."
     )
     memory_from: int = Field(1, ge=0, le=1, description="First difference that a fractional network remembers.")
     memory: Literal["auto", "exact", "fast"] = Field(

@@ -83,6 +83,12 @@ def _line_searches(config: "TrainConfig") -> Iterator[str]:
         yield "scheduler must be left out with optimizer 'steepest_descent', which searches its step size"
 
 
+def _changes_width(config: "TrainConfig") -> bool:
+    if config.network == "resnet-v2":
+        return config.channels is None or (isinstance(config.channels, tuple) and len(config.channels) > 1)
+    return len(set(config.widths)) > 1
+
+
 def _without_effect(config: "TrainConfig") -> Iterator[str]:
     free = "or use constraint 'free'"
     if config.proximal and not config.l1:
@@ -93,9 +99,9 @@ def _without_effect(config: "TrainConfig") -> Iterator[str]:
         yield "prune_by must be left out without prune_blocks; or give prune_blocks the number of layers to keep"
     if config.refine_until is not None and config.refine is None:
         yield "refine_until must be left out without refine; or give refine the number of layers to reach"
-    if config.scheme != "residual" and config.network != "resnet":
-        yield f"scheme must be left out with network {config.network!r}; it belongs to 'resnet'"
-    elif config.scheme != "residual" and len(set(config.widths)) > 1:
+    if config.scheme != "residual" and config.network not in ("resnet", "resnet-v2"):
+        yield f"scheme must be left out with network {config.network!r}; it belongs to 'resnet' and 'resnet-v2'"
+    elif config.scheme != "residual" and _changes_width(config):
         yield f"scheme must be left out where the width changes, got {config.scheme!r}, whose layers keep it"
     if config.epsilon != type(config).model_fields["epsilon"].default and config.scheme != "momentum":
         yield f"epsilon must be left out with scheme {config.scheme!r}; it belongs to 'momentum'"

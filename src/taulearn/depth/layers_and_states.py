@@ -90,9 +90,9 @@ def check_batch(inputs: Tensor) -> None:
         )
 
 
-def scheme_of(model: nn.Module) -> tuple[str, float]:
+def scheme_of(model: nn.Module) -> tuple[str, float | tuple[float, ...]]:
     """Name of the scheme, and the power with which its step multiplies the layer function."""
     scheme = getattr(prunable_of(model), "scheme", None)
     steps: TimeSteps | None = getattr(model, "time_steps", None)
     assert steps is not None
-    return getattr(scheme, "name", type(model).__name__), float(getattr(scheme, "step_power", 1.0))
+    return getattr(scheme, "name", type(model).__name__), getattr(scheme, "step_power", 1.0)

@@ -7,6 +7,7 @@ References:
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 import torch
@@ -276,27 +277,29 @@ def _pass(
         output, states = record_states(network, x, arrivals=arrivals)
         added = [y - a for y, a in zip(states[1:], arrivals, strict=True)]
     else:
-        values: dict[int, Tensor] = {}
+        values: dict[int, list[Tensor]] = {}
         start, tau = network.stem(x), network.time_steps.tau
         # one layer may stand in several places
         recorded = [_Recorded(layer, values, l) for l, layer in enumerate(network.layers)]
         states = [start, *network.scheme.states(start, recorded, network.skips, tau)]
         output = network.head(states[-1])
         factors = network.scheme.factor(tau)
-        added = [factors[l].to(value.dtype) * value for l, value in values.items()]
+        weights = network.scheme.stage_weights
+        sums = {l: sum(map(mul, weights, k)) if len(k) == len(weights) else k[-1] for l, k in values.items()}
+        added = [factors[l].to(value.dtype) * value for l, value in sums.items()]
     return outputs_at(network, x, states, output, own), states, added
 
 
 class _Recorded(nn.Module):
-    """A layer that keeps what it answers, the last time if it is asked several times."""
+    """A layer that keeps what it answers, each time if it is asked several times."""
 
-    def __init__(self, layer: nn.Module, values: dict[int, Tensor], number: int) -> None:
+    def __init__(self, layer: nn.Module, values: dict[int, list[Tensor]], number: int) -> None:
         super().__init__()
         self.layer, self.values, self.number = layer, values, number
 
     def forward(self, y: Tensor) -> Tensor:
         value: Tensor = self.layer(y)
-        self.values[self.number] = value
+        self.values.setdefault(self.number, []).append(value)
         return value
 
 

@@ -95,4 +95,5 @@ def cut(network: TimeVariableNetwork, depth: int) -> None:
     retire(network.time_steps.values)
     network.time_steps.keep_(kept)
     network.skips.keep_(kept)
+    network.scheme.follow_(kept)
     network.layers = nn.ModuleList(network.layers[l] for l in kept)

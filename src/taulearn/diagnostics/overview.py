@@ -8,6 +8,7 @@ from torch import nn
 
 from .._milliseconds import layer_milliseconds
 from .._table import format_table
+from ..adaptivity.estimate import shares_of
 from ..depth.layers_and_states import layers_of, scheme_of
 from ..nn.builders import FullyConnected
 from ..nn.pruned_models import wrapping_of
@@ -112,7 +113,6 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     steps, layers = time_steps_of(model), layers_of(model)
     scheme, power = scheme_of(model)
     tau = steps.tau.detach().double().cpu()
-    sizes = tau.abs() ** power
     seen: set[nn.Parameter] = set()
     counts = []
     for layer in layers:
@@ -130,7 +130,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         scheme=scheme,
         layers=steps.origin,
         tau=tuple(tau.tolist()),
-        shares=tuple((sizes / sizes.sum()).tolist()),
+        shares=tuple(shares_of(tau, power).tolist()),
         parameters=tuple(counts),
         kinds=tuple(kinds),
         milliseconds=of_layers,

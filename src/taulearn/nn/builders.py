@@ -296,7 +296,8 @@ def fractional_dnn(
     else:
         from .learned_order import scheme_of
 
-        scheme = scheme_of(gamma, memory_from, memory, options.get("dtype"), options.get("device"))
+        layers = positive_integer("hidden_layers", hidden_layers)
+        scheme = scheme_of(gamma, layers, memory_from, memory, options.get("dtype"), options.get("device"))
     return _build(
         "fractional_dnn", scheme, in_features, width, out_features, hidden_layers, lower_bound=lower_bound, **options
     )

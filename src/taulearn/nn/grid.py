@@ -112,6 +112,6 @@ def regrow(prunable: Any, grid: Grid) -> dict[Any, Any]:
         for i, layer in made.items():
             kin |= zip(layer.parameters(), prunable.layers[sources[i]].parameters(), strict=True)
         entries = torch.tensor(steps.rule.entries(sources), device=steps.values.device)
-        prunable.grow_layers_(sources, made, steps.values[entries.clamp(max=len(steps.values) - 1)])
+        kin |= prunable.grow_layers_(sources, made, steps.values[entries.clamp(max=len(steps.values) - 1)]) or {}
     steps.take_grid_(grid)
     return kin

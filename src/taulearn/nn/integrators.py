@@ -136,6 +136,10 @@ class RungeKutta(LocalScheme):
     a: Sequence[Sequence[float]]
     b: Sequence[float]
 
+    @property
+    def stage_weights(self) -> Sequence[float]:  # type: ignore[override]
+        return self.b
+
     def advance(self, f: LayerFunction, y: Tensor, v: Any, tau: Tensor) -> tuple[Tensor, Any]:
         return y + tau * _sum(self.b, self._stages(f, y, tau)[1]), v
 
@@ -208,7 +212,7 @@ class InvertibleScheme(LocalScheme):
     With ``memory="reversible"`` the forward pass of a network stores no states for the backward pass, which computes
     them again from the last one. Where states are asked for (``network.states``, penalties on them) or a transform
     looks into the computation (torch.compile, torch.func), they are stored all the same; ``fit`` does not compile
-    such a network.
+    such a network. Layers are called twice then, in the forward and in the backward pass, and their hooks with them.
 
     Args:
         memory: "stored" or "reversible".

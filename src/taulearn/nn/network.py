@@ -229,6 +229,7 @@ class TimeVariableNetwork(nn.Module):
                 )
         self.time_steps.keep_(kept)
         self.skips.keep_(kept)
+        self.scheme.follow_(kept)
         self.layers = nn.ModuleList(self.layers[i] for i in kept)
         self.layers.training = self.training
 
@@ -252,7 +253,7 @@ class TimeVariableNetwork(nn.Module):
         return copied(self.layers[layer])
 
     @torch.no_grad()
-    def grow_layers_(self, sources: Sequence[int], made: Mapping[int, nn.Module], values: Tensor) -> None:
+    def grow_layers_(self, sources: Sequence[int], made: Mapping[int, nn.Module], values: Tensor) -> dict[Any, Any]:
         """Take layers in between; ``taulearn.refine`` makes them, and mends the optimiser too.
 
         Args:
@@ -264,3 +265,5 @@ class TimeVariableNetwork(nn.Module):
         self.skips.grow_(sources, made)
         self.layers = nn.ModuleList(made.get(i, self.layers[l]) for i, l in enumerate(sources))
         self.layers.training = self.training
+        # new parameters of the scheme, with their parents
+        return self.scheme.follow_([sources[max(0, i - (i in made))] for i in range(len(sources))])

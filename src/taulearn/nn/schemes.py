@@ -14,7 +14,7 @@ References:
 import functools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +44,11 @@ class Scheme(nn.Module):
         name: The scheme's name in records and manifests.
         deletes_exactly: Whether a layer with an identity skip is the identity in the limit tau_l -> 0, so that it can
             be pruned.
-        step_power: Exponent p for which tau^p multiplies the layer function; pruning compares shares of abs(tau)^p.
+        step_power: Exponent p for which tau^p multiplies the layer function, or one for each layer; pruning compares
+            shares of abs(tau)^p.
+        per_layer: How many variables it learns for each layer.
+        stage_weights: Weights, in the step, of the values of a layer with an identity skip, in the order in which it is
+            asked for them. Contributions need them: for other numbers of values they take the last one.
         remembers: Whether a step looks at all states before it, so that its cost grows with their number.
         uses_skips: Whether a step asks for the skips.
         memory_from: Number of the first state that is remembered; where it is 1, layer 0 cannot be deleted.
@@ -55,7 +59,9 @@ class Scheme(nn.Module):
 
     name: str
     deletes_exactly = False
-    step_power = 1.0
+    step_power: float | tuple[float, ...] = 1.0
+    per_layer = 0
+    stage_weights: Sequence[float] = (1.0,)
     remembers = False
     uses_skips = True
     memory_from = 0
@@ -80,12 +86,13 @@ class Scheme(nn.Module):
         """The factor of the layer function in a step, by itself abs(tau)^p.
 
         Args:
-            tau: Time steps, any shape.
+            tau: Time steps, (N,).
 
         Returns:
-            Factors >= 0, shaped like tau.
+            Factors >= 0, (N,).
         """
-        return tau.abs() ** self.step_power
+        p = self.step_power
+        return tau.abs() ** (tau.new_tensor(p) if isinstance(p, tuple) else p)
 
     def prepare(self, tau: Tensor) -> Any:
         """All that the steps take from tau, once per forward pass; nothing in it has a batch axis.
@@ -146,6 +153,19 @@ class Scheme(nn.Module):
             states.append(y)
         return states
 
+    def follow_(self, sources: Sequence[int]) -> dict[Any, Any]:
+        """Follow a change to layers that have what those at ``sources`` have; new parameters, with their parents."""
+        return {}
+
+    def check_shape(self, l: int, value: Tensor, carried: Tensor | None) -> None:
+        """Refuse a layer's value that broadcasting would add to what the skip carries over."""
+        if carried is not None and value.shape != carried.shape:
+            raise ValueError(
+                f"layers must return the shape that the skip past them carries over, {tuple(carried.shape)}, in the "
+                f"{self.name} scheme, got {tuple(value.shape)} from layer {l}: change the width in layer and skip "
+                "alike, or in the stem or the head"
+            )
+
     def last(self, x: Tensor, layers: nn.ModuleList, skips: Skips, tau: Tensor) -> Tensor:
         """The state y_N alone; arguments as those of :meth:`states`."""
         return self.states(x, layers, skips, tau)[-1]
@@ -189,7 +209,9 @@ class Residual(Scheme):
     caputo_order = 1.0
 
     def step(self, l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, coefficients: Any) -> tuple[Tensor, Any]:
-        return F.residual_step(skips(y, l, l + 1), f(y), coefficients[l]), carry
+        carried, value = skips(y, l, l + 1), f(y)
+        self.check_shape(l, value, carried)
+        return F.residual_step(carried, value, coefficients[l]), carry
 
 
 class Dense(Scheme):
@@ -212,7 +234,9 @@ class Dense(Scheme):
         for k, state in enumerate(states):
             carried = skips(state, k, l + 1)
             total = carried if total is None else total if carried is None else total + carried
-        return F.residual_step(total, f(y), coefficients[l]), states
+        value = f(y)
+        self.check_shape(l, value, total)
+        return F.residual_step(total, value, coefficients[l]), states
 
 
 class _Coefficients:
@@ -299,7 +323,7 @@ class Fractional(Scheme):
     def factor(self, tau: Tensor) -> Tensor:
         return tau.abs() ** self.gamma * math.gamma(2.0 - self.gamma)
 
-    def prepare(self, tau: Tensor) -> _Coefficients:
+    def prepare(self, tau: Tensor, twice: int | None = None) -> _Coefficients:  # a layer that stands twice in tau
         return _Coefficients(tau, self.gamma)
 
     def init(self, y_0: Tensor) -> Any:
@@ -310,8 +334,9 @@ class Fractional(Scheme):
         states = (*past, y)
         if recall is not None and recall.fits(value):
             return recall.step(l, value, y), (states, recall)
-        memory = self._memory(coefficients.row(l), states, skips) if l else None
-        after = F.fractional_step(skips(y, l, l + 1), memory, value, coefficients.steps[l], self.gamma)
+        memory, carried = self._memory(coefficients.row(l), states, skips) if l else None, skips(y, l, l + 1)
+        self.check_shape(l, value, carried)
+        after = F.fractional_step(carried, memory, value, coefficients.steps[l], self.gamma)
         return after, (states, self._recall(y, after, skips, coefficients.tau) if l == 0 else None)
 
     def _recall(self, x: Tensor, y: Tensor, skips: Skips, tau: Tensor) -> "Recall | None":

@@ -176,6 +176,8 @@ def build(manifest: Mapping[str, Any]) -> TimeVariableNetwork:
     origin = list(grid.origin)
     if len(origin) > LAYERS[-1] and grid.parent:
         raise ValueError(f"time_steps.origin must have at most {LAYERS[-1]} layers, got {len(origin)}")
+    if (orders := manifest["scheme"]["options"].get("layers", 0)) not in (0, len(origin)):
+        raise ValueError(f"scheme must have one order for each of {len(origin)} layers, got {short(orders)}")
     scheme = _named("scheme", manifest["scheme"], _schemes())
     if (options := _arguments(scheme)).keys() != manifest["scheme"]["options"].keys():
         raise ValueError(f"scheme must have options {sorted(options)}, got {manifest['scheme']['options']}")

@@ -49,9 +49,9 @@ def why_not_pure(objective: Objective, options: StepOptions, batches: TensorBatc
 
 def steps_per_call(objective: Objective, most: int) -> int:
     """How many steps to fuse, so that compilation stays within about half a minute whatever the depth."""
-    layers = time_steps_of(objective.model).num_steps
-    recalls = getattr(getattr(objective.model, "scheme", None), "remembers", False)
-    return max(1, min(most, _STATES_PER_CALL // (layers * layers if recalls else layers)))
+    layers, scheme = time_steps_of(objective.model).num_steps, getattr(objective.model, "scheme", None)
+    evaluations = layers if getattr(scheme, "remembers", False) else len(getattr(scheme, "stage_weights", (1.0,)))
+    return max(1, min(most, _STATES_PER_CALL // (layers * evaluations)))
 
 
 def used_parameters(objective: Objective, batch: Batch) -> set[int]:
