@@ -51,7 +51,8 @@ def _run(arguments: list[str]) -> int:
             if not debug:
                 warnings.showwarning = show
             command = parse(arguments or ["--help"])
-            if started_here(processes := getattr(command, "processes", None)):
+            processes = getattr(command, "processes", None)
+            if processes is not None and started_here(processes):
                 return launch(processes, arguments)
             command()
     except SystemExit as stop:

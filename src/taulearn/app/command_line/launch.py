@@ -7,13 +7,13 @@ import sys
 from .options import UsageError
 
 
-def started_here(processes: int | None) -> bool:
+def started_here(processes: int) -> bool:
     """Whether this process is to start others, rather than to be one of them.
 
     Raises:
         UsageError: If the number is none.
     """
-    if processes is None or os.environ.get("TORCHELASTIC_RUN_ID"):
+    if os.environ.get("TORCHELASTIC_RUN_ID"):
         return False
     if processes < 1:
         raise UsageError(f"--processes must be an integer >= 1, got {processes}")
