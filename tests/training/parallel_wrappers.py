@@ -204,6 +204,50 @@ def sharded(folder: Path) -> None:
     write_tensors(folder / f"{RANK}.safetensors", {"answer": answer}, {"origin": str(kept)})
 
 
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, state = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": state}
+
+
+def checkpointed(folder: Path) -> None:
+    """A sharded model that lost layers, in a checkpoint of torch, and what it is."""
+    import torch.distributed.checkpoint as dcp
+
+    _meet()
+    model = model_and_optimizer()[0]
+    shard(model)
+    optimizer = torch.optim.Adam(parameter_groups(model, lr=0.02))
+    inputs, targets = digits(20, torch.float64)
+    for keep in (range(8), (0, 2, 4, 7)):
+        taulearn.prune(model, keep=keep, optimizer=optimizer)
+        LOSS(model(inputs), targets).backward()
+        optimizer.step()
+    dcp.save(_states(model, optimizer), checkpoint_id=folder / "checkpoint")
+    moments = {f"state/{name}": whole(optimizer.state[p]["exp_avg"]) for name, p in model.named_parameters()}
+    weights = {f"model/{name}": whole(t) for name, t in model.state_dict().items()}
+    write_tensors(folder / f"{RANK}.safetensors", weights | moments, {"origin": str(model.time_steps.origin)})
+
+
+def checkpoint_loaded(folder: Path) -> None:
+    """Go on from :func:`checkpointed`, in any number of processes."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    _meet()
+    model = model_and_optimizer()[0]
+    taulearn.prune(model, keep=(0, 2, 4, 7))
+    shard(model)
+    optimizer = torch.optim.Adam(parameter_groups(model, lr=0.02))
+    states = _states(model, optimizer)
+    dcp.load(states, checkpoint_id=folder.parent / "checkpointed" / "checkpoint")
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    moments = {f"state/{name}": whole(optimizer.state[p]["exp_avg"]) for name, p in model.named_parameters()}
+    weights = {f"model/{name}": whole(t) for name, t in model.state_dict().items()}
+    write_tensors(folder / f"{RANK}.safetensors", weights | moments, {"origin": str(model.time_steps.origin)})
+
+
 def alone(folder: Path) -> None:
     """``prune`` on rank 1 alone; the other does not come."""
     _meet()

@@ -337,6 +337,13 @@ def test_a_process_killed_in_a_deletion_ends_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_a_sharded_model_goes_on_from_a_checkpoint_of_torch(tmp_path: Path) -> None:
+    run_all(2, tmp_path, "checkpointed")
+    run_all(3, tmp_path, "checkpoint_loaded")
+    assert_same(results(tmp_path / "checkpoint_loaded", 3)[0], results(tmp_path / "checkpointed", 2)[0], 0.0)
+
+
+@pytest.mark.long
 def test_a_process_that_hangs_ends_the_others_within_a_minute(tmp_path: Path) -> None:
     survivor, hanging = start_by_hand(2, tmp_path, "hanging")
     _, errors = survivor.communicate(timeout=200)
