@@ -15,7 +15,6 @@ _SHARDED = {
     "wrap": "wrap it before fully_shard",
     "refine": "refine it before fully_shard, as new layers have no place in the lists that it keeps",
     "export": "save it with taulearn.save_model, load that in one process, and export what is loaded",
-    "fit": "train it in a loop of your own with taulearn.attach",
 }
 
 

@@ -109,9 +109,10 @@ class Ranks:
         """Give all processes the weights and buffers of rank 0; running statistics of normalisations are buffers."""
         for model in models if self.size > 1 else ():
             for t in (*(() if buffers_alone else model.parameters()), *model.buffers()):
-                received = t.detach().contiguous()
-                self._meet(dist.broadcast, received, 0, group=self._gradients)
-                t.copy_(received)
+                if not hasattr(t, "full_tensor"):  # a shard is each process's own
+                    received = t.detach().contiguous()
+                    self._meet(dist.broadcast, received, 0, group=self._gradients)
+                    t.copy_(received)
 
     def _gathered(self, value: object) -> list[Any]:
         """The objects of all processes, in the order of their ranks."""

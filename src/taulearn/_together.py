@@ -145,6 +145,12 @@ def average_gradient(values: Tensor) -> None:
     values.register_post_accumulate_grad_hook(average)
 
 
+def whole(value: Tensor) -> Tensor:
+    """A figure of sharded weights as every process has it."""
+    full = getattr(value, "full_tensor", None)
+    return value if full is None else cast(Tensor, full())
+
+
 @torch.no_grad()
 def _free(module: nn.Module, left: set[nn.Parameter]) -> None:
     """Free the shards of a module that is not called any more."""
@@ -197,10 +203,11 @@ def _check_sharded(model: nn.Module) -> None:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[Ranks]:
+def gathered(model: nn.Module, optimizers: Sequence[Any] = ()) -> Iterator[Ranks]:
     """The sharded model as the plain one that it was, on the CPU of the first process, to be written; then as before.
 
-    All processes must enter at once; the others have no values. Parameter by parameter is gathered.
+    So are its optimisers. All processes must enter at once; the others have no values. Parameter by parameter is
+    gathered.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -211,6 +218,8 @@ def gathered(model: nn.Module) -> Iterator[Ranks]:
     held: list[tuple[Any, Any]] = []
     held += [(each, dict(each)) for module in modules for each in (module._parameters, module._buffers)]
     held += [(each, dict(each)) for unit in units for each in (unit._forward_pre_hooks, unit._forward_hooks)]
+    held += [(each.state, dict(each.state)) for each in optimizers]
+    held += [(group, dict(group)) for each in optimizers for group in each.param_groups]
     kinds, whole = {unit: type(unit) for unit in units}, dict[Tensor, Tensor]()  # tied parameters stay so
     with Ranks(*groups()) as ranks:
         try:
@@ -218,12 +227,19 @@ def gathered(model: nn.Module) -> Iterator[Ranks]:
                 own: dict[str, Any] = module._parameters
                 for key, p in own.items():
                     if p is not None and p not in whole:
-                        full = cast(Any, p.detach()).full_tensor() if _is_sharded(p) else p.detach()
-                        value = full.cpu() if ranks.first else torch.empty_like(full, device="meta")
-                        whole[p] = nn.Parameter(value, requires_grad=p.requires_grad)
+                        whole[p] = nn.Parameter(_gathered(p, ranks.first), requires_grad=p.requires_grad)
                     own[key] = None if p is None else whole[p]
                 for name, b in [*module._buffers.items()]:
                     module._buffers[name] = None if b is None else b.cpu()
+            for each in optimizers:
+                state = {
+                    whole.get(p, p): {k: _gathered(v, ranks.first) for k, v in own.items()}
+                    for p, own in each.state.items()
+                }
+                each.state.clear()
+                each.state.update(state)
+                for group in each.param_groups:
+                    group["params"] = [whole.get(p, p) for p in group["params"]]
             for unit in units:
                 for hooks in (unit._forward_pre_hooks, unit._forward_hooks):
                     for number in [number for number, hook in hooks.items() if _of_torch(hook)]:
@@ -236,6 +252,14 @@ def gathered(model: nn.Module) -> Iterator[Ranks]:
             for each, before in held:
                 each.clear()
                 each.update(before)
+
+
+def _gathered(value: Any, here: bool) -> Any:
+    """All of a tensor on the CPU, or its shape where it is not wanted; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    full: Tensor = cast(Any, value.detach()).full_tensor() if _is_sharded(value) else value.detach()
+    return full.cpu() if here else torch.empty_like(full, device="meta")
 
 
 def _of_torch(hook: Any) -> bool:

@@ -15,6 +15,7 @@ import taulearn
 from taulearn import Pruning, Refinement, attach, parameter_groups
 from taulearn.files import write_tensors
 from taulearn.penalties import L2, WeightElasticNet
+from taulearn.training import EpochEnd, Interrupted
 from training.parallel_base import RANK, model_and_optimizer
 from training.support import LOSS, digits, run_fit
 
@@ -100,6 +101,53 @@ def loop_sharded(folder: Path) -> None:
     loop(folder, shard)
 
 
+def fit_sharded(folder: Path, **options: Any) -> None:
+    """``fit`` with deletions, clipping, parts of batches, validation and checkpoints."""
+    _meet()
+    model = model_and_optimizer()[0]
+    if SIZE > 1:
+        shard(model)
+    optimizer = torch.optim.Adam(parameter_groups(model, lr=0.02, tau_lr=0.02, weight_decay=1e-4))
+    history = run_fit(
+        model,
+        digits(406, torch.float64),
+        optimizer,
+        penalties=[L2(0.05)],
+        pruning=Pruning(target_blocks=4, criterion="contribution"),
+        clip_norm=0.5,
+        accumulate=2,
+        batch_size=42,
+        validation=digits(60, torch.float64),
+        epochs=8,
+        **options,
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    state = {f"state/{names[id(p)]}": whole(each["exp_avg"]) for p, each in optimizer.state.items()}
+    weights = {f"model/{name}": whole(t) for name, t in model.state_dict().items()}
+    tensors = weights | state | history.tensors()
+    write_tensors(folder / f"{RANK}.safetensors", tensors, {"origin": str(model.time_steps.origin)})
+
+
+def fit_sharded_interrupted(folder: Path) -> None:
+    """The same, interrupted in the sixth epoch, behind the first deletion."""
+
+    def interrupt(end: EpochEnd) -> None:
+        if end.epoch == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        fit_sharded(folder, run=folder.parent / "run", callbacks=[interrupt])
+    except Interrupted as error:
+        (folder / f"{RANK}.said").write_text(str(error))
+
+
+def fit_sharded_resumed(folder: Path) -> None:
+    """To the end, in any number of processes; one does not shard."""
+    fit_sharded(folder, run=folder.parent / "run", resume=True)
+    loaded = taulearn.load_model(folder.parent / "run")
+    assert loaded.time_steps.num_steps == 4
+
+
 def said_by(*acts: Callable[[], object]) -> str:
     """The errors of calls, a line each."""
     said = []
@@ -175,11 +223,13 @@ def sharded(folder: Path) -> None:
     fully_shard(split)
     assert split.time_steps.values is not shared
     said = said_by(
-        lambda: run_fit(model, digits(20, torch.float64), torch.optim.SGD(model.parameters(), lr=0.1)),
         lambda: taulearn.export_model(model, folder / "exported", inputs, format="torch"),
         lambda: taulearn.refine(model, [2]),
         lambda: taulearn.wrap(nn.Sequential(fully_shard(nn.Linear(4, 4)), nn.Linear(4, 4)), "0"),
         lambda: attach(model, optimizer, refinement=Refinement(11, loss=LOSS), iterations=9),
+        lambda: run_fit(model, (inputs, targets), optimizer, compile="always"),
+        lambda: run_fit(model, (inputs, targets), optimizer, penalties=WeightElasticNet(0.1)),
+        lambda: run_fit(model, (inputs, targets), torch.optim.LBFGS(model.parameters())),
         lambda: taulearn.prune(larger, keep=[0, 1, 2]),
         lambda: taulearn.prune(split, keep=[0, 1, 2]),
     )

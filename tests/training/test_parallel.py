@@ -45,6 +45,7 @@ SAME = (
     "loop_in_ddp",
     "loop_refined",
     "loop_sharded",
+    "fit_sharded",
 )
 REFUSED = ("shuffled_loader", "shuffled_batches", "odd_batches", "other_model", "other_arguments", "odd_batch")
 ENDED = ("refused_at_once", "meddling", "meddling_unpruned", "failing", "failing_first", "interrupted")
@@ -237,11 +238,14 @@ def test_a_sharded_model_is_pruned_and_saved(two: Path) -> None:
     assert results(two / "sharded", 2)[0]["answer"].shape == (20, 10)
     for rank in range(2):
         said = (two / "sharded" / f"{rank}.said").read_text().splitlines()
-        *refused, together, larger, split = said
-        remedies = ("taulearn.attach", "save_model", "refine it before", "wrap it before")
+        *refused, together, compiled, penalty, search, larger, split = said
+        remedies = ("save_model", "refine it before", "wrap it before")
         for text, remedy in zip(refused, remedies, strict=True):
             assert re.match(r"ValueError: model must not be sharded, got .*" + re.escape(remedy), text)
         assert together.startswith("ValueError: refinement must be None for a model that fully_shard sharded")
+        assert compiled.startswith("ValueError: compile must be 'auto' or 'never' for a sharded model")
+        assert re.match(r"ValueError: penalties must not look at the weights .* taulearn\.attach", penalty)
+        assert search.startswith("ValueError: optimizer must take one gradient a step for a sharded model, got LBFGS")
         assert re.match(r"ValueError: model must be sharded block by block, got 'layers\.\d.*' as a part of", larger)
         assert "ignored_params={model.time_steps.values}" in split
 
@@ -334,6 +338,15 @@ def test_a_process_killed_in_a_deletion_ends_the_others(tmp_path: Path) -> None:
     assert seconds_since(tmp_path / "killed_deleting") < 60
     assert "RankLost: rank 0 of 2 ends because another process" in errors
     assert (tmp_path / "killed_deleting" / "0.said").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_sharded_training_goes_on_in_any_number_of_processes(processes: int, one: Path, tmp_path: Path) -> None:
+    run_all(2, tmp_path, "fit_sharded_interrupted")
+    assert "interrupted after iteration 51" in (tmp_path / "fit_sharded_interrupted" / "0.said").read_text()
+    run_all(processes, tmp_path, "fit_sharded_resumed")
+    assert_same(results(tmp_path / "fit_sharded_resumed", processes)[0], results(one / "fit_sharded", 1)[0])
 
 
 @pytest.mark.long

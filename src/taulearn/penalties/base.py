@@ -94,6 +94,10 @@ class Penalty(ABC):
         options: dict[str, Any] = {"outputs": outputs} if self.needs_outputs else {}
         found = self(model, inputs, targets, states, **options)
         value, columns = found if isinstance(found, tuple) else (found, {})
+        if hasattr(value, "full_tensor"):  # of sharded weights
+            from .._together import whole
+
+            value, columns = whole(value), {name: whole(column) for name, column in columns.items()}
         if sorted(columns) != sorted(self.columns):
             raise ValueError(
                 f"columns of the penalty {self.name!r} must be {sorted(self.columns)}, as its attribute says, got "

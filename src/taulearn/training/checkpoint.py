@@ -199,7 +199,10 @@ def _restore_optimizer(
     numbers_too = {id(p) for group in on_device for p in group["params"]}
     for name, saved in saved_state.items():
         p = named[name]
-        optimizer.state[p] = _moved(from_plain(saved, tensors), p.device, numbers_too=id(p) in numbers_too)
+        state = _moved(from_plain(saved, tensors), p.device, numbers_too=id(p) in numbers_too)
+        if isinstance(state, dict) and sharded_like(p):
+            state = {key: laid_out(value, p) for key, value in state.items()}
+        optimizer.state[p] = state
 
 
 def _moved(state: Any, device: torch.device, *, numbers_too: bool) -> Any:
@@ -234,10 +237,27 @@ def _follow_folding(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str
 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
     own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    for name, p in module.named_parameters():
+        if name in own and sharded_like(p):
+            own[name] = laid_out(own[name], p)
     try:
         module.load_state_dict(own)
     except RuntimeError as error:
         raise ValueError(f"model must be the one the run began with: {error}") from error
+
+
+def sharded_like(p: Tensor) -> bool:
+    """Whether a parameter is a part, of which other processes have the rest."""
+    return hasattr(p, "full_tensor")
+
+
+def laid_out(value: Any, p: Any) -> Any:
+    """A tensor that belongs to a sharded parameter, sharded alike; anything else as it is."""
+    if not isinstance(value, Tensor) or value.shape != p.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
 
 
 def _files(folder: Path) -> list[Path]:

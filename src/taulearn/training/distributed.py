@@ -12,7 +12,7 @@ Rank 0 decides (which layers go, figures on validation data) and tells the other
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from .._batches import leading, split
-from .._distributed import several_processes
+from .._distributed import several_processes, sharded
 from .._ranks import Ranks
 from ..adaptivity.adaptation import Adaptation, Changed
 from ..nn.time_steps import time_steps_of
 from .batches import Batch, LoaderBatches, TensorBatches
-from .objective import Objective
 
 _LOOK_EVERY = 32
 """Steps on a GPU between two looks at whether a process was interrupted, each of which waits for the GPU."""
@@ -36,6 +35,8 @@ CHANGED = "something changed weights in one process alone, a callback perhaps; c
 
 class TrainingRanks(Ranks):
     """The processes of a training."""
+
+    each_decides = False  # rather than the first alone
 
     def __init__(self, gradients: Any = None, control: Any = None) -> None:
         super().__init__(gradients, control)
@@ -64,11 +65,11 @@ class TrainingRanks(Ranks):
         return (part, number) if number else (split(batch, samples)[0], 0)
 
     @torch.no_grad()
-    def add_(self, objective: Objective, total: Tensor, record: Tensor) -> tuple[Tensor, Tensor]:
+    def add_(self, parameters: Iterable[Tensor], total: Tensor, record: Tensor) -> tuple[Tensor, Tensor]:
         """Add up gradients, objective and record, which are weighted already; a gradient that none has stays None."""
         if self.size == 1:
             return total, record
-        parameters = [p for p in objective.parameters() if p.requires_grad]
+        parameters = [p for p in parameters if p.requires_grad]
         flags = record.new_tensor([self._interrupted(), *(p.grad is not None for p in parameters)])
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         values = torch.cat([total.reshape(1).to(record.dtype), record])
@@ -80,6 +81,26 @@ class TrainingRanks(Ranks):
         if flags.device.type == "cpu" or self._sums % _LOOK_EVERY == 0:
             self._seen = bool(flags[0] > 0)
         return values[0], values[1:]
+
+    def check(self, model: nn.Module, optimizer: Any, policies: Sequence[Any], penalties: Any, compiling: str) -> str:
+        """Refuse what these processes cannot do; returns when steps are compiled."""
+        return compiling
+
+    def decided(self, act: Callable[[], Any]) -> Any:
+        """What rank 0 decides or finds out by the model; the others are told."""
+        return self.told(act)
+
+    def written(self, write: Callable[[], Any], model: nn.Module, optimizer: Any) -> None:
+        """Let rank 0 write what the model and its optimiser hold."""
+        self.told(write)
+
+    def finite(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether all entries are finite."""
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+    def clip_(self, model: nn.Module, norm: float) -> None:
+        """Clip the gradients together."""
+        nn.utils.clip_grad_norm_(model.parameters(), norm)
 
     def agreed(self, interrupted: Callable[[], bool]) -> Callable[[], bool]:
         """Whether any process was interrupted, as all of them know alike since gradients were last added up."""
@@ -95,12 +116,16 @@ class TrainingRanks(Ranks):
             torch.manual_seed(int.from_bytes(words) >> 1)
 
 
-def join() -> TrainingRanks:
+def join(model: nn.Module | None = None) -> TrainingRanks:
     """The processes that torchrun started, or that torch.distributed was initialised for; else this one alone."""
     if not several_processes() and "WORLD_SIZE" not in os.environ:
         return TrainingRanks()
     from .._meeting import groups
 
+    if model is not None and sharded(model) is not None:
+        from .sharded_ranks import ShardedRanks
+
+        return ShardedRanks(*groups())
     return TrainingRanks(*groups())
 
 
@@ -160,7 +185,7 @@ def begin_alike(ranks: TrainingRanks, policies: Adaptation, sample: Tensor) -> N
         policies.begin(sample)
         return policies.decisions()
 
-    state = ranks.told(begin)
+    state = ranks.decided(begin)
     if not ranks.first:
         policies.aim(state)
 
@@ -181,8 +206,8 @@ def change_alike(
         return policies.change(iteration, due, averages, batch), policies.decisions()
 
     changes: list[Changed]
-    changes, state = ranks.told(decide)
-    if not ranks.first:
+    changes, state = ranks.decided(decide)
+    if not ranks.first and not ranks.each_decides:
         policies.follow(changes, state, averages)
     if changes:
         steps = time_steps_of(policies.model)

@@ -150,8 +150,8 @@ def fit(
         (20, (20, 3))
     """
     with announced(run), ExitStack() as until_failure:
-        ranks = until_failure.enter_context(join())
         refuse_distributed("model", model, "fit")
+        ranks = until_failure.enter_context(join(model))
         optimizer, scheduler = bare(optimizer), bare_scheduler(scheduler)
         _put_on(device, model)
         where = time_steps_of(model).values.device
@@ -166,6 +166,7 @@ def fit(
         check_callbacks(callbacks)
         check_optimizer(optimizer, model, clip_norm)
         check_policies(pruning, refinement, penalties)
+        compiling = ranks.check(model, optimizer, [pruning, refinement, averaged], penalties, compile)
         batches = make_batches(train, batch_size, seed, where)
         check_shares(ranks, batches, batch_size, resumed=resume)
         sample = batches.sample()
@@ -195,7 +196,7 @@ def fit(
             validation=validation,
             metrics=metrics,
             callbacks=tuple(callbacks),
-            compile=compile,
+            compile=compiling,
             checkpoint_every=checkpoint_every,
             progress=progress,
             terms=terms(
@@ -220,7 +221,7 @@ def fit(
         if run is not None:
             from .checkpoint import check_contents
 
-            check_contents(parts)
+            ranks.written(lambda: check_contents(parts), model, optimizer)
         folder = ranks.told(lambda: _open_run(run, config, resume=resume, overwrite=overwrite))
         options = StepOptions(clip_norm, accumulate, precision, averaged, seen.least)
         until_failure.pop_all()  # the loop leaves them

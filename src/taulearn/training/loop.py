@@ -98,7 +98,7 @@ class Loop:
             finally:
                 self.progress.close(self.position.iteration)
                 self.session.policies.end()
-            self.ranks.told(self._save)
+            self.ranks.written(self._save, self.model, self.parts.optimizer)
 
     def _warn_of_target(self) -> None:
         """Warn where training ended, in whatever way, before a policy's target was reached."""
@@ -279,7 +279,7 @@ class Loop:
             "train.total": self.recorder.mean_since("total", first),
         }
         if self.settings.validation is not None:
-            row |= self.ranks.told(self._evaluate)
+            row |= self.ranks.decided(self._evaluate)
         self.recorder.add_epoch(row)
         return row
 
@@ -310,7 +310,7 @@ class Loop:
 
     def _check(self, tensors: Iterable[Tensor]) -> None:
         """End the run if the last step, whose loss was finite, left weights that are not: they must not be saved."""
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        if not self.ranks.finite(tensors):
             at = self.position.iteration
             raise self._diverged(f"the weights are not finite after iteration {at}", at)
 
@@ -334,7 +334,7 @@ class Loop:
     def _checkpoint(self) -> None:
         if self.source is not None:
             self._flush()
-            self.ranks.told(self._write_checkpoint)
+            self.ranks.written(self._write_checkpoint, self.model, self.parts.optimizer)
             self.saved = self.position.iteration
 
     def _write_checkpoint(self) -> None:

@@ -46,11 +46,6 @@ def needs_batch(penalty: Penalty) -> bool:
     return penalty.needs_states or penalty.needs_outputs
 
 
-def _whole(value: Tensor) -> Tensor:
-    """The value itself, also of one that was computed from sharded parameters."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
 def _mean(told: Sequence[Tensor]) -> Tensor:
     """The mean of what was told for a step, without what is not finite before the last: its batch was left out."""
     values = torch.stack(list(told))
@@ -248,7 +243,7 @@ class Session:
         if optimizer is self._leader or optimizer in self._begun:
             self._begin()
         with torch.enable_grad():
-            columns = {name: _whole(value) for name, value in self._columns().items()}
+            columns = self._columns()
             values = [columns[f"penalty.{p.name}"] for p in self.penalties if p.differentiated]
             enter = [value for value in values if value.requires_grad]
             held = {id(p) for p in parameters_held([optimizer])}

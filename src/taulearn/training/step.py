@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._batches import leading, split
 from ..adaptivity.adaptation import Adaptation
@@ -72,7 +72,7 @@ class PlainStep:
             else:
                 self.optimizer.zero_grad()
                 total, record = self._backward(evaluate or self.objective, parts)
-            total, record = self.ranks.add_(self.objective, total, record)
+            total, record = self.ranks.add_(self.objective.parameters(), total, record)
             records.append(record)
             return total
 
@@ -91,7 +91,7 @@ class PlainStep:
         else:
             closure()
             if self.options.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.objective.model.parameters(), self.options.clip_norm)
+                self.ranks.clip_(self.objective.model, self.options.clip_norm)
             self.optimizer.step()
             self._constrain()
         if self.options.averaged is not None:
