@@ -157,7 +157,7 @@ def text(folder: Path) -> None:
 
     model = Speaker()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    batches: Any = DataLoader(items, batch_size=8, collate_fn=padded)  # type: ignore[arg-type]
+    batches: Any = DataLoader(items, batch_size=6, collate_fn=padded)  # type: ignore[arg-type]
     options = {"penalties": [L1(0.05), Distillation(Teaching(), 0.5, 2.0)], "accumulate": 2, "epochs": 2}
     history = run_fit(model, batches, optimizer, loss=None, **options)
     leave(folder, model, history, optimizer)
