@@ -216,7 +216,8 @@ def export_run(
     images = entry.kind == "images"
     draw = torch.rand if images else torch.randn
     example = draw(2, *entry.shape, dtype=model.time_steps.values.dtype)
-    about: dict[str, Any] = {"data": config.data, "values": "pixels in [0, 1]" if images else "as in the data set"}
+    values = "pixels in [0, 1]" if images else "as in the data set"
+    about: dict[str, Any] = {"data": Path(config.data).name, "values": values}
     if entry.classes is not None:
         about["classes"] = entry.classes
     return export_model(model, folder, example, format=format, about=about)
