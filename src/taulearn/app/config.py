@@ -439,8 +439,8 @@ def _sentence(error: Mapping[str, Any]) -> str:
         given = error["input"]
         given = shown(given) if isinstance(given, int) and given.bit_length() > 64 else given
         parts = typing.get_args(TrainConfig.model_fields[name].annotation)  # of a Literal, or of one that may be None
-        words = [word for part in parts for word in typing.get_args(part) or (part,) if isinstance(word, str)]
-        return str(unknown_name(name, given, words))
+        known = [word for part in parts for word in typing.get_args(part) or (part,) if isinstance(word, str)]
+        return str(unknown_name(name, given, known))
     must = error["msg"]
     for words, instead in _WORDING.items():
         must = must.replace(words, instead)
