@@ -25,6 +25,17 @@ _PAUSES = (0.01, 0.05, 0.2, 0.5)
 """Seconds between attempts at a file that another program holds open, as a virus scanner on Windows does."""
 
 
+def is_path(data: str) -> bool:
+    """Whether a data set is given by its path, not by its name: a file of a known kind, or with a slash.
+
+    Example:
+        >>> [is_path(data) for data in ("mnist", "mine.npz", "photos/", "./photos")]
+        [False, True, True, True]
+    """
+    ends = data.lower().endswith((".npz", ".parquet", ".csv"))
+    return ends or data.startswith((".", "~")) or "/" in data or os.sep in data
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, so that a crash at any moment leaves the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")

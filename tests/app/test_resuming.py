@@ -78,6 +78,13 @@ def test_more_epochs_give_what_they_would_have_given_at_once(run, tmp_path):
     assert resume(run, progress=False).history.num_iterations == 60
 
 
+def test_a_network_of_one_layer_is_gone_on_with(tmp_path):
+    """Its one time step had stride 0, of which no digest was taken."""
+    one = TrainConfig(**SMALL | {"hidden_layers": 1, "epochs": 1}, run=str(tmp_path / "one"))
+    train(one, progress=False)
+    assert resume(tmp_path / "one", epochs=2, progress=False).history.num_iterations == 30
+
+
 def test_epochs_raised_in_the_file_are_more_epochs(run):
     edit(run, epochs=3)
     assert resume(run, progress=False).history.num_iterations == 45

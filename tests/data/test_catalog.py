@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,9 +108,11 @@ def test_a_data_set_is_added_by_one_call(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "half" not in data.names()
 
 
-def test_importing_and_loading_what_is_built_in_stays_light() -> None:
+def test_importing_and_loading_what_is_built_in_and_arrays_stays_light(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", x=np.ones((4, 2)), y=[0, 1, 0, 1])
     code = (
         "import sys; from taulearn import data; data.load('digits'); data.load('peaks');"
-        "print(*{'pooch', 'sklearn', 'rich', 'requests', 'scipy', 'matplotlib'} & sys.modules.keys())"
+        f"data.load({str(tmp_path / 'mine.npz')!r});"
+        "print(*{'pooch', 'sklearn', 'rich', 'requests', 'scipy', 'matplotlib', 'pyarrow', 'PIL'} & sys.modules.keys())"
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "\n"

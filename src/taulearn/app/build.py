@@ -1,20 +1,22 @@
 """The parts of a training, each made from its settings."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, StepLR
 
-from .. import data, penalties
+from .. import penalties
 from .._errors import unknown_name
 from ..adaptivity.adaptation import Adaptation
 from ..adaptivity.policies import Pruning
 from ..adaptivity.refiner import Refinement
 from ..data import Samples
-from ..data.catalog import CATALOGUE
+from ..data.catalog import entry_of, samples_of
+from ..data.own_data import OwnData
 from ..functional import half_mse_loss
 from ..nn.activations import make_activation
 from ..nn.builders import BUILDERS
@@ -25,6 +27,7 @@ from ..nn.network import TimeVariableNetwork
 from ..optim import SteepestDescent, parameter_groups
 from ..training.devices import usable_device
 from ..training.objective import Loss
+from ..training.run_folder import Run
 from .config import TrainConfig
 from .config_checks import FAST_FROM
 
@@ -43,12 +46,14 @@ class Splits(NamedTuple):
         validation: What it is evaluated on after each epoch; the test data where the set has nothing else.
         test: What it is evaluated on at the end.
         classes: Number of classes, None for values.
+        notes: For the run's record, of data of one's own.
     """
 
     train: Samples
     validation: Samples
     test: Samples
     classes: int | None
+    notes: Mapping[str, str] = MappingProxyType({})
 
 
 _LOSSES: dict[str, Loss] = {
@@ -65,18 +70,26 @@ def make_device(config: TrainConfig) -> torch.device:
     return usable_device("device", config.device)
 
 
-def load_splits(config: TrainConfig) -> Splits:
-    """The data set ``config.data``, images as they are stored, all else of the floating point type of the training."""
-    if config.data not in CATALOGUE:
-        raise unknown_name("data", config.data, data.names())
-    entry, dtype = CATALOGUE[config.data], _DTYPES[config.precision]
+def load_splits(config: TrainConfig, run: Run | None = None) -> Splits:
+    """The data set ``config.data``, images as they are stored, all else of the floating point type of the training.
+
+    Data that are not those on which ``run`` was trained are refused.
+    """
+    entry, dtype = entry_of(config.data, config.target, argument="data"), _DTYPES[config.precision]
+    notes = entry.notes if isinstance(entry, OwnData) else {}
+    key = "digest of the data"
+    if run is not None and run.decisions.get(key) != notes.get(key):
+        raise ValueError(
+            f"data must be what run {str(run.path)!r} was trained on, got {config.data!r}, whose content has changed: "
+            "put it back, or train anew"
+        )
 
     def load(split: str) -> Samples:
-        samples = data.load(config.data, split, as_uint8=True)
+        samples = samples_of(entry, split, as_uint8=True)
         return Samples(*(t.to(dtype) if t.is_floating_point() else t for t in samples))
 
     train, test = load("train"), load("test")
-    return Splits(train, load("validation") if "validation" in entry.samples else test, test, entry.classes)
+    return Splits(train, load("validation") if "validation" in entry.samples else test, test, entry.classes, notes)
 
 
 def features(splits: Splits) -> tuple[int, int]:

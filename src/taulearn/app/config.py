@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .._errors import unknown_name
+from ..files import is_path
 from .config_checks import contradictions, count_or_word, number_of_blocks, one_or_several, shown, unknown_key
 
 FORMAT = 1
@@ -53,7 +54,12 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    data: str = Field("digits", description="Data set; `taulearn data` lists them.")
+    data: str = Field(
+        "digits",
+        description="Data set, by name (`taulearn data` lists them), or by path (with a slash or an ending): an .npz, "
+        ".parquet or .csv file, or a folder with a folder of images for each class.",
+    )
+    target: str | None = Field(None, description="Column of a .parquet or .csv file that holds the targets.")
     network: Literal["resnet", "feedforward", "densenet", "fractional", "resnet-v2"] = Field(
         "resnet", description="Kind of network; resnet-v2 is the convolutional one, for images."
     )
@@ -208,6 +214,11 @@ class TrainConfig(BaseModel):
         "bounds the space that a run takes.",
     )
     tensorboard: bool = Field(False, description="Write events for TensorBoard into the folder, too.")
+
+    @field_validator("data")
+    @classmethod
+    def _data(cls, value: str) -> str:
+        return str(Path(value).expanduser().absolute()) if is_path(value) else value
 
     @field_validator("width", mode="before")
     @classmethod
@@ -427,7 +438,9 @@ def _sentence(error: Mapping[str, Any]) -> str:
     if error["type"] == "literal_error":
         given = error["input"]
         given = shown(given) if isinstance(given, int) and given.bit_length() > 64 else given
-        return str(unknown_name(name, given, typing.get_args(TrainConfig.model_fields[name].annotation)))
+        parts = typing.get_args(TrainConfig.model_fields[name].annotation)  # of a Literal, or of one that may be None
+        known = [word for part in parts for word in typing.get_args(part) or (part,) if isinstance(word, str)]
+        return str(unknown_name(name, given, known))
     must = error["msg"]
     for words, instead in _WORDING.items():
         must = must.replace(words, instead)

@@ -13,7 +13,7 @@ from ..adaptivity.coarsen import PruneReport, prune
 from ..adaptivity.estimate import shares
 from ..adaptivity.policies import check_one_decides
 from ..calibration import norms_in, recalibrate_
-from ..data.catalog import CATALOGUE
+from ..data.catalog import entry_of
 from ..depth.choose_layers import DepthDecision, choose_layers
 from ..depth.truncate import truncate
 from ..export import Exported, export_model
@@ -106,8 +106,8 @@ def prune_run(
         (0, 5)
     """
     check_one_decides(threshold, keep=keep)
-    _, config, model = finished_run(run, out, overwrite=overwrite)
-    splits = build.load_splits(config)
+    opened, config, model = finished_run(run, out, overwrite=overwrite)
+    splits = build.load_splits(config, opened)
     loss = build.make_loss(config, classes=splits.classes is not None)[1]
     positions = None if keep is None else _positions(keep, model.time_steps.origin)
     before = evaluate(model, tuple(splits.test), loss=loss)
@@ -161,8 +161,8 @@ def cut_run(
         >>> cut_run(folder / "run", folder / "small", depth=2).report.layers_after
         2
     """
-    _, config, model = finished_run(run, out, overwrite=overwrite)
-    splits = build.load_splits(config)
+    opened, config, model = finished_run(run, out, overwrite=overwrite)
+    splits = build.load_splits(config, opened)
     loss = build.make_loss(config, classes=splits.classes is not None)[1]
     before = evaluate(model, tuple(splits.test), loss=loss)
     decision = None
@@ -199,7 +199,7 @@ def export_run(
     format: str = "onnx",  # noqa: A002  it is called so everywhere
     overwrite: bool = False,
 ) -> Exported:
-    """Export the network that a run left; see :func:`taulearn.export_model`. The data set need not be there.
+    """Export the network that a run left; see :func:`taulearn.export_model`. A named data set need not be there.
 
     Example:
         >>> import tempfile
@@ -212,11 +212,12 @@ def export_run(
     """
     _, config, model = finished_run(run, out, overwrite=overwrite)
     folder = Path(out)
-    entry = CATALOGUE[config.data]
+    entry = entry_of(config.data, config.target)
     images = entry.kind == "images"
     draw = torch.rand if images else torch.randn
     example = draw(2, *entry.shape, dtype=model.time_steps.values.dtype)
-    about: dict[str, Any] = {"data": config.data, "values": "pixels in [0, 1]" if images else "as in the data set"}
+    values = "pixels in [0, 1]" if images else "as in the data set"
+    about: dict[str, Any] = {"data": Path(config.data).name, "values": values}
     if entry.classes is not None:
         about["classes"] = entry.classes
     return export_model(model, folder, example, format=format, about=about)

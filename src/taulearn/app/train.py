@@ -150,7 +150,7 @@ def train(
             on_start(run)
         return run
 
-    return _train(config, hooks, make_run, resume=False, progress=progress, callbacks=callbacks)
+    return _train(config, hooks, make_run, progress=progress, callbacks=callbacks)
 
 
 def resume(
@@ -192,7 +192,7 @@ def resume(
             on_start(opened)
         return opened
 
-    return _train(config, hooks, make_run, resume=True, progress=progress, callbacks=callbacks)
+    return _train(config, hooks, make_run, opened, progress=progress, callbacks=callbacks)
 
 
 def settings_of(run: Run, **changes: int) -> TrainConfig:
@@ -261,14 +261,15 @@ def _train(
     config: TrainConfig,
     hooks: Hooks | None,
     make_run: Callable[[], Run],
+    resumed: Run | None = None,
     *,
-    resume: bool,
     progress: bool,
     callbacks: Sequence[Callable[[EpochEnd], None]],
 ) -> Result:
+    resume = resumed is not None
     with _threads(config.threads), join() as ranks:
         device = build.make_device(config)
-        splits = ranks.in_turn(lambda: build.load_splits(config))
+        splits = ranks.in_turn(lambda: build.load_splits(config, resumed))
         torch.manual_seed(config.seed)
         check_memory(config, *build.features(splits), device)
         model = make_network(config, splits, hooks).to(device)
@@ -292,6 +293,7 @@ def _train(
         decisions = {"device": device, "loss": loss_name, "batch_size": batch_size}
         chosen = {name: str(value) for name, value in decisions.items() if getattr(config, name) == "auto"}
         chosen["validation"] = "the test data" if splits.validation is splits.test else "the validation data"
+        chosen |= splits.notes
         if ranks.size > 1:
             chosen["processes"] = str(ranks.size)
 
@@ -361,7 +363,7 @@ def make_network(config: TrainConfig, splits: build.Splits, hooks: Hooks | None)
 
 def _new_folder(config: TrainConfig) -> Path:
     """A new folder in runs/ that says what the run is about."""
-    stem = f"{config.data}-{config.network}-{dt.date.today():%Y-%m-%d}"
+    stem = f"{Path(config.data).stem}-{config.network}-{dt.date.today():%Y-%m-%d}"
     for number in itertools.count(1):
         folder = Path("runs") / f"{stem}-{number}"
         try:

@@ -1,4 +1,4 @@
-"""Named data sets as tensors: `load("mnist")` gives a pair of inputs and targets.
+"""Named data sets as tensors: `load("mnist")` gives a pair of inputs and targets; so does `load("mine.npz")`.
 
 `names()` lists them, `register` adds one of your own, `describe()` says where their files lie, `fetch` downloads,
 `verify` checks the files.

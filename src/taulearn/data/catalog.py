@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .._errors import needs, unknown_name
+from ..files import is_path
 from .cifar import CIFAR10, CIFAR100
 from .digits import DIGITS
 from .files import DataError, DataFile, check
@@ -66,7 +67,7 @@ def register(entry: DataSet) -> None:
 
     Raises:
         TypeError: If it is no `DataSet`.
-        ValueError: If there is one of this name, or it has no split "train" or "test".
+        ValueError: If there is one of this name, the name reads as a path, or it has no split "train" or "test".
 
     Example:
         >>> import torch
@@ -84,24 +85,30 @@ def register(entry: DataSet) -> None:
         raise TypeError(f"entry must be a DataSet, got {entry!r}: write taulearn.data.Generated(name=.., generate=..)")
     if entry.name in CATALOGUE:
         raise ValueError(f"entry must have a name of its own, got {entry.name!r}, which is there: choose another")
+    if is_path(entry.name):
+        raise ValueError(f"entry must have a name that is no path, got {entry.name!r}: leave out slashes and endings")
     if missing := [split for split in ("train", "test") if split not in entry.samples]:
         raise ValueError(f"samples must count the splits 'train' and 'test', got none for {missing[0]!r}")
     CATALOGUE[entry.name] = entry
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     split: str = "train",
     *,
+    target: str | None = None,
     root: str | Path | None = None,
     download: bool = True,
     as_uint8: bool = False,
 ) -> Samples:
-    """A named data set as a pair of tensors.
+    """A named data set, or a file or folder of one's own, as a pair of tensors.
 
     Args:
-        name: One of `names()`.
+        name: One of `names()`, or a path, with a slash or an ending: an .npz file with arrays inputs and targets, a
+            .parquet or .csv file of numbers, or a folder with a folder of images for each class. Where it has no test
+            data, a fifth of the samples is kept for them, always the same.
         split: "train" or "test"; peaks, sine and nested-spheres also have "validation".
+        target: The column of a .parquet or .csv file that holds the targets.
         root: Folder of the data files; by default $TAULEARN_DATA, else the user's cache folder.
         download: Fetch files that are not there.
         as_uint8: Leave images that are stored as bytes (mnist, fashion-mnist, cifar10, cifar100) in uint8, 0 to 255,
@@ -112,8 +119,9 @@ def load(
         (n, features), float32, with classes (n,), int64, or values (n, outputs), float32.
 
     Raises:
-        ValueError: Unknown name or split.
+        ValueError: Unknown name, split or target.
         DataError: A file does not hold what it must.
+        ImportError: pyarrow or Pillow is not installed, which the file needs.
         FileNotFoundError: A file is not there and `download` is False.
         ConnectionError: No mirror delivered a file that is not there.
 
@@ -122,7 +130,13 @@ def load(
         >>> inputs.shape, targets.shape
         (torch.Size([1442, 1, 8, 8]), torch.Size([1442]))
     """
-    entry = _entry(name)
+    return samples_of(entry_of(name, target), split, root=root, download=download, as_uint8=as_uint8)
+
+
+def samples_of(
+    entry: DataSet, split: str, *, root: str | Path | None = None, download: bool = True, as_uint8: bool = False
+) -> Samples:
+    """The samples of a split, as :func:`load` gives them."""
     if split not in entry.samples:
         raise unknown_name("split", split, entry.samples)
     files = entry.files(split)
@@ -209,10 +223,25 @@ def describe(*, root: str | Path | None = None) -> tuple[Description, ...]:
     )
 
 
-def _entry(name: str) -> DataSet:
-    if name not in CATALOGUE:
-        raise unknown_name("name", name, CATALOGUE)
-    return CATALOGUE[name]
+def entry_of(name: str | os.PathLike[str], target: str | None = None, argument: str = "name") -> DataSet:
+    """The data set of a name, or the one that lies at a path, which is read."""
+    if not isinstance(name, str) or is_path(name):
+        from .own_data import own_data
+
+        return own_data(Path(name), target)
+    entry = _entry(name, argument)
+    if target is not None:
+        raise ValueError(
+            f"target must be left out with data {name!r}, got {target!r}: it names a column of a .parquet or .csv file"
+        )
+    return entry
+
+
+def _entry(name: str, argument: str = "name") -> DataSet:
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    unknown = unknown_name(argument, name, CATALOGUE)
+    raise ValueError(f"{unknown}; the folder is './{name}'") if Path(name).is_dir() else unknown
 
 
 def _root(root: str | Path | None) -> Path:

@@ -1,6 +1,7 @@
 """The sections of the report as data for its template: one run, and several runs side by side."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def description(config: Mapping[str, Any]) -> str:
         >>> description({"network": "resnet", "data": "digits", "hidden_layers": 6, "width": 100, "l1": 0.0, "seed": 0})
         'resnet on digits, 6 hidden layers of width 100, seed 0'
     """
-    words = [str(config[key]) for key in ("network", "data") if key in config]
+    words = [PurePath(str(config[key])).name for key in ("network", "data") if key in config]
     parts = [" on ".join(words)] if words else []
     if config.get("network") == "resnet-v2" and "hidden_layers" in config:
         parts.append(f"{config['hidden_layers']} blocks")

@@ -269,7 +269,8 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous().resolve_conj().resolve_neg()
         digest.update(f"{name}:{t.dtype}:{tuple(t.shape)}".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
+        flat = t.as_strided((t.numel(),), (1,), t.storage_offset())  # one element may have any stride
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

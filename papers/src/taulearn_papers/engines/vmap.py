@@ -250,6 +250,8 @@ class Group:
         assert config is not None
         run = Run.create(folder, record_of(config, hooks), overwrite=True)
         run.decide("device", str(self.device))
+        for name, note in self.splits.notes.items():
+            run.decide(name, note)
         run.decide("step", f"one of {len(self.trainees)} networks trained at once")
         history = each.recorder.history()
         (thinned(history) if config.trace == "thinned" else history).save(run.history_path)

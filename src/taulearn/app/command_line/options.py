@@ -27,7 +27,7 @@ GROUPS = {
 }
 """Headings in the help, each with the first field under it."""
 
-_METAVARS = {"run": "DIR"}
+_METAVARS = {"run": "DIR", "data": "NAME|PATH"}
 
 
 class UsageError(ValueError):
