@@ -61,6 +61,36 @@ print(codes, "torch" in sys.modules)
     assert run.stdout == f"{[0] * 7 + [2] * 5} False\n"
 
 
+@pytest.mark.long
+def test_processes_train_one_network_and_go_on(call):
+    """What two processes leave is what one leaves, up to rounding; each says nothing but the first."""
+    code = "from taulearn.app.command_line import main; import sys; sys.exit(main(sys.argv[1:]))"
+    runs = [["train", *SMALL, *STEPS, "--processes", "2", "--run", "two"], ["resume", "two", "--epochs", "2"]]
+    for arguments in (*runs, ["train", *SMALL, *STEPS, "--epochs", "2", "--run", "one"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("test accuracy") == 1
+    assert tomllib.loads(Path("two/run.toml").read_text())["decisions"]["processes"] == "2"
+    two, one = (load_model(run).state_dict() for run in ("two", "one"))
+    for name, value in one.items():
+        assert (two[name] - value).abs().max() < 1e-5, name
+
+
+@pytest.mark.long
+def test_processes_end_alike(call):
+    """The first error is the exit code; no traceback of torch's launcher follows."""
+    code = "from taulearn.app.command_line import main; import sys; sys.exit(main(sys.argv[1:]))"
+    line = ["train", *SMALL, "--batch-size", "101", "--processes", "2", "--run", "two"]
+    done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "--batch-size must be a multiple of the number of processes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_number_of_processes_that_is_none(call):
+    assert call("train", "--processes", "0") == (2, "", "taulearn: error: --processes must be an integer >= 1, got 0\n")
+
+
 def test_version(call):
     assert call("--version") == (0, f"taulearn {taulearn.__version__}\n", "")
 
