@@ -9,6 +9,11 @@ import pytest
 COLLECTED = pytest.StashKey[list[str]]()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that are there only where there is a card: ``pytest -m cuda``."""
+    config.addinivalue_line("markers", "cuda: on a CUDA device")
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Note the test, also one that -m leaves out."""
     item.config.stash.setdefault(COLLECTED, []).append(item.nodeid)

@@ -21,7 +21,7 @@ from taulearn.nn import TimeSteps
 from taulearn.nn.pruned_models import prunable_of
 
 CONSTRAINTS = ("free", "fixed", "dependent", "simplex")
-DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+DEVICES = ("cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []))
 all_constraints = pytest.mark.parametrize("constraint", CONSTRAINTS)
 
 
