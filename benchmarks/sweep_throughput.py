@@ -72,15 +72,17 @@ def on_cpu(rounds: int, together: int, epochs: int) -> None:
         print(f"{name:<42}{np.median(found):8.2f}  {np.median(np.divide(found, first)):9.2f}")
 
 
-def on_gpu(epochs: int) -> None:
-    def seconds(members: list[Member]) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.perf_counter()
-            outcome = run_members(members, folder, engine="vmap")
-            if outcome.failed:
-                raise SystemExit(f"failed: {outcome.failed}")
-            return time.perf_counter() - began
+def seconds(members: list[Member]) -> float:
+    """Seconds of whole trainings, as many at once as go together."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        outcome = run_members(members, folder, engine="vmap")
+        if outcome.failed:
+            raise SystemExit(f"failed: {outcome.failed}")
+        return time.perf_counter() - began
 
+
+def on_gpu(epochs: int) -> None:
     print(torch.cuda.get_device_name())
     seconds(members_of(1, 2))  # compiles
     print(f"{'one training of ' + str(epochs) + ' epochs':<42}{seconds(members_of(1, epochs)):8.1f} s", flush=True)
