@@ -17,7 +17,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx-mathjax-offline",  # formulas without a network
 ]
-exclude_patterns = ["_build", "results/**", "README.md"]
+exclude_patterns = ["_build", "results/README.md", "results/*/table.md"]
 nitpicky = False
 html_theme = "furo"
 html_title = f"taulearn {version}"
