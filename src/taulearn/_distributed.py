@@ -15,6 +15,8 @@ _SHARDED = {
     "wrap": "wrap it before fully_shard",
     "refine": "refine it before fully_shard, as new layers have no place in the lists that it keeps",
     "export": "save it with taulearn.save_model, load that in one process, and export what is loaded",
+    "branch": "delete single branches before fully_shard, or both branches of a block at once",
+    "unwrap": "save it with taulearn.save_model, load that in one process, and unwrap what is loaded",
 }
 
 
@@ -50,9 +52,17 @@ def sharded(model: nn.Module) -> str | None:
 
 def wrappers_around(model: nn.Module) -> list[Any]:
     """Every DistributedDataParallel that there is around a model, for which all objects are gone through."""
-    everything = gc.get_objects() if several_processes() else []
-    wrappers = (each for each in everything if issubclass(type(each), DistributedDataParallel))
-    return [each for each in wrappers if any(part is model for part in each.modules())]
+
+    def found() -> list[Any]:
+        everything = gc.get_objects() if several_processes() else []
+        wrappers = (each for each in everything if issubclass(type(each), DistributedDataParallel))
+        return [each for each in wrappers if any(part is model for part in each.modules())]
+
+    if len(wrappers := found()) > 1:
+        del wrappers
+        gc.collect()  # of one that nobody holds any more
+        wrappers = found()
+    return wrappers
 
 
 def alike(model: nn.Module, values: list[float]) -> list[float]:

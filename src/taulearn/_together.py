@@ -56,39 +56,55 @@ class Together:
         """The means of figures over the processes, which are equal in all of them to the bit."""
         with Ranks(*groups()) as ranks:
             device = next(p.device for p in self.model.parameters())
-            total: list[float] = (ranks.add(torch.tensor(values, device=device)) / ranks.size).tolist()
-            return total
+            total: list[float] = ranks.add(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+            return [each / ranks.size for each in total]
 
     def _check_units(self, blocks: Iterable[nn.Module]) -> None:
         """Refuse to take out blocks whose parameters are in a unit of fully_shard with those of others."""
-        from torch.distributed.fsdp import FSDPModule
+        from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        inside = {part: block for block in blocks for part in block.modules()}
-        units: dict[Any, Any] = {}
+        inside = {part for block in blocks for part in block.modules()}
+        units: dict[Any, list[nn.Module]] = {}  # the modules that a call of fully_shard was handed
+        unit_of: dict[nn.Module, list[nn.Module]] = {}
         for name, module in self.model.named_modules():
             above = self.model.get_submodule(name.rpartition(".")[0])
-            units[module] = module if isinstance(module, FSDPModule) else units.get(above)
-            if module in inside and (unit := units[module]) not in inside:
-                own = [key for key, p in module.named_parameters(recurse=False) if _is_sharded(p)]
-                if own:
-                    raise ValueError(
-                        f"model must be sharded block by block, got {f'{name}.{own[0]}'!r} as a part of the unit "
-                        f"{type(unit).__name__!r}: call fully_shard on each block before the whole model, {_GATHER}"
-                    )
+            unit_of[module] = unit_of.get(above, [])
+            if isinstance(module, FSDPModule):
+                unit_of[module] = units.setdefault(fully_shard.state(module), [])
+                unit_of[module].append(module)
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            others = [each for each in unit_of[module] if each not in inside]
+            if module in inside and _is_sharded(p) and others:
+                raise ValueError(
+                    f"model must be sharded block by block, got {name!r} in a unit with {type(others[0]).__name__!r}: "
+                    f"call fully_shard on each block before the whole model, {_GATHER}"
+                )
 
     @contextmanager
-    def changing(self, what: str, chosen: Mapping[int, nn.Module | None]) -> Iterator[None]:
+    def changing(self, what: str, chosen: Mapping[int, nn.Module | None], tau: Tensor) -> Iterator[None]:
         """Change layers, by their positions with the modules that go, in all processes alike or in none.
 
+        Args:
+            what: What is done to them, for the message.
+            chosen: The positions.
+            tau: The time steps now, which must be the same in all processes.
+
         Raises:
-            RanksDisagree: If others chose something else.
+            RanksDisagree: If others chose something else, or have other time steps.
             ConnectionError: If others do not come, or do not answer.
             ValueError: If a module that goes is sharded together with others.
         """
         if self.sharded:
             self._check_units(module for module in chosen.values() if module is not None)
         with Ranks(*groups()) as ranks:
+            ranks.same("the time steps", tau.tolist(), "average their gradients over the processes, as attach does")
             ranks.same(what, sorted(chosen), "let all processes do the same, with the same steps and data")
+            ranks.same(
+                "the number of DistributedDataParallels around the model",
+                len(self.wrappers),
+                "let go of those that are not called any more",
+            )
             try:
                 yield
             except BaseException:
@@ -107,6 +123,16 @@ class Together:
             left = set(self.model.parameters())
             for module in gone:
                 _free(module, left)
+            self._forget_prefetching()
+
+    def _forget_prefetching(self) -> None:
+        """Let no unit gather one that is gone ahead of time; torch's own prefetching goes on."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_modules_to_forward_prefetch([])
+                module.set_modules_to_backward_prefetch([])
 
 
 def renew(wrapper: Any) -> None:
@@ -118,13 +144,13 @@ def renew(wrapper: Any) -> None:
             device_ids=wrapper.device_ids,
             output_device=wrapper.output_device,
             dim=wrapper.dim,
+            broadcast_buffers=wrapper.broadcast_buffers,
             process_group=wrapper.process_group,
             bucket_cap_mb=wrapper.bucket_bytes_cap / 2**20,
             find_unused_parameters=wrapper.find_unused_parameters,
             gradient_as_bucket_view=wrapper.gradient_as_bucket_view,
             static_graph=wrapper.static_graph,
         )
-    fresh.broadcast_buffers = wrapper.broadcast_buffers
     for hook, state in getattr(wrapper, "_comm_hooks", ()):  # of register_comm_hook
         fresh.register_comm_hook(state, hook)
     kept = vars(nn.Module()).keys()  # hooks and parts
@@ -136,6 +162,8 @@ def average_gradient(values: Tensor) -> None:
 
     Where gradients accumulate over several passes, what was averaged before stays so.
     """
+    if not values.requires_grad:
+        return
 
     def average(parameter: Tensor) -> None:
         if parameter.grad is not None:

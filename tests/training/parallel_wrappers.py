@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,101 @@ def sharded(folder: Path) -> None:
     assert torch.equal(model(inputs).detach(), answer)
     torch.testing.assert_close(taulearn.load_model(folder / "saved").eval()(inputs), answer, rtol=0, atol=1e-12)
     write_tensors(folder / f"{RANK}.safetensors", {"answer": answer}, {"origin": str(kept)})
+
+
+def ddp_follows(folder: Path) -> None:
+    """What a DistributedDataParallel keeps, new layers that train alone, scores, and a wrapper left over."""
+    _meet()
+    inputs, targets = digits(20, torch.float64)
+    model, _ = model_and_optimizer()
+    whole_model = nn.Sequential(nn.BatchNorm2d(inputs.shape[1], dtype=torch.float64), model)
+    wrapper = DistributedDataParallel(whole_model, broadcast_buffers=False)
+    wrapper(inputs[RANK::SIZE])
+    statistics = whole_model[0].running_mean.clone()
+    taulearn.prune(model, keep=[0, 1, 2, 4])
+    assert torch.equal(whole_model[0].running_mean, statistics)
+    assert not wrapper.broadcast_buffers
+    taulearn.refine(model, [1], by="insert", train="new")
+    for _ in range(2):
+        LOSS(wrapper(inputs[RANK::SIZE]), targets[RANK::SIZE]).backward()
+    given = torch.tensor([3e300, 1e300, 2e300, 1e-300, 2e-300], dtype=torch.float64)
+    report = taulearn.prune(model, budget=4, criterion=lambda *_: given * (RANK + 1))
+    assert report.kept == (0, 1, 2, 4)
+    left_over = DistributedDataParallel(model) if RANK == 0 else _thrown_away(model)
+    said = said_by(lambda: taulearn.prune(model, keep=[0, 1]))
+    assert (left_over is None) == (RANK > 0)
+    (folder / f"{RANK}.said").write_text(said)
+
+
+def _thrown_away(model: nn.Module) -> None:
+    DistributedDataParallel(model)
+
+
+def sharded_follows(folder: Path) -> None:
+    """Frozen steps, prefetching, and more of what is refused of sharded models."""
+    from torch.distributed.fsdp import fully_shard
+
+    _meet()
+    inputs, targets = digits(20, torch.float64)
+    model, _ = model_and_optimizer()
+    model.time_steps.values.requires_grad_(False)
+    shard(model)
+    units: Any = [*model.layers]
+    for one, after in pairwise(units):
+        one.set_modules_to_forward_prefetch([after])
+        after.set_modules_to_backward_prefetch([one])
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    taulearn.prune(model, keep=[0, 2, 4, 7], optimizer=optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        LOSS(model(inputs), targets).backward()
+        optimizer.step()
+    assert model.time_steps.num_steps == 4
+    pairs, other = model_and_optimizer()[0], model_and_optimizer()[0]
+    fully_shard([*pairs.layers[:4]])
+    fully_shard([*pairs.layers[4:]])
+    fully_shard(pairs, ignored_params={pairs.time_steps.values})
+    shard(other)
+    with torch.no_grad():
+        other.time_steps.values[0] += 0.01 * RANK
+    by_branch = taulearn.wrap(_Residuals(), "blocks.*", per="branch", example_inputs=torch.randn(2, 4))
+    for block in by_branch.blocks:
+        fully_shard(block.first)
+        fully_shard(block.second)
+    fully_shard(by_branch, ignored_params={by_branch.time_steps.values})
+    said = said_by(
+        lambda: taulearn.prune(pairs, keep=[0, 1, 2]),
+        lambda: taulearn.prune(other, keep=[0, 1, 2]),
+        lambda: taulearn.prune(by_branch, keep=[0, 1, 2]),
+        lambda: taulearn.unwrap(by_branch),
+    )
+    taulearn.prune(pairs, keep=range(4))  # a whole unit
+    LOSS(pairs(inputs), targets).backward()
+    taulearn.prune(by_branch, keep=[0, 1])  # a whole block
+    assert by_branch(torch.randn(2, 4)).shape == (2, 4)
+    (folder / f"{RANK}.said").write_text(said)
+
+
+class _Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        answer: Tensor = x + self.second(x)
+        return answer
+
+
+class _Residuals(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Branches() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -59,6 +59,8 @@ OTHERS = (
     "light",
     "wrapped_in_ddp",
     "sharded",
+    "ddp_follows",
+    "sharded_follows",
 )
 
 
@@ -104,8 +106,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
             torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, equal_nan=True, msg=name)
 
 
-def said(folder: Path, processes: int = 2) -> list[str]:
-    return [(folder / f"{rank}.error").read_text() for rank in range(processes)]
+def said(folder: Path, processes: int = 2, kind: str = "error") -> list[str]:
+    return [(folder / f"{rank}.{kind}").read_text() for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +248,23 @@ def test_a_sharded_model_is_pruned_and_saved(two: Path) -> None:
         assert compiled.startswith("ValueError: compile must be 'auto' or 'never' for a sharded model")
         assert re.match(r"ValueError: penalties must not look at the weights .* taulearn\.attach", penalty)
         assert search.startswith("ValueError: optimizer must take one gradient a step for a sharded model, got LBFGS")
-        assert re.match(r"ValueError: model must be sharded block by block, got 'layers\.\d.*' as a part of", larger)
+        assert re.match(r"ValueError: model must be sharded block by block, got 'layers\.\d.*' in a unit with", larger)
         assert "ignored_params={model.time_steps.values}" in split
+
+
+def test_wrappers_keep_what_they_held_and_are_the_same_in_all_processes(two: Path) -> None:
+    for text in said(two / "ddp_follows", kind="said"):
+        assert text.startswith("RanksDisagree: the number of DistributedDataParallels around the model must be")
+
+
+def test_sharded_models_follow_or_are_refused(two: Path) -> None:
+    """Prefetched units that were gone, and units of several blocks, ended the process (SIGSEGV)."""
+    for text in said(two / "sharded_follows", kind="said"):
+        pairs, other, branch, unwrapped = text.splitlines()
+        assert re.match(r"ValueError: model must be sharded block by block, got 'layers\.3.*' in a unit with", pairs)
+        assert other.startswith("RanksDisagree: the time steps must be the same in all processes")
+        assert "delete single branches before fully_shard" in branch
+        assert "save it with taulearn.save_model" in unwrapped
 
 
 def start_by_hand(processes: int, folder: Path, *names: str) -> "list[subprocess.Popen[str]]":

@@ -237,7 +237,7 @@ def prune(
         chosen, note = _choose(prunable, model, threshold, keep, asked, budget)
     before = prunable.time_steps.values
     lost = {i: prunable.layers[i] for i, _ in chosen}
-    alike = nullcontext() if shared is None else shared.changing("the layers to delete", lost)
+    alike = nullcontext() if shared is None else shared.changing("the layers to delete", lost, prunable.time_steps.tau)
     with all_or_nothing(models, optimizer) if chosen else nullcontext(), alike:
         number, parameters = prunable.time_steps.num_steps, number_of_variables(model)
         deleted, gone = deleted_layers(prunable, chosen), {i for i, _ in chosen}

@@ -330,7 +330,9 @@ def carry_out(
         if scheme and each is model:
             kin.update(scheme)
 
-    alike = nullcontext() if shared is None else shared.changing("the layers to refine", dict.fromkeys(chosen))
+    alike = nullcontext()
+    if shared is not None:
+        alike = shared.changing("the layers to refine", dict.fromkeys(chosen), steps.tau)
     with alike:
         state, reset = change(
             models,
@@ -352,13 +354,13 @@ def carry_out(
     report = RefineReport(
         by, new, layers_before, steps.num_steps, parameters, number_of_variables(model), state, "; ".join(notes)
     )
-    if shared is not None:
-        shared.follow((), steps.values, before)
     if train == "new":  # last, as flags are not put back
         for p in model.parameters():
             p.requires_grad_(p in kin or p is steps.values)
             p.grad = p.grad if p.requires_grad else None  # optimisers move what has a gradient
         steps.held = frozenset(steps.origin) - {each.layer for each in new}
+    if shared is not None:  # knowing what trains
+        shared.follow((), steps.values, before)
     return report
 
 

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._batches import on_device
 from .._calls import call as call_model
+from .._distributed import refuse_distributed
 from .._errors import is_number
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import check_averaged
@@ -44,9 +45,9 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
         The same model, as it was before :func:`wrap` but for deleted blocks and folded weights.
 
     Raises:
-        TypeError: If the model is compiled.
-        ValueError: If the model is not wrapped, or a step differs from 1, cannot be folded, and ``discard_steps`` is
-            false; the model is then as before.
+        TypeError: If the model is compiled, or in a wrapper of data parallel training.
+        ValueError: If the model is not wrapped, or sharded, or a step differs from 1, cannot be folded, and
+            ``discard_steps`` is false; the model is then as before.
 
     Example:
         >>> import taulearn
@@ -59,6 +60,7 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
     """
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise TypeError("model must be the model itself, got it compiled: unwrap that one first, then compile")
+    refuse_distributed("model", model, "unwrap")
     wrapping = wrapping_of(model)
     if wrapping is None:
         raise ValueError(f"model must be wrapped, got {type(model).__name__} without: {_where_steps_are(model)}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._distributed import refuse_distributed
 from .branches import Branch
 from .folding import take_off
 from .remove_blocks import put_in_place
@@ -116,6 +117,7 @@ def take_branches_out(host: nn.Module, lost: "Iterable[Layer]") -> None:
     """Put modules that return zeros in the places of branches, whose blocks stay."""
     stand_ins: dict[nn.Module, nn.Module] = {}
     for layer in lost:
+        refuse_distributed("model", host, "branch")
         ((place, site),) = layer.sites.items()
         take_off(site)
         stand_ins[site] = NoBranch(site, layer.at_start.branches[place])
