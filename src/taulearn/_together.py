@@ -64,13 +64,13 @@ class Together:
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         inside = {part for block in blocks for part in block.modules()}
-        units: dict[Any, list[nn.Module]] = {}  # the modules that a call of fully_shard was handed
-        unit_of: dict[nn.Module, list[nn.Module]] = {}
+        units: dict[Any, list[Any]] = {}  # the modules that a call of fully_shard was handed, by their state
+        unit_of: dict[Any, list[Any]] = {}
         for name, module in self.model.named_modules():
             above = self.model.get_submodule(name.rpartition(".")[0])
             unit_of[module] = unit_of.get(above, [])
             if isinstance(module, FSDPModule):
-                unit_of[module] = units.setdefault(fully_shard.state(module), [])
+                unit_of[module] = units.setdefault(cast(Any, fully_shard).state(module), [])
                 unit_of[module].append(module)
         for name, p in self.model.named_parameters(remove_duplicate=False):
             module = self.model.get_submodule(name.rpartition(".")[0])
