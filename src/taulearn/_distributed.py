@@ -4,7 +4,6 @@ Both keep lists of the parameters that they were made with. What a change of the
 :mod:`taulearn._together`, which is loaded where there are any.
 """
 
-import gc
 from typing import Any
 
 import torch.distributed as dist
@@ -50,21 +49,6 @@ def sharded(model: nn.Module) -> str | None:
     return None
 
 
-def wrappers_around(model: nn.Module) -> list[Any]:
-    """Every DistributedDataParallel that there is around a model, for which all objects are gone through."""
-
-    def found() -> list[Any]:
-        everything = gc.get_objects() if several_processes() else []
-        wrappers = (each for each in everything if issubclass(type(each), DistributedDataParallel))
-        return [each for each in wrappers if any(part is model for part in each.modules())]
-
-    if len(wrappers := found()) > 1:
-        del wrappers
-        gc.collect()  # of one that nobody holds any more
-        wrappers = found()
-    return wrappers
-
-
 def alike(model: nn.Module, values: list[float]) -> list[float]:
     """Figures of the layers, or their means over the processes that hold the model, equal in all of them."""
     found = together(model)
@@ -73,9 +57,9 @@ def alike(model: nn.Module, values: list[float]) -> list[float]:
 
 def together(model: nn.Module) -> Any:
     """The :class:`~taulearn._together.Together` of a model that several processes hold, else None."""
-    wrappers, shards = wrappers_around(model), sharded(model)
-    if wrappers or shards is not None:
-        from ._together import Together
+    if not several_processes():
+        return None
+    from ._together import Together, wrappers_around
 
-        return Together(model, wrappers, shards)
-    return None
+    wrappers, shards = wrappers_around(model), sharded(model)
+    return Together(model, wrappers, shards) if wrappers or shards is not None else None

@@ -10,6 +10,7 @@ steps are left out of the sharding (``ignored_params``): each process has all of
 as they come.
 """
 
+import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -133,6 +134,20 @@ class Together:
             if isinstance(module, FSDPModule):
                 module.set_modules_to_forward_prefetch([])
                 module.set_modules_to_backward_prefetch([])
+
+
+def wrappers_around(model: nn.Module) -> list[Any]:
+    """Every DistributedDataParallel that there is around a model, for which all objects are gone through."""
+
+    def found() -> list[Any]:
+        wrappers = (each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel))
+        return [each for each in wrappers if any(part is model for part in each.modules())]
+
+    if len(wrappers := found()) > 1:
+        del wrappers
+        gc.collect()  # of one that nobody holds any more
+        wrappers = found()
+    return wrappers
 
 
 def renew(wrapper: Any) -> None:
