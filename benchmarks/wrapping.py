@@ -9,7 +9,7 @@
 Both models of (a) and (b) take turns in one process; given are the ratio of the shortest times, and the median of the
 ratios of neighbouring turns with its 95 % interval; "noise" is a bare model against a copy of itself. With one thread
 the processor's time is taken, which other processes disturb less than that of the clock. ``python
-benchmarks/wrapping.py [--seconds 20]``.
+benchmarks/wrapping.py [--seconds 20] [--models ViT] [--batches 1]``.
 
 The process keeps its memory. glibc gives the top of its heap back to the system when a step ends, and of two models
 that take turns only the larger one, which reaches the top, pays for taking it anew at each step; alone in a process the
@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +95,9 @@ class Llama(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x[:, :, ::4, ::4].flatten(1).sigmoid().mul(255).long()
         return self.model(tokens, logits_to_keep=1).logits[:, 0, :10]
+
+
+MODELS: dict[str, type[nn.Module]] = {"ViT": ViT, "Llama": Llama, "ResNet": ResNet}
 
 
 def images(batch: int) -> Tensor:
@@ -200,25 +203,25 @@ def line(name: str, batch: int, ratio: Ratio, bar: float) -> None:
     row(name, batch, *numbers, verdict)
 
 
-def measure_overhead(seconds: float) -> None:
+def measure_overhead(models: Sequence[type[nn.Module]], batches: Sequence[int], seconds: float) -> None:
     row("wrapped over bare", "batch", "bare ms", "shortest", "median", "95 %", f"bar {OVERHEAD}")
-    for make in (ViT, Llama, ResNet):
-        for batch in BATCHES:
+    for make in models:
+        for batch in batches:
             for kind in (training, inference):
                 torch.manual_seed(0)
                 bare = make()
-                models = {"noise": copy.deepcopy(bare)}
+                others = {"noise": copy.deepcopy(bare)}
                 for form in ("branches", "whole"):
-                    models[f"{kind.__name__}, {form}"] = wrap(copy.deepcopy(bare), example_inputs=images(1), form=form)
-                for name, model in models.items():
+                    others[f"{kind.__name__}, {form}"] = wrap(copy.deepcopy(bare), example_inputs=images(1), form=form)
+                for name, model in others.items():
                     ratio = compare(kind(model, batch), kind(bare, batch), seconds)
                     line(f"{make.__name__}, {name}", batch, ratio, OVERHEAD)
 
 
-def measure_half(seconds: float) -> None:
+def measure_half(models: Sequence[type[nn.Module]], batches: Sequence[int], seconds: float) -> None:
     row("half of the blocks over all", "batch", "all ms", "shortest", "median", "95 %", f"bar {HALF}")
-    for make in (ViT, Llama, ResNet):
-        for batch in BATCHES:
+    for make in models:
+        for batch in batches:
             whole = wrap(make(), example_inputs=images(1))
             half = copy.deepcopy(whole)
             prune(half, keep=range(0, 12, 2))
@@ -279,6 +282,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="per comparison")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--models", nargs="+", default=[*MODELS], choices=[*MODELS])
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--give-back", action="store_true", help="let glibc give memory back after each step")
     parser.add_argument("--large", action="store_true", help="the deletion of (d) alone")
     options = parser.parse_args()
@@ -289,9 +294,10 @@ def main() -> None:
     if not options.give_back:
         keep_memory()
     print(f"torch {torch.__version__}, {options.threads} thread(s), {platform.machine()}, {os.cpu_count()} cores\n")
-    measure_overhead(options.seconds)
+    chosen = [MODELS[name] for name in options.models], options.batches, options.seconds
+    measure_overhead(*chosen)
     print()
-    measure_half(options.seconds)
+    measure_half(*chosen)
     measure_wrap()
     subprocess.run([sys.executable, __file__, "--large", "--threads", str(options.threads)], check=True)
 
