@@ -491,13 +491,14 @@ def section(table: Table, times: Cell | None) -> list[str]:
 
 
 def draw(tables: dict[str, Table], times: dict[str, Cell], page: "Page", path: Path) -> None:
-    """For each task and depth: the measure over milliseconds, and over the budgets."""
+    """For each task and depth: the measure over milliseconds, where they were measured, and over the budgets."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.6 * len(tables)), layout="tight")
-    axes = figure.subplots(len(tables), 2, squeeze=False)
-    for (name, table), (left, right) in zip(tables.items(), axes, strict=True):
+    columns = 2 if times else 1
+    figure = Figure(figsize=(6 * columns, 4.6 * len(tables)), layout="tight")
+    axes = figure.subplots(len(tables), columns, squeeze=False)
+    for (name, table), (*lefts, right) in zip(tables.items(), axes, strict=True):
         measured = times.get(table.cells[0]["task"])
         ways = table.ways()
         budgets = [figure["budget"] for figure in table.cells[0]["figures"]]
@@ -510,19 +511,25 @@ def draw(tables: dict[str, Table], times: dict[str, Cell], page: "Page", path: P
             means, halves = zip(*(interval(row) for row in rows), strict=True)
             right.plot(range(len(budgets)), means, linestyle="--" if taught else "-", label=way, **style, markersize=4)
             ms = milliseconds(measured, next(cell for cell in table.cells if cell["way"] == way), 32)
-            if ms is not None:
+            for left in lefts if ms is not None else ():
                 aside = 1 + 0.012 * (place - len(ways) / 2) * (way != "whole")
                 half = 0.0 if math.isnan(halves[-1]) else halves[-1]
                 left.errorbar(ms * aside, means[-1], yerr=half, linestyle="none", capsize=2, **style)
         label = f"{page.measure}, test"
-        left.set(title=name, xlabel="milliseconds, batch of 32", ylabel=f"{label}, {budgets[-1]:g} epochs")
-        right.set(title=page.training, xlabel="epochs", ylabel=label, xticks=range(len(budgets)))
+        for left in lefts:
+            left.set(title=name, xlabel="milliseconds, batch of 32", ylabel=f"{label}, {budgets[-1]:g} epochs")
+            left.set_xlim(left=0)
+        right.set(
+            title=page.training if lefts else f"{name}, {page.training}",
+            xlabel="epochs",
+            ylabel=label,
+            xticks=range(len(budgets)),
+        )
         right.set_xticklabels([f"{budget:g}" for budget in budgets])
         shortest = [v for way in ways for b in budgets[1:] for v in table.figures(way, b).values() if way != "random"]
         room = 0.05 * (max(shortest) - min(shortest)) + 1e-9
         right.set_ylim(min(shortest) - room, max(shortest) + room)  # budget 0 and random weights lie far off
-        left.set_xlim(left=0)
-        for ax in (left, right):
+        for ax in (*lefts, right):
             ax.grid(alpha=0.3)
         right.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=110)
