@@ -133,6 +133,7 @@ def test_prune_a_resnet(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "members").iterdir()} == members, "finished ones stay"
 
 
+@pytest.mark.long
 def test_prune_a_transformer(run_here: Callable[..., str], tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning", reason="pip install torch-pruning")
     check_comparison(run_here, "prune_a_transformer.py", tmp_path)
@@ -174,6 +175,7 @@ def check_plain(folder: Path, blocks: int) -> None:
     assert not any("time_steps" in name for name in names)
 
 
+@pytest.mark.long
 def test_shorten_minilm(run_here: Callable[..., str], tmp_path: Path) -> None:
     ways = ("whole", "every-other", "random", "sensitivity-faded+teacher")
     cells = shortened_by(ways, "shorten_minilm.py", tmp_path, run_here)

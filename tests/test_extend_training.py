@@ -197,7 +197,7 @@ class TestPenalty:
         model, (x, z) = network(init=INIT), digits(80)
         optimizer, norms = momentum(model), []
         companion = Companion([Alone()], Pruning(target_blocks=4, every=2, criterion="contribution"), progress=False)
-        companion.begin(model, optimizer, epochs=1, per_epoch=10, processes=1, averages=list)
+        companion.begin(model, optimizer, epochs=1, per_epoch=10, averages=list)
         for _ in range(10):
             optimizer.zero_grad()
             companion.session.measure()
@@ -222,7 +222,7 @@ class TestPenalty:
         past = run_fit(model, (x, z), momentum(model), epochs=1)
         companion = Companion([Alone()], None, progress=False)
         companion.past = past
-        companion.begin(model, momentum(model), epochs=2, per_epoch=2, processes=1, averages=list)
+        companion.begin(model, momentum(model), epochs=2, per_epoch=2, averages=list)
         companion.session.before_step()
         companion.session.after_step(*companion.session.optimizers)
         found = companion.history().iterations

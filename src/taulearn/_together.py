@@ -44,6 +44,7 @@ class Together:
 
     def __init__(self, model: nn.Module, wrappers: Sequence[Any], shards: str | None) -> None:
         self.model, self.wrappers, self.sharded = model, wrappers, shards is not None
+        self._ranks: Ranks | None = None
         for each in wrappers:
             if each.mixed_precision is not None:
                 raise ValueError(
@@ -55,10 +56,11 @@ class Together:
 
     def mean(self, values: Sequence[float]) -> list[float]:
         """The means of figures over the processes, which are equal in all of them to the bit."""
-        with Ranks(*groups()) as ranks:
-            device = next(p.device for p in self.model.parameters())
-            total: list[float] = ranks.add(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
-            return [each / ranks.size for each in total]
+        if self._ranks is None:
+            self._ranks = Ranks(*groups())  # for the next time, too
+        device = next(p.device for p in self.model.parameters())
+        total: list[float] = self._ranks.add(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+        return [each / self._ranks.size for each in total]
 
     def _check_units(self, blocks: Iterable[nn.Module]) -> None:
         """Refuse to take out blocks whose parameters are in a unit of fully_shard with those of others."""

@@ -227,6 +227,8 @@ def prune(
     models, optimizers = changed_together(model, optimizer, averaged)
     model = models[0]
     asked = as_criterion(criterion, model, data=data, loss=loss)
+    if shared is not None:
+        asked.mean = shared.mean
     if asked.greedy and keep is None and budget is None:
         raise ValueError(
             "budget must be given with a criterion that is taken again after each deletion, such as 'loss', got "

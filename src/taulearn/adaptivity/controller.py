@@ -125,6 +125,8 @@ class Pruner:
         """Look at the layers: delete what has to go, and let the target steer the penalty."""
         if self._waits(iteration):
             return None
+        if self.by_steps and self.criterion.mean is not None and self.idle(self.prunable.time_steps.tau.detach()[None]):
+            return None  # a look at what several processes hold takes long
         options: dict[str, Any] = {"optimizer": self.optimizer}
         origin = self.prunable.time_steps.origin
         if self.target is None:

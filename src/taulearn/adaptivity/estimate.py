@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .._batches import check_loss
-from .._distributed import alike
 from .._errors import unknown_name
 from ..nn.pruned_models import prunable_of
 from ..nn.schemes import Scheme
@@ -79,6 +78,7 @@ class Criterion(ABC):
         number: Number of measurements since layers came in last.
         greedy: Whether scores are taken again after each deletion, with the layers gone that are to go. They go with
             budgets and targets then, not with thresholds.
+        mean: Takes the means of the scores over the processes that hold the model, where several do.
 
     Example:
         >>> from taulearn import prune
@@ -95,6 +95,7 @@ class Criterion(ABC):
     unseen: Sequence[int] = ()
     number: int = 0
     greedy: bool = False
+    mean: Callable[[list[float]], list[float]] | None = None
 
     @abstractmethod
     def scores(self, model: nn.Module) -> Tensor:
@@ -220,7 +221,8 @@ def scores_of(criterion: Criterion, model: nn.Module) -> tuple[list[float] | Non
             f"criterion must return {number} finite scores >= 0, one per layer, got "
             f"{scores.tolist() if scores.numel() < 50 else f'shape {tuple(scores.shape)}'}"
         )
-    return alike(model, scores.tolist()), 1.0
+    found: list[float] = scores.tolist()
+    return found if criterion.mean is None else criterion.mean(found), 1.0
 
 
 def normalised(scores: Sequence[float]) -> list[float]:

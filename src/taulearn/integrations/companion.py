@@ -99,7 +99,7 @@ class Companion:
     ) -> None:
         """Start beside a loop, from the record and the state of a checkpoint where these were set."""
         refuse_distributed("model", model)
-        work_together(model, self.pruning, self.refinement)
+        shared = work_together(model, self.pruning, self.refinement)
         check_holds(optimizer, model)
         check_holds_steps(optimizer, model)
         check_unattached(optimizer, model)
@@ -110,6 +110,8 @@ class Companion:
             self.policies.load_state(self.state)
         else:
             self.policies.begin(None)
+        if self.policies.pruner is not None and shared is not None:
+            self.policies.pruner.criterion.mean = shared.mean
         self.session = Session(
             model,
             optimizer,

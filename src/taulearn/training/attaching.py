@@ -109,9 +109,11 @@ def attach(
     epochs, per_epoch = 1.0, iterations_per_epoch or iterations or 1
     if iterations is not None and iterations_per_epoch is not None:
         epochs = iterations / iterations_per_epoch
-    work_together(model, pruning, refinement, averaged)
+    shared = work_together(model, pruning, refinement, averaged)
     policies = Adaptation(pruning, refinement, model, optimizers, epochs, per_epoch, recording=True)
     policies.begin(None)
+    if policies.pruner is not None and shared is not None:
+        policies.pruner.criterion.mean = shared.mean
     session = Session(
         model,
         optimizers,
@@ -267,8 +269,8 @@ def _check_numbers(
 
 def work_together(
     model: nn.Module, pruning: Pruning | None, refinement: Refinement | None, averaged: AveragedModel | None = None
-) -> None:
-    """Prepare a model that several processes hold, and refuse what they cannot do together."""
+) -> Any:
+    """Prepare a model that several processes hold, and refuse what they cannot do together; returns what does it."""
     if pruning is not None and pruning.target_latency_ms is not None and several_processes():
         raise ValueError(
             "target_latency_ms must be None where several processes train, got one, which each would measure for "
@@ -276,10 +278,11 @@ def work_together(
         )
     shared = together(model)
     if shared is None or not shared.sharded:
-        return
+        return shared
     for name, value in {"refinement": refinement, "averaged": averaged}.items():
         if value is not None:
             raise ValueError(f"{name} must be None for a model that fully_shard sharded, got one: refine before it")
     from .._together import average_gradient
 
     average_gradient(time_steps_of(model).values)
+    return shared
