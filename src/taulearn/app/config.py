@@ -389,7 +389,7 @@ def split_hooks(values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     hooks = [
         name
         for name, value in settings.items()
-        if value is True and name not in fields and not difflib.get_close_matches(name, fields, n=1)
+        if value is True and name not in fields and not difflib.get_close_matches(name, fields, n=1, cutoff=0.7)
     ]
     if len(hooks) != 1:
         return settings, None
