@@ -325,7 +325,8 @@ def _fractional_step(scheme: Fractional, varied: _Varied, new_layer: Callable[[i
 
     def split(l: int, f: nn.Module, y: Tensor, carry: Any, skips: Skips, after: Tensor) -> Tensor:
         first, second = varied.halves(l)
-        finer = scheme.prepare(torch.cat([varied.tau[:l], first[None], second[None], varied.tau[l + 1 :]]), twice=l)
+        again: dict[str, Any] = {"twice": l} if scheme.per_layer else {}
+        finer = scheme.prepare(torch.cat([varied.tau[:l], first[None], second[None], varied.tau[l + 1 :]]), **again)
         past: Any = lambda state, j, k: skips(state, j - (j > l), k - (k > l))  # noqa: E731  past the half: identity
         half, carry = inner(l, f, y, carry, skips, finer)
         twice, _ = inner(l + 1, f, half, carry, past, finer)

@@ -323,7 +323,7 @@ class Fractional(Scheme):
     def factor(self, tau: Tensor) -> Tensor:
         return tau.abs() ** self.gamma * math.gamma(2.0 - self.gamma)
 
-    def prepare(self, tau: Tensor, twice: int | None = None) -> _Coefficients:  # a layer that stands twice in tau
+    def prepare(self, tau: Tensor) -> _Coefficients:
         return _Coefficients(tau, self.gamma)
 
     def init(self, y_0: Tensor) -> Any:

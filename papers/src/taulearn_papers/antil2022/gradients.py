@@ -229,7 +229,7 @@ def by_recursion(network: TimeVariableNetwork, x: Tensor, j: int) -> dict[str, T
     states = network.states(x, initial=True)
     f = [layer(y) for layer, y in zip(layers, states[:-1], strict=True)]
     D = [(1 - each**2).T * layer.linear.weight for each, layer in zip(f, layers, strict=True)]
-    p = scheme.step_power
+    p = cast(float, scheme.step_power)
     size = tau[j] ** p * math.gamma(2 - p)
     slopes = torch.diag(1 - f[j][0] ** 2)
     starts = {
