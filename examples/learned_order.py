@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from _shortening import Cell, once, shown
-from which_scheme import HORIZON, PROBLEMS, QUICK, RATES, TUNING_SEED, Problem, trained
+from which_scheme import HORIZON, PROBLEMS, QUICK, RATES, TUNING_SEED, Problem, arguments, trained
 
 from taulearn.nn import LearnedOrder, fractional_dnn
 
@@ -100,15 +100,7 @@ def report(given: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "report"])
-    parser.add_argument("--data", nargs="+", choices=[*TRAININGS])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="folder for the cells; of the page for report")
-    parser.add_argument("--cells", type=Path, nargs="+", help="report: folders with cells, or pages made before")
-    parser.add_argument("--quick", action="store_true", help="two epochs on 200 samples")
-    given = parser.parse_args()
+    given = arguments(__doc__, TRAININGS)
     torch.set_num_threads(given.threads)
     if given.what == "report":
         print(report(given))

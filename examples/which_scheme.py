@@ -252,16 +252,21 @@ def report(given: argparse.Namespace) -> str:
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, names: Iterable[str]) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "report"])
-    parser.add_argument("--data", nargs="+", choices=[*PROBLEMS])
+    parser.add_argument("--data", nargs="+", choices=[*names])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for the cells; of the page for report")
     parser.add_argument("--cells", type=Path, nargs="+", help="report: folders with cells, or pages made before")
     parser.add_argument("--quick", action="store_true", help="two epochs on 200 samples")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments(__doc__, PROBLEMS)
     torch.set_num_threads(given.threads)
     if given.what == "report":
         print(report(given))

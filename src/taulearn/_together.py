@@ -114,7 +114,7 @@ class Together:
                 ranks.any(True)
                 raise
             if ranks.any(False):
-                raise RankLost("the layers stay as they were, since another process failed to change them")
+                raise RankLost("the layers stay as they were: another process failed to change them, and says why")
 
     def follow(self, gone: Iterable[nn.Module], values: Tensor, before: Tensor) -> None:
         """Let wrappers and shards follow, now that modules are gone and other time steps may be in place."""

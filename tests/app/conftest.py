@@ -1,6 +1,8 @@
-"""A working folder of its own for the tests of trainings and commands."""
+"""A working folder of its own for the tests of trainings and commands, and a call of these."""
 
 import pytest
+
+from taulearn.app.command_line import main
 
 
 @pytest.fixture
@@ -9,3 +11,15 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TAULEARN_DEBUG", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a command in this process; gives its exit code, output and errors."""
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

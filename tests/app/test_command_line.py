@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import taulearn
-from taulearn.app.command_line import main
 from taulearn.app.config import TrainConfig
 from taulearn.saving import load_model
 
@@ -19,18 +18,6 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 SMALL = ["--hidden-layers", "4", "--width", "8", "--epochs", "1", "--batch-size", "100"]
 STEPS = ["--init", "0.5,0.2,0.2,0.05", "--prune", "0.1"]
-
-
-@pytest.fixture
-def call(capsys):
-    """Runs a command in this process; gives its exit code, output and errors."""
-
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

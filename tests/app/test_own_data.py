@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from taulearn.app.command_line import main
 from taulearn.app.results import Results
 from taulearn.saving import load_model
 from taulearn.training import Run
@@ -20,18 +19,6 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 2)).astype(np.float32)
 Y = (X[:, 0] * X[:, 1] > 0).astype(int)
 PIXELS = RNG.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
-
-
-@pytest.fixture
-def call(capsys):
-    """Runs a command in this process; gives its exit code, output and errors."""
-
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
