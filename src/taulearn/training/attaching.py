@@ -281,7 +281,9 @@ def work_together(
         return shared
     for name, value in {"refinement": refinement, "averaged": averaged}.items():
         if value is not None:
-            raise ValueError(f"{name} must be None for a model that fully_shard sharded, got one: do so before sharding")
+            raise ValueError(
+                f"{name} must be None for a model that fully_shard sharded, got one: do so before sharding"
+            )
     from .._together import average_gradient
 
     average_gradient(time_steps_of(model).values)
