@@ -67,7 +67,7 @@ docs: $(STAMP) ## the documentation, strictly: every code cell is run
 dist: $(STAMP) ## wheel and source archive in dist/, each tried in an empty environment, with core dependencies alone and with [app]
 	rm -rf dist build/try && mkdir -p build
 	$(BIN)/python -m build --outdir dist >/dev/null
-	$(BIN)/python -c "import re; print(re.search('\`\`\`python\n(.*?)\`\`\`', open('README.md').read(), re.S)[1])" >build/first_block.py
+	$(BIN)/python -c "import re; print(re.search('\`\`\`python\n(import torch.*?)\`\`\`', open('README.md').read(), re.S)[1])" >build/first_block.py
 	for file in dist/*.whl dist/*.tar.gz; do \
 	  $(PYTHON) -m venv --clear build/try; \
 	  build/try/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt "$$file"; \

@@ -1,5 +1,6 @@
 """The README keeps its word: its code and commands run as they stand, its tables are those of the records."""
 
+import copy
 import json
 import re
 import shlex
@@ -8,36 +9,40 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import taulearn
 from taulearn.app.command_line import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FASHION_MNIST = (ROOT / "docs" / "results" / "fashion-mnist.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_blocks_run_and_prune(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    first, wrapping, loop, shorten = blocks("python")
-    assert len([line for line in first.splitlines() if line.strip()]) <= 20
+def test_block_for_a_network_runs_and_prunes():
+    _, network = blocks("python")
     names: dict[str, object] = {}
-    exec(first, names)
+    exec(network, names)
     history = names["history"]
     assert history.epochs["validation.accuracy"][-1] > 0.9
     assert history.deletions
-    exec(wrapping, names)
-    assert names["model"].time_steps.num_steps == 4
-    assert capsys.readouterr().out.endswith("True\n")
-    exec(loop, names)
-    *_, last = capsys.readouterr().out.splitlines()
-    assert float(last) > 0.9
-    assert names["model"].time_steps.num_steps == 3
-    assert len(names["session"].history.deletions) == 3
-    exec(shorten, names)
-    assert capsys.readouterr().out.endswith("4\n")
+
+
+def test_block_for_a_transformer_leaves_a_plain_one(tmp_path, monkeypatch):
+    """With what the text below it says of the names."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    shape = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=6, **shape))
+    sentences = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(64, (64, 16))]
+    batches = torch.utils.data.DataLoader(sentences, batch_size=8)
+    names = {"model": model, "teacher": copy.deepcopy(model), "batches": batches, "batch": next(iter(batches))}
+    exec(blocks("python")[0], names | {"torch": torch, "taulearn": taulearn})
+    assert transformers.AutoModelForCausalLM.from_pretrained("shorter").config.num_hidden_layers == 4
 
 
 def test_commands_run(tmp_path, monkeypatch):
@@ -65,7 +70,7 @@ def test_links_lead_somewhere():
 def test_tables_are_those_of_the_records(name):
     table = (ROOT / "docs" / "results" / name / "table.md").read_text(encoding="utf-8")
     rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert "\n".join(rows) in README
+    assert "\n".join(rows) in FASHION_MNIST
     record = json.loads((ROOT / "docs" / "results" / name / "record.json").read_text(encoding="utf-8"))
     for row, figures in zip(rows[2:], record["table"], strict=True):
         assert f"| {100 * figures['accuracy']:.2f}" in row
@@ -76,13 +81,30 @@ def test_tables_are_those_of_the_records(name):
         assert sum(each["accuracy"] for each in members) / len(members) == pytest.approx(figures["accuracy"])
 
 
+@pytest.mark.parametrize("name", ["shorten-minilm", "shorten-language-model"])
+def test_rows_are_those_of_the_page(name):
+    """Where a row's figures stand in this order in the page's first table, which a test holds to the records."""
+    page = (ROOT / "docs" / "results" / name / "README.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    first = {row[0]: row for row in reversed(cells)}
+    table = README.split(f"(docs/results/{name}/README.md)")[1].split("\n**")[0]
+    head, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    columns = [cell.strip().replace("1/4 epoch", "0.25 epochs") for cell in head.strip("|").split("|")]
+    columns = ["1 epochs" if column == "1 epoch" else column for column in columns]
+    at = [first["way"].index(column) for column in columns]
+    assert len(rows) > 5
+    for row in rows:
+        found = [cell.strip() for cell in row.strip("|").split("|")]
+        assert found == [first[found[0]][place] for place in at]
+
+
 def test_sweep_figures_are_those_of_the_records():
     """The table of the fully connected network."""
     import csv
 
     with (ROOT / "docs" / "results" / "fashion-mnist-pruning" / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    found = re.findall(r"^\| (pruned|l1|free)[^|]*(\|.*)$", README, flags=re.MULTILINE)
+    found = re.findall(r"^\| (pruned|l1|free)[^|]*(\|.*)$", FASHION_MNIST, flags=re.MULTILINE)
     assert len(found) == 3
     for label, row in found:
         of = [each for each in rows if each["label"] == label]

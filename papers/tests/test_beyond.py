@@ -12,16 +12,17 @@ GONE = [Deletion(3000, 5, layer, 0.009, 10_101) for layer in (1, 2)]
 @pytest.fixture(scope="module")
 def as_expected():
     records = {}
-    for number, T in enumerate(beyond.HORIZONS):
-        for name in beyond.TREATMENTS:
-            step = {"fixed": 0.02, "free": 0.001, "simplex": 0.01}[name]
-            records[f"horizon/T={T:g}/{name}"] = of(GROWN, accuracy=0.85 + step * number)
-    for name in beyond.PENALTIES:
-        gone = {"l1": GONE[:1], "l1-proximal": GONE, "group-lasso": GONE}.get(name, [])
-        records[f"penalty/{name}/whole"] = of(GROWN, accuracy=0.88)
-        records[f"penalty/{name}/pruned"] = of(GROWN, accuracy=0.88, deletions=gone)
-    records["fractional/whole"] = of(GROWN, accuracy=0.87)
-    records["fractional/pruned"] = of(GROWN, accuracy=0.87, deletions=GONE)
+    for data, horizons in beyond.HORIZONS.items():
+        for number, T in enumerate(horizons):
+            for name in beyond.TREATMENTS:
+                step = {"fixed": 0.02, "free": 0.001, "simplex": 0.01}[name]
+                records[f"{data}/horizon/T={T:g}/{name}"] = of(GROWN, accuracy=0.85 + step * number)
+        for name in beyond.PENALTIES:
+            gone = {"none": [], "l1": GONE[:1], "l2": []}.get(name, GONE)
+            records[f"{data}/penalty/{name}/whole"] = of(GROWN, accuracy=0.88)
+            records[f"{data}/penalty/{name}/pruned"] = of(GROWN, accuracy=0.88, deletions=gone)
+    records["fashion-mnist/fractional/whole"] = of(GROWN, accuracy=0.87)
+    records["fashion-mnist/fractional/pruned"] = of(GROWN, accuracy=0.87, deletions=GONE)
     gap = {name: 0.02 if name.endswith("pruned") else 0.05 for name in records}
     measured = {name: {"train.accuracy": 0.88 + each, "test.accuracy": 0.88} for name, each in gap.items()}
     return MadeUp(records, measured)
@@ -37,10 +38,15 @@ def test_every_claim_can_hold_and_is_not_judged_without_records(as_expected, cla
 @pytest.mark.parametrize(
     ("number", "name", "instead", "fails"),
     [
-        (0, "horizon/T=8/free", {"accuracy": 0.95}, "free steps make T matter less than a point"),
-        (1, "penalty/l2/pruned", {"accuracy": 0.88, "deletions": GONE}, "l1 deletes layers and l2 does not"),
-        (1, "penalty/l1-proximal/pruned", {"accuracy": 0.88}, "the proximal step deletes at least as many"),
-        (2, "fractional/pruned", {"accuracy": 0.8, "deletions": GONE}, "accuracy is kept within a point"),
+        (0, "fashion-mnist/horizon/T=8/free", {"accuracy": 0.95}, "free steps make T matter less than a point"),
+        (1, "cifar10/penalty/l2/pruned", {"accuracy": 0.88, "deletions": GONE}, "l1 deletes layers and l2 does not"),
+        (
+            1,
+            "fashion-mnist/penalty/l1-proximal/pruned",
+            {"accuracy": 0.88},
+            "the proximal step deletes at least as many",
+        ),
+        (2, "fashion-mnist/fractional/pruned", {"accuracy": 0.8, "deletions": GONE}, "accuracy is kept within a point"),
     ],
 )
 def test_a_part_that_is_not_so_is_found(as_expected, number, name, instead, fails):
@@ -49,10 +55,12 @@ def test_a_part_that_is_not_so_is_found(as_expected, number, name, instead, fail
 
 
 def test_gap_that_does_not_shrink_is_found(as_expected):
-    measured = dict(as_expected.measured) | {"fractional/pruned": {"train.accuracy": 0.95, "test.accuracy": 0.88}}
+    measured = dict(as_expected.measured) | {
+        "fashion-mnist/fractional/pruned": {"train.accuracy": 0.95, "test.accuracy": 0.88}
+    }
     verdict = beyond.gap_after_pruning(MadeUp(as_expected.records, measured))
     assert verdict.outcome == "holds in part"
-    assert "smaller gap, fractional" in verdict.sentence.partition("does not hold: ")[2]
+    assert "smaller gap, fashion-mnist/fractional" in verdict.sentence.partition("does not hold: ")[2]
 
 
 def test_figures_are_drawn(as_expected):

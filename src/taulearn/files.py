@@ -36,6 +36,19 @@ def is_path(data: str) -> bool:
     return ends or data.startswith((".", "~")) or "/" in data or os.sep in data
 
 
+def expand_user(path: str | Path) -> Path:
+    """With "~" and "~name" taken as that user's folder; where there is no such user the path stays as it is.
+
+    Example:
+        >>> expand_user("~no-such-user/mine.npz").as_posix()
+        '~no-such-user/mine.npz'
+    """
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, ValueError):  # no such user, or a character that no name of one can have
+        return Path(path)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, so that a crash at any moment leaves the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -1,7 +1,7 @@
 """The settings of a training: what they must be, what they may not be together, and the files they are kept in."""
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from pydantic import ValidationError
 
 from taulearn.app.config import TrainConfig
@@ -61,6 +61,8 @@ settings = st.fixed_dictionaries(
 
 
 @given(settings)
+@example({"data": "~0"})
+@example({"data": "~\0/mine.npz"})
 def test_round_trip_through_a_file(tmp_path_factory, values):
     config = TrainConfig(**values)
     path = tmp_path_factory.mktemp("round") / "deep.toml"

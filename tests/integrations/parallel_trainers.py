@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 import taulearn
@@ -66,7 +67,7 @@ def batches() -> Iterable[Any]:
 
 
 def leave(folder: Path, model: Any, history: History) -> None:
-    tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
+    tensors = {f"model/{name}": getattr(t, "full_tensor", lambda t=t: t)() for name, t in model.state_dict().items()}
     tensors["tau"] = torch.from_numpy(history.iterations["tau"])
     write_tensors(folder / f"{RANK}.safetensors", tensors, {"origin": str(model.time_steps.origin)})
 
@@ -105,9 +106,10 @@ def trainer_resumed(folder: Path) -> None:
     trainer(folder, str(folder.parent / "runs" / "checkpoint-16"))
 
 
-def lightning(folder: Path) -> None:
-    """Lightning, with clipping."""
+def lightning(folder: Path, *, sharded: bool = False) -> None:
+    """Lightning, with clipping; sharded: without, which does not take shards beside whole tensors."""
     import lightning as pl
+    from lightning.pytorch.strategies import ModelParallelStrategy
 
     from taulearn.integrations.lightning import TimeStepsCallback
 
@@ -115,6 +117,10 @@ def lightning(folder: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.network = network()
+
+        def configure_model(self) -> None:
+            if sharded and SIZE > 1:
+                shard(self.network, self.device_mesh["data_parallel"])
 
         def training_step(self, batch: Any, _: int) -> Tensor:
             return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
@@ -130,9 +136,9 @@ def lightning(folder: Path) -> None:
         max_epochs=8,
         accelerator="cpu",
         devices=SIZE,
-        strategy="ddp" if SIZE > 1 else "auto",
+        strategy="auto" if SIZE == 1 else ModelParallelStrategy(SIZE, 1) if sharded else "ddp",
         use_distributed_sampler=False,
-        gradient_clip_val=1.0,
+        gradient_clip_val=None if sharded else 1.0,
         callbacks=[callback],
         logger=False,
         enable_progress_bar=False,
@@ -140,6 +146,17 @@ def lightning(folder: Path) -> None:
         enable_model_summary=False,
     ).fit(module)
     leave(folder, module.network, callback.history)
+
+
+def lightning_sharded(folder: Path) -> None:
+    """Lightning's strategy for models whose blocks are sharded (FSDP2)."""
+    lightning(folder, sharded=True)
+
+
+def shard(model: Any, mesh: Any) -> None:
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params={model.time_steps.values})
 
 
 def accelerate(folder: Path) -> None:

@@ -53,6 +53,7 @@ def recipe(results: Results) -> dict[str, dict[str, Any]]:
             if results.done(setting, seed).get("config") is not None:
                 options = results.options(setting, seed)
                 options = {name: value for name, value in options.items() if name != "seed" and value is not None}
+                options |= {"data": Path(str(options["data"])).name} if "data" in options else {}  # not where it lay
             found[setting] = {"seeds": [], **options}
         found[setting]["seeds"].append(seed)
     return found

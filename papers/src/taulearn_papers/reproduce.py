@@ -1,13 +1,16 @@
 """``taulearn reproduce`` on a suite: trains what is missing, judges, draws, reports, keeps."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from taulearn.app.command_line.options import UsageError
 from taulearn.app.command_line.output import say, table
 from taulearn.app.command_line.reproduce import Reproduce
 from taulearn.app.command_line.sweep import fail_with, train_members
+from taulearn.app.config import TrainConfig
 from taulearn.app.members import Member
+from taulearn.files import expand_user, is_path
 
 from .judging import draw, judge, tabulate, write_claims
 from .keeping import keep
@@ -26,6 +29,8 @@ def reproduce(suite: Suite, options: Reproduce) -> None:
         raise UsageError(f"--out must be a folder, got the file {str(out)!r}: --no-train judges kept records")
     numbers = [number for number in (options.figure, options.table) if number is not None]
     members = suite.needed(suite.members(options.quick, options.seeds), numbers)
+    if options.data is not None:
+        members = _on_own_data(members, options.data)
     failed: dict[str, str] = {}
     if options.train:
         say(f"{suite.title}\n{len(members)} members in {out}")
@@ -35,6 +40,25 @@ def reproduce(suite: Suite, options: Reproduce) -> None:
     else:
         _judge(suite, options, out, members)
     fail_with(failed)
+
+
+def _on_own_data(members: Sequence[Member], given: str) -> list[Member]:
+    """The members with a path in the place of the data set that ``given``, NAME=PATH, names."""
+    name, _, path = given.partition("=")
+    sets = {member.config.data for member in members if member.config is not None}
+    if name not in sets or not expand_user(path).exists() or not is_path(path):
+        raise UsageError(
+            f"--data must be NAME=PATH, NAME one of {', '.join(sorted(sets))}, PATH a file (.npz, .parquet, .csv) or a "
+            f"folder, with a slash, got {given!r}"
+        )
+
+    def moved(config: TrainConfig) -> TrainConfig:
+        return TrainConfig(**config.model_dump(exclude_unset=True) | {"data": path})
+
+    return [
+        replace(member, config=moved(member.config)) if member.config and member.config.data == name else member
+        for member in members
+    ]
 
 
 def _draw(suite: Suite, options: Reproduce, out: Path) -> None:

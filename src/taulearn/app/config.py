@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .._errors import unknown_name
-from ..files import is_path
+from ..files import expand_user, is_path
 from .config_checks import contradictions, count_or_word, number_of_blocks, one_or_several, shown, unknown_key
 
 FORMAT = 1
@@ -218,7 +218,7 @@ class TrainConfig(BaseModel):
     @field_validator("data")
     @classmethod
     def _data(cls, value: str) -> str:
-        return str(Path(value).expanduser().absolute()) if is_path(value) else value
+        return str(expand_user(value).absolute()) if is_path(value) else value
 
     @field_validator("width", mode="before")
     @classmethod

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .._errors import first_line, needs, unknown_name
+from ..files import expand_user
 from .files import DataError, DataFile
 from .samples import DataSet, Samples
 
@@ -65,7 +66,7 @@ def own_data(path: str | Path, target: str | None = None) -> OwnData:
         >>> own_data(path).samples, own_data(path).classes
         ({'train': 8, 'test': 2}, 2)
     """
-    path = Path(path).expanduser().absolute()
+    path = expand_user(path).absolute()
     read = {split: _checked(path, *part) for split, part in _read(path, target).items()}
     if len({(x.shape[1:], x.dtype, y.shape[1:], y.dtype.kind in "fU" and y.dtype.kind) for x, y in read.values()}) > 1:
         found = ", ".join(f"{split} {x.dtype} {x.shape} {y.dtype} {y.shape}" for split, (x, y) in read.items())
