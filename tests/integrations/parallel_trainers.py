@@ -132,7 +132,7 @@ def lightning(folder: Path, *, sharded: bool = False) -> None:
             return batches()
 
     module, callback = Module(), TimeStepsCallback(pruning=PRUNING, progress=False)
-    pl.Trainer(
+    training = pl.Trainer(
         max_epochs=8,
         accelerator="cpu",
         devices=SIZE,
@@ -144,7 +144,10 @@ def lightning(folder: Path, *, sharded: bool = False) -> None:
         enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-    ).fit(module)
+    )
+    training.fit(module)
+    if sharded:
+        training.save_checkpoint(folder / "end.ckpt")
     leave(folder, module.network, callback.history)
 
 
@@ -154,7 +157,7 @@ def lightning_sharded(folder: Path) -> None:
 
 
 def shard(model: Any, mesh: Any) -> None:
-    for block in model.blocks:
+    for block in model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={model.time_steps.values})
 

@@ -29,7 +29,7 @@ def run(folder: Path, processes: int, *names: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["trainer", "lightning", "accelerate"])
+@pytest.mark.parametrize("name", ["trainer", "lightning", "lightning_sharded", "accelerate"])
 def test_two_processes_do_what_one_does(name: str, tmp_path: Path) -> None:
 
     resumed = [f"{name}_resumed"] if name == "trainer" else []

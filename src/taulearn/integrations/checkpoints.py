@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .._distributed import sharded
 from ..adaptivity.refine import take_grid
 from ..files import tensor_bytes
 from ..nn.grid import Grid
@@ -50,12 +51,15 @@ def mark_(
 
 
 class Marker:
-    """A hook after ``state_dict``: marks the states of all models with time steps in a module that can lose layers."""
+    """A hook after ``state_dict``: marks the states of all models with time steps in a module that can lose layers.
+
+    But for sharded ones: torch's distributed checkpoints take nothing but parameters and buffers.
+    """
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         """Mark them; twice does no harm."""
         for name, part in models_with_time_steps(module).items():
-            if hasattr(prunable_of(part), "keep_layers_"):
+            if hasattr(prunable_of(part), "keep_layers_") and sharded(part) is None:
                 mark_(part, state, f"{prefix}{name}." if name else prefix)
 
 
