@@ -8,6 +8,7 @@ import zipfile
 from html import unescape
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from taulearn.app.command_line import main, reproduce as command
@@ -47,6 +48,9 @@ def call(capsys, tmp_path, monkeypatch):
             "--workers must be left out with --address, got 2",
         ),
         ("herberg2023 --engine threads", "threads"),
+        ("herberg2023 --data cifar10=./", "NAME one of fashion-mnist, mnist"),
+        ("herberg2023 --data mnist=./nothing", "--data must be NAME=PATH"),
+        ("herberg2023 --data mnist", "--data must be NAME=PATH"),
         ("herberg2023 --all --figure 4.1", "--all must stand without --figure and --table"),
     ],
 )
@@ -126,6 +130,21 @@ def test_small_suite_is_trained_judged_and_gone_on_with(call, tmp_path, small):
     assert (tmp_path / "results/beyond-quick/report.html").exists()
     assert "2 finished before" in call("beyond", "--engine", "serial", "--quick")[1]
     assert "1 trained, 2 finished before" in call("beyond", "--engine", "serial", "--quick", "--seeds", "3")[1]
+
+
+def test_data_of_ones_own_stand_in_for_a_named_set(call, tmp_path, small):
+    small()
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "mine.npz", x=rng.random((40, 5), np.float32), y=np.arange(40) % 2)
+    arguments = ("beyond", "--engine", "serial", "--data", "digits=./mine.npz", "--out", "out")
+    code, out, _ = call(*arguments, "--keep", "kept")
+    assert code == 0
+    assert "2 trained" in out
+    assert results_in(tmp_path / "out").history("a", 0).epochs["iteration"][-1] == 4  # 32 of 40 samples, by tens
+    assert "2 finished before" in call(*arguments)[1]
+    assert tomllib.loads((tmp_path / "kept/recipe.toml").read_text())["a"]["data"] == "mine.npz"
+    with zipfile.ZipFile(tmp_path / "kept/records.npz") as records:
+        assert not any(str(tmp_path).encode() in records.read(name) for name in records.namelist())
 
 
 def test_failed_members_are_said_with_every_verdict_that_lacks_them(call, tmp_path, small):

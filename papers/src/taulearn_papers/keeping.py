@@ -14,7 +14,7 @@ from taulearn.files import write_bytes
 from taulearn.training.devices import machine
 
 from .judging import Judged, draw, tabulate, write_claims
-from .packed_results import pack
+from .packed_results import kept_options, pack
 from .suite import Suite
 
 PACK = "records.npz"
@@ -51,9 +51,8 @@ def recipe(results: Results) -> dict[str, dict[str, Any]]:
         if setting not in found:
             options = {}
             if results.done(setting, seed).get("config") is not None:
-                options = results.options(setting, seed)
+                options = kept_options(results, setting, seed)
                 options = {name: value for name, value in options.items() if name != "seed" and value is not None}
-                options |= {"data": Path(str(options["data"])).name} if "data" in options else {}  # not where it lay
             found[setting] = {"seeds": [], **options}
         found[setting]["seeds"].append(seed)
     return found

@@ -75,7 +75,7 @@ def pack(
         note = dict(results.done(setting, seed))
         history = None
         if note.get("config") is not None:
-            note["config"] = results.options(setting, seed)
+            note["config"] = kept_options(results, setting, seed)
             tensors = results.history(setting, seed).tensors().items()
             history = History.from_tensors(
                 {name: tensor for name, tensor in tensors if any(fnmatchcase(name, each) for each in columns)}
@@ -86,6 +86,12 @@ def pack(
             measured = None
         records[f"{setting}/seed-{seed}"] = (history, note, measured)
     write_pack(Path(path), records, figures)
+
+
+def kept_options(results: Results, setting: str, seed: int) -> dict[str, Any]:
+    """The options of a training that are not at their defaults; of data of one's own the name, not where they lay."""
+    options = dict(results.options(setting, seed))
+    return options | ({"data": Path(str(options["data"])).name} if "data" in options else {})
 
 
 class Pack:
