@@ -4,6 +4,8 @@ unpruned        the deep network, trained as it is
 pruned          the deep network wrapped by taulearn, pruned to a small depth while it trains
 small           a network of that depth, trained from scratch as it is
 small, steps    the same with learned time steps as the pruned one has them, to see what these do by themselves
+small, taught   the small network with the unpruned one as its teacher
+grown           from the smallest of the depths to a larger one, blocks split by taulearn while it trains
 Torch-Pruning   the deep network, channels pruned while it trains, until a forward pass takes no longer than that of the
                 small network (batch of 32); the package torch-pruning, group magnitudes, five times until the same
                 epoch by which taulearn has pruned
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,10 +35,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 
-from taulearn import Pruning, data, fit, parameter_groups, unwrap, wrap
+from taulearn import Pruning, Refinement, data, fit, load_model, parameter_groups, unwrap, wrap
+from taulearn.penalties import Distillation
 from taulearn.wrapping import fold_units, wrapping_of
 
 BATCHES = (1, 32)
+WAYS = ("pruned", "small", "small, steps", "Torch-Pruning")
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Study:
 
     Attributes:
         title: Heading of the table.
-        make: A fresh network of so many blocks, which are ``blocks.0``, ``blocks.1``, ..
+        make: A fresh network of so many blocks.
         blocks: Depth of the deep network.
         targets: The small depths.
         data: Name of the data set.
@@ -59,6 +64,8 @@ class Study:
         pruning: Options of ``taulearn.Pruning`` besides the target.
         channels: Options of Torch-Pruning's pruner for a network.
         device: Where to train.
+        ways: Besides the unpruned network, for each target.
+        names: Of the blocks in the network, as ``taulearn.wrap`` takes them.
     """
 
     title: str
@@ -77,6 +84,8 @@ class Study:
     pruning: dict[str, Any]
     channels: Callable[[nn.Module], dict[str, Any]]
     device: str = "cpu"
+    ways: tuple[str, ...] = WAYS
+    names: str = "blocks.*"
 
 
 def load(study: Study, split: str) -> tuple[Tensor, Tensor]:
@@ -91,11 +100,11 @@ def load(study: Study, split: str) -> tuple[Tensor, Tensor]:
 def members(study: Study, seeds: int) -> list[tuple[str, int, int]]:
     """Way, number of blocks and seed; what others are compared with comes first."""
     ways = [("unpruned", study.blocks)]
-    ways += [(way, k) for k in study.targets for way in ("pruned", "small", "small, steps", "Torch-Pruning")]
+    ways += [(way, k) for k in study.targets for way in study.ways if way != "grown" or k > min(study.targets)]
     return [(way, blocks, seed) for seed in range(seeds) for way, blocks in ways]
 
 
-def train_by_fit(study: Study, model: nn.Module, seed: int, folder: Path | None, pruning: Pruning | None) -> Any:
+def train_by_fit(study: Study, model: nn.Module, seed: int, folder: Path | None, **options: Any) -> Any:
     """Train a wrapped model; goes on where it was if it was interrupted."""
     train = load(study, "train")
     groups = parameter_groups(model, study.lr, study.tau_lr, study.weight_decay)
@@ -111,12 +120,12 @@ def train_by_fit(study: Study, model: nn.Module, seed: int, folder: Path | None,
         scheduler=cycle,
         epochs=study.epochs,
         batch_size=study.batch_size,
-        pruning=pruning,
         seed=seed,
         run=folder,
         resume=folder is not None and (folder / "run.toml").exists(),
         compile="never",
         progress=False,
+        **options,
     )
 
 
@@ -131,16 +140,25 @@ def train_member(study: Study, out: Path, member: tuple[str, int, int]) -> dict[
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     began, example = time.perf_counter(), load(study, "test")[0][:2]
-    model = study.make(blocks if way.startswith("small") else study.blocks).to(study.device)
+    depth = min(study.targets) if way == "grown" else blocks if way.startswith("small") else study.blocks
+    model = study.make(depth).to(study.device)
     deletions: list[Any] = []
     if way == "Torch-Pruning":
         train_with_torch_pruning(study, model, blocks, seed)
     else:
-        learned = way in ("pruned", "small, steps")
-        options = {"units": study.units} if learned else {"constraint": "fixed"}
-        wrap(model, "blocks.*", example_inputs=example, **options)
-        policy = Pruning(target_blocks=blocks, **study.pruning) if way == "pruned" else None
-        history = train_by_fit(study, model, seed, out / "runs" / name, policy)
+        learned = way in ("pruned", "small, steps", "grown")
+        units = "steps" if way == "grown" else study.units  # no new block has a unit of displacement
+        steps = {"units": units} if learned else {"constraint": "fixed"}
+        wrap(model, study.names, example_inputs=example, **steps)
+        options: dict[str, Any] = {}
+        if way == "pruned":
+            options["pruning"] = Pruning(target_blocks=blocks, **study.pruning)
+        elif way == "grown":
+            options["refinement"] = Refinement(blocks, until=study.pruning["by"])
+        elif way == "small, taught":
+            teacher = load_model(out / "runs" / f"unpruned-{study.blocks}-seed{seed}", study.make(study.blocks))
+            options["penalties"] = Distillation(teacher.to(study.device), 1.0)
+        history = train_by_fit(study, model, seed, out / "runs" / name, **options)
         deletions = [[d.iteration, d.layer, d.share] for d in history.deletions]
     seconds = time.perf_counter() - began
     figures = {"way": way, "target": blocks, "seed": seed, "seconds": seconds, "deletions": deletions}
@@ -150,7 +168,10 @@ def train_member(study: Study, out: Path, member: tuple[str, int, int]) -> dict[
         figures |= {"tau": model.time_steps.tau.tolist()}
         if not learned:
             unwrap(model)
-    figures |= {"parameters": sum(p.numel() for p in model.parameters()), "blocks": len(model.blocks)}
+    figures |= {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "blocks": sum(1 for name, _ in model.named_modules() if matches(name, study.names)),
+    }
     reference = study.make(study.blocks).to(study.device)
     figures |= {f"relative ms {b}": relative_time(study, model, reference, b) for b in BATCHES}
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +179,11 @@ def train_member(study: Study, out: Path, member: tuple[str, int, int]) -> dict[
     part.write_text(json.dumps(figures))
     part.replace(record)
     return figures
+
+
+def matches(name: str, pattern: str) -> bool:
+    """As ``taulearn.wrap`` reads patterns: part by part."""
+    return name.count(".") == pattern.count(".") and fnmatchcase(name, pattern)
 
 
 @torch.no_grad()
@@ -282,6 +308,8 @@ def report(study: Study, found: list[dict[str, Any]], out: Path) -> str:
             "pruned": f"taulearn, pruned to {blocks}",
             "small": f"{blocks} blocks from scratch",
             "small, steps": f"{blocks} blocks from scratch, steps learned",
+            "small, taught": f"{blocks} blocks from scratch, with a teacher",
+            "grown": f"taulearn, grown from {min(study.targets)} to {blocks}",
         }
         figures = {
             name: [row[name] for row in rows]
@@ -315,13 +343,15 @@ def run(study: Study, *, seeds: int, workers: int, out: Path) -> None:
     todo, found = members(study, seeds), []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         apply = map if workers == 1 else pool.map
-        for figures in apply(functools.partial(train_member, study, out), todo):
-            found.append(figures)
-            print(
-                f"{figures['way']}, {figures['blocks']} blocks, seed {figures['seed']}: "
-                f"accuracy {figures['accuracy']:.4f}, {figures['seconds']:.0f} s",
-                flush=True,
-            )
+        for teachers in (True, False):  # what others learn from comes first
+            now = [member for member in todo if (member[0] == "unpruned") == teachers]
+            for figures in apply(functools.partial(train_member, study, out), now):
+                found.append(figures)
+                print(
+                    f"{figures['way']}, {figures['blocks']} blocks, seed {figures['seed']}: "
+                    f"accuracy {figures['accuracy']:.4f}, {figures['seconds']:.0f} s",
+                    flush=True,
+                )
     print("\n" + report(study, found, out))
 
 
