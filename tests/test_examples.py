@@ -102,12 +102,12 @@ def test_lightning_trainer(run_here: Callable[..., str]) -> None:
     assert float(re.findall(r"test accuracy: (\S+)", output)[0]) > 0.9
 
 
-def compared(output: str, out: Path) -> dict[tuple[str, int], dict[str, Any]]:
+def compared(output: str, out: Path, number: int = 5) -> dict[tuple[str, int], dict[str, Any]]:
     """The rows of a comparison, whose table is printed and written alike."""
     table = (out / "table.md").read_text()
     assert table.strip() in output
     rows = json.loads((out / "record.json").read_text())["table"]
-    assert len(rows) == table.count("\n|") - 1 == 5
+    assert len(rows) == table.count("\n|") - 1 == number
     return {(row["way"], row["target"]): row for row in rows}
 
 
@@ -131,6 +131,18 @@ def test_prune_a_resnet(tmp_path: Path) -> None:
     members = {path: path.stat().st_mtime_ns for path in (tmp_path / "members").iterdir()}
     run("prune_a_resnet.py", *QUICK, str(tmp_path))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "members").iterdir()} == members, "finished ones stay"
+
+
+@pytest.mark.long
+def test_cifar10_resnet(run_here: Callable[..., str], tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning", reason="pip install torch-pruning")
+    rows = compared(run_here("cifar10_resnet.py", *QUICK, str(tmp_path)), tmp_path, 12)
+    for (way, target), row in rows.items():
+        assert row["blocks"] == (8 if way in ("unpruned", "Torch-Pruning") else target), way
+        assert row["accuracy"] > 0.5, way
+    assert rows["small, steps", 4]["parameters"] == rows["small", 4]["parameters"] + 4, "one step a block"
+    assert rows["grown", 6]["parameters"] > rows["small, taught", 4]["parameters"]
+    assert rows["Torch-Pruning", 6]["parameters"] < rows["unpruned", 8]["parameters"]
 
 
 @pytest.mark.long
