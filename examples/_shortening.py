@@ -496,7 +496,7 @@ def draw(tables: dict[str, Table], times: dict[str, Cell], page: "Page", path: P
     from matplotlib.figure import Figure
 
     columns = 2 if times else 1
-    figure = Figure(figsize=(6 * columns, 4.6 * len(tables)), layout="tight")
+    figure = Figure(figsize=(6 * columns + 1.5, 4.6 * len(tables)), layout="constrained")
     axes = figure.subplots(len(tables), columns, squeeze=False)
     for (name, table), (*lefts, right) in zip(tables.items(), axes, strict=True):
         measured = times.get(table.cells[0]["task"])
@@ -517,7 +517,7 @@ def draw(tables: dict[str, Table], times: dict[str, Cell], page: "Page", path: P
                 left.errorbar(ms * aside, means[-1], yerr=half, linestyle="none", capsize=2, **style)
         label = f"{page.measure}, test"
         for left in lefts:
-            left.set(title=name, xlabel="milliseconds, batch of 32", ylabel=f"{label}, {budgets[-1]:g} epochs")
+            left.set(title=name, xlabel="milliseconds, batch of 32, equal ones side by side", ylabel=f"{label}, {budgets[-1]:g} epochs")
             left.set_xlim(left=0)
         right.set(
             title=page.training if lefts else f"{name}, {page.training}",
@@ -531,7 +531,7 @@ def draw(tables: dict[str, Table], times: dict[str, Cell], page: "Page", path: P
         right.set_ylim(min(shortest) - room, max(shortest) + room)  # budget 0 and random weights lie far off
         for ax in (*lefts, right):
             ax.grid(alpha=0.3)
-        right.legend(fontsize=7, ncols=2)
+        right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.savefig(path, dpi=110)
 
 
