@@ -517,7 +517,8 @@ def draw(tables: dict[str, Table], times: dict[str, Cell], page: "Page", path: P
                 left.errorbar(ms * aside, means[-1], yerr=half, linestyle="none", capsize=2, **style)
         label = f"{page.measure}, test"
         for left in lefts:
-            left.set(title=name, xlabel="milliseconds, batch of 32, equal ones side by side", ylabel=f"{label}, {budgets[-1]:g} epochs")
+            left.set(title=name, ylabel=f"{label}, {budgets[-1]:g} epochs")
+            left.set_xlabel("milliseconds, batch of 32, equal ones side by side")
             left.set_xlim(left=0)
         right.set(
             title=page.training if lefts else f"{name}, {page.training}",
