@@ -178,7 +178,11 @@ EVERYDAY = {
     *(f"torch.complex{bits}" for bits in (32, 64, 128)),
     *(f"torch.float8_{kind}" for kind in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")),
 }
-BITS = {"torch.float4_e2m1fn_x2", *(f"torch.bits{kind}" for kind in ("1x8", "2x4", "4x2", "8", "16"))}
+BITS = {
+    "torch.float4_e2m1fn_x2",
+    "torch.bcomplex32",
+    *(f"torch.bits{kind}" for kind in ("1x8", "2x4", "4x2", "8", "16")),
+}
 COPIED = EVERYDAY | BITS
 
 
@@ -195,7 +199,7 @@ def bits(value: torch.Tensor) -> torch.Tensor:
     return value.detach().contiguous().unsqueeze(-1).view(torch.uint8)
 
 
-@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental", "ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_type_of_number_comes_back_or_is_refused_by_name(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {f"{shape}": of_type(dtype, *shape) for shape in ((2, 3), (), (0, 4), (5,))}

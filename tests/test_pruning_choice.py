@@ -120,8 +120,28 @@ def test_a_latency_of_a_wrapped_model(four_a_layer: None) -> None:
     assert len(model) == model.time_steps.num_steps + 1
 
 
+def test_equal_steps_decide_nothing_but_what_to_ask_for() -> None:
+    model = network([0.2] * 5)
+    with pytest.raises(ValueError, match=r"criterion must be given where all time steps are equal.*keep="):
+        prune(model, budget=3)
+    with pytest.raises(ValueError, match="criterion must be given"):
+        prune(model, budget=3, criterion="share")
+    assert model.time_steps.num_steps == 5
+    assert not prune(model, budget=5)
+    assert len(prune(model, keep=[0, 3]).deleted) == 3
+    assert len(prune(model, budget=1).deleted) == 1, "the other one must stay"
+
+
+def test_scores_that_were_measured_are_in_the_report() -> None:
+    model = steps()
+    assert prune(model, keep=[0, 2, 3, 4]).scores == {}
+    report = prune(model, budget=3, criterion=lambda tau, _: torch.tensor([5.0, 0.5, 2.0, 1.25]))
+    assert report.scores == {0: 5.0, 2: 0.5, 3: 2.0, 4: 1.25}
+    assert str(report).endswith("\nscores of the layers before: 0: 5, 2: 0.5, 3: 2, 4: 1.25")
+
+
 def test_a_budget_that_equal_shares_do_not_decide_is_said() -> None:
-    report = prune(network([0.2] * 5), budget=3)
+    report = prune(network([0.3, 0.2, 0.2, 0.2, 0.3]), budget=3)
     assert deleted(report) == [1, 2]
     assert str(report).endswith("equal shares the first went; criterion=taulearn.contribution(inputs) tells them apart")
     assert "equal" not in str(prune(steps(), budget=3))

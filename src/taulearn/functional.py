@@ -109,7 +109,7 @@ def smooth_relu(y: Float[Tensor, "*shape"], eta: float = 1e-4) -> Float[Tensor, 
     """
     inside = y.clamp(-eta, eta)
     parabola = inside * inside / (4.0 * eta) + inside / 2.0 + eta / 4.0
-    return torch.where(y.abs() > eta, torch.relu(y), parabola)
+    return torch.where(y.abs() >= eta, torch.relu(y), parabola)  # at the joints clamp has no gradient in torch 2.14
 
 
 def soft_threshold(x: Float[Tensor, "*shape"], amount: float | Tensor) -> Float[Tensor, "*shape"]:

@@ -105,6 +105,12 @@ class TestDependent:
         assert steps.values.grad is not None
         assert steps.values.grad.tolist() == [1.0 - 5.0, 2.0 - 5.0]
 
+    def test_a_last_step_at_its_bound_has_a_gradient(self) -> None:
+        steps = TimeSteps(3, constraint="dependent", horizon=1.0, init=[0.25, 0.5, 0.25], lower_bound=0.25)
+        steps.tau[-1].backward()
+        assert steps.values.grad is not None
+        assert steps.values.grad.tolist() == [-1.0, -1.0]
+
     def test_the_lower_bound_acts_in_the_forward_pass_and_both_are_recorded(self) -> None:
         steps = TimeSteps(3, constraint="dependent", lower_bound=0.01, dtype=torch.float64)
         set_(steps, [0.8, 0.7])

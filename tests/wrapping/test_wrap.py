@@ -300,3 +300,11 @@ def test_a_sequential_still_runs_through_its_members() -> None:
     model = wrap(nn.Sequential(Block(3), Block(3)), "[01]")
     assert isinstance(model.time_steps, TimeSteps)
     assert [name for name, _ in model.named_children()] == ["0", "1", "time_steps"]
+
+
+def test_errors_of_the_model_say_that_wrap_called_it() -> None:
+    with pytest.raises(AttributeError) as caught:
+        wrap(bert(), example_inputs=["good", "bad"])
+    assert "example_inputs, a list" in caught.value.__notes__[0]
+    with pytest.raises(ValueError, match=r"there are '0', '0\.norm', .*\.\."):
+        wrap(nn.Sequential(*(Block(4) for _ in range(2))), blocks="xyz.*", example_inputs=torch.ones(1, 4))

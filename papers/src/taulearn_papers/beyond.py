@@ -25,8 +25,6 @@ from .suite import Claim, Figures, Parts, Suite, Verdict, generalisation
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from taulearn.training.history import Array
-
 EPOCHS = {"fashion-mnist": 200, "cifar10": 40}
 HORIZONS = {"fashion-mnist": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0), "cifar10": (0.25, 1.0, 8.0)}
 TREATMENTS: dict[str, dict[str, Any]] = {
@@ -83,7 +81,7 @@ def _settings(data: str, *, fractional: bool) -> dict[str, dict[str, Any]]:
 
 def _config(data: str, quick: bool, seed: int, options: dict[str, Any]) -> TrainConfig:
     epochs = QUICK_EPOCHS if quick else EPOCHS[data]
-    rest = {"trace": "thinned", "checkpoint_every": 10, "threads": 1}
+    rest: dict[str, Any] = {"trace": "thinned", "checkpoint_every": 10, "threads": 1}
     return TrainConfig(data=data, epochs=epochs, seed=seed, **rest, **options)
 
 
@@ -167,11 +165,11 @@ def _gap(results: Results, name: str, seed: int) -> float:
     return float(measured["train.accuracy"] - measured["test.accuracy"])
 
 
-def _layers(results: Results, name: str) -> "Array":
+def _layers(results: Results, name: str) -> list[float]:
     return values(results, name, results.seeds(name), lambda history: float(len(q.layers_left(history))))
 
 
-def _finals(results: Results, name: str) -> "Array":
+def _finals(results: Results, name: str) -> list[float]:
     return values(results, name, results.seeds(name), final_accuracy)
 
 

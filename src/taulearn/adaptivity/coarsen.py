@@ -12,7 +12,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -63,6 +63,8 @@ class PruneReport:
             of what was deleted) or "reset" (some of it could not follow and is made anew; the note says what).
         note: What the reader should know of the accuracy of the deletion, of state of an optimiser that was reset, or
             of an optimiser that was not given.
+        scores: What the criterion measured of each layer before the call, by its number at the start of training;
+            empty where the time steps decided.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -78,6 +80,7 @@ class PruneReport:
     parameters_after: int
     optimizer: str
     note: str = ""
+    scores: Mapping[int, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Whether anything was deleted."""
@@ -94,7 +97,12 @@ class PruneReport:
             f"{self.layers_before} -> {self.layers_after} layers, "
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
         )
-        return text + (f"; {self.note}" if self.note else "")
+        scores = ", ".join(f"{layer}: {score:.3g}" for layer, score in self.scores.items())
+        return (
+            text
+            + (f"; {self.note}" if self.note else "")
+            + (f"\nscores of the layers before: {scores}" if scores else "")
+        )
 
 
 def with_steps(model: nn.Module, act: str, done: str, method: str) -> Any:
@@ -236,8 +244,8 @@ def prune(
         )
     measured = asked.power is None or isinstance(budget, Mapping)
     with all_or_nothing(models, optimizer) if measured else nullcontext():  # a criterion or a clock calls the model
-        chosen, note = _choose(prunable, model, threshold, keep, asked, budget)
-    before = prunable.time_steps.values
+        chosen, note, found = _choose(prunable, model, threshold, keep, asked, budget)
+    origin, before = prunable.time_steps.origin, prunable.time_steps.values
     lost = {i: prunable.layers[i] for i, _ in chosen}
     alike = nullcontext() if shared is None else shared.changing("the layers to delete", lost, prunable.time_steps.tau)
     with all_or_nothing(models, optimizer) if chosen else nullcontext(), alike:
@@ -251,7 +259,8 @@ def prune(
             state, reset = delete(models, kept, optimizers)
             notes += [*_cautions(prunable, deleted, given=bool(optimizers)), *reset]
         said = "; ".join(each for each in notes if each)
-        report = PruneReport(deleted, kept, number, len(kept), parameters, number_of_variables(model), state, said)
+        sizes, scores = (parameters, number_of_variables(model)), dict(zip(origin, found, strict=bool(found)))
+        report = PruneReport(deleted, kept, number, len(kept), *sizes, state, said, scores)
     if shared is not None and chosen:
         shared.follow(lost.values(), prunable.time_steps.values, before)
     return report
@@ -264,8 +273,8 @@ def _choose(
     keep: Iterable[int] | None,
     criterion: Criterion,
     budget: Budget | None,
-) -> tuple[list[tuple[int, float]], str]:
-    """Positions of what goes, with shares, and what the report says of the choice."""
+) -> tuple[list[tuple[int, float]], str, list[float]]:
+    """Positions of what goes, with shares, what the report says of the choice, and the scores that were measured."""
     steps, fixed, note = prunable.time_steps, layers_that_stay(prunable), ""
     scores, exponent = scores_of(criterion, model)
     again = partial(scores_without, criterion, model) if criterion.greedy else None
@@ -285,7 +294,7 @@ def _choose(
     for layer in sorted(gone & fixed.keys()):
         kept = [i for i in range(steps.num_steps) if i not in gone]
         raise ValueError(f"keep must contain layer {layer}, got {kept}: {fixed[layer]}")
-    return chosen, note
+    return chosen, note, scores or []
 
 
 def layers_that_stay(prunable: Prunable) -> dict[int, str]:

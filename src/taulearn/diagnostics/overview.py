@@ -139,8 +139,16 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         model=f"{scheme} network" if wrapping is None else type(model).__name__,
         must_stay={} if wrapping is None else {steps.origin[l]: why for l, why in wrapping.fixed_layers().items()},
         not_saved={} if wrapping is None else {l: why for l, why in wrapping.not_saved.items() if l in steps.origin},
-        form="" if wrapping is None else f"form {wrapping.form!r}, {wrapping.why}",
+        form="" if wrapping is None else _form(wrapping.form, wrapping.why),
     )
+
+
+def _form(form: str, why: str) -> str:
+    unfolded = (
+        "; such steps do not fold: for a plain checkpoint leave them at 1, parameter_groups(.., tau_lr=0), or bring "
+        "them back there, taulearn.wrapping.anneal_to_one"
+    )
+    return f"form {form!r}, {why}{unfolded * (form == 'whole')}"
 
 
 def _kind(layer: nn.Module) -> str:

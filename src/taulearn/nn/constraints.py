@@ -182,7 +182,7 @@ class Dependent(Constraint):
     def tau(self, values: Tensor) -> Tensor:
         last = self.horizon - values.sum()
         if self.lower_bound is not None:
-            last = last.clamp(min=self.lower_bound)
+            last = torch.where(last < self.lower_bound, self.lower_bound, last)  # a gradient at the bound, too
         return torch.cat([values, last.unsqueeze(0)])
 
     def raw_tau(self, values: Tensor) -> Tensor:

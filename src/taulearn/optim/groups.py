@@ -18,7 +18,7 @@ def parameter_groups(
         model: A model with time steps.
         lr: Learning rate of everything else.
         tau_lr: Learning rate of tau. None: ``lr``.
-        weight_decay: Of everything but tau.
+        weight_decay: Of everything but tau. Give it here: the optimiser's own, AdamW's 0.01, does not reach them.
 
     Returns:
         Two groups, named "weights" and "tau" (one, if tau does not train).

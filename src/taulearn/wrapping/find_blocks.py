@@ -206,7 +206,8 @@ def matching(argument: str, patterns: str | Iterable[str], names: Sequence[str])
     for pattern in wanted:
         hits = {name for name in names if _matches(name, pattern)}
         if not hits:
-            hint = nearest_names(pattern, names)
+            there = ", ".join(map(repr, names[:5])) + ", .." * (len(names) > 5)
+            hint = nearest_names(pattern, names) or f": there are {there}"
             raise ValueError(f"{argument} must match names of the model, got {pattern!r}, which matches none{hint}")
         found |= hits
     return [name for name in names if name in found]

@@ -107,7 +107,14 @@ def wrap(
         from .displacement import DisplacementUnits, check_unrestricted
 
         check_unrestricted(constraint, lower_bound)
-    result = None if example_inputs is None else probe(model, example_inputs)
+    try:
+        result = None if example_inputs is None else probe(model, example_inputs)
+    except Exception as error:
+        error.add_note(
+            f"Raised while wrap ran the model on example_inputs, a {type(example_inputs).__name__}: give what it is "
+            "called with, keywords in a dictionary, positional arguments in a tuple or list, a single one as it is."
+        )
+        raise
     if blocks is None:
         if result is None:
             raise ValueError(
