@@ -153,8 +153,8 @@ class TestWhatStays:
             model.time_steps.tau.detach(), torch.tensor([0.5025, 0.4975], dtype=DOUBLE), rtol=1e-14, atol=0
         )
 
-    @pytest.mark.parametrize("value", [0.0, 1.0])
-    def test_at_least_one_layer(self, value: float) -> None:
+    @pytest.mark.parametrize("value", [0.0, [1.0, 1.1, 1.2, 1.3]])
+    def test_at_least_one_layer(self, value: float | list[float]) -> None:
         layers = [nn.Linear(3, 3) for _ in range(4)]
         model = TimeVariableNetwork(layers, nn.Identity(), Residual(), TimeSteps(4, init=value), stem=nn.Identity())
         report = prune(model, 0.99)

@@ -126,18 +126,26 @@ def test_equal_steps_decide_nothing_but_what_to_ask_for() -> None:
         prune(model, budget=3)
     with pytest.raises(ValueError, match="criterion must be given"):
         prune(model, budget=3, criterion="share")
+    with pytest.raises(ValueError, match="criterion must be given"):
+        prune(network([0.2] * 6), 0.18)
     assert model.time_steps.num_steps == 5
     assert not prune(model, budget=5)
-    assert len(prune(model, keep=[0, 3]).deleted) == 3
-    assert len(prune(model, budget=1).deleted) == 1, "the other one must stay"
+    with torch.no_grad():
+        model.time_steps.values.zero_()
+    assert len(prune(copy.deepcopy(model), budget=3).deleted) == 2, "each is the identity"
+    assert len(prune(copy.deepcopy(model), keep=[0, 3]).deleted) == 3
 
 
 def test_scores_that_were_measured_are_in_the_report() -> None:
     model = steps()
     assert prune(model, keep=[0, 2, 3, 4]).scores == {}
     report = prune(model, budget=3, criterion=lambda tau, _: torch.tensor([5.0, 0.5, 2.0, 1.25]))
-    assert report.scores == {0: 5.0, 2: 0.5, 3: 2.0, 4: 1.25}
-    assert str(report).endswith("\nscores of the layers before: 0: 5, 2: 0.5, 3: 2, 4: 1.25")
+    assert report.scores == {2: 0.5, 3: 2.0, 4: 1.25}, "the first one stays"
+    assert str(report).endswith("\nscores of the layers before: 2: 0.5, 3: 2, 4: 1.25")
+    assert len({report, report}) == 1
+    nothing = prune(model, 1e-6, criterion=lambda tau, _: torch.tensor([5.0, 2.0, 1.25]))
+    assert str(nothing).startswith("no layer deleted")
+    assert str(nothing).endswith("3: 2, 4: 1.25")
 
 
 def test_a_budget_that_equal_shares_do_not_decide_is_said() -> None:

@@ -10,7 +10,7 @@ joins them.
 
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,8 +63,8 @@ class PruneReport:
             of what was deleted) or "reset" (some of it could not follow and is made anew; the note says what).
         note: What the reader should know of the accuracy of the deletion, of state of an optimiser that was reset, or
             of an optimiser that was not given.
-        scores: What the criterion measured of each layer before the call, by its number at the start of training;
-            empty where the time steps decided.
+        scores: What the criterion measured of each layer that can go, by its number at the start of training: of "loss"
+            how much larger the loss is without it than at the least of them. Empty where the time steps decided.
 
     Example:
         >>> from taulearn.nn import resnet
@@ -80,29 +80,25 @@ class PruneReport:
     parameters_after: int
     optimizer: str
     note: str = ""
-    scores: Mapping[int, float] = field(default_factory=dict)
+    scores: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __bool__(self) -> bool:
         """Whether anything was deleted."""
         return bool(self.deleted)
 
     def __str__(self) -> str:
-        if not self.deleted:
-            return f"no layer deleted: {self.layers_after} layers, {self.parameters_after:,} parameters"
-        plural = "s" if len(self.deleted) > 1 else ""
+        plural, sizes = "s" if len(self.deleted) > 1 else "", f"{self.parameters_after:,} parameters"
         layers = ", ".join(str(d.layer) for d in self.deleted)
         shares = ", ".join(f"{d.share:.2g}" for d in self.deleted)
-        text = (
-            f"deleted layer{plural} {layers} (share{plural} {shares}): "
-            f"{self.layers_before} -> {self.layers_after} layers, "
-            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
-        )
+        text = f"no layer deleted: {self.layers_after} layers, {sizes}"
+        if self.deleted:
+            text = (
+                f"deleted layer{plural} {layers} (share{plural} {shares}): {self.layers_before} -> {self.layers_after} "
+                f"layers, {self.parameters_before:,} -> {sizes}"
+            )
         scores = ", ".join(f"{layer}: {score:.3g}" for layer, score in self.scores.items())
-        return (
-            text
-            + (f"; {self.note}" if self.note else "")
-            + (f"\nscores of the layers before: {scores}" if scores else "")
-        )
+        measured = f"\nscores of the layers before: {scores}" if scores else ""
+        return text + (f"; {self.note}" if self.note else "") + measured
 
 
 def with_steps(model: nn.Module, act: str, done: str, method: str) -> Any:
@@ -210,8 +206,9 @@ def prune(
             takes, ``optimizer`` no optimiser, or ``averaged`` no AveragedModel.
         ValueError: If the threshold lies outside (0, 1) or stands beside ``keep`` or ``budget``, the model cannot be
             pruned, ``keep`` or ``budget`` leave out a layer that must stay, ``data`` or ``loss`` are lacking, a
-            threshold is to decide with the criterion "loss", no deletion meets the latency, no optimiser holds the time
-            steps that train, or one does not hold the model's parameters or keeps its state where it cannot follow.
+            threshold is to decide with the criterion "loss", all steps are equal and no criterion decides, no deletion
+            meets the latency, no optimiser holds the time steps that train, or one does not hold the model's
+            parameters or keeps its state where it cannot follow.
 
     References:
         Herberg, Herzog, Koehne (2023), section 3, adaptive pruning. Men et al. (2024), ShortGPT, arXiv 2403.03853,
@@ -244,8 +241,8 @@ def prune(
         )
     measured = asked.power is None or isinstance(budget, Mapping)
     with all_or_nothing(models, optimizer) if measured else nullcontext():  # a criterion or a clock calls the model
-        chosen, note, found = _choose(prunable, model, threshold, keep, asked, budget)
-    origin, before = prunable.time_steps.origin, prunable.time_steps.values
+        chosen, note, scores = _choose(prunable, model, threshold, keep, asked, budget)
+    before = prunable.time_steps.values
     lost = {i: prunable.layers[i] for i, _ in chosen}
     alike = nullcontext() if shared is None else shared.changing("the layers to delete", lost, prunable.time_steps.tau)
     with all_or_nothing(models, optimizer) if chosen else nullcontext(), alike:
@@ -259,7 +256,7 @@ def prune(
             state, reset = delete(models, kept, optimizers)
             notes += [*_cautions(prunable, deleted, given=bool(optimizers)), *reset]
         said = "; ".join(each for each in notes if each)
-        sizes, scores = (parameters, number_of_variables(model)), dict(zip(origin, found, strict=bool(found)))
+        sizes = parameters, number_of_variables(model)
         report = PruneReport(deleted, kept, number, len(kept), *sizes, state, said, scores)
     if shared is not None and chosen:
         shared.follow(lost.values(), prunable.time_steps.values, before)
@@ -273,7 +270,7 @@ def _choose(
     keep: Iterable[int] | None,
     criterion: Criterion,
     budget: Budget | None,
-) -> tuple[list[tuple[int, float]], str, list[float]]:
+) -> tuple[list[tuple[int, float]], str, dict[int, float]]:
     """Positions of what goes, with shares, what the report says of the choice, and the scores that were measured."""
     steps, fixed, note = prunable.time_steps, layers_that_stay(prunable), ""
     scores, exponent = scores_of(criterion, model)
@@ -294,7 +291,23 @@ def _choose(
     for layer in sorted(gone & fixed.keys()):
         kept = [i for i in range(steps.num_steps) if i not in gone]
         raise ValueError(f"keep must contain layer {layer}, got {kept}: {fixed[layer]}")
-    return chosen, note, scores or []
+    if scores is None and keep is None:
+        _check_decided(shares(steps, exponent).tolist(), gone, fixed)
+    measured = {
+        l: score for i, (l, score) in enumerate(zip(steps.origin, scores or (), strict=False)) if i not in fixed
+    }
+    return chosen, note, measured
+
+
+def _check_decided(sizes: Sequence[float], gone: Collection[int], fixed: Collection[int]) -> None:
+    """Refuse to take some of the layers where all steps are equal, and not zero, so that they say nothing."""
+    free = [size for i, size in enumerate(sizes) if i not in fixed]
+    if 0 < len(gone) < len(free) and 0 < max(free) <= min(free) * (1.0 + 1e-6):
+        raise ValueError(
+            "criterion must be given where all time steps are equal, as after taulearn.wrap, and say nothing of the "
+            f'layers, got shares that are all {free[0]:.2g}: criterion="loss", "contribution" or another one with '
+            "data= tells them apart, keep= names those that stay"
+        )
 
 
 def layers_that_stay(prunable: Prunable) -> dict[int, str]:

@@ -45,13 +45,6 @@ def within_budget(
         order = order[:deletions]
         notes.append(f"a forward pass takes {taken:.3g} ms, allowed are {float(budget['latency_ms']):g}")
     sizes = shares(steps, power).tolist() if scores is None else scores
-    free = [size for i, size in enumerate(sizes) if i not in fixed]
-    if scores is None and 0 < len(order) < len(free) and max(free) <= min(free) * (1.0 + 1e-9):
-        raise ValueError(
-            "criterion must be given where all time steps are equal, as after taulearn.wrap, and say nothing of the "
-            'layers, got none: criterion="loss", "contribution" or another one with data= tells them apart, keep= '
-            "names those that stay"
-        )
     gone = {i for i, _ in order}
     left = [size for i, size in enumerate(sizes) if i not in gone and i not in fixed]
     if again is None and gone and left and min(left) <= max(sizes[i] for i in gone) * (1.0 + 1e-9):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .._errors import needs, unknown_name
-from ..files import expand_user, is_path
+from ..files import is_path
 from .cifar import CIFAR10, CIFAR100
 from .digits import DIGITS
 from .files import DataError, DataFile, check
@@ -252,7 +252,7 @@ def _root(root: str | Path | None) -> Path:
             import pooch
 
         root = pooch.os_cache("taulearn")
-    return expand_user(root)
+    return Path(root).expanduser()
 
 
 def _files(entry: DataSet) -> tuple[DataFile, ...]:

@@ -207,7 +207,7 @@ def matching(argument: str, patterns: str | Iterable[str], names: Sequence[str])
         hits = {name for name in names if _matches(name, pattern)}
         if not hits:
             there = ", ".join(map(repr, names[:5])) + ", .." * (len(names) > 5)
-            hint = nearest_names(pattern, names) or f": there are {there}"
+            hint = nearest_names(pattern, names) or f": there are {there}" * bool(names)
             raise ValueError(f"{argument} must match names of the model, got {pattern!r}, which matches none{hint}")
         found |= hits
     return [name for name in names if name in found]
