@@ -4,8 +4,9 @@ unpruned        the deep network, trained as it is
 pruned          the deep network wrapped by taulearn, pruned to a small depth while it trains
 small           a network of that depth, trained from scratch as it is
 small, steps    the same with learned time steps as the pruned one has them, to see what these do by themselves
-small, taught   the small network with the unpruned one as its teacher
-grown           from the smallest of the depths to a larger one, blocks split by taulearn while it trains
+small, taught   the small network with the unpruned one as its teacher, whose training and answers come on top
+grown           from the smallest of the depths to a larger one, blocks split by taulearn while it trains; without units
+                of displacement, which new blocks would lack
 Torch-Pruning   the deep network, channels pruned while it trains, until a forward pass takes no longer than that of the
                 small network (batch of 32); the package torch-pruning, group magnitudes, five times until the same
                 epoch by which taulearn has pruned
@@ -330,6 +331,11 @@ def report(study: Study, found: list[dict[str, Any]], out: Path) -> str:
         f"{'one thread, ' + platform.machine() if study.device == 'cpu' else study.device}, relative to the unpruned "
         "network in the same process.",
     ]
+    if "grown" in study.ways:
+        lines += [
+            "",
+            "A teacher's training and answers come on top. The grown network alone has no units of displacement.",
+        ]
     text = "\n".join(lines)
     settings = {k: v for k, v in vars(study).items() if isinstance(v, int | float | str | tuple | dict | None)}
     record = {"settings": settings, "torch": torch.__version__, "whole ms": whole, "table": table, "members": found}

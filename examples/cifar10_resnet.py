@@ -1,4 +1,4 @@
-"""CIFAR-10: a ResNet of 27 blocks pruned to 15 and 9 while it trains, grown from 9 to 15, and others, at equal budgets.
+"""CIFAR-10: a ResNet of 27 blocks pruned to 15 and 9 while it trains, grown from 9 to 15, and others, for equal epochs.
 
     python examples/cifar10_resnet.py --out cifar10 --data cifar10
 
@@ -21,6 +21,8 @@ class StagedResNet(nn.Module):
 
     def __init__(self, widths: tuple[int, ...], colours: int, stride: int, blocks: int) -> None:
         super().__init__()
+        if blocks % len(widths):
+            raise ValueError(f"blocks must be a multiple of the {len(widths)} stages, got {blocks}")
         self.stem = nn.Conv2d(colours, widths[0], 3, stride, padding=1, bias=False)
         self.stages = nn.ModuleList(
             nn.Sequential(*(Block(width) for _ in range(blocks // len(widths)))) for width in widths
@@ -40,12 +42,13 @@ class StagedResNet(nn.Module):
 
 def main() -> None:
     options = parser(__doc__)
+    options.set_defaults(data="cifar10")
     options.add_argument("--stride", type=int, default=1, help="of the stem")
     given = options.parse_args()
     quick = given.quick
     shape = ((4, 8), 1, 1) if quick else ((16, 32, 64), 3, given.stride)
     study = Study(
-        title="pre-activation ResNet, CIFAR-10",
+        title="pre-activation ResNet, CIFAR-10" + (f", stem of stride {shape[2]}" if shape[2] > 1 else ""),
         make=functools.partial(StagedResNet, *shape),
         blocks=given.blocks or (8 if quick else 27),
         targets=tuple(given.targets or ((6, 4) if quick else (15, 9))),

@@ -51,6 +51,7 @@ def call(capsys, tmp_path, monkeypatch):
         ("herberg2023 --data cifar10=./", "NAME one of fashion-mnist, mnist"),
         ("herberg2023 --data mnist=./nothing", "--data must be NAME=PATH"),
         ("herberg2023 --data mnist", "--data must be NAME=PATH"),
+        ("beyond --data cifar10=./ fashion-mnist=./nothing", "got 'fashion-mnist=./nothing'"),
         ("herberg2023 --all --figure 4.1", "--all must stand without --figure and --table"),
     ],
 )
@@ -142,7 +143,7 @@ def test_data_of_ones_own_stand_in_for_a_named_set(call, tmp_path, small):
     assert "2 trained" in out
     assert results_in(tmp_path / "out").history("a", 0).epochs["iteration"][-1] == 4  # 32 of 40 samples, by tens
     assert "2 finished before" in call(*arguments)[1]
-    assert tomllib.loads((tmp_path / "kept/recipe.toml").read_text())["a"]["data"] == "mine.npz"
+    assert tomllib.loads((tmp_path / "kept/recipe.toml").read_text())["a"]["data"] == "./mine.npz"
     with zipfile.ZipFile(tmp_path / "kept/records.npz") as records:
         assert not any(str(tmp_path).encode() in records.read(name) for name in records.namelist())
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from taulearn.app.results import DONE, FORMAT, MEASUREMENTS, NotMeasured, Results, by_setting
-from taulearn.files import write_bytes
+from taulearn.files import is_path, write_bytes
 from taulearn.training.history import Array, History
 
 Compute = Callable[[Results], Mapping[str, Array]]
@@ -91,7 +91,7 @@ def pack(
 def kept_options(results: Results, setting: str, seed: int) -> dict[str, Any]:
     """The options of a training that are not at their defaults; of data of one's own the name, not where they lay."""
     options = dict(results.options(setting, seed))
-    return options | ({"data": Path(str(options["data"])).name} if "data" in options else {})
+    return options | ({"data": f"./{Path(options['data']).name}"} if is_path(options.get("data", "")) else {})
 
 
 class Pack:

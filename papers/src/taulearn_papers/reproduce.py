@@ -29,8 +29,8 @@ def reproduce(suite: Suite, options: Reproduce) -> None:
         raise UsageError(f"--out must be a folder, got the file {str(out)!r}: --no-train judges kept records")
     numbers = [number for number in (options.figure, options.table) if number is not None]
     members = suite.needed(suite.members(options.quick, options.seeds), numbers)
-    if options.data is not None:
-        members = _on_own_data(members, options.data)
+    for given in options.data:
+        members = _on_own_data(members, given)
     failed: dict[str, str] = {}
     if options.train:
         say(f"{suite.title}\n{len(members)} members in {out}")

@@ -76,8 +76,9 @@ class Reproduce:
     engine: EngineChoice = "processes"
     address: Address = None
     data: Annotated[
-        str | None, about("Train on data of your own in the place of a set, as in cifar10=FOLDER.", "NAME=PATH")
-    ] = None
+        tuple[str, ...],
+        about("Train on data of your own in the place of named sets, as in cifar10=./FOLDER.", "NAME=PATH"),
+    ] = ()
     train: Annotated[bool, about("Train what is missing; --no-train judges what is there.")] = True
     keep: Annotated[str | None, about("Folder for what is worth keeping: verdicts, figures, small records.", "DIR")] = (
         None
