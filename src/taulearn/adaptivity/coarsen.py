@@ -258,8 +258,9 @@ def prune(
         said = "; ".join(each for each in notes if each)
         sizes = parameters, number_of_variables(model)
         report = PruneReport(deleted, kept, number, len(kept), *sizes, state, said, scores)
-    if shared is not None and chosen:
-        shared.follow(lost.values(), prunable.time_steps.values, before)
+        if shared is None or not chosen:
+            return report  # here, as after this block what breaks it off would come with all done
+    shared.follow(lost.values(), prunable.time_steps.values, before)
     return report
 
 

@@ -21,7 +21,7 @@ def check_order(gamma: float) -> float:
     """Check that gamma is a number in (0, 1) and return it as a float that is a constant under torch.compile."""
     if isinstance(gamma, Tensor):
         raise TypeError("gamma must be a number, got a tensor: gradients with respect to the order are not computed")
-    if gamma is None or isinstance(gamma, str | bytes | list | tuple):
+    if gamma is None or isinstance(gamma, (str, bytes, list, tuple)):
         raise TypeError(f"gamma must be a number in (0, 1), got {gamma!r}: it is the order of the derivative")
     # A call the compiler evaluates while tracing. A float left symbolic gave wrong results (pytorch issue 194976).
     order = math.fsum((gamma,))
