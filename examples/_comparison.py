@@ -338,6 +338,7 @@ def report(study: Study, found: list[dict[str, Any]], out: Path) -> str:
         ]
     text = "\n".join(lines)
     settings = {k: v for k, v in vars(study).items() if isinstance(v, int | float | str | tuple | dict | None)}
+    settings["data"] = Path(study.data).name  # of one's own not where it lay
     record = {"settings": settings, "torch": torch.__version__, "whole ms": whole, "table": table, "members": found}
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")

@@ -76,7 +76,7 @@ def test_links_lead_somewhere():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["prune-a-resnet", "prune-a-transformer"])
+@pytest.mark.parametrize("name", ["prune-a-resnet", "prune-a-transformer", "cifar10"])
 def test_tables_are_those_of_the_records(name):
     table = (ROOT / "docs" / "results" / name / "table.md").read_text(encoding="utf-8")
     rows = [line for line in table.splitlines() if line.startswith("|")]
