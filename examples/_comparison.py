@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _cells import Cell, once, settle
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
@@ -130,14 +131,13 @@ def train_by_fit(study: Study, model: nn.Module, seed: int, folder: Path | None,
     )
 
 
-def train_member(study: Study, out: Path, member: tuple[str, int, int]) -> dict[str, Any]:
+def train_member(study: Study, out: Path, member: tuple[str, int, int]) -> Cell:
     """Train one network and return its figures; those of a finished one are read."""
-    way, blocks, seed = member
-    name = f"{way}-{blocks}-seed{seed}".lower().replace(", ", "-")
-    record = out / "members" / f"{name}.json"
-    if record.exists():
-        figures: dict[str, Any] = json.loads(record.read_text())
-        return figures
+    name = "{}-{}-seed{}".format(*member).lower().replace(", ", "-")
+    return once(out / "members" / f"{name}.json", lambda: _train(study, out, name, *member))
+
+
+def _train(study: Study, out: Path, name: str, way: str, blocks: int, seed: int) -> Cell:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     began, example = time.perf_counter(), load(study, "test")[0][:2]
@@ -175,10 +175,6 @@ def train_member(study: Study, out: Path, member: tuple[str, int, int]) -> dict[
     }
     reference = study.make(study.blocks).to(study.device)
     figures |= {f"relative ms {b}": relative_time(study, model, reference, b) for b in BATCHES}
-    record.parent.mkdir(parents=True, exist_ok=True)
-    part = record.with_suffix(".part")
-    part.write_text(json.dumps(figures))
-    part.replace(record)
     return figures
 
 
@@ -337,16 +333,22 @@ def report(study: Study, found: list[dict[str, Any]], out: Path) -> str:
             "A teacher's training and answers come on top. The grown network alone has no units of displacement.",
         ]
     text = "\n".join(lines)
-    settings = {k: v for k, v in vars(study).items() if isinstance(v, int | float | str | tuple | dict | None)}
-    settings["data"] = Path(study.data).name  # of one's own not where it lay
-    record = {"settings": settings, "torch": torch.__version__, "whole ms": whole, "table": table, "members": found}
+    record = {"settings": settings(study), "torch": torch.__version__, "whole ms": whole}
+    record |= {"table": table, "members": found}
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(text + "\n")
     (out / "record.json").write_text(json.dumps(record, indent=1))
     return text
 
 
+def settings(study: Study) -> dict[str, Any]:
+    """What can be written down of a comparison."""
+    found = {k: v for k, v in vars(study).items() if isinstance(v, int | float | str | tuple | dict | None)}
+    return found | {"data": Path(study.data).name}  # of one's own not where it lay
+
+
 def run(study: Study, *, seeds: int, workers: int, out: Path) -> None:
+    settle(out / "settings.json", **settings(study))
     todo, found = members(study, seeds), []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         apply = map if workers == 1 else pool.map

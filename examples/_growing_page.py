@@ -5,15 +5,14 @@ network of the same seed took; where the other one ended before, both are read t
 ratios: t-intervals of differences of logarithms.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from _shortening import Cell, interval, shown
+from _cells import Cell, read_cells, write_cells
+from _shortening import interval, shown
 
 WINDOW = 0.05
 CURVES = ("work", "seconds", "loss", "accuracy")
@@ -95,18 +94,14 @@ def draw(tables: Mapping[str, Sequence[Sequence[Cell]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def read_cells(places: Sequence[Path], tuning_seed: int) -> list[Cell]:
+def shortened_cells(places: Sequence[Path], tuning_seed: int) -> list[Cell]:
     """Cells from folders of runs, and from pages made of them; of tuning only the end."""
-    found: dict[tuple[Any, ...], Cell] = {}
-    for place in places:
-        lines = [path.read_text() for path in sorted((place / "cells").glob("*.json"))]
-        page = place / "cells.jsonl"
-        for cell in map(json.loads, lines + (page.read_text().splitlines() if page.exists() else [])):
-            if cell["seed"] == tuning_seed and "work" in cell:
-                end = sum(work > (1 - WINDOW) * cell["work"][-1] for work in cell["work"])
-                cell |= {name: cell[name][-end:] for name in CURVES}
-            found[cell["data"], cell["way"], cell["lr"], cell["seed"]] = cell
-    return [found[key] for key in sorted(found)]
+    found = read_cells(places, "data", "way", "lr", "seed")
+    for cell in found:
+        if cell["seed"] == tuning_seed and "work" in cell:
+            end = sum(work > (1 - WINDOW) * cell["work"][-1] for work in cell["work"])
+            cell |= {name: cell[name][-end:] for name in CURVES}
+    return found
 
 
 def report(
@@ -127,9 +122,8 @@ def report(
         ways: All of them; the grown one is first.
         tuning_seed: The one that is not measured.
     """
-    cells = read_cells(places, tuning_seed)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    cells = shortened_cells(places, tuning_seed)
+    write_cells(cells, out)
     tables, holds, lack, lines = dict[str, list[list[Cell]]](), list[str](), list[str](), list[str]()
     for name, (about, seeds) in plan.items():
         mine = {way: [c for c in cells if (c["data"], c["way"]) == (name, way)] for way in ways}

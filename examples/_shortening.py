@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _cells import Cell, once, read_cells, settle, write_cells
 from scipy.stats import t as student
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -36,7 +37,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from taulearn import Criterion, Pruning, attach, parameter_groups, prune, unwrap, wrap
 
 Batch = dict[str, torch.Tensor]
-Cell = dict[str, Any]
 
 BUDGETS = (0.0, 0.25, 0.5, 1.0, 2.0)
 SIMPLE = ("top", "every-other", "influence", "loss")
@@ -222,17 +222,6 @@ def heal(
     return found, list(model.time_steps.origin)
 
 
-def once(path: Path, make: Callable[[], Cell]) -> Cell:
-    """What the file holds; where there is none, what ``make`` returns, which is written whole or not at all."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(make()))
-        part.replace(path)
-    found: Cell = json.loads(path.read_text())
-    return found
-
-
 @dataclass(frozen=True)
 class Study:
     """The cells of a case, in a folder."""
@@ -367,28 +356,15 @@ def parser(about: str | None) -> argparse.ArgumentParser:
 
 def run(study: Study, given: argparse.Namespace) -> None:
     """Train what is missing, cell by cell; by seed first, so that an interrupted run has whole seeds."""
+    case = study.case
+    settings = {"layers": case.layers, "batches": case.batches, "lr": case.lr, "teacher_weight": case.teacher_weight}
+    settle(given.out / f"settings-{case.task}.json", **settings, tau_lr=case.tau_lr, weight_decay=case.weight_decay)
     for kept in given.keep:
         for seed in given.seeds:
             for way in given.ways or default_ways():
                 figures = study.cell(kept, way, seed)
                 last = ", ".join(f"{each['test']:.4f}" for each in figures["figures"])
-                print(
-                    f"{study.case.task}, {study.case.layers} to {kept} blocks, {way}, seed {seed}: {last}", flush=True
-                )
-
-
-def read_cells(places: Sequence[Path]) -> tuple[list[Cell], dict[str, Cell]]:
-    """Cells and times from folders of runs, and from pages made of them."""
-    cells: dict[tuple[Any, ...], Cell] = {}
-    times: dict[str, Cell] = {}
-    for place in places:
-        found = [path.read_text() for path in sorted((place / "cells").glob("*.json"))]
-        page = place / "cells.jsonl"
-        for line in [*found, *(page.read_text().splitlines() if page.exists() else [])]:
-            cell = json.loads(line)
-            cells[cell["task"], cell["kept"], cell["way"], cell["seed"]] = cell
-        times |= {path.stem: json.loads(path.read_text()) for path in sorted((place / "times").glob("*.json"))}
-    return [cells[key] for key in sorted(cells, key=str)], times
+                print(f"{case.task}, {case.layers} to {kept} blocks, {way}, seed {seed}: {last}", flush=True)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -585,9 +561,10 @@ class Page:
 
 def report(given: argparse.Namespace, page: Page) -> str:
     """The page: README.md, figure.png, and the cells and times of which alone it is made."""
-    cells, times = read_cells(given.cells)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    cells = read_cells(given.cells, "task", "kept", "way", "seed")
+    write_cells(cells, given.out)
+    files = [path for place in given.cells for path in sorted((place / "times").glob("*.json"))]
+    times: dict[str, Cell] = {path.stem: json.loads(path.read_text()) for path in files}
     for task, figures in times.items():
         (given.out / "times").mkdir(exist_ok=True)
         (given.out / "times" / f"{task}.json").write_text(json.dumps(figures) + "\n")

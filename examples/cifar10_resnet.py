@@ -12,7 +12,7 @@ import functools
 import itertools
 
 from _comparison import WAYS, Study, parser, run
-from prune_a_resnet import Block, channels, sgd
+from prune_a_resnet import SETTINGS, Block
 from torch import Tensor, nn
 
 
@@ -56,14 +56,8 @@ def main() -> None:
         samples=given.samples,
         epochs=given.epochs or 5,
         batch_size=32 if quick else 128,
-        optimizer=sgd,
-        lr=0.1,
-        tau_lr=0.1,
-        weight_decay=5e-4,
-        units="displacement",
-        pruning={"by": 0.4, "criterion": "contribution"},
-        channels=channels,
         device=given.device,
+        **SETTINGS,
         ways=(*WAYS, "small, taught", "grown"),
         names="stages.*.*",
     )

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from _cells import Cell, once, settle
 from _growing_page import held_out, report
-from _shortening import Cell, once
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
@@ -288,6 +288,7 @@ def main() -> None:
         plan = {problem.data: (problem.said(), problem.seeds) for problem in chosen}
         print(report(given.cells, given.out, REMARKS, plan, list(LAYERS), TUNING_SEED))
         return
+    settle(given.out / "settings.json", quick=given.quick)
     for problem in chosen:
         study = Study(problem, given.out, RATES[-1:] if given.quick else RATES)
         for seed in range(problem.seeds):

@@ -10,13 +10,13 @@ seed) is a small JSON file; cells that are there are not trained again. ``--quic
 """
 
 import argparse
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from _shortening import Cell, once, shown
+from _cells import Cell, once, read_cells, settle, write_cells
+from _shortening import shown
 from which_scheme import HORIZON, PROBLEMS, QUICK, RATES, TUNING_SEED, Problem, arguments, trained
 
 from taulearn.nn import LearnedOrder, fractional_dnn
@@ -71,16 +71,8 @@ def table(cells: list[Cell]) -> list[str]:
 
 def report(given: argparse.Namespace) -> str:
     """The page: README.md, and the cells of which alone it is made."""
-    cells: dict[tuple[str, str, int], Cell] = {}
-    for place in given.cells:
-        page = place / "cells.jsonl"
-        texts = [path.read_text() for path in sorted((place / "cells").glob("*.json"))]
-        for text in [*texts, *(page.read_text().splitlines() if page.exists() else [])]:
-            one = json.loads(text)
-            cells[one["data"], one["way"], one["seed"]] = one
-    found = [cells[key] for key in sorted(cells)]
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "cells.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
+    found = read_cells(given.cells, "data", "way", "seed")
+    write_cells(found, given.out)
     lines = [
         "# A learned order",
         "",
@@ -105,6 +97,7 @@ def main() -> None:
     if given.what == "report":
         print(report(given))
         return
+    settle(given.out / "settings.json", quick=given.quick)
     problems = QUICK if given.quick else TRAININGS
     for seed in given.seeds:
         for name in given.data or problems:

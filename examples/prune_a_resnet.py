@@ -56,6 +56,17 @@ def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, momentum=0.9)
 
 
+SETTINGS: dict[str, Any] = {
+    "optimizer": sgd,
+    "lr": 0.1,
+    "tau_lr": 0.1,
+    "weight_decay": 5e-4,
+    "units": "displacement",
+    "pruning": {"by": 0.4, "criterion": "contribution"},
+    "channels": channels,
+}
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--stride", type=int, default=2, help="of both convolutions of the stem")
@@ -70,14 +81,8 @@ def main() -> None:
         samples=given.samples,
         epochs=given.epochs or (3 if quick else 5),
         batch_size=32 if quick else 128,
-        optimizer=sgd,
-        lr=0.1,
-        tau_lr=0.1,
-        weight_decay=5e-4,
-        units="displacement",
-        pruning={"by": 0.4, "criterion": "contribution"},
-        channels=channels,
         device=given.device,
+        **SETTINGS,
     )
     run(study, seeds=given.seeds, workers=given.workers, out=given.out)
 

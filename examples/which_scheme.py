@@ -12,16 +12,15 @@ are not trained again. ``--quick`` takes some seconds.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from _shortening import Cell, interval, once, shown
+from _cells import Cell, once, read_cells, settle, write_cells
+from _shortening import interval, shown
 from torch import Tensor, nn
 
 from taulearn import data, fit, parameter_groups
@@ -219,16 +218,8 @@ def draw(cells: Sequence[Cell], names: Sequence[str], path: Path) -> None:
 
 def report(given: argparse.Namespace) -> str:
     """The page: README.md, figure.png, and the cells of which alone it is made."""
-    cells: dict[tuple[Any, ...], Cell] = {}
-    for place in given.cells:
-        page = place / "cells.jsonl"
-        texts = [path.read_text() for path in sorted((place / "cells").glob("*.json"))]
-        for text in [*texts, *(page.read_text().splitlines() if page.exists() else [])]:
-            one = json.loads(text)
-            cells[one["data"], one["scheme"], one["steps"], one["seed"]] = one
-    found = [cells[key] for key in sorted(cells)]
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "cells.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
+    found = read_cells(given.cells, "data", "scheme", "steps", "seed")
+    write_cells(found, given.out)
     names = list(dict.fromkeys(each["data"] for each in found))
     lines = [
         "# Which scheme?",
@@ -271,6 +262,7 @@ def main() -> None:
     if given.what == "report":
         print(report(given))
         return
+    settle(given.out / "settings.json", quick=given.quick)
     problems = QUICK if given.quick else PROBLEMS
     for name in given.data or problems:
         for seed in given.seeds:

@@ -263,6 +263,23 @@ def test_learned_order(run_here: Callable[..., str], tmp_path: Path) -> None:
             assert float(row.split("|")[2].split("±")[0]) == pytest.approx(sum(found) / 2, abs=0.006)
 
 
+def test_cells_are_those_of_one_kind_of_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    cells = importlib.import_module("_cells")
+    path = tmp_path / "new" / "settings.json"
+    for _ in range(2):
+        cells.settle(path, epochs=3, targets=(6, 3))
+    with pytest.raises(SystemExit, match=r"--out .* epochs 3, not 5"):
+        cells.settle(path, epochs=5, targets=(6, 3))
+    with pytest.raises(SystemExit, match=r"stride None, not 2"):
+        cells.settle(path, epochs=3, targets=(6, 3), stride=2)
+    cells.once(tmp_path / "cells" / "b.json", lambda: {"way": "b", "seed": 10})
+    cells.once(tmp_path / "cells" / "a.json", lambda: {"way": "a", "seed": 9})
+    assert [each["way"] for each in cells.read_cells([tmp_path], "seed", "way")] == ["a", "b"]
+    cells.write_cells([{"way": "c", "seed": 9}, {"way": "a", "seed": 9}], tmp_path / "page")
+    assert len(cells.read_cells([tmp_path, tmp_path / "page"], "way", "seed")) == 3
+
+
 def test_intervals_of_shortening(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     shortening = importlib.import_module("_shortening")

@@ -22,10 +22,22 @@ def as_expected():
             if name not in ("none", "simplex"):
                 records[f"{data}/penalty/{name}/whole"] = of(GROWN, accuracy=0.88)
             records[f"{data}/penalty/{name}/pruned"] = of(GROWN, accuracy=0.88, deletions=gone)
-    records["fashion-mnist/fractional/whole"] = of(GROWN, accuracy=0.87)
-    records["fashion-mnist/fractional/pruned"] = of(GROWN, accuracy=0.87, deletions=GONE)
+    for name in ("fashion-mnist/fractional", "cifar10/convolutional/l1-proximal"):
+        records[f"{name}/whole"] = of(GROWN, accuracy=0.87)
+        records[f"{name}/pruned"] = of(GROWN, accuracy=0.87, deletions=GONE)
+    records["cifar10/convolutional/free"] = of(GROWN, accuracy=0.87)
     gap = {name: 0.02 if name.endswith("pruned") else 0.05 for name in records}
     measured = {name: {"train.accuracy": 0.88 + each, "test.accuracy": 0.88} for name, each in gap.items()}
+    for name, first in {"stage": [0.2, 0.6, 0.695], "plain": [0.2, 0.3, 0.4]}.items():
+        vanished = [1.0] * 2 + [0.0 if name == "stage" else 1.0] * 7
+        records[f"cifar10/resnet-v2-9/{name}"] = []
+        measured[f"cifar10/resnet-v2-9/{name}"] = {
+            "depths": list(range(10)),
+            "test.accuracy": first + [0.7] * 7,
+            "relative": vanished,
+            "weights": vanished,
+            "weights.start": [1.0] * 9,
+        }
     return MadeUp(records, measured)
 
 
@@ -48,11 +60,24 @@ def test_every_claim_can_hold_and_is_not_judged_without_records(as_expected, cla
             "the proximal step deletes most on fashion-mnist",
         ),
         (2, "fashion-mnist/fractional/pruned", {"accuracy": 0.8, "deletions": GONE}, "accuracy is kept within a point"),
+        (4, "cifar10/convolutional/l1-proximal/pruned", {"accuracy": 0.87}, "layers are deleted"),
+        (4, "cifar10/convolutional/free", {"accuracy": 0.9}, "within a point of cifar10/convolutional/free"),
     ],
 )
 def test_a_part_that_is_not_so_is_found(as_expected, number, name, instead, fails):
     verdict = beyond.SUITE.claims[number].verdict(changed(as_expected, name, of(GROWN, **instead)))
     assert fails in verdict.sentence.partition("does not hold: ")[2]
+
+
+def test_convolutional_networks_have_their_blocks_and_few_seeds():
+    found = [each for each in beyond.members() if each.config.network == "resnet-v2"]
+    assert len(found) == 5 * beyond.FEW_SEEDS
+    for each in found:
+        config = each.config
+        assert config.hidden_layers == 27
+        assert config.init == 1.0
+        steps = "fixed" if "resnet-v2-27" in each.name else "free"
+        assert (config.constraint, config.prune is not None) == (steps, "pruned" in each.name)
 
 
 def test_gap_that_does_not_shrink_is_found(as_expected):

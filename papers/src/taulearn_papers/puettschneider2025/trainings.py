@@ -118,10 +118,14 @@ def members(quick: bool = False, seeds: int | None = None) -> list[Member]:
     for seed in range(number):
         for data, kinds in (QUICK if quick else FULL).items():
             for kind in kinds:
-                for treatment, options in TREATMENTS.items():
-                    found.append(_member(data, kind, kind.depth, treatment, options, seed))
+                found += pair(data, kind, seed)
                 found += [_member(data, kind, M, "stage", TREATMENTS["stage"], seed) for M in kind.shallow]
     return found
+
+
+def pair(data: str, kind: Kind, seed: int) -> list[Member]:
+    """A network with and without stage cost."""
+    return [_member(data, kind, kind.depth, treatment, options, seed) for treatment, options in TREATMENTS.items()]
 
 
 def _member(data: str, kind: Kind, depth: int, treatment: str, options: dict[str, Any], seed: int) -> Member:
