@@ -249,6 +249,7 @@ class TestLoss:
         report = prune(model, budget=2, criterion="loss", data=data, loss=cross_entropy)
         assert deleted(report) == expected
         assert report.note == "", "no layers were equal"
+        assert deleted(prune(copy.deepcopy(again), budget=2, data=data, loss=cross_entropy)) == expected, "the default"
         assert report.deleted[0].share == pytest.approx(self.share(again, data), abs=1e-6)
 
     def share(self, model: Any, data: Any) -> float:

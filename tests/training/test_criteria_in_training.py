@@ -206,7 +206,8 @@ class TestLoss:
     def test_the_loss_of_fit_is_taken(self) -> None:
         """A model without a loss of its own."""
         model = network()
-        policy = Pruning(target_blocks=3, by=1, criterion="loss", data=calibration())
+        policy = Pruning(target_blocks=3, by=1, data=calibration())  # the criterion, where there are data
+        assert policy.criterion == "loss"
         run_fit(model, digits(80), sgd(model), pruning=policy)
         assert model.time_steps.num_steps == 3
 

@@ -186,7 +186,7 @@ def prune(
             that count in the attention mask; "sensitivity", the mean over batches of abs(tau_l dJ/dtau_l), J the loss
             of a batch; "loss", how much larger the loss is without it, taken again after each deletion, for budgets
             alone. Or a function (tau, model) -> one score >= 0 per layer; or a :class:`taulearn.Criterion`. None:
-            "power" for the fractional scheme, else "share".
+            "loss" for a budget with ``data``; else "power" for the fractional scheme, "share" for all others.
         data: What the last four look at: batches, from a DataLoader or a list, or one batch; each a pair (inputs,
             targets) or a dictionary of keywords, with "labels". Some hundred samples do. The loss weighs batches by
             what they count; the others take plain means over batches, and the sensitivity depends on their size.
@@ -231,6 +231,8 @@ def prune(
     shared, prunable = together(model), check_prunable(model)
     models, optimizers = changed_together(model, optimizer, averaged)
     model = models[0]
+    if criterion is None and data is not None and budget is not None:
+        criterion = "loss"
     asked = as_criterion(criterion, model, data=data, loss=loss)
     if shared is not None:
         asked.mean = shared.mean

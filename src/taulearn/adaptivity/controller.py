@@ -13,7 +13,7 @@ from ..optim import group_of
 from .coarsen import PruneReport, check_prunable, layers_that_stay, prune, scores_without
 from .estimate import Criterion, Power, as_criterion, scores_of, shares, shares_of
 from .optimizer_state import check_follows, optimizers_in, with_inner
-from .policies import TARGET_CRITERION, Pruning
+from .policies import Pruning
 from .transaction import Prunable
 
 if TYPE_CHECKING:
@@ -57,9 +57,8 @@ class Pruner:
                 self.penalty = SteeredL1(self.prunable.time_steps.values, policy.survivors)
             self.window = _, _, self.every = window(policy.by, policy.every, epochs, per_epoch)
         self.per_epoch = per_epoch
-        named = TARGET_CRITERION if policy.targeted and policy.criterion is None else policy.criterion
-        loss = loss if policy.loss is None else policy.loss
-        self.criterion = as_criterion(named, model, data=policy.data, loss=loss, watching=True, recording=recording)
+        loss, told = policy.loss or loss, {"watching": True, "recording": recording}
+        self.criterion = as_criterion(policy.criterion, model, data=policy.data, loss=loss, **told)
         self._warned = False
         self.least: float | None = None  # smallest share at the last look, where the policy goes by the steps
 

@@ -11,8 +11,6 @@ from .._batches import batches_of
 from .estimate import Criterion, check_criterion, check_given
 
 THRESHOLD = 0.01
-TARGET_CRITERION = "sensitivity"
-"""The criterion of a target, where none is given."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,8 @@ class Pruning:
             it, "sensitivity", the mean over batches of abs(tau_l dJ/dtau_l), see ``taulearn.prune``; "loss", with a
             target, how much larger the loss on ``data`` is without it, in evaluation mode, taken when the first layer
             is chosen and again after each deletion; a function (tau, model) -> one score >= 0 per layer; or a
-            :class:`taulearn.Criterion`. None: as for ``taulearn.prune``; with a target "sensitivity".
+            :class:`taulearn.Criterion`. None: as for ``taulearn.prune``; with a target "loss" where ``data`` are given,
+            else "sensitivity".
         data: Batches on which "loss" compares the layers, as for ``taulearn.prune``.
         loss: Maps (output, target) to a scalar, for "loss". None: that of ``fit``, else the one that the model returns.
         target_blocks: Number of layers to keep.
@@ -98,6 +97,8 @@ class Pruning:
         return epoch_ends if not isinstance(self.every, int) else iteration % self.every == 0
 
     def _check_criterion(self) -> None:
+        if self.criterion is None and self.targeted:
+            object.__setattr__(self, "criterion", "sensitivity" if self.data is None else "loss")
         check_criterion(self.criterion)
         check_given(self.criterion, self.data, watching=True)
         if self.data is not None:
