@@ -137,6 +137,8 @@ def test_diverged_training_says_so_in_one_line(call):
     code, _, err = call("train", *SMALL, "--lr", "1e30", "--run", "a")
     assert code == 1
     assert re.fullmatch(r"taulearn: error: .*not finite.*\n", err)
+    assert all(option in err for option in ("(--lr, --tau-lr)", "(--clip-norm)", "--lower-bound, --time-horizon)"))
+    assert "penalties." not in err
 
 
 def test_run_that_exists_is_kept_unless_told(call, trained, tmp_path):

@@ -39,7 +39,7 @@ def diverged(
     last = "there was no finite value before"
     if at > 0:
         values = ", ".join(f"{name} = {history.iterations[name][at - 1]:.6g}" for name in columns)
-        tau = np.round(history.iterations["tau"][at - 1], 4).tolist()
+        tau = history.iterations["tau"][at - 1].astype(np.float64).round(4).tolist()
         last = f"last finite values, at iteration {at}: {values}, tau = {tau}"
     kept = f"; the last good checkpoint in {checkpoints} is kept" if checkpoints is not None else ""
     if cause is not None:

@@ -277,6 +277,8 @@ def _train(options: Any) -> None:
         watched(lambda on_start: train(config, on_start=on_start))
     except ValueError as error:
         raise ValueError(spelled(str(error))) from error
+    except ArithmeticError as error:
+        raise ArithmeticError(spelled(str(error))) from error
     except OSError as error:
         if error.errno is not None:
             raise

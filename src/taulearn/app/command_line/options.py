@@ -95,7 +95,8 @@ def spelled(message: str) -> str:
     """
     long = "|".join(name for name in TrainConfig.model_fields if "_" in name)
     short = "|".join(name for name in TrainConfig.model_fields if "_" not in name)
-    pattern = rf"(?<![\w./'])({long})(?![\w./'])|(?:(?<=^)|(?<=; ))({short})(?= must )"
+    pattern = rf"(?<![\w./'])({long})(?![\w./'])|(?:(?<=^)|(?<=; ))({short})(?= must )|(?<=\()({short})(?=[,)])"
+    message = message.replace("penalties.TimeHorizon", "time_horizon")
     return re.sub(pattern, lambda match: "--" + match[0].replace("_", "-"), message)
 
 
