@@ -169,7 +169,9 @@ def _of_steps(network: TimeVariableNetwork, dtau: Tensor, found: dict[Tensor, Te
         values = steps.values.detach().requires_grad_()
         with torch.enable_grad():
             tau = steps.rule.tau(values)
-        found[steps.values] += torch.autograd.grad(tau, values, dtau)[0]
+        held = [steps.origin[i] in steps.held for i in steps.rule.entries(range(steps.num_steps))]
+        gradient = torch.autograd.grad(tau, values, dtau)[0]
+        found[steps.values] += gradient.masked_fill(torch.tensor(held, dtype=torch.bool, device=gradient.device), 0.0)
 
 
 class _Adjoint:

@@ -147,7 +147,7 @@ def project_simplex(x: Float[Tensor, " n"], total: float, *, lower: float = 0.0)
         >>> project_simplex(torch.tensor([0.9, 0.4, -0.5]), 1.0)
         tensor([0.7500, 0.2500, 0.0000])
     """
-    z = x - lower
+    z = x - x.max()  # the projection does not see a shift
     descending = torch.sort(z, descending=True).values
     excess = (torch.cumsum(descending, 0) - (total - lower * x.numel())) / torch.arange(
         1, x.numel() + 1, dtype=x.dtype, device=x.device

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..nn.time_steps import time_steps_of
 from .coarsen import PruneReport, prune
 from .controller import Pruner
+from .estimate import Criterion
 from .policies import Pruning
 from .transaction import all_or_nothing
 
@@ -154,8 +155,14 @@ class Adaptation:
         """Go on with the layers that somebody else left, who found those of these numbers."""
         kept, sources, copies = time_steps_of(self.model).grid.made_from(before)
         if self.pruner is not None:
+            if (target := self.pruner.target) is not None:
+                left = set(time_steps_of(self.model).origin)
+                target.gone += sum(target.costs[number] for number in before if number not in left)
             self.pruner.keep(kept)
             self.pruner.grow(sources, copies)
+        if (indicator := self._indicator) is not None:
+            indicator.keep_(kept)
+            indicator.grow_(sources, copies)
         self._rest(iteration)
 
     def shortfall(self, iteration: int) -> list[str]:
@@ -168,14 +175,26 @@ class Adaptation:
             time_steps_of(self.model).rest_(None)
 
     def _others_follow(self, change: Changed, number: int, averages: Sequence[nn.Module]) -> None:
-        """Let averages follow a deletion, and the scores of pruning a refinement of so many layers."""
+        """Let averages follow a deletion, and scores the deletion or the refinement of so many layers."""
         if isinstance(change.report, PruneReport):
             for average in averages:
                 prune(average, keep=change.positions)
-        elif self.pruner is not None:
-            from ..nn.grid import twice
+            if self._indicator is not None:
+                self._indicator.keep_(change.positions)
+            return
+        from ..nn.grid import twice
 
+        if self.pruner is not None:
             self.pruner.grow(*twice(number, change.positions))
+        if self._indicator is not None:
+            self._indicator.grow_(*twice(number, change.positions))
+
+    @property
+    def _indicator(self) -> Criterion | None:
+        """That of refinement, where it is an object that follows the grid, and none that pruning tells."""
+        found = None if self.refiner is None else self.refiner.policy.indicator
+        told = self.pruner is not None and found is self.pruner.criterion
+        return found if isinstance(found, Criterion) and not told else None
 
     def _rest(self, iteration: int) -> None:
         if self.refiner is not None:

@@ -33,6 +33,8 @@ def plan(
     while len(positions) > (1 if number is None else number):
         left = tuple(power[l] for l in positions) if isinstance(power, tuple) else power
         now = shares(steps, left).tolist() if scores is None else normalised([scores[l] for l in positions])
+        if scores is not None and number is None and not any(now):
+            break  # a criterion that says nothing of any layer
         candidates = [(share, i) for i, share in enumerate(now) if positions[i] not in kept_always]
         if not candidates or (number is None and min(candidates)[0] >= threshold):
             break

@@ -105,6 +105,11 @@ class Refinement:
     def _check_indicator(self) -> None:
         if self.indicator is not None:
             check_indicator(self.indicator)
+            if isinstance(self.indicator, Criterion) and self.indicator.measuring is not None:
+                raise ValueError(
+                    "indicator must not watch the training, which nothing asks it to do before a round, got a "
+                    f"{type(self.indicator).__name__} with measuring: take a name, a function, or scores of the model"
+                )
         if self.loss is not None and self.named is None:
             raise ValueError("loss must be left out with an indicator of your own, which is called without one")
         if self.data is not None:
@@ -217,6 +222,12 @@ class Refiner:
                 f"target_blocks must be more than {present}, the number of layers of the model, got {target}: nothing "
                 "would come; train without refinement"
             )
+        steps = self.steps
+        if steps.rule.adds_up and target * (bound := steps.lower_bound or 0.0) > steps.horizon * (1.0 + 1e-9):
+            raise ValueError(
+                f"target_blocks must leave each step its lower bound {bound:g} in the horizon {steps.horizon:g} of "
+                f"constraint {steps.constraint!r}, got {target}: take fewer layers, or lower the bound"
+            )
         closed = self._closed()
         if len(closed) == present:
             layer, reason = max(closed.items())
@@ -263,7 +274,7 @@ class Refiner:
         self._born = {number: born for number, born in self._born.items() if iteration < born + self.rest}
         missing = max(0, self.policy.target_blocks - self.steps.num_steps) if left else 0
         try:
-            chosen = self._choose(missing, left, batch) if missing else {}
+            chosen = self._choose(missing, left, batch, averages) if missing else {}
         except NotFinite as error:
             if not self.needs_batch:
                 raise
@@ -305,18 +316,22 @@ class Refiner:
         """Plain data for a checkpoint, or another process."""
         born = [list(each) for each in self._born.items()]
         plain = {"rest": self.rest, "done": self.done, "missing": self.missing}
-        return {"rounds": asdict(self.rounds), "born": born, **plain}
+        indicator = self.policy.indicator.state() if isinstance(self.policy.indicator, Criterion) else {}
+        return {"rounds": asdict(self.rounds), "born": born, "indicator": indicator, **plain}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state`."""
         self.rounds, self.rest = Rounds(**state["rounds"]), state["rest"]
         self.done, self.missing = state["done"], state["missing"]
         self._born = dict(state["born"])
+        if isinstance(self.policy.indicator, Criterion):
+            self.policy.indicator.load_state(state.get("indicator", {}))
 
-    def _closed(self) -> dict[int, str]:
-        """Positions that cannot be refined now, with the reasons."""
-        policy = self.policy
-        closed = closed_layers(check_refinable(self.model), policy.by, policy.theta, policy.layer)
+    def _closed(self, averages: Sequence[nn.Module] = ()) -> dict[int, str]:
+        """Positions that cannot be refined now, in the model or in an average, with the reasons."""
+        policy, closed = self.policy, dict[int, str]()
+        for each in (self.model, *averages):
+            closed |= closed_layers(check_refinable(each), policy.by, policy.theta, policy.layer)
         if policy.named is not None:
             closed = not_refined(self.model, policy.named, policy.layer) | closed
         return closed
@@ -326,10 +341,12 @@ class Refiner:
         """How many layers are refined in a round."""
         return min(missing, max(wanted, math.ceil(missing / left)))
 
-    def _choose(self, missing: int, left: int, batch: Any) -> dict[int, float]:
+    def _choose(self, missing: int, left: int, batch: Any, averages: Sequence[nn.Module]) -> dict[int, float]:
         """Positions of the layers that are refined now, in order, with their indicators."""
-        policy, closed = self.policy, self._closed()
-        if len(closed) == self.steps.num_steps:
+        policy, closed = self.policy, self._closed(averages)
+        grids = [time_steps_of(each) for each in (self.model, *averages)]
+        room = min(each.rule.room(each.values.detach()) for each in grids) if policy.by == "insert" else math.inf
+        if len(closed) == self.steps.num_steps or room < 1:
             return {}
         data = batch() if self.needs_batch else policy.data
         given = policy.named if policy.named is not None else policy.indicator
@@ -337,5 +354,5 @@ class Refiner:
         eta = indicators(self.model, given, data, self.loss, theta=policy.theta, layer=policy.layer).cpu()
         eta[list(closed)] = math.nan
         wanted = (policy.number or 1) if policy.bulk is None else len(smallest_set(eta, policy.bulk, closed))
-        number = min(self._number(missing, left, wanted), int((~eta.isnan()).sum()))
+        number = int(min(self._number(missing, left, wanted), int((~eta.isnan()).sum()), room))
         return {l: float(eta[l]) for l in largest(eta, number, closed)} if number else {}

@@ -11,6 +11,7 @@ References:
 """
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -135,6 +136,10 @@ class Constraint:
         """Positions among ``number`` layers behind which no step can be inserted, each with the reason."""
         return {}
 
+    def room(self, values: Float[Tensor, " values"]) -> float:
+        """How many more steps of the lower bound there is room for."""
+        return math.inf
+
 
 class Stored(Constraint):
     """The values are the steps, also after a refinement."""
@@ -202,13 +207,10 @@ class Dependent(Constraint):
         return functional.split_steps(self.tau(values), indices, theta)[:-1]
 
     def insert(self, values: Tensor, behind: Sequence[int]) -> Tensor:
-        size = self.lower_bound or 0.0
-        if size and float(self.raw_tau(values)[-1]) < (len(behind) + 1) * size:
-            raise ValueError(
-                f"lower_bound must leave the dependent last step room for {len(behind)} more of {size:g}, got a last "
-                f"step of {float(self.raw_tau(values)[-1]):g}: insert fewer, split, or lower the bound"
-            )
-        return functional.insert_steps(values, behind, size)
+        return functional.insert_steps(values, behind, self.lower_bound or 0.0)
+
+    def room(self, values: Tensor) -> float:
+        return math.floor(self.raw_tau(values)[-1] / self.lower_bound + 1e-9) - 1 if self.lower_bound else math.inf
 
     def not_inserted(self, number: int) -> dict[int, str]:
         return {number - 1: "the dependent step, T minus the others, must stay the last"}
@@ -233,13 +235,11 @@ class Simplex(Stored):
         return self.projected(super().keep(values, indices))
 
     def insert(self, values: Tensor, behind: Sequence[int]) -> Tensor:
-        more, size = super().insert(values, behind), self.lower_bound or 0.0
-        if size * len(more) > self.horizon:
-            raise ValueError(
-                f"lower_bound * {len(more)} must not exceed the horizon {self.horizon:g}, got {size:g}: insert fewer, "
-                "or lower the bound"
-            )
-        return self.projected(more) if size else more  # with steps of 0 the sum is what it was
+        more = super().insert(values, behind)
+        return self.projected(more) if self.lower_bound else more  # with steps of 0 the sum is what it was
+
+    def room(self, values: Tensor) -> float:
+        return math.floor(self.horizon / self.lower_bound + 1e-9) - len(values) if self.lower_bound else math.inf
 
 
 CONSTRAINTS: dict[str, type[Constraint]] = {each.name: each for each in (Free, Fixed, Dependent, Simplex)}

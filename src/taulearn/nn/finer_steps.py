@@ -45,6 +45,12 @@ def split(steps: TimeSteps, indices: Sequence[int], theta: float = 0.5) -> Tenso
 def insert(steps: TimeSteps, behind: Sequence[int]) -> Tensor:
     """The parameter vector after steps were inserted behind these."""
     _refuse("behind", behind, steps.rule.not_inserted(steps.num_steps))
+    if len(behind) > (room := steps.rule.room(steps.values)):
+        raise ValueError(
+            f"lower_bound must leave room for {len(behind)} more steps of {steps.lower_bound:g} in the horizon "
+            f"{steps.horizon:g} of constraint {steps.constraint!r}, got room for {max(0, room):g}: insert fewer, "
+            "split, or lower the bound"
+        )
     return steps.changed("insert", steps.num_steps + len(behind), behind)
 
 

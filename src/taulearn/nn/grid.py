@@ -112,6 +112,7 @@ def regrow(prunable: Any, grid: Grid) -> dict[Any, Any]:
         for i, layer in made.items():
             kin |= zip(layer.parameters(), prunable.layers[sources[i]].parameters(), strict=True)
         entries = torch.tensor(steps.rule.entries(sources), device=steps.values.device)
-        kin |= prunable.grow_layers_(sources, made, steps.values[entries.clamp(max=len(steps.values) - 1)]) or {}
+        values = torch.cat([steps.values, steps.values.new_zeros(1)])[entries.clamp(max=len(steps.values))]
+        kin |= prunable.grow_layers_(sources, made, values) or {}  # a dependent step had none
     steps.take_grid_(grid)
     return kin

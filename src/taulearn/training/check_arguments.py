@@ -83,6 +83,8 @@ def check_policies(pruning: Pruning | None, refinement: "Refinement | None", pen
         return
     if not isinstance(pruning, Pruning):
         raise TypeError(f"pruning must be a Pruning policy, got {pruning!r}: write pruning=taulearn.Pruning(0.01)")
+    if pruning.survivors == "one" and refinement is not None:
+        raise ValueError("survivors must be 'free' beside a refinement, whose new layers have small steps, got 'one'")
     if pruning.targeted and pruning.penalised != "none":
         from ..adaptivity.target import SteeredL1
 

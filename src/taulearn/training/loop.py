@@ -12,7 +12,11 @@ import numpy as np
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ..adaptivity.coarsen import deleted_layers
+from ..adaptivity.estimate import shares_of
 from ..adaptivity.optimizer_state import check_holds_steps
+from ..adaptivity.transaction import check_averaged
+from ..nn.pruned_models import prunable_of
 from ..nn.time_steps import time_steps_of
 from ..optim.projections import suspended_projections
 from .batches import LoaderBatches, TensorBatches
@@ -20,7 +24,7 @@ from .check_arguments import Metric, steps_each_iteration
 from .distributed import CHANGED, TrainingRanks, change_alike
 from .events import Diverged, EpochEnd, Interrupted, StopTraining
 from .fast.compiler import worth_compiling
-from .history import FLUSH_EVERY, History
+from .history import FLUSH_EVERY, Deletion, History
 from .interruption import deferred
 from .objective import Objective, StepOptions
 from .parts import Parts, Position, Start
@@ -242,14 +246,14 @@ class Loop:
         end = EpochEnd(
             epoch + 1, position.iteration, row, self.model, self.parts.optimizer, tuple(self.recorder.deletions)
         )
-        stop, layers = epoch + 1 == self.settings.epochs, self.steps.origin
+        stop, before = epoch + 1 == self.settings.epochs, self._layers() if self.settings.callbacks else {}
         for callback in self.settings.callbacks:
             try:
                 callback(end)
             except StopTraining:
                 stop = position.stopped = True
-        if self.steps.origin != layers:
-            self._follow_callbacks(epoch, layers)
+        if before and self.steps.origin != tuple(before):
+            self._follow_callbacks(epoch, before)
         stop, position.stopped = self.ranks.any(stop), self.ranks.any(position.stopped)
         self.ranks.same(f"the time steps after iteration {position.iteration}", self.steps.tau.tolist(), CHANGED)
         if stop and self.folder is not None:
@@ -260,11 +264,22 @@ class Loop:
             raise self._interrupted()
         return stop
 
-    def _follow_callbacks(self, epoch: int, before: Sequence[int]) -> None:
-        """Go on with the layers that a callback left, which found those of these numbers."""
+    def _layers(self) -> dict[int, tuple[float, int]]:
+        """By the numbers of the layers, what a record of their deletion says: share and variables."""
+        model = prunable_of(self.model)
+        sizes = shares_of(self.steps.tau.detach(), model.scheme.step_power).tolist()
+        return {each.layer: (each.share, each.parameters) for each in deleted_layers(model, enumerate(sizes))}
+
+    def _follow_callbacks(self, epoch: int, before: Mapping[int, tuple[float, int]]) -> None:
+        """Go on with the layers that a callback left, which found these."""
         check_holds_steps(self.parts.optimizer, self.model, "hand it to taulearn.refine and prune")
+        if self.parts.averaged is not None:
+            check_averaged(self.parts.averaged, self.model)
+        gone = {number: what for number, what in before.items() if number not in self.steps.origin}
+        now = self.position.iteration
+        self.recorder.deletions += [Deletion(now, epoch + 1, number, *what) for number, what in gone.items()]
         self.session.note_new_layers(epoch + 1)
-        self.session.policies.follow_grid(self.position.iteration, before)
+        self.session.policies.follow_grid(now, [*before])
         self.position.compiled = self.position.compiled and self._decide_compile()
         self.engine.rebuild(self.position.compiled)
 

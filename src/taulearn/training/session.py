@@ -253,9 +253,16 @@ class Session:
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
                         self._add(parameter, gradient if scale is None else gradient * scale)
+        if self._leader is None and not self._begun and self._others_left_out(optimizer):
+            return  # it is not known yet which one steps first
         self._begun.append(optimizer)
         if self._taken is None:
             self._taken = self.row.pack(columns).unsqueeze(0)
+
+    def _others_left_out(self, optimizer: Any) -> bool:
+        """Whether another optimiser takes no step now, as its gradients are not finite."""
+        others = parameters_held([each for each in self.optimizers if each is not optimizer])
+        return any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in others)
 
     def _begin(self) -> None:
         """Forget the iteration that is under way."""
@@ -305,8 +312,10 @@ class Session:
             return False
         self._added.clear()
         constrain_(self.model, optimizer, self.penalties)
+        if self._taken is None:
+            return False
         self._stepped.append(optimizer)
-        if self._taken is None or len(self._stepped) < len(self.optimizers):
+        if len(self._stepped) < len(self.optimizers):
             return False
         self.take(self._taken)
         if "loss" in self._told:

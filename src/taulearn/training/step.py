@@ -227,7 +227,7 @@ class Engine:
         batch, pieces = start, self.batches.split(order)
         # callbacks had control between two epochs
         unchanged = self.fused is not None and self.fused.unchanged()
-        values = self.values if self.values is not None and self.values.unchanged() else None
+        stale = self.values if self.values is not None and not self.values.unchanged() else None
         while batch < len(self.batches):
             stops = [every - iteration % every for every in self.intervals]
             if self.refiner is not None and (following := self.refiner.next(iteration)) is not None:
@@ -241,6 +241,7 @@ class Engine:
             if rows is None:
                 (index, _), samples = self.ranks.share((pieces[batch], None))
                 inputs, targets = self.batches.gather(index)
+                values = None if self.values is stale else self.values
                 compiled = (self.evaluate, values) if batch < self.batches.full else ()
                 rows = self._plain(measured, inputs, targets, samples, *compiled)
             batch += len(rows)
