@@ -20,7 +20,20 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import taulearn
 from small_networks import assert_same_bits, network as small
-from taulearn import Pruning, Refinement, TimeSteps, adjoint, attach, data, diagnostics, prune, refine, unwrap, wrap
+from taulearn import (
+    Criterion,
+    Pruning,
+    Refinement,
+    TimeSteps,
+    adjoint,
+    attach,
+    data,
+    diagnostics,
+    prune,
+    refine,
+    unwrap,
+    wrap,
+)
 from taulearn.adaptivity.estimate import MEASURED, Power
 from taulearn.calibration import recalibrate_
 from taulearn.caputo import ExponentialKernel, derivative, exponential_memory, l1_weights, solve
@@ -563,6 +576,16 @@ def wrapped() -> nn.Module:
     return wrap(sequential(), example_inputs=torch.ones(1, 4))
 
 
+class Watching(Criterion):
+    """It watches the training."""
+
+    def scores(self, model: nn.Module) -> Tensor:
+        return torch.ones(5)
+
+    def measuring(self) -> Any:
+        return warnings.catch_warnings()
+
+
 def surviving(model: nn.Module) -> None:
     """A target whose survivors are 1, for a model that may not allow it."""
     attach(model, sgd(model), pruning=Pruning(target_blocks=2, survivors="one"), iterations=50)
@@ -685,6 +708,21 @@ PRUNING = [
     R(ValueError, "loss", lambda: Pruning(target_blocks=3, loss=mse_loss), ("criterion",)),
     R(ValueError, "survivors", lambda: Pruning(target_blocks=3, survivors="ones"), ("'ones'", "'one'")),
     R(ValueError, "survivors", lambda: Pruning(survivors="one"), ("target", "'one'")),
+    R(
+        ValueError,
+        "survivors",
+        on(
+            lambda: resnet(3, 4, 2, 5, init=1.0, horizon=5.0),
+            lambda model: attach(
+                model,
+                sgd(model),
+                pruning=Pruning(target_blocks=2, survivors="one"),
+                refinement=Refinement(9),
+                iterations=50,
+            ),
+        ),
+        ("refinement", "'one'"),
+    ),
     R(ValueError, "survivors", lambda: Pruning(target_blocks=3, penalised="all", survivors="one"), ("'all'",)),
     *[
         R(ValueError, "survivors", on(make, surviving), says)
@@ -761,6 +799,7 @@ REFINEMENT = [
     *each(ValueError, "target_blocks", lambda number: Refinement(number), 0, True, 2.5, None),
     *each(ValueError, "every", lambda every: Refinement(9, every=every), 0, True, "epochs", 1.5),
     *each(ValueError, "number", lambda number: Refinement(9, number=number), 0, True, 0.5),
+    R(ValueError, "indicator", lambda: Refinement(9, indicator=Watching()), ("Watching", "measuring")),
     *each(ValueError, "bulk", lambda bulk: Refinement(9, bulk=bulk), 0.0, 1.5, NAN),
     *each(ValueError, "theta", lambda theta: Refinement(9, theta=theta), 0.0, 1.0, NAN, "half"),
     *each(ValueError, "until", lambda until: Refinement(9, until=until), 0, 0.0, 1.5, NAN, True, "half"),

@@ -121,6 +121,15 @@ class TestGradient:
             )
             assert_autograd(network, *draw_batch(3, 2))
 
+    @pytest.mark.parametrize("constraint", ["free", "dependent"])
+    def test_steps_that_are_held_get_none(self, constraint: str) -> None:
+        torch.manual_seed(0)
+        network = resnet(3, 4, 2, 4, activation="tanh", constraint=constraint, dtype=DOUBLE)
+        network.time_steps.held = frozenset({0, 2})
+        assert_autograd(network, *draw_batch(3, 2))
+        gradient = adjoint.gradients(network, *draw_batch(3, 2), mse_loss)["time_steps.values"]
+        assert (gradient == 0).tolist()[:3] == [True, False, True]
+
     def test_cross_entropy_and_the_papers_loss(self) -> None:
         network = fractional_dnn(3, 4, 2, 4, dtype=DOUBLE)
         x, y = draw_batch(3, 2)

@@ -161,3 +161,9 @@ class TestHalfMSELoss:
         output, target = draw(6, 3).requires_grad_(), draw(6, 3)
         half_mse_loss(output, target).backward()
         torch.testing.assert_close(output.grad, (output.detach() - target) / 6, rtol=1e-14, atol=1e-15)
+
+
+def test_a_simplex_far_from_its_entries() -> None:
+    """The largest one takes all, however large; single precision has no room for both."""
+    assert project_simplex(torch.tensor([1e8, 0.0, 0.0]), 1.0).tolist() == [1.0, 0.0, 0.0]
+    assert project_simplex(torch.tensor([-1e8, -1e8, 0.0]), 1.0, lower=0.25).tolist() == [0.25, 0.25, 0.5]

@@ -143,6 +143,7 @@ def test_scores_that_were_measured_are_in_the_report() -> None:
     assert report.scores == {2: 0.5, 3: 2.0, 4: 1.25}, "the first one stays"
     assert str(report).endswith("\nscores of the layers before: 2: 0.5, 3: 2, 4: 1.25")
     assert len({report, report}) == 1
+    assert not prune(model, 0.5, criterion=lambda tau, _: torch.zeros(3)), "it says nothing of any layer"
     nothing = prune(model, 1e-6, criterion=lambda tau, _: torch.tensor([5.0, 2.0, 1.25]))
     assert str(nothing).startswith("no layer deleted")
     assert str(nothing).endswith("3: 2, 4: 1.25")

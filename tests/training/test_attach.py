@@ -500,6 +500,26 @@ class TestSeveralOptimisers:
             assert session.iteration - counted == (iteration != 1)
         np.testing.assert_array_equal(session.history.iterations["loss"], [0.0, 1.5, 3.0, 4.0])
 
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_before_the_first_round_a_skipped_one_shifts_none(self, order: int) -> None:
+        """As GradScaler does it, which leaves out steps whose gradients overflow, mostly the first ones."""
+        model = network()
+        optimizers = [sgd(model.layers, lr=0.01), torch.optim.SGD([model.time_steps.values], lr=0.01)][::order]
+        session = attach(model, optimizers)
+        found = []
+        for iteration in range(4):
+            for each in optimizers:
+                each.zero_grad()
+            loss = LOSS(model(digits(40)[0]), digits(40)[1])
+            found.append(model.time_steps.tau.tolist())
+            session.loss(loss).backward()
+            if iteration == 0:
+                next(model.layers.parameters()).grad.fill_(torch.inf)
+            for each in optimizers:
+                if all(bool(p.grad.isfinite().all()) for p in each.param_groups[0]["params"]):
+                    each.step()
+        np.testing.assert_array_equal(session.history.iterations["tau"], np.array(found[1:], dtype=np.float32))
+
     def test_penalties_act_where_each_has_its_own_backward(self) -> None:
         model, plain = network(), network()
         for net in (model, plain):

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from taulearn import load_model, prune, refine
+from taulearn import Pruning, Refinement, load_model, parameter_groups, prune, refine
+from taulearn.nn import resnet_v2
+from taulearn.optim import SteepestDescent
 from taulearn.penalties import L1, Distillation, StageCost
 from taulearn.training import EpochEnd, History
 from taulearn.training.thinned_records import thinned
@@ -190,3 +192,65 @@ def test_only_what_is_new_trains_in_a_run_that_is_resumed_too(tmp_path: Path) ->
     loaded: Any = load_model(tmp_path / "whole")
     assert all(p.requires_grad for p in loaded.parameters())
     assert not loaded.time_steps.held
+
+
+@pytest.mark.parametrize(("layers", "target"), [(6, 2), (7, 4)])
+def test_a_target_counts_what_a_callback_deletes(layers: int, target: int) -> None:
+    model = network(layers)
+    optimizer, before = sgd(model), dict[int, float]()
+
+    def callback(end: EpochEnd) -> None:
+        if end.epoch == 2:
+            tau = model.time_steps.tau.detach()
+            before.update(zip(model.time_steps.origin, (tau.abs() / tau.abs().sum()).tolist(), strict=True))
+            prune(model, keep=range(model.time_steps.num_steps - 2), optimizer=optimizer)
+
+    history = run_fit(model, digits(), optimizer, epochs=8, pruning=Pruning(target_blocks=target), callbacks=[callback])
+    assert model.time_steps.num_steps == target
+    assert sorted(d.layer for d in history.deletions) == sorted(set(range(layers)) - set(model.time_steps.origin))
+    by_callback = [d for d in history.deletions if (d.iteration, d.epoch) == (10, 2) and d.layer >= layers - 2]
+    assert [d.layer for d in by_callback] == [layers - 2, layers - 1]
+    assert [d.share for d in by_callback] == pytest.approx([before[d.layer] for d in by_callback], rel=1e-6)
+    assert [d.parameters for d in by_callback] == [WEIGHTS + 1] * 2
+
+
+def test_a_callback_that_leaves_the_average_behind_is_told() -> None:
+    model = network()
+    optimizer = sgd(model)
+
+    def callback(end: EpochEnd) -> None:
+        prune(model, keep=[0, 1, 2], optimizer=optimizer)
+
+    with pytest.raises(ValueError, match="averaged must average this model"):
+        run_fit(model, digits(), optimizer, averaged=AveragedModel(model), callbacks=[callback])
+
+
+def test_one_layer_with_a_dependent_step_goes_on_with_what_it_became(tmp_path: Path) -> None:
+    images, classes = digits(40)
+
+    def run(epochs: int, *, resume: bool) -> tuple[Any, History]:
+        torch.manual_seed(0)
+        model = resnet_v2(1, 10, 1, 4, constraint="dependent")
+        policy = Refinement(2, until=1)
+        options = {"epochs": epochs, "refinement": policy, "run": tmp_path, "resume": resume}
+        return model, run_fit(model, (images, classes), sgd(model), **options)
+
+    refined = run(2, resume=False)[0].time_steps
+    model, history = run(3, resume=True)
+    assert model.time_steps.grid == refined.grid
+    assert history.epochs["layers"].tolist() == [1, 2, 2, 2]
+    assert float(model.time_steps.tau.detach().sum()) == pytest.approx(1.0)
+
+
+def test_compiled_values_are_those_of_the_layers_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line search whose objective would be compiled, within an epoch; nothing is compiled here."""
+    monkeypatch.setattr("taulearn.training.fast.line_search.compile_once", lambda function, **_: function)
+    histories = []
+    for compiled in ("never", "always"):
+        model = network(init=[0.3, 0.3, 0.0005, 0.3, 0.3])
+        pruning = Pruning(0.01, every=2, criterion="share")
+        optimizer = SteepestDescent(parameter_groups(model, 0.05))
+        histories.append(run_fit(model, digits(), optimizer, pruning=pruning, compile=compiled, epochs=2))
+        assert model.time_steps.origin == (0, 1, 3, 4)
+    eager, fast = (history.iterations["total"] for history in histories)
+    np.testing.assert_allclose(fast, eager, rtol=1e-6)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from taulearn import Pruning, Refinement, attach, parameter_groups, refine
+from taulearn import Criterion, Pruning, Refinement, attach, parameter_groups, refine
 from taulearn.adaptivity.adaptation import Adaptation
 from taulearn.adaptivity.indicators import indicators
 from taulearn.adaptivity.refiner import Rounds, rounds_for
@@ -366,3 +366,75 @@ def test_what_attach_lacks() -> None:
     session.loss(LOSS(model(x), z)).backward()
     with pytest.raises(ValueError, match=r"data must be given .* session\.loss"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(("constraint", "most"), [("dependent", 9), ("simplex", 10)])
+def test_no_more_steps_come_than_have_room(constraint: str, most: int) -> None:
+    """The horizon is 1, and no step may be below .1."""
+    with pytest.raises(ValueError, match=r"target_blocks must leave .* got 11"):
+        trained(Refinement(11, by="insert"), sgd, network(constraint=constraint, lower_bound=0.1))
+    model = network(constraint=constraint, lower_bound=0.1, init=[0.1] * 4 + [0.6])
+    with torch.no_grad():
+        model.time_steps.values.requires_grad_(False)  # so that the room is known
+    policy = Refinement(10, by="insert", until=1.0, every=5, indicator=lambda tau, model: torch.ones(len(tau)))
+    if most < 10:
+        with pytest.warns(UserWarning, match=f"{most} layers, target_blocks=10 asked for"):
+            trained(policy, lambda m: sgd(m, 0.0), model)
+    else:
+        trained(policy, lambda m: sgd(m, 0.0), model)
+    assert model.time_steps.num_steps == most
+    assert float(model.time_steps.tau.sum()) == pytest.approx(1.0)
+    assert float(model.time_steps.tau.min()) >= 0.1 - 1e-6
+
+
+def test_a_layer_whose_half_an_average_does_not_allow_is_not_split() -> None:
+    model = network(3, init=[0.4, 0.25, 0.35], lower_bound=0.1)
+    averaged = AveragedModel(model)
+    with torch.no_grad():
+        averaged.module.time_steps.values[1] = 0.15
+    averaged.n_averaged.fill_(10**6)  # so that it stays there
+    policy = Refinement(4, until=0.25, indicator=lambda tau, model: torch.tensor([0.0, 9.0, 1.0]))
+    _, history = trained(policy, sgd, model, averaged=averaged)
+    assert [each.parent for each in history.insertions] == [2]
+    assert averaged.module.time_steps.num_steps == 4
+
+
+class Ages(Criterion):
+    """So many rounds since a layer came."""
+
+    def __init__(self, number: int) -> None:
+        self.ages = torch.ones(number)
+
+    def scores(self, model: nn.Module) -> torch.Tensor:
+        return self.ages
+
+    def keep_(self, indices: Any) -> None:
+        self.ages = self.ages[list(indices)]
+
+    def grow_(self, sources: Any, new: Any) -> None:
+        self.ages = self.ages[list(sources)] + 1.0
+        self.ages[list(new)] = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"ages": self.ages}
+
+    def load_state(self, state: Any) -> None:
+        self.ages = state["ages"]
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_an_indicator_that_is_an_object_follows_the_grid(pruned: bool, tmp_path: Path) -> None:
+    def run(folder: Path, *callbacks: Any, **options: Any) -> tuple[Any, History]:
+        ages = Ages(5)
+        pruning = Pruning(1e-9, criterion=ages) if pruned else None
+        policy = Refinement(8, indicator=ages, until=1.0)
+        return trained(policy, sgd, run=folder, pruning=pruning, callbacks=callbacks, **options)
+
+    model, history = run(tmp_path / "whole")
+    assert model.time_steps.num_steps == 8
+    assert all(each.parent < 5 for each in history.insertions), "the youngest have the smallest indicators"
+    with pytest.raises(Crash):
+        run(tmp_path / "broken", crash_after(3))
+    again, goes_on = run(tmp_path / "broken", resume=True)
+    assert_same_history(goes_on, history)
+    assert_same_weights(again, model)
