@@ -42,7 +42,7 @@ from torch.autograd import forward_ad
 from . import caputo
 from ._errors import unknown_name
 from ._table import format_table
-from .caputo.weight_derivatives import WeightDerivatives
+from .caputo._rows import BLOCK, cotangent_of_steps
 from .nn.builders import FlattenInput, FullyConnected
 from .nn.integrators import LocalScheme
 from .nn.network import TimeVariableNetwork
@@ -259,8 +259,9 @@ class _Adjoint:
             return along_f
         gamma, tau = self.gamma, self.tau.double()
         differences = self._differences()
-        derivatives = WeightDerivatives(tau, gamma, memory_from=self.network.scheme.memory_from)
-        memory = torch.stack([(derivatives.of(l) * differences).sum() for l in range(self.N)])
+        if self.network.scheme.memory_from == 1:
+            differences[:, 0] = 0.0
+        memory = cotangent_of_steps(tau, gamma, differences.split(BLOCK))
         own = gamma * tau ** (gamma - 1.0) * math.gamma(2.0 - gamma) * along_f.double()
         return (own - memory).to(self.tau.dtype)
 

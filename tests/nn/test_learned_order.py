@@ -32,7 +32,6 @@ from taulearn.caputo import l1_weights
 from taulearn.caputo.weights import plain_left_weights
 from taulearn.export import export_model
 from taulearn.nn import Fractional, FractionalLearned, LearnedOrder, TimeVariableNetwork, fractional_dnn
-from taulearn.nn.learned_order import gamma_function
 
 DOUBLE = torch.float64
 mse = nn.functional.mse_loss
@@ -365,15 +364,6 @@ def test_refinement_follows() -> None:
     prune(model, keep=[0, 2, 4], optimizer=optimizer)
     mse(model(x), z).backward()
     optimizer.step()
-
-
-def test_gamma_function() -> None:
-    x = torch.linspace(1.0, 2.0, 41, dtype=DOUBLE, requires_grad=True)
-    found = gamma_function(x)
-    expected = [float(mpmath.gamma(float(each))) for each in x.detach()]
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-14)
-    slope = [float(mpmath.gamma(float(each)) * mpmath.digamma(float(each))) for each in x.detach()]
-    np.testing.assert_allclose(torch.autograd.grad(found.sum(), x)[0].numpy(), slope, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("made", [network, per_layer])

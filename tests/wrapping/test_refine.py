@@ -212,10 +212,10 @@ def test_a_block_of_ones_own() -> None:
 
 
 @both_forms
-@pytest.mark.parametrize("where", ["grow_", "_insert", "follow_lists", "install", "observe"])
+@pytest.mark.parametrize("where", ["grow_", "change_lists", "follow_lists", "install", "observe"])
 def test_when_anything_fails_all_is_as_before(form: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from taulearn.nn.time_steps import TimeSteps
-    from taulearn.wrapping import add_blocks, configurations
+    from taulearn.wrapping import add_blocks, configurations, remove_blocks
 
     host = BY_NAME["gpt2"]
     model, inputs = host.wrapped(form=form, init=0.8), host.inputs()
@@ -224,7 +224,8 @@ def test_when_anything_fails_all_is_as_before(form: str, where: str, monkeypatch
     output = evaluated(model, inputs)
     picture = Picture(model, averaged, optimizer)
     held = [(dict(vars(module)), id(vars(module).get("config"))) for module in model.modules()]
-    owner: Any = {"grow_": TimeSteps, "follow_lists": configurations}.get(where, add_blocks)
+    owners = {"grow_": TimeSteps, "follow_lists": configurations, "change_lists": remove_blocks}
+    owner: Any = owners.get(where, add_blocks)
     original, calls = getattr(owner, where), []
 
     def failing(*args: Any, **options: Any) -> Any:

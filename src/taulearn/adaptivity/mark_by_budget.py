@@ -1,7 +1,8 @@
 """Budgets of a deletion: a number of layers, or as many as a forward pass of so many milliseconds allows."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -87,17 +88,8 @@ def within_latency(model: nn.Module, order: Sequence[int], number: int, budget: 
             f"budget['latency_ms'] must be at least what the smallest model takes, got {limit:g}: with "
             f"{number - len(order)} of {number} layers it takes {time(len(order)):.3g} ms on this machine"
         )
-    deletions = _smallest(lambda k: time(k) <= limit, len(order))
+    deletions = bisect_left(range(len(order)), True, key=lambda k: time(k) <= limit)
     return deletions, time(deletions)
-
-
-def _smallest(fits: Callable[[int], bool], last: int) -> int:
-    """The smallest number up to ``last``, which fits, from which on all fit."""
-    low, high = 0, last
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return high
 
 
 def _time_without(model: nn.Module, gone: set[int], inputs: Any) -> float:

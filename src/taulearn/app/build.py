@@ -39,21 +39,13 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.flo
 
 
 class Splits(NamedTuple):
-    """The data of a training.
+    """The data of a training."""
 
-    Attributes:
-        train: What the network learns from.
-        validation: What it is evaluated on after each epoch; the test data where the set has nothing else.
-        test: What it is evaluated on at the end.
-        classes: Number of classes, None for values.
-        notes: For the run's record, of data of one's own.
-    """
-
-    train: Samples
-    validation: Samples
-    test: Samples
-    classes: int | None
-    notes: Mapping[str, str] = MappingProxyType({})
+    train: Samples  # what the network learns from
+    validation: Samples  # what it is evaluated on after each epoch; the test data where the set has nothing else
+    test: Samples  # what it is evaluated on at the end
+    classes: int | None  # number of classes, None for values
+    notes: Mapping[str, str] = MappingProxyType({})  # for the run's record, of data of one's own
 
 
 _LOSSES: dict[str, Loss] = {

@@ -68,20 +68,13 @@ def finished_run(
 
 @dataclass(frozen=True)
 class Pruned:
-    """The result of :func:`prune_run`.
+    """The result of :func:`prune_run`."""
 
-    Attributes:
-        report: What was deleted.
-        model: The network as it is now.
-        before: Loss and, for classes, accuracy on the test data before.
-        after: The same after.
-        least: Number at the start and share of the layer that would go first now; None where none can go.
-    """
-
-    report: PruneReport
-    model: nn.Module
-    before: dict[str, float]
-    after: dict[str, float]
+    report: PruneReport  # what was deleted
+    model: nn.Module  # the network as it is now
+    before: dict[str, float]  # loss and, for classes, accuracy on the test data before
+    after: dict[str, float]  # the same after
+    # number at the start and share of the layer that would go first now; None where none can go
     least: tuple[int, float] | None
 
 
@@ -120,23 +113,14 @@ def prune_run(
 
 @dataclass(frozen=True)
 class Cut:
-    """The result of :func:`cut_run`.
+    """The result of :func:`cut_run`."""
 
-    Attributes:
-        report: What was deleted.
-        decision: Why, where that was to be found out.
-        chosen_on: The data on which the depth was chosen: "validation" or "test".
-        model: The network as it is now.
-        before: Loss and, for classes, accuracy on the test data before.
-        after: The same after.
-    """
-
-    report: PruneReport
-    decision: DepthDecision | None
-    chosen_on: str
-    model: nn.Module
-    before: dict[str, float]
-    after: dict[str, float]
+    report: PruneReport  # what was deleted
+    decision: DepthDecision | None  # why, where that was to be found out
+    chosen_on: str  # the data on which the depth was chosen: "validation" or "test"
+    model: nn.Module  # the network as it is now
+    before: dict[str, float]  # loss and, for classes, accuracy on the test data before
+    after: dict[str, float]  # the same after
 
 
 def cut_run(

@@ -111,22 +111,14 @@ Kind = Literal["started", "epoch", "finished", "failed", "skipped", "died"]
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a member.
+    """Something that happened to a member."""
 
-    Attributes:
-        kind: "started", "epoch" (one more is done), "finished", "failed", "skipped" (another process is at it), or
-            "died" (the process that trained it did).
-        member: Its name.
-        epoch: Number of finished epochs.
-        seconds: How long the member has taken, in this sitting.
-        text: What to tell.
-    """
-
+    # "epoch": one more is done; "skipped": another process is at it; "died": the process that trained it did
     kind: Kind
-    member: str
-    epoch: int = 0
-    seconds: float = 0.0
-    text: str = ""
+    member: str  # its name
+    epoch: int = 0  # number of finished epochs
+    seconds: float = 0.0  # how long the member has taken, in this sitting
+    text: str = ""  # what to tell
 
 
 Report = Callable[[Event], None]

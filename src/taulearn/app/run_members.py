@@ -26,19 +26,12 @@ from .members import Busy, Event, Member, Report, is_finished, run_member
 
 @dataclass
 class Outcome:
-    """How a run of many members ended.
+    """How a run of many members ended."""
 
-    Attributes:
-        finished: Names of the members that are finished now.
-        skipped: Names of those that were finished before.
-        failed: What went wrong, by name.
-        elsewhere: Names of those that another process trains.
-    """
-
-    finished: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    elsewhere: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)  # names of the members that are finished now
+    skipped: list[str] = field(default_factory=list)  # names of those that were finished before
+    failed: dict[str, str] = field(default_factory=dict)  # what went wrong, by name
+    elsewhere: list[str] = field(default_factory=list)  # names of those that another process trains
 
 
 def run_members(
@@ -102,17 +95,11 @@ def run_members(
 
 @dataclass(frozen=True)
 class Options:
-    """Options of engines, besides the members.
+    """Options of engines, besides the members."""
 
-    Attributes:
-        workers: Number of processes; None: one per core.
-        threads: CPU threads of each member.
-        address: Address of a Ray cluster; None: Ray's own choice, a cluster in this machine.
-    """
-
-    workers: int | None = None
-    threads: int = 1
-    address: str | None = None
+    workers: int | None = None  # number of processes; None: one per core
+    threads: int = 1  # CPU threads of each member
+    address: str | None = None  # address of a Ray cluster; None: Ray's own choice, a cluster in this machine
 
 
 Engine = Callable[[Sequence[Member], Path, Report, Options], None]

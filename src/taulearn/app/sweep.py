@@ -42,19 +42,12 @@ MOST = 10_000
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's members, and what varies over them.
+    """A sweep's members, and what varies over them."""
 
-    Attributes:
-        name: That of its file.
-        members: All trainings, seed by seed.
-        varied: Names of the settings that vary, "label" where entries of a list have one.
-        points: By setting's name: its values of what varies.
-    """
-
-    name: str
-    members: tuple[Member, ...]
-    varied: tuple[str, ...]
-    points: Mapping[str, Mapping[str, Any]]
+    name: str  # that of its file
+    members: tuple[Member, ...]  # all trainings, seed by seed
+    varied: tuple[str, ...]  # names of the settings that vary, "label" where entries of a list have one
+    points: Mapping[str, Mapping[str, Any]]  # by setting's name: its values of what varies
 
 
 def load_sweep(path: str | os.PathLike[str]) -> Sweep:

@@ -1,8 +1,8 @@
 """Layers, states and scheme of any model with time steps, and the conditions under which the diagnostics look at it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,35 +15,17 @@ from ..nn.time_steps import TimeSteps, time_steps_of
 from .wrapped_states import record_states
 
 
-class HasStates(Protocol):
-    """A model with learned time steps that shows its states."""
-
-    def states(self, x: Tensor) -> list[Tensor]:
-        """y_1 .. y_N."""
-
-
-class BlockStates:
-    """The states of a wrapped model: what its blocks return, with their steps, caught on the way through."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def states(self, x: Tensor) -> list[Tensor]:
-        """y_1 .. y_N of one forward pass."""
-        return record_states(self.model, x)[1][1:]
-
-
-def states_of(model: nn.Module) -> HasStates:
-    """The states of a network built by this package or wrapped by it."""
+def states_of(model: nn.Module) -> Callable[[Tensor], list[Tensor]]:
+    """A function from inputs to the states y_1 .. y_N of a network built by this package or wrapped by it."""
     time_steps_of(model)
-    if callable(getattr(model, "states", None)):
-        return cast(HasStates, model)
+    if callable(states := getattr(model, "states", None)):
+        return cast(Callable[[Tensor], list[Tensor]], states)
     if wrapping_of(model) is None:
         raise TypeError(
             f"network must have a method states(x) -> [y_1, .., y_N], got {type(model).__name__} without: build it "
             "with taulearn.nn, or wrap it"
         )
-    return BlockStates(model)
+    return lambda x: record_states(model, x)[1][1:]
 
 
 def layers_of(model: nn.Module) -> Sequence[nn.Module]:

@@ -74,7 +74,7 @@ def record_states(model: nn.Module, inputs: Any, *, arrivals: list[Tensor] | Non
             "of calls: wrap it with example_inputs, which show the order"
         )
     seen.ends.append(True)
-    before = _seen(model, wrapping)
+    before = _seen(model)
     if before.forms == seen.forms and before.ends == seen.ends:
         seen.batches = before.batches
     vars(model)[_SEEN] = seen
@@ -85,8 +85,7 @@ def intermediate_outputs(
     model: nn.Module, inputs: Any, *, states: Sequence[Tensor] | None = None, final: bool = True
 ) -> dict[int, Any]:
     """The outputs yhat_k of a wrapped model whose blocks from the k-th on pass their input on."""
-    wrapping = _wrapping(model)
-    number = len(wrapping.layers)
+    number = len(_wrapping(model).layers)
     last: dict[int, Any] = {}
     if states is None:
         output, states = record_states(model, inputs)
@@ -97,40 +96,33 @@ def intermediate_outputs(
             "taulearn.wrapping.record_states"
         )
     depths = range(number + (final and not last))
-    outputs = _tails(model, wrapping, inputs, states, depths)
-    return {**outputs, **(last if final else {})}
+    return {**_tails(model, inputs, states, depths), **(last if final else {})}
 
 
 @contextmanager
 def skipping(model: nn.Module, depth: int) -> Iterator[None]:
     """The blocks from the ``depth``-th on pass their input on, as with tau = 0, and are not computed."""
-    wrapping = _wrapping(model)
-    seen = _seen(model, wrapping)
+    seen = _seen(model)
 
-    def passing(block: nn.Module) -> Callable[..., Any]:
-        l = wrapping.layers.index(block)
-        if l < depth:
-            return block.forward
-        return lambda *args, **kwargs: seen.forms[l].around(seen.forms[l].arriving(args, kwargs))
+    def passing(form: Form) -> Callable[..., Any]:
+        return lambda *args, **kwargs: form.around(form.arriving(args, kwargs))
 
-    with forwards({block: passing(block) for block in wrapping.layers}):
+    with forwards({seen.blocks[l]: passing(seen.forms[l]) for l in range(depth, len(seen.blocks))}):
         yield
 
 
-def _tails(
-    model: nn.Module, wrapping: "Wrapping", inputs: Any, states: Sequence[Tensor], depths: Sequence[int]
-) -> dict[int, Any]:
-    seen = _seen(model, wrapping)
-    inside = {module for block in wrapping.layers for module in block.modules()}
+def _tails(model: nn.Module, inputs: Any, states: Sequence[Tensor], depths: Sequence[int]) -> dict[int, Any]:
+    seen = _seen(model)
+    inside = {module for block in seen.blocks for module in block.modules()}
     if any(norm not in inside for norm in mixing(model)):
         with running_statistics_held(model):
-            return _one_by_one(model, wrapping, seen, inputs, states, depths)
+            return _one_by_one(model, seen, inputs, states, depths)
     if not _in_groups(inputs, states):
-        return _one_by_one(model, wrapping, seen, inputs, states, depths)
+        return _one_by_one(model, seen, inputs, states, depths)
     if seen.batches is None:
-        seen.batches = _same_in_one_pass(model, wrapping, seen, inputs, states, depths)
+        seen.batches = _same_in_one_pass(model, seen, inputs, states, depths)
     way = _in_one_pass if seen.batches else _one_by_one
-    return way(model, wrapping, seen, inputs, states, depths)
+    return way(model, seen, inputs, states, depths)
 
 
 def _in_groups(inputs: Any, states: Sequence[Tensor]) -> bool:
@@ -141,40 +133,26 @@ def _in_groups(inputs: Any, states: Sequence[Tensor]) -> bool:
 
 
 def _one_by_one(
-    model: nn.Module,
-    wrapping: "Wrapping",
-    seen: Seen,
-    inputs: Any,
-    states: Sequence[Tensor],
-    depths: Sequence[int],
+    model: nn.Module, seen: Seen, inputs: Any, states: Sequence[Tensor], depths: Sequence[int]
 ) -> dict[int, Any]:
     outputs = {}
     for k in depths:
 
-        def passing(block: nn.Module, k: int = k) -> Callable[..., Any]:
-            l = wrapping.layers.index(block)
-            form = seen.forms[l]
+        def passing(l: int, form: Form, k: int = k) -> Callable[..., Any]:
             return lambda *args, **kwargs: form.around(states[k] if l == k - 1 else form.arriving(args, kwargs))
 
-        with forwards({block: passing(block) for block in wrapping.layers}):
+        with forwards({block: passing(l, seen.forms[l]) for l, block in enumerate(seen.blocks)}):
             outputs[k] = call(model, inputs)
     return outputs
 
 
 def _in_one_pass(
-    model: nn.Module,
-    wrapping: "Wrapping",
-    seen: Seen,
-    inputs: Tensor,
-    states: Sequence[Tensor],
-    depths: Sequence[int],
+    model: nn.Module, seen: Seen, inputs: Tensor, states: Sequence[Tensor], depths: Sequence[int]
 ) -> dict[int, Any]:
     size, first, last = len(inputs), depths[0], depths[-1]
     waiting: list[int] = []
 
-    def passing(block: nn.Module) -> Callable[..., Any]:
-        l = wrapping.layers.index(block)
-
+    def passing(l: int) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             x = seen.forms[l].arriving(args, kwargs)
             assert x is not None
@@ -188,18 +166,13 @@ def _in_one_pass(
 
         return run
 
-    with forwards({block: passing(block) for block in wrapping.layers}):
+    with forwards({block: passing(l) for l, block in enumerate(seen.blocks)}):
         output = model(inputs.repeat(len(depths), *(1 for _ in inputs.shape[1:])))
     return dict(zip(depths, output.split(size), strict=True))
 
 
 def _same_in_one_pass(
-    model: nn.Module,
-    wrapping: "Wrapping",
-    seen: Seen,
-    inputs: Tensor,
-    states: Sequence[Tensor],
-    depths: Sequence[int],
+    model: nn.Module, seen: Seen, inputs: Tensor, states: Sequence[Tensor], depths: Sequence[int]
 ) -> bool | None:
     """Whether one pass gives what single passes give; tried in evaluation mode, without a trace.
 
@@ -210,13 +183,13 @@ def _same_in_one_pass(
         return None
     with undisturbed(model):
         apart = [_apart(y) for y in states]
-        single = _one_by_one(model, wrapping, seen, inputs, apart, depths)
+        single = _one_by_one(model, seen, inputs, apart, depths)
         if not all(isinstance(each, Tensor) and len(each) == len(inputs) for each in single.values()):
             return False
         if not all(bool(torch.isfinite(each).all()) for each in single.values()):
             return None
         try:
-            together = _in_one_pass(model, wrapping, seen, inputs, apart, depths)
+            together = _in_one_pass(model, seen, inputs, apart, depths)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False
         return all(
@@ -230,10 +203,10 @@ def _apart(y: Tensor) -> Tensor:
     return y.detach() + torch.randn_like(y) * torch.where(size > 0, size, torch.ones_like(size))
 
 
-def _seen(model: nn.Module, wrapping: "Wrapping") -> Seen:
+def _seen(model: nn.Module) -> Seen:
     """The facts known of a host: those it showed since, or those it showed when it was wrapped."""
-    found = vars(model).get(_SEEN)
-    blocks = list(wrapping.layers)
+    wrapping = _wrapping(model)
+    found, blocks = vars(model).get(_SEEN), list(wrapping.layers)
     if isinstance(found, Seen) and found.blocks == blocks:
         return found
     return Seen(blocks, [layer.form for layer in wrapping.present], [True] * len(blocks))

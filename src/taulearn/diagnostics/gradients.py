@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._errors import unknown_name
+from .._errors import positive_integer, unknown_name
 from .._table import format_table
 from .._undisturbed import evaluation
 from ..depth.layers_and_states import check_batch, differentiable, layers_of, scheme_of, states_of
@@ -125,9 +125,8 @@ def gradient_propagation(
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     for name, value in {"steps": steps, "probes": probes}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    model = states_of(network)
+        positive_integer(name, value)
+    states = states_of(network)
     check_batch(inputs)
     layers = layers_of(network)
     weights: list[list[Tensor]] = [[p for p in layer.parameters() if p.ndim > 1] for layer in layers]
@@ -135,7 +134,7 @@ def gradient_propagation(
     values = []
     with evaluation(network), differentiable(network) as tau:
         for s in range(len(inputs)):
-            graph = Graph(model.states(inputs[s : s + 1]), weights, biases, tau)
+            graph = Graph(states(inputs[s : s + 1]), weights, biases, tau)
             if method == "auto":
                 method = "exact" if max(y.numel() for y in graph.states) <= _EXACT_WIDTH else "products"
             if method == "exact":

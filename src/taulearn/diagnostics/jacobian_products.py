@@ -16,19 +16,12 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Graph:
-    """One recorded forward pass.
+    """One recorded forward pass."""
 
-    Attributes:
-        states: y_1 .. y_N.
-        weights: The matrices and kernels of each layer.
-        biases: The vectors of each layer.
-        tau: The leaf with the steps, (N,).
-    """
-
-    states: list[Tensor]
-    weights: list[list[Tensor]]
-    biases: list[list[Tensor]]
-    tau: Tensor
+    states: list[Tensor]  # y_1 .. y_N
+    weights: list[list[Tensor]]  # the matrices and kernels of each layer
+    biases: list[list[Tensor]]  # the vectors of each layer
+    tau: Tensor  # the leaf with the steps, (N,)
 
     def transposed(self, rows: Tensor) -> tuple[list[Tensor], dict[Tensor, Tensor]]:
         """(d y_N / d y_l)^T w for all states, and the same for all parameters and tau, for rows w, (count, n)."""

@@ -14,17 +14,11 @@ from .._calls import call
 
 @dataclass(frozen=True)
 class Arguments:
-    """Arguments of a model by name, in the order of its call.
+    """Arguments of a model by name, in the order of its call."""
 
-    Attributes:
-        values: By name; entries that are no tensors are constants of the export.
-        positional: Whether they are handed over in order rather than by name.
-        batch: Size of the first dimension that all batched tensors share.
-    """
-
-    values: dict[str, Any]
-    positional: bool
-    batch: int
+    values: dict[str, Any]  # by name; entries that are no tensors are constants of the export
+    positional: bool  # whether they are handed over in order rather than by name
+    batch: int  # size of the first dimension that all batched tensors share
 
     @property
     def tensors(self) -> dict[str, Tensor]:

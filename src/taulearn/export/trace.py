@@ -3,6 +3,7 @@
 import io
 import logging
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -82,7 +83,7 @@ def with_constant_steps(
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
             graph.erase_node(node)
-        elif node.op == "get_attr" and ".time_steps." in f".{node.target}":
+        elif node.op == "get_attr" and re.search(r"\b(time_steps|scheme)\.", str(node.target)):
             values[node] = operator.attrgetter(node.target)(module).detach()
             derived.add(node)
         elif node.op == "call_function" and all(each in values for each in node.all_input_nodes):

@@ -1,6 +1,7 @@
 """Early exit: each sample stops at the first intermediate output that is confident, and leaves the batch."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .._errors import is_number
+from .._undisturbed import evaluation
 from ..calibration import Statistics, norms_in, using
 from .schemes import Scheme, pair_of
 
@@ -63,15 +65,8 @@ def predict(
     looks = [] if confidence == 1.0 else [int(k) for k in looks]
     statistics = {} if statistics is None else statistics
     _check_statistics(network, statistics, range(first, N + 1))
-    if not any(module.training for module in network.modules()):
+    with evaluation(network) if any(module.training for module in network.modules()) else nullcontext():
         return _predict(network, inputs, confidence, frozenset(looks), statistics)
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        return _predict(network, inputs, confidence, frozenset(looks), statistics)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _predict(

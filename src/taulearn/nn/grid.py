@@ -15,16 +15,11 @@ from .._errors import first_line
 
 
 class Grid(NamedTuple):
-    """Which layers there are.
+    """Which layers there are."""
 
-    Attributes:
-        origin: Their numbers, in their order.
-        next_number: The number that the next new layer gets.
-        parent: For each layer that was ever new its number, and that of the layer that it was made from.
-    """
-
-    origin: tuple[int, ...]
-    next_number: int
+    origin: tuple[int, ...]  # their numbers, in their order
+    next_number: int  # the number that the next new layer gets
+    # for each layer that was ever new its number, and that of the layer that it was made from
     parent: Mapping[int, int]
 
     def plain(self) -> dict[str, Any]:

@@ -28,20 +28,6 @@ from .skips import Skips
 LOWEST, HIGHEST = 0.01, 0.99
 
 
-_LANCZOS = (
-    0.99999999999980993,
-    676.5203681218851,
-    -1259.1392167224028,
-    771.32342877765313,
-    -176.61502916214059,
-    12.507343278686905,
-    -0.13857109526572012,
-    9.9843695780195716e-6,
-    1.5056327351493116e-7,
-)
-"""Coefficients for g = 7, with a relative error of about 1e-15."""
-
-
 @dataclass(frozen=True)
 class LearnedOrder:
     """An order that is learned, for ``fractional_dnn(gamma=LearnedOrder(0.5))``.
@@ -150,13 +136,13 @@ class FractionalLearned(Fractional):
 
     def factor(self, tau: Tensor) -> Tensor:
         gamma = self.value().detach().to(tau.dtype)
-        return tau.abs() ** gamma * gamma_function(2.0 - gamma)
+        return tau.abs() ** gamma * torch.lgamma(2.0 - gamma).exp()
 
     def prepare(self, tau: Tensor, twice: int | None = None) -> Any:
         gamma = self.value()
         if self.per_layer and twice is not None:
             gamma = torch.cat([gamma[: twice + 1], gamma[twice:]])
-        factors = (tau.double() ** gamma * gamma_function(2.0 - gamma)).to(tau.dtype)
+        factors = (tau.double() ** gamma * torch.lgamma(2.0 - gamma).exp()).to(tau.dtype)
         rows = gamma[:, None] if self.per_layer else gamma
         return _Coefficients(factors.unbind(), plain_left_weights(tau.double(), rows))
 
@@ -178,18 +164,6 @@ class FractionalLearned(Fractional):
     def extra_repr(self) -> str:
         gamma = ", ".join(f"{each:g}" for each in self.gamma) if self.per_layer else f"{self.gamma:g}"
         return f"gamma={f'({gamma})' if self.per_layer else gamma}, memory_from={self.memory_from}"
-
-
-def gamma_function(x: Tensor) -> Tensor:
-    """Gamma(x), x >= 1, by Lanczos's sum, since ONNX has no lgamma.
-
-    Example:
-        >>> gamma_function(torch.tensor(4.0, dtype=torch.float64)).round(decimals=9)
-        tensor(6., dtype=torch.float64)
-    """
-    total = _LANCZOS[0] + sum(c / (x + k) for k, c in enumerate(_LANCZOS[1:]))
-    t = x + 6.5
-    return math.sqrt(2.0 * math.pi) * t ** (x - 0.5) * torch.exp(-t) * total
 
 
 def scheme_of(

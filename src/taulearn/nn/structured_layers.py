@@ -29,10 +29,11 @@ class _Structured(nn.Module):
     def __init__(
         self,
         width: int,
-        activation: str | nn.Module,
-        kernel_size: int | None,
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
+        activation: str | nn.Module = "tanh",
+        *,
+        kernel_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         width = positive_integer("width", width)
@@ -89,7 +90,7 @@ class Antisymmetric(_Structured):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(width, activation, kernel_size, dtype, device)
+        super().__init__(width, activation, kernel_size=kernel_size, dtype=dtype, device=device)
         if not (is_number(shift) and 0.0 <= shift < float("inf")):
             raise ValueError(f"shift must be >= 0, got {shift!r}: it is subtracted from the diagonal and damps")
         self.shift = float(shift)
@@ -122,17 +123,6 @@ class Symmetric(_Structured):
         >>> Symmetric(3)(torch.zeros(2, 3)).shape
         torch.Size([2, 3])
     """
-
-    def __init__(
-        self,
-        width: int,
-        activation: str | nn.Module = "tanh",
-        *,
-        kernel_size: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(width, activation, kernel_size, dtype, device)
 
     def forward(self, y: Tensor) -> Tensor:
         return -self._KT(self.activation(self._K(y)))

@@ -15,10 +15,10 @@ from ..nn.network import TimeVariableNetwork
 from ..nn.pruned_models import prunable_of, wrapping_of
 from ..wrapping.branches import Branch
 from ..wrapping.folding import drop_units, unwrap
-from ..wrapping.wrap_as_saved import read_branch, rewrap, take_form, take_states
 from .manifest import MANIFEST, WEIGHTS, read_manifest, short
 from .recipe import build, classes_of, differences, modules_of, tensors_of
 from .save import describe, with_steps
+from .wrap_as_saved import read_branch, rewrap, take_form, take_states
 
 M = TypeVar("M", bound=nn.Module)
 

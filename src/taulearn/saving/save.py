@@ -19,7 +19,6 @@ from ..files import check_tensors, move, tensor_bytes, write_bytes
 from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps, time_steps_of
 from ..wrapping.folding import check_plain, folded_state, without_steps
-from ..wrapping.wrap_as_saved import states_of, written_branch
 from ..wrapping.wrapped_model import Wrapping
 from .manifest import ASIDE, FORMAT, MANIFEST, WEIGHTS
 from .recipe import (
@@ -35,6 +34,7 @@ from .recipe import (
     recipe_of_parts,
     tensors_of,
 )
+from .wrap_as_saved import states_of, written_branch
 
 
 def save_model(model: nn.Module, path: str | os.PathLike[str], *, plain: bool = False) -> None:

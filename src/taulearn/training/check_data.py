@@ -25,15 +25,11 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Seen:
-    """Properties of losses and network that a forward pass shows.
+    """Properties of losses and network that a forward pass shows."""
 
-    Attributes:
-        countings: How the loss counts, and those of the penalties.
-        least: Fewest samples that the network takes in training: two where batch normalisation sees one value of each
-            channel per sample.
-    """
-
-    countings: list[Counting]
+    countings: list[Counting]  # how the loss counts, and those of the penalties
+    # fewest samples that the network takes in training: two where batch normalisation sees one value of each channel
+    # per sample
     least: int
 
 

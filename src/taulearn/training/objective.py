@@ -156,18 +156,10 @@ def autocast_of(precision: str, device: torch.device) -> contextlib.AbstractCont
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Options of a step besides forward, backward and update.
+    """Options of a step besides forward, backward and update."""
 
-    Attributes:
-        clip_norm: Largest norm of the gradient, or None.
-        accumulate: Number of parts a batch is split into, to save memory; the step is that of the whole batch.
-        precision: "float32" (the model's own type) or "bf16" (autocast of the forward pass).
-        averaged: Averaged weights, updated after each step.
-        least: Fewest samples of a part.
-    """
-
-    clip_norm: float | None = None
-    accumulate: int = 1
-    precision: str = "float32"
-    averaged: AveragedModel | None = None
-    least: int = 1
+    clip_norm: float | None = None  # largest norm of the gradient, or None
+    accumulate: int = 1  # number of parts a batch is split into, to save memory; the step is that of the whole batch
+    precision: str = "float32"  # "float32" (the model's own type) or "bf16" (autocast of the forward pass)
+    averaged: AveragedModel | None = None  # averaged weights, updated after each step
+    least: int = 1  # fewest samples of a part

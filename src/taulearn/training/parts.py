@@ -14,54 +14,31 @@ from ..adaptivity.adaptation import Adaptation
 
 @dataclass
 class Position:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        epoch: Number of finished epochs.
-        batch: Number of batches taken of the epoch under way.
-        iteration: Number of iterations taken.
-        compiled: Whether the steps are compiled now.
-        seconds: Time spent in the epoch under way.
-        stopped: Whether a callback ended the training.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    iteration: int = 0
-    compiled: bool = False
-    seconds: float = 0.0
-    stopped: bool = False
+    epoch: int = 0  # number of finished epochs
+    batch: int = 0  # number of batches taken of the epoch under way
+    iteration: int = 0  # number of iterations taken
+    compiled: bool = False  # whether the steps are compiled now
+    seconds: float = 0.0  # time spent in the epoch under way
+    stopped: bool = False  # whether a callback ended the training
 
 
 @dataclass
 class Parts:
-    """The objects that a checkpoint saves and restores.
+    """The objects that a checkpoint saves and restores."""
 
-    Attributes:
-        model: The model with time steps.
-        optimizer: Its optimiser.
-        scheduler: Learning rate scheduler, or None.
-        averaged: Averaged weights, or None.
-        generator: The generator of a DataLoader's order, or None.
-        policies: Those at work, of pruning and of refinement, or None.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler | None = None
-    averaged: AveragedModel | None = None
-    generator: torch.Generator | None = None
-    policies: Adaptation | None = None
+    model: nn.Module  # the model with time steps
+    optimizer: torch.optim.Optimizer  # its optimiser
+    scheduler: LRScheduler | None = None  # learning rate scheduler, or None
+    averaged: AveragedModel | None = None  # averaged weights, or None
+    generator: torch.Generator | None = None  # the generator of a DataLoader's order, or None
+    policies: Adaptation | None = None  # those at work, of pruning and of refinement, or None
 
 
 @dataclass(frozen=True)
 class Start:
-    """The terms and the configuration with which a run was started.
+    """The terms and the configuration with which a run was started."""
 
-    Attributes:
-        terms: What must be the same when it is resumed (``check_arguments.terms``).
-        config: The configuration in its run.toml.
-    """
-
-    terms: Mapping[str, Any]
-    config: Mapping[str, Any]
+    terms: Mapping[str, Any]  # what must be the same when it is resumed (``check_arguments.terms``)
+    config: Mapping[str, Any]  # the configuration in its run.toml

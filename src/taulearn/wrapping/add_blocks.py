@@ -4,7 +4,6 @@ With steps of 0 they change nothing. Whether that is so is tried on the example 
 than run through it; and what ``save_pretrained`` could write before, it must be able to write afterwards.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -69,7 +68,8 @@ def grow(wrapping: Wrapping, sources: Sequence[int], made: Mapping[int, nn.Modul
     unsaved, before, tau = _unsaved(host), _outputs(wrapping), steps.tau.detach()
     for module in changed_modules(wrapping):
         take_off(module)
-    lists = _insert(host, {wrapping.present[sources[i]].block: block for i, block in made.items()})
+    behind = {wrapping.present[sources[i]].block: block for i, block in made.items()}
+    lists = structure.change_lists(host, wrapping.shorten, {block: (block, new) for block, new in behind.items()})
     if is_configured(host):
         from .configurations import follow_lists
 
@@ -96,31 +96,6 @@ def grow(wrapping: Wrapping, sources: Sequence[int], made: Mapping[int, nn.Modul
     if unsaved is None and (reason := _unsaved(host)):
         raise ValueError(f"layers must be such that the host's configuration describes it, got others: {reason}")
     steps.take_(values, steps.origin)
-
-
-def _insert(host: nn.Module, behind: Mapping[nn.Module, nn.Module]) -> list[structure.Changed]:
-    """Put blocks into the lists of a host, each behind another one."""
-    longer: list[structure.Changed] = []
-    for name, holder in list(host.named_modules()):
-        present = {key: module for key, module in holder._modules.items() if module is not None}
-        if not any(module in behind for module in present.values()):
-            continue
-        members: list[tuple[str, nn.Module]] = []
-        kept: list[int] = []
-        for i, (key, module) in enumerate(present.items()):
-            new = [(key if key.isdigit() else f"{key}_{len(present)}", behind[module])] if module in behind else []
-            members += [(key, module), *new]
-            kept += [i] * (1 + len(new))
-        longer.append(structure.Changed(name, len(present), tuple(kept), tuple(module for _, module in members)))
-        numbers = itertools.count()
-        holder._modules = {str(next(numbers)) if key.isdigit() else key: module for key, module in members}
-        structure.follow_first(host, name, holder, next(iter(present.values())))
-    for module in host.modules():
-        for key, value in list(vars(module).items()):
-            if type(value) in (list, tuple) and any(isinstance(v, nn.Module) and v in behind for v in value):
-                pairs = [(v, behind.get(v)) if isinstance(v, nn.Module) else (v, None) for v in value]
-                vars(module)[key] = type(value)(each for pair in pairs for each in pair[: 1 + (pair[1] is not None)])
-    return longer
 
 
 def _copied(parent: Layer, block: nn.Module) -> Layer:

@@ -1,10 +1,11 @@
-"""Deleting blocks from the modules that hold them: lists change, elsewhere a placeholder stays.
+"""Deleting blocks from the modules that hold them: lists change, elsewhere a placeholder stays; and inserting them.
 
 Everything is done by assigning attributes of modules, never by changing an object they share, so that the transaction
 of pruning can undo it.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -52,54 +53,47 @@ def sure_to_shorten(host: nn.Module, name: str) -> bool:
 
 
 def remove(host: nn.Module, blocks: Mapping[nn.Module, Form], shorten: Collection[str]) -> list[Changed]:
-    """Take blocks out of a host."""
-    stand_ins = {block: PassThrough(form) for block, form in blocks.items()}
-    shortened: list[Changed] = []
-    without: set[nn.Module] = set()
+    """Take blocks out of a host: out of lists that get shorter; elsewhere placeholders come into their places."""
+    in_lists = {module for name, _, _, module in holders(host) if name in shorten and module in blocks}
+    changed = change_lists(host, shorten, dict.fromkeys(in_lists, ()))
+    put_in_place(host, {block: PassThrough(form) for block, form in blocks.items()})
+    return changed
+
+
+def change_lists(
+    host: nn.Module, names: Collection[str], instead: Mapping[nn.Module, Sequence[nn.Module]]
+) -> list[Changed]:
+    """Let some members of lists give way to others, or to none; members with a number for a name are numbered anew."""
+    changed: list[Changed] = []
     for name, holder in list(host.named_modules()):
         present = {key: module for key, module in holder._modules.items() if module is not None}
-        if not any(module in blocks for module in present.values()):
+        if name not in names or not any(module in instead for module in present.values()):
             continue
-        if name not in shorten:
-            _put(holder, stand_ins)
-            continue
-        before = tuple(present.values())
-        kept = tuple(i for i, module in enumerate(before) if module not in blocks)
-        shortened.append(Changed(name, len(before), kept, tuple(before[i] for i in kept)))
-        without |= set(before) & blocks.keys()
-        holder._modules = _renumbered(present, blocks)
-        follow_first(host, name, holder, before[0])
-    _mend_plain_lists(host, stand_ins, without)
-    return shortened
+        places = [(i, key, new) for i, (key, old) in enumerate(present.items()) for new in instead.get(old, (old,))]
+        kept, _, members = zip(*places, strict=True) if places else ((), (), ())
+        changed.append(Changed(name, len(present), kept, members))
+        holder._modules = {}
+        numbers = itertools.count()
+        for _, key, module in places:
+            key = str(next(numbers)) if key.isdigit() else key
+            holder._modules[f"{key}_{len(present)}" if key in holder._modules else key] = module
+        _follow_first(host, name, holder, next(iter(present.values())))
+    _mend_plain_lists(host, instead)
+    return changed
 
 
 def put_in_place(host: nn.Module, stand_ins: Mapping[nn.Module, nn.Module]) -> None:
     """Put other modules in the places of some."""
     for holder in list(host.modules()):
         if any(module in stand_ins for module in holder._modules.values()):
-            _put(holder, stand_ins)
-    _mend_plain_lists(host, stand_ins, ())
+            others = (
+                (key, None if part is None else stand_ins.get(part, part)) for key, part in holder._modules.items()
+            )
+            holder._modules = dict(others)
+    _mend_plain_lists(host, {module: (other,) for module, other in stand_ins.items()})
 
 
-def _put(holder: nn.Module, stand_ins: Mapping[nn.Module, nn.Module]) -> None:
-    holder._modules = {
-        key: stand_ins.get(module, module) if module is not None else None for key, module in holder._modules.items()
-    }
-
-
-def _renumbered(present: Mapping[str, nn.Module], blocks: Collection[nn.Module]) -> dict[str, nn.Module | None]:
-    """The members that stay; those with a number for a name are numbered anew."""
-    result: dict[str, nn.Module | None] = {}
-    number = 0
-    for key, module in present.items():
-        if module in blocks:
-            continue
-        result[str(number) if key.isdigit() else key] = module
-        number += key.isdigit()
-    return result
-
-
-def follow_first(host: nn.Module, name: str, holder: nn.Module, first: nn.Module) -> None:
+def _follow_first(host: nn.Module, name: str, holder: nn.Module, first: nn.Module) -> None:
     """torch's encoder and decoder count their layers, and the encoder reads an attribute of its first one."""
     owner = host.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, nn.TransformerEncoder | nn.TransformerDecoder) and owner.layers is holder:
@@ -110,15 +104,10 @@ def follow_first(host: nn.Module, name: str, holder: nn.Module, first: nn.Module
             holder._modules = {"0": empty}
 
 
-def _mend_plain_lists(
-    host: nn.Module, stand_ins: Mapping[nn.Module, nn.Module], without: Collection[nn.Module]
-) -> None:
+def _mend_plain_lists(host: nn.Module, instead: Mapping[nn.Module, Sequence[nn.Module]]) -> None:
     """Python lists and tuples of modules, which some hosts keep beside their containers."""
     for module in host.modules():
         for key, value in list(vars(module).items()):
-            if type(value) in (list, tuple) and any(isinstance(v, nn.Module) and v in stand_ins for v in value):
-                vars(module)[key] = type(value)(
-                    stand_ins.get(v, v) if isinstance(v, nn.Module) else v
-                    for v in value
-                    if not (isinstance(v, nn.Module) and v in without)
-                )
+            if type(value) in (list, tuple) and any(isinstance(v, nn.Module) and v in instead for v in value):
+                others = (instead.get(v, (v,)) if isinstance(v, nn.Module) else (v,) for v in value)
+                vars(module)[key] = type(value)(itertools.chain.from_iterable(others))

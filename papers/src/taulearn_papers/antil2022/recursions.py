@@ -21,6 +21,7 @@ References:
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -28,7 +29,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taulearn import caputo
-from taulearn.caputo.weight_derivatives import WeightDerivatives
 
 Jacobians = Sequence[Float[Tensor, "*batch width width"]]
 
@@ -146,7 +146,7 @@ def fractional_gradients(
         tensor([[0.4395]])
     """
     _check(start, jacobians, tau, layer)
-    a = _weights(tau, gamma, memory_from).to(start.dtype)
+    a = _weights(tau.detach(), gamma, memory_from).to(start.dtype)
     s = tau**gamma * math.gamma(2.0 - gamma)
     q = {} if memory is None else memory
     G = {layer + 1: start + q[layer + 1] if layer + 1 in q else start}
@@ -193,8 +193,10 @@ def memory_terms(
     _check_layer(layer, tau)
     if len(states) != len(tau) + 1:
         raise ValueError(f"states must be y_0 .. y_{len(tau)}, one more than tau has entries, got {len(states)}")
-    _weights(tau, gamma, memory_from)
-    derivatives = WeightDerivatives(tau, gamma, memory_from=memory_from).of(layer)
+    direction = torch.zeros_like(tau, dtype=torch.float64)
+    direction[layer] = 1.0
+    a = partial(_weights, gamma=gamma, memory_from=memory_from)
+    derivatives = torch.func.jvp(a, (tau.detach().double(),), (direction,))[1]
     differences = torch.stack([b - a for a, b in pairwise(states)]).double()
     q = -torch.tensordot(derivatives, differences, dims=1).unsqueeze(-1).to(states[-1].dtype)
     return {i: q[i - 1] for i in range(layer + 1, len(tau) + 1)}
@@ -203,10 +205,8 @@ def memory_terms(
 def _weights(tau: Tensor, gamma: float, memory_from: int) -> Tensor:
     if memory_from not in (0, 1):
         raise ValueError(f"memory_from must be 0 or 1, got {memory_from!r}: it is the first difference in the memory")
-    a = caputo.l1_weights(tau.detach(), gamma)
-    if memory_from == 1:
-        a[1:, 0] = 0.0
-    return a
+    a = caputo.l1_weights(tau, gamma)
+    return torch.cat([a[:, :1].triu(), a[:, 1:]], 1) if memory_from == 1 else a
 
 
 def _check_layer(layer: int, tau: Tensor) -> None:

@@ -11,13 +11,13 @@ from torch import nn
 
 from ..nn.constraints import Constraint
 from ..nn.pruned_models import WRAPPING
-from . import remove_blocks
-from .branches import Branch, End
-from .find_blocks import nearest_names
-from .folding import changed_modules, take_off
-from .state_argument import Form
-from .wrap_model import check_blocks, check_host, of_blocks, steps_for, with_branches
-from .wrapped_model import ExampleInputs, Wrapping, has_save_pretrained, install
+from ..wrapping import remove_blocks
+from ..wrapping.branches import Branch, End
+from ..wrapping.find_blocks import nearest_names
+from ..wrapping.folding import changed_modules, take_off
+from ..wrapping.state_argument import Form
+from ..wrapping.wrap_model import check_blocks, check_host, of_blocks, steps_for, with_branches
+from ..wrapping.wrapped_model import ExampleInputs, Wrapping, has_save_pretrained, install
 
 _PLACEHOLDER = (
     "its place stays when it is deleted, and what stands there is known from example inputs: wrap the host with "
@@ -60,7 +60,7 @@ def rewrap(
         wrapping = replace(with_branches(wrapping, found, per), why=_AS_SAVED)
     install(wrapping)
     if has_save_pretrained(model):
-        from .save_pretrained import guard_saving
+        from ..wrapping.save_pretrained import guard_saving
 
         guard_saving(model, layers, ExampleInputs())
 
