@@ -303,9 +303,9 @@ def test_a_value_that_would_be_broadcast(scheme: Scheme, width: int) -> None:
         model(torch.ones(5, 4))
 
 
-@pytest.mark.parametrize("scheme", [Midpoint(), Heun(), RungeKutta4()], ids=repr)
-class TestStages:
-    """Faults that were: a layer of several stages counted as one evaluation, its contribution as that of the last."""
+@all_schemes
+class TestCriteria:
+    """Faults that were: the contribution was that of the last stage, or of the layer's value without the velocity."""
 
     def test_contribution_is_the_whole_increment(self, scheme: Scheme) -> None:
         model, (x, z) = network(scheme), draw_batch(3, 2)
@@ -329,6 +329,23 @@ class TestStages:
         expected = [step.square().sum(1).mean().sqrt() for step in added(x)]
         found = torch.as_tensor(depth_profile(model, x, z, mse).contribution)
         torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=0.0)
+
+    def test_a_layer_that_answers_0_moves_the_state_all_the_same(self, scheme: Scheme) -> None:
+        """Where there is a velocity; pruning by what the model does without the layer shows it, too."""
+        model, batch = network(scheme, 6, horizon=6.0), draw_batch(3, 2)
+        with torch.no_grad():
+            model.layers[3].linear.weight.zero_()
+            model.layers[3].linear.bias.zero_()
+        moves = getattr(scheme, "second_order", False)
+        for name in ("sensitivity", "contribution", "influence"):
+            found = on_data(name, batch, mse)(model.time_steps.tau, model)
+            assert (float(found[3]) > 0.0) == moves
+            assert bool((found[[1, 2, 4, 5]] > 0.0).all())
+
+
+@pytest.mark.parametrize("scheme", [Midpoint(), Heun(), RungeKutta4()], ids=repr)
+class TestStages:
+    """A fault that was: a layer of several stages counted as one evaluation."""
 
     def test_stages_are_counted(self, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
         model, stages = network(scheme), len(scheme.stage_weights)
