@@ -198,7 +198,7 @@ class TimeVariableContract:
             assert bool((gradients(model, x)["time_steps.values"] != 0).all())
 
     def test_the_sensitivity_is_the_derivative_in_the_steps(self, case: Case) -> None:
-        """Also where they do not train. In fractional schemes it is the one in tau^gamma, with weights that are held."""
+        """Also where they do not train. The fractional schemes' is the one in tau^gamma f, the weights held."""
         model, x = case.model(), case.inputs()
         if prunable_of(model).scheme.step_power != 1.0:
             pytest.skip("tau^gamma takes the place of tau")

@@ -92,9 +92,7 @@ def test_of_an_optimiser_that_tries_other_points(kind: type[Measured], search: s
     """What an iteration measures is what it begins with."""
     (model, twin), (x, z) = (network(dtype=torch.float64, activation="tanh") for _ in range(2)), digits(60)
     criterion, x = kind(model), x.double()
-    run_fit(
-        model, (x, z), SEARCHES[search](model), pruning=Pruning(1e-9, criterion=criterion), epochs=1, batch_size=60
-    )
+    run_fit(model, (x, z), SEARCHES[search](model), pruning=Pruning(1e-9, criterion=criterion), epochs=1, batch_size=60)
     assert criterion.number == 1
     if kind is Sensitivity:
         values = twin.time_steps.values

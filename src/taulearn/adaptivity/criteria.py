@@ -7,9 +7,9 @@ With z_l, what layer l adds to the state, and J_b the mean data loss of batch b:
     sensitivity    the mean over batches of abs(tau_l dJ_b/dtau_l)
     loss           J of the model without layer l   (:mod:`~taulearn.adaptivity.loss_without`)
 
-In a wrapped block z_l is tau_l times output minus input; in a network y_{l+1} - y_l, where the step alone leads from the
-one to the other, also one that moves the state by a velocity; where it remembers earlier states, or the skip is not the
-identity, tau_l^p f_l(y_l). Of what tau_l multiplies there and in blocks, abs(<dJ_b/dz_l, z_l>) is the sensitivity.
+In a wrapped block z_l is tau_l times the output minus the input. In a network it is y_{l+1} - y_l, which may be more
+than the layer's value: a velocity moves the state, too. Schemes that add earlier states to it, and skips that are not
+the identity, have z_l = tau_l^p f_l(y_l). Where tau_l enters by z_l alone, its sensitivity is abs(<dJ_b/dz_l, z_l>).
 
 The steps say little about a layer whose function is large or small; in a network with normalisation the one makes up
 for the other. The absolute value in the sensitivity is taken before the mean, since the mean gradient vanishes where
@@ -185,7 +185,8 @@ class Measured(Criterion):
             return found
 
         scheme = prunable_of(self.model).scheme
-        return [_Around(scheme, "states", measure), _Around(scheme, "last", lambda _, *args: Scheme.last(scheme, *args))]
+        last = _Around(scheme, "last", lambda _, *args: Scheme.last(scheme, *args))
+        return [_Around(scheme, "states", measure), last]
 
 
 class _Place(NamedTuple):
@@ -389,10 +390,9 @@ class _Around:
 
 
 def moved_by_steps(network: Any) -> list[int]:
-    """The layers that add y_{l+1} - y_l: the state behind them is the one before them and what their step adds."""
-    scheme, numbers = network.scheme, range(len(network.layers))
-    local = scheme.deletes_exactly and not scheme.remembers
-    return [l for l in numbers if local and network.skips.is_identity(l)]
+    """The layers that add y_{l+1} - y_l to the state: with a step of 0 it would be y_l that comes behind them."""
+    local = network.scheme.deletes_exactly and not network.scheme.remembers
+    return [l for l in range(len(network.layers)) if local and network.skips.is_identity(l)]
 
 
 def _product(gradient: Tensor, value: Tensor) -> Tensor:
