@@ -6,6 +6,7 @@ A test module subclasses :class:`TimeVariableContract` and gives it a ``case`` f
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn.functional import cosine_similarity, mse_loss
 
 from taulearn import prune
 from taulearn.adaptivity.coarsen import check_prunable
+from taulearn.adaptivity.criteria import on_data
 from taulearn.nn import TimeSteps
 from taulearn.nn.pruned_models import prunable_of
 
@@ -193,6 +196,26 @@ class TimeVariableContract:
         assert tau.requires_grad == (constraint != "fixed")
         if constraint != "fixed":
             assert bool((gradients(model, x)["time_steps.values"] != 0).all())
+
+    def test_the_sensitivity_is_the_derivative_in_the_steps(self, case: Case) -> None:
+        """Also where they do not train. The fractional schemes' is the one in tau^gamma f, the weights held."""
+        model, x = case.model(), case.inputs()
+        if prunable_of(model).scheme.step_power != 1.0:
+            pytest.skip("tau^gamma takes the place of tau")
+        z, values = torch.zeros_like(model(x).detach()), model.time_steps.values
+        expected = (values * torch.autograd.grad(mse_loss(model(x), z), values)[0]).detach().abs()
+        for frozen in (False, True):
+            values.requires_grad_(not frozen)
+            found = on_data("sensitivity", (x, z), mse_loss)(model.time_steps.tau, model)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0.0)
+
+    def test_the_influence_is_that_of_the_states(self, case: Case) -> None:
+        model, x = case.model(), case.inputs()
+        states = [y.detach().flatten(1) for y in model.states(x, initial=True)]
+        found = on_data("influence", (x, x))(model.time_steps.tau, model).double()
+        for l, (y, after) in enumerate(pairwise(states)):
+            expected = (1.0 - cosine_similarity(y, after)).mean() if y.shape == after.shape else y.new_zeros(())
+            torch.testing.assert_close(found[l], expected, rtol=1e-5, atol=0.0)
 
     @all_constraints
     def test_pruning_a_vanishing_step(self, case: Case, constraint: str) -> None:

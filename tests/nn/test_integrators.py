@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from problems import coupled_springs
 from taulearn import Pruning, adjoint, fit, load_model, prune, refine, save_model
 from taulearn._milliseconds import layer_milliseconds
-from taulearn.adaptivity.criteria import Contribution, on_data
+from taulearn.adaptivity.criteria import Contribution, Influence, Sensitivity, on_data
 from taulearn.adaptivity.indicators import indicators
 from taulearn.diagnostics import depth_profile, gradient_propagation
 from taulearn.export import export_model
@@ -36,6 +37,7 @@ from taulearn.nn import (
     Verlet,
     resnet,
     resnet_v2,
+    reversible,
 )
 from taulearn.training.fast.fused import steps_per_call
 from taulearn.training.objective import Objective
@@ -303,9 +305,14 @@ def test_a_value_that_would_be_broadcast(scheme: Scheme, width: int) -> None:
         model(torch.ones(5, 4))
 
 
-@pytest.mark.parametrize("scheme", [Midpoint(), Heun(), RungeKutta4()], ids=repr)
-class TestStages:
-    """Faults that were: a layer of several stages counted as one evaluation, its contribution as that of the last."""
+def steps_by_autograd(model: Any, x: Tensor, z: Tensor) -> Tensor:
+    values = model.time_steps.values
+    return (values * torch.autograd.grad(mse(model(x), z), values)[0]).detach().abs()
+
+
+@all_schemes
+class TestCriteria:
+    """Faults that were: the contribution was that of the last stage, or of the layer's value without the velocity."""
 
     def test_contribution_is_the_whole_increment(self, scheme: Scheme) -> None:
         model, (x, z) = network(scheme), draw_batch(3, 2)
@@ -329,6 +336,71 @@ class TestStages:
         expected = [step.square().sum(1).mean().sqrt() for step in added(x)]
         found = torch.as_tensor(depth_profile(model, x, z, mse).contribution)
         torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=0.0)
+
+    def test_a_layer_that_answers_0_moves_the_state_all_the_same(self, scheme: Scheme) -> None:
+        """Where there is a velocity; pruning by what the model does without the layer shows it, too."""
+        model, batch = network(scheme, 6, horizon=6.0), draw_batch(3, 2)
+        with torch.no_grad():
+            model.layers[3].linear.weight.zero_()
+            model.layers[3].linear.bias.zero_()
+        moves = getattr(scheme, "second_order", False)
+        for name in ("sensitivity", "contribution", "influence"):
+            found = on_data(name, batch, mse)(model.time_steps.tau, model)
+            assert (float(found[3]) > 0.0) == moves
+            assert bool((found[[1, 2, 4, 5]] > 0.0).all())
+
+    def test_the_sensitivity_of_parts_adds_up(self, scheme: Scheme) -> None:
+        """Also where another pass without gradients comes between, and in the frozen half of a network."""
+        model, (x, z) = network(scheme), draw_batch(3, 2, 8)
+        expected, rule = steps_by_autograd(model, x, z), Sensitivity(model)
+        model.layers[:2].requires_grad_(False)
+        with rule.measuring():
+            for half in (slice(0, 4), slice(4, 8)):
+                (mse(model(x[half]), z[half]) / 2).backward()
+                with torch.no_grad():
+                    model(9 * x)
+        torch.testing.assert_close(rule.values.double(), expected, rtol=1e-6, atol=0.0)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    @pytest.mark.parametrize("kind", [Contribution, Influence, Sensitivity])
+    def test_a_copy_made_meanwhile_is_a_plain_model(self, scheme: Scheme, kind: Any, copied: Any) -> None:
+        model, (x, z) = network(scheme), draw_batch(3, 2)
+        rule = kind(model)
+        with rule.measuring():
+            twin = copied(model)
+            mse(model(x), z).backward()
+            with torch.no_grad():
+                twin.time_steps.values.mul_(2.0)
+            mse(copied(twin)(9 * x), z).backward()
+        assert {"states", "last"}.isdisjoint(vars(model.scheme))
+        again, plain = kind(model), network(scheme)
+        again.look((x, z), mse)
+        assert torch.equal(rule.values, again.values)
+        with torch.no_grad():
+            plain.time_steps.values.mul_(2.0)
+        assert torch.equal(twin(x), plain(x))
+        rules = [kind(each) for each in (twin, plain)]
+        for each in rules:
+            each.look((x, z), mse)
+        assert torch.equal(rules[0].values, rules[1].values)
+
+
+@pytest.mark.parametrize("kind", [Contribution, Influence, Sensitivity])
+@pytest.mark.parametrize("scheme", [Momentum, Verlet])
+def test_criteria_with_reversible_memory(scheme: Any, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same figures; the sensitivity stores no states for them."""
+    (x, z), passes, segment = draw_batch(3, 2), [], reversible.last_state
+    monkeypatch.setattr(reversible, "last_state", lambda *args: passes.append(1) or segment(*args))
+    rules = [kind(network(scheme(memory=memory))) for memory in ("stored", "reversible")]
+    for rule in rules:
+        rule.look((x, z), mse)
+    torch.testing.assert_close(rules[1].values, rules[0].values)
+    assert len(passes) == (kind is Sensitivity)
+
+
+@pytest.mark.parametrize("scheme", [Midpoint(), Heun(), RungeKutta4()], ids=repr)
+class TestStages:
+    """A fault that was: a layer of several stages counted as one evaluation."""
 
     def test_stages_are_counted(self, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
         model, stages = network(scheme), len(scheme.stage_weights)

@@ -15,6 +15,7 @@ from taulearn.adaptivity.controller import Pruner
 from taulearn.adaptivity.criteria import Contribution, Influence, Measured, Sensitivity
 from taulearn.adaptivity.loss_without import LossWithout
 from taulearn.adaptivity.target import SteeredL1
+from taulearn.optim import SteepestDescent
 from taulearn.penalties import L2
 from taulearn.training.batches import make_batches
 from training.support import (
@@ -76,6 +77,31 @@ def test_the_sensitivity_in_a_fit(make: Callable[[], Any], accumulate: int) -> N
         optimizer.step()
     assert criterion.number == len(seen) == 4
     torch.testing.assert_close(criterion.values, expected, rtol=1e-4, atol=1e-7)
+
+
+SEARCHES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "one closure after the other": lambda model: torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4),
+    "line search": lambda model: torch.optim.LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe"),
+    "trial values": lambda model: SteepestDescent(parameter_groups(model, 10.0)),
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("kind", [Contribution, Influence, Sensitivity])
+def test_of_an_optimiser_that_tries_other_points(kind: type[Measured], search: str) -> None:
+    """What an iteration measures is what it begins with."""
+    (model, twin), (x, z) = (network(dtype=torch.float64, activation="tanh") for _ in range(2)), digits(60)
+    criterion, x = kind(model), x.double()
+    run_fit(model, (x, z), SEARCHES[search](model), pruning=Pruning(1e-9, criterion=criterion), epochs=1, batch_size=60)
+    assert criterion.number == 1
+    if kind is Sensitivity:
+        values = twin.time_steps.values
+        expected = (values * torch.autograd.grad(LOSS(twin(x), z), values)[0]).abs()
+        torch.testing.assert_close(criterion.values, expected.float(), rtol=1e-5, atol=0.0)
+    else:
+        once = kind(twin)
+        once.look((x, z))
+        torch.testing.assert_close(criterion.values, once.values, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", [Contribution, Influence, Sensitivity])

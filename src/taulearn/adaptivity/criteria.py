@@ -1,12 +1,15 @@
 """Criteria that look at the model at work: what a layer adds to the state, how it turns it, what the loss owes to it.
 
-With z_l = tau_l^p f_l(y_l), what layer l adds to the state (B's output minus its input in a wrapped block), and J_b the
-mean data loss of batch b:
+With z_l, what layer l adds to the state, and J_b the mean data loss of batch b:
 
     contribution   the mean over samples of norm(z_l)
     influence      the mean over tokens that count, or samples, of 1 - cos(y_l, y_{l+1})
-    sensitivity    the mean over batches of abs(<dJ_b/dz_l, z_l>) = abs(tau_l dJ_b/dtau_l)
+    sensitivity    the mean over batches of abs(tau_l dJ_b/dtau_l)
     loss           J of the model without layer l   (:mod:`~taulearn.adaptivity.loss_without`)
+
+In a wrapped block z_l is tau_l times the output minus the input. In a network it is y_{l+1} - y_l, which may be more
+than the layer's value: a velocity moves the state, too. Schemes that add earlier states to it, and skips that are not
+the identity, have z_l = tau_l^p f_l(y_l). Where tau_l enters by z_l alone, its sensitivity is abs(<dJ_b/dz_l, z_l>).
 
 The steps say little about a layer whose function is large or small; in a network with normalisation the one makes up
 for the other. The absolute value in the sensitivity is taken before the mean, since the mean gradient vanishes where
@@ -22,7 +25,8 @@ References:
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import mul
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,6 +36,7 @@ from .._batches import MASK, batches_of, each_batch, inputs_and_targets, loss_on
 from .._calls import call
 from .._undisturbed import undisturbed
 from ..nn.pruned_models import prunable_of, wrapping_of
+from ..nn.schemes import Scheme
 from ..wrapping.state_argument import Form, parameter_names
 from .estimate import Criterion
 
@@ -168,6 +173,21 @@ class Measured(Criterion):
 
         return [place.module.register_forward_hook(hook(place), with_kwargs=True) for place in places]
 
+    def _on_states(self, act: Callable[[int, Tensor, Tensor], None]) -> "list[Any]":
+        """Hooks on the states of a network, which are handed l, y_l and y_{l+1}; reversible memory stores them then."""
+
+        def measure(states: Callable[..., list[Tensor]], x: Tensor, *others: Any) -> list[Tensor]:
+            found = states(x, *others)
+            if self._looked_at() and x.numel() > 0:
+                with torch.no_grad():
+                    for l, (y, after) in enumerate(pairwise([x, *found])):
+                        act(l, y, after)
+            return found
+
+        scheme = prunable_of(self.model).scheme
+        last = _Around(scheme, "last", lambda _, *args: Scheme.last(scheme, *args))
+        return [_Around(scheme, "states", measure), last]
+
 
 class _Place(NamedTuple):
     """Where something is measured."""
@@ -185,27 +205,28 @@ class Contribution(Measured):
 
     def _watch(self, found: dict[int, Tensor]) -> Iterable[Any]:
         prunable, wrapped = prunable_of(self.model), wrapping_of(self.model) is not None
-        weights, stages = prunable.scheme.stage_weights, dict[int, list[Tensor]]()
+        moved = [] if wrapped else moved_by_steps(prunable)
 
         @torch.no_grad()
         def measure(l: int, form: Form, x: Tensor | None, output: Any) -> None:
-            added = _increment(form, x, output)
-            if len(weights) > 1 and prunable.skips.is_identity(l):
-                so_far = stages.get(l, [])
-                stages[l] = [*so_far[len(so_far) // len(weights) * len(weights) :], added.detach()]
-                added = sum(map(mul, weights, stages[l]))
-            size = _mean_norm(added)
+            size = _mean_norm(_increment(form, x, output))
             found[l] = size if wrapped else size * prunable.scheme.factor(prunable.time_steps.tau.float())[l]
 
-        return self._on_outputs(self._layers(), measure)
+        def between(l: int, y: Tensor, after: Tensor) -> None:
+            if l in moved:
+                found[l] = _mean_norm(after - y)
+
+        hooks = self._on_outputs([place for place in self._layers() if place.layer not in moved], measure)
+        return [*hooks, *self._on_states(between)] if moved else hooks
 
 
 class Sensitivity(Measured):
     """The mean over batches of abs(tau_l dJ_b/dtau_l), measured in backward passes; see :class:`Measured`.
 
-    A factor 1 + s on what layer l adds changes J by s <dJ/dz_l, z_l> to first order, which is seen where the gradient
-    passes the layer's output; a block with branch steps has a term for each branch. Parts of a batch, whose gradients
-    accumulate, add up before the absolute value is taken.
+    A network's scheme is handed steps of which the gradient is seen. In blocks, and where tau^p is what multiplies the
+    layers, a factor 1 + s on what layer l adds changes J by s <dJ/dz_l, z_l> to first order, which is seen where the
+    gradient passes the layer's output; a block with branch steps has a term for each branch. Parts of a batch, whose
+    gradients accumulate, add up before the absolute value is taken.
     """
 
     name = "sensitivities"
@@ -223,6 +244,9 @@ class Sensitivity(Measured):
 
     def _watch(self, found: dict[int, Tensor]) -> Iterable[Any]:
         self._outputs = []
+        scheme = prunable_of(self.model).scheme
+        if wrapping_of(self.model) is None and scheme.step_power == 1.0:
+            return [_Around(scheme, name, partial(self._with_steps_seen, found)) for name in ("states", "last")]
 
         def measure(l: int, form: Form, x: Tensor | None, output: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -236,8 +260,7 @@ class Sensitivity(Measured):
 
             @torch.no_grad()
             def take(gradient: Tensor) -> None:
-                dtype = torch.promote_types(gradient.dtype, torch.float32)
-                now = (gradient.to(dtype) * added.to(dtype)).sum()
+                now = _product(gradient, added).sum()
                 found[l] = found[l] + now if l in found else now
 
             value.register_hook(take)
@@ -245,6 +268,25 @@ class Sensitivity(Measured):
             return form.replaced(output, value) if frozen else None
 
         return self._on_outputs(self._sites(), measure)
+
+    def _with_steps_seen(
+        self, found: dict[int, Tensor], run: Callable[..., Any], x: Tensor, layers: Any, skips: Any, tau: Tensor
+    ) -> Any:
+        """States of a network from steps with a hook; the last one may ask for all of them, with steps that have it."""
+        seen = any(tau is each for each in self._outputs)
+        if seen or not torch.is_grad_enabled() or x.numel() == 0:
+            return run(x, layers, skips, tau)
+        own = tau.clone() if tau.requires_grad else tau.detach().clone().requires_grad_()
+        steps = own.detach()
+
+        @torch.no_grad()
+        def take(gradient: Tensor) -> None:
+            for l, now in enumerate(_product(gradient, steps).unbind()):
+                found[l] = found[l] + now if l in found else now
+
+        own.register_hook(take)
+        self._outputs.append(own)
+        return run(x, layers, skips, own)
 
     def _take(self, found: dict[int, Tensor]) -> None:
         self._outputs = []
@@ -276,12 +318,15 @@ class Influence(Measured):
         def measure(l: int, form: Form, x: Tensor | None, output: Any) -> None:
             found[l] = _turned(x, form.leaving(output), mask.get("given"))
 
+        def between(l: int, y: Tensor, after: Tensor) -> None:
+            found[l] = _turned(y, after, None)
+
+        if wrapping is None:
+            return self._on_states(between)
         hooks = [self.model.register_forward_pre_hook(_Hook(begin), with_kwargs=True)]
-        if wrapping is not None and wrapping.per == "branch":
+        if wrapping.per == "branch":
             return hooks + self._between_branches(found, wrapping.present, lambda: mask.get("given"))
-        return hooks + (
-            self._on_outputs(self._layers(), measure) if wrapping is not None else self._between_layers(found)
-        )
+        return hooks + self._on_outputs(self._layers(), measure)
 
     def _between_branches(
         self, found: dict[int, Tensor], layers: "Iterable[Layer]", mask: Callable[[], Any]
@@ -310,28 +355,6 @@ class Influence(Measured):
         ends = [layer.module.register_forward_hook(add(l, layer)) for l, layer in enumerate(layers)]
         return [*starts, *ends]
 
-    def _between_layers(self, found: dict[int, Tensor]) -> list[Any]:
-        """Hooks on the inputs of layers and head, which are the states of a network y_0 .. y_N."""
-        network: Any = prunable_of(self.model)
-        states: dict[int, Tensor] = {}
-
-        def arrive(l: int) -> "_Hook":
-            def measure(_: nn.Module, args: tuple[Any, ...]) -> None:
-                if not self._looked_at():
-                    return
-                if l == 0 and max(states, default=0) > 0:
-                    states.clear()  # another pass
-                if l not in states:  # some schemes call a layer at several points
-                    states[l] = args[0].detach()
-                    if l - 1 in states:
-                        with torch.no_grad():
-                            found[l - 1] = _turned(states[l - 1], states[l], None)
-
-            return _Hook(measure)
-
-        ends = [*network.layers, network.head]
-        return [end.register_forward_pre_hook(arrive(l)) for l, end in enumerate(ends)]
-
 
 class _Hook:
     """A hook that measures; in a copy of the model, pickled or not, one that does nothing."""
@@ -344,6 +367,38 @@ class _Hook:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Hook, ()
+
+
+class _Around:
+    """A method of a scheme with what measures around it; in a copy of the scheme, pickled or not, the method alone."""
+
+    def __init__(self, scheme: Scheme, name: str, measure: Callable[..., Any]) -> None:
+        self.scheme, self.name, self.measure = scheme, name, measure
+        self.method, self.own = getattr(scheme, name), vars(scheme).get(name)
+        vars(scheme)[name] = self
+
+    def __call__(self, x: Tensor, layers: Any, skips: Any, tau: Tensor) -> Any:
+        return self.measure(self.method, x, layers, skips, tau)
+
+    def remove(self) -> None:
+        vars(self.scheme).pop(self.name, None)
+        if self.own is not None:
+            vars(self.scheme)[self.name] = self.own
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Scheme, str]]:
+        return getattr, (self.scheme, self.name)
+
+
+def moved_by_steps(network: Any) -> list[int]:
+    """The layers that add y_{l+1} - y_l to the state: with a step of 0 it would be y_l that comes behind them."""
+    local = network.scheme.deletes_exactly and not network.scheme.remembers
+    return [l for l in range(len(network.layers)) if local and network.skips.is_identity(l)]
+
+
+def _product(gradient: Tensor, value: Tensor) -> Tensor:
+    """The entries' products, in float32 at least."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return gradient.to(dtype) * value.to(dtype)
 
 
 def _increment(form: Form, x: Tensor | None, output: Any) -> Tensor:

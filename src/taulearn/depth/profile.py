@@ -7,7 +7,7 @@ References:
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import mul
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .._counting import Mean, counted, right_of, watched
 from .._errors import is_number, positive_integer
 from .._table import format_table
 from .._undisturbed import evaluation
+from ..adaptivity.criteria import moved_by_steps
 from ..calibration import Statistics, check_calibration, statistics_of, using
 from ..nn.early_exit import has_classes, tail_of
 from ..nn.network import TimeVariableNetwork
@@ -42,8 +43,9 @@ class DepthProfile:
         parameters: Numbers of variables of the cut networks.
         milliseconds: Median times of a forward pass of the cut networks, or None without example inputs.
         layers: Numbers of the layers at the start, (N,).
-        contribution: Root mean square over the samples of norm(s_l f_l(y_l)), what layer l adds, with
-            s_l = tau_l or tau_l^gamma Gamma(2-gamma), (N,); for a wrapped block tau_l (B(x) - x).
+        contribution: Root mean square over the samples of what layer l adds, (N,): norm(y_{l+1} - y_l) where the step
+            alone leads from the one to the other; norm(s_l f_l(y_l)), s_l = tau_l or tau_l^gamma Gamma(2-gamma), where
+            it remembers earlier states or the skip is not the identity; for a wrapped block norm(tau_l (B(x) - x)).
         relative: The same divided by that of norm(y_{l+1}), (N,).
         distance: Root mean square of norm(y_k - y_N), divided by that of the first of these states, (len(depths),): 1
             at first, 0 at last; nan where y_k has not the shape of y_N. Where it hardly changes over many layers the
@@ -277,29 +279,29 @@ def _pass(
         output, states = record_states(network, x, arrivals=arrivals)
         added = [y - a for y, a in zip(states[1:], arrivals, strict=True)]
     else:
-        values: dict[int, list[Tensor]] = {}
+        values: dict[int, Tensor] = {}
         start, tau = network.stem(x), network.time_steps.tau
         # one layer may stand in several places
         recorded = [_Recorded(layer, values, l) for l, layer in enumerate(network.layers)]
         states = [start, *network.scheme.states(start, recorded, network.skips, tau)]
         output = network.head(states[-1])
         factors = network.scheme.factor(tau)
-        weights = network.scheme.stage_weights
-        sums = {l: sum(map(mul, weights, k)) if len(k) == len(weights) else k[-1] for l, k in values.items()}
-        added = [factors[l].to(value.dtype) * value for l, value in sums.items()]
+        moved = moved_by_steps(network)
+        pairs = enumerate(pairwise(states))
+        added = [z - y if l in moved else factors[l].to(values[l].dtype) * values[l] for l, (y, z) in pairs]
     return outputs_at(network, x, states, output, own), states, added
 
 
 class _Recorded(nn.Module):
-    """A layer that keeps what it answers, each time if it is asked several times."""
+    """A layer that keeps what it answered last."""
 
-    def __init__(self, layer: nn.Module, values: dict[int, list[Tensor]], number: int) -> None:
+    def __init__(self, layer: nn.Module, values: dict[int, Tensor], number: int) -> None:
         super().__init__()
         self.layer, self.values, self.number = layer, values, number
 
     def forward(self, y: Tensor) -> Tensor:
         value: Tensor = self.layer(y)
-        self.values.setdefault(self.number, []).append(value)
+        self.values[self.number] = value
         return value
 
 

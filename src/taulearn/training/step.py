@@ -60,8 +60,9 @@ class PlainStep:
         evaluate: Callable[..., Any] | None = None,
         samples: int = 1,
         values: "CompiledValues | None" = None,
+        measured: contextlib.AbstractContextManager[None] | None = None,
     ) -> Tensor:
-        """Take one step; returns the row of the record before it, (1, columns)."""
+        """Take one step, measured where it begins; returns the row of the record before it, (1, columns)."""
         records: list[Tensor] = []
         parts = self._parts(inputs, targets, samples)
 
@@ -71,7 +72,8 @@ class PlainStep:
                 total, record = values.differentiate_(x, z, weights)
             else:
                 self.optimizer.zero_grad()
-                total, record = self._backward(evaluate or self.objective, parts)
+                with contextlib.nullcontext() if records or measured is None else measured:
+                    total, record = self._backward(evaluate or self.objective, parts)
             total, record = self.ranks.add_(self.objective.parameters(), total, record)
             records.append(record)
             return total
@@ -277,7 +279,6 @@ class Engine:
         values: "CompiledValues | None" = None,
     ) -> Tensor:
         """One plain step, uncompiled where it is measured."""
-        if measured is None:
-            return self.plain(inputs, targets, evaluate, samples, values)
-        with measured:
-            return self.plain(inputs, targets, None, samples)
+        if measured is not None:
+            evaluate = values = None
+        return self.plain(inputs, targets, evaluate, samples, values, measured)
