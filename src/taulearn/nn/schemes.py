@@ -48,7 +48,7 @@ class Scheme(nn.Module):
             shares of abs(tau)^p.
         per_layer: How many variables it learns for each layer.
         stage_weights: Weights, in the step, of the values of a layer with an identity skip, in the order in which it is
-            asked for them. Contributions need them: for other numbers of values they take the last one.
+            asked for them; so many evaluations a step takes.
         remembers: Whether a step looks at all states before it, so that its cost grows with their number.
         uses_skips: Whether a step asks for the skips.
         memory_from: Number of the first state that is remembered; where it is 1, layer 0 cannot be deleted.
