@@ -121,8 +121,9 @@ def _wrap_as_saved(host: nn.Module, manifest: dict[str, Any], folder: Path) -> N
     if saved["kind"] != "wrapped" or hasattr(host, "time_steps"):
         return
     options = {key: manifest["time_steps"][key] for key in ("constraint", "horizon", "lower_bound")}
+    reasons = {key: {each["block"]: each["why"] for each in saved[key]} for key in ("stays", "not_saved")}
     try:
-        rewrap(host, saved["blocks"], saved["shortened"], branches, per=saved["per"], **options)
+        rewrap(host, saved["blocks"], saved["shortened"], branches, per=saved["per"], **reasons, **options)
     except ValueError as error:
         remedy = "build the same model, not pruned"
         if options["constraint"] not in CONSTRAINTS:
@@ -189,7 +190,8 @@ def _differences(host: nn.Module, manifest: dict[str, Any], tensors: dict[str, T
 def _said(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest's entries on steps, scheme and blocks, but for options and what is only followed."""
     parts = ["time_steps", "scheme"] + ["model"] * (manifest["model"]["kind"] == "wrapped")
-    followed = ("states", "options", "modules", "branches", "plain", "next_number", "parents")
+    noted = ("states", "stays", "not_saved")
+    followed = (*noted, "options", "modules", "branches", "plain", "next_number", "parents")
     return {f"{part}.{key}": value for part in parts for key, value in manifest[part].items() if key not in followed}
 
 

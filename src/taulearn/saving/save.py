@@ -19,7 +19,7 @@ from ..files import check_tensors, move, tensor_bytes, write_bytes
 from ..nn.pruned_models import prunable_of, wrapping_of
 from ..nn.time_steps import TimeSteps, time_steps_of
 from ..wrapping.folding import check_plain, folded_state, without_steps
-from ..wrapping.wrap_as_saved import states_of, written_branch
+from ..wrapping.wrap_as_saved import states_of, stays_of, written_branch
 from ..wrapping.wrapped_model import Wrapping
 from .manifest import ASIDE, FORMAT, MANIFEST, WEIGHTS
 from .recipe import (
@@ -152,6 +152,8 @@ def describe(model: nn.Module, *, plain: bool = False) -> dict[str, Any]:
             [written_branch(branch) for branch in block.branches] for block in wrapping.blocks if block.branches
         ],
         "plain": plain,
+        "stays": [{"block": number, "why": why} for number, why in stays_of(wrapping).items()],
+        "not_saved": [{"block": number, "why": why} for number, why in wrapping.not_saved.items()],
     }
     return manifest | {"model": wrapped}
 
