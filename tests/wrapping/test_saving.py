@@ -253,3 +253,12 @@ def test_files_without_reasons_load(tmp_path: Path) -> None:
     loaded = load_model(tmp_path, HOSTS[0].make())
     assert torch.equal(evaluated(loaded, features()), evaluated(model, features()))
     assert prunable_of(loaded).fixed_layers() == {}
+
+
+def test_steps_of_half_precision_in_older_files_load(tmp_path: Path) -> None:
+    model = wrap(sequential().bfloat16(), "[1234]", init=0.7)
+    model.time_steps.values.data = model.time_steps.values.data.bfloat16()
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, sequential().bfloat16())
+    assert loaded.time_steps.values.dtype == torch.float32
+    assert torch.equal(loaded.time_steps.values, model.time_steps.values.float())

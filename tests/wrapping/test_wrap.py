@@ -210,6 +210,46 @@ def test_types_of_host_and_steps(dtype: torch.dtype) -> None:
     assert torch.equal(model(x), bare(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("units", ["steps", "displacement"])
+def test_steps_of_a_host_that_is_cast_are_at_least_of_single_precision(dtype: torch.dtype, units: str) -> None:
+    model = wrap(sequential(), "[1234]", units=units).train()
+    model(torch.randn(3, 4))
+    before = {name: value.clone() for name, value in model.time_steps.state_dict().items()}
+    model.to(dtype)
+    assert model[0].weight.dtype == dtype
+    for name, value in model.time_steps.state_dict().items():
+        assert value.dtype == (before[name].double().to(dtype).dtype if dtype == torch.float64 else torch.float32)
+        assert torch.equal(value, before[name].to(value.dtype))
+    model.time_steps.values.grad = torch.full_like(model.time_steps.values, 1.0)
+    torch.optim.SGD([model.time_steps.values], lr=1e-3).step()
+    assert bool((model.time_steps.tau < 1.0).all())
+    assert model(torch.randn(3, 4, dtype=dtype)).dtype == dtype
+
+
+def test_parameters_and_modules_train_under_each_of_their_names() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.blocks = nn.Linear(4, 4), nn.ModuleList([Block(4), Block(4)])
+            self.last = nn.Linear(4, 4)
+            self.last.weight, self.same = self.first.weight, self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.first(x)
+            for block in self.blocks:
+                y = block(y)
+            return self.same(self.last(y))
+
+    for train, expected in {
+        "last": {"first.weight", "last.bias"},
+        "last.weight": {"first.weight"},
+        "same": {"first.weight", "first.bias"},
+    }.items():
+        model = wrap(Tied(), example_inputs=torch.ones(1, 4), train=[train])
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == expected | {"time_steps.values"}
+
+
 @every_host
 def test_under_autocast_the_start_is_the_host(host: Host) -> None:
     model, bare = host.wrapped().train(), host.make().train()

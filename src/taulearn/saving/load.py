@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 
 from ..adaptivity.refine import take_grid
@@ -78,6 +79,9 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
         return network
     if saved["kind"] == "wrapped":
         tensors = {name: value.squeeze(0) if value.ndim else value for name, value in tensors.items()}
+        for name, value in tensors.items():
+            if name.startswith("time_steps.") and value.dtype in (torch.float16, torch.bfloat16):
+                tensors[name] = value.float()  # older models that were cast had such steps
     inner: nn.Module = getattr(host, "_orig_mod", host)
     with all_or_nothing([inner], None):
         _wrap_as_saved(inner, manifest, folder)
