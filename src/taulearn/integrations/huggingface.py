@@ -21,6 +21,7 @@ from ..files import write_tensors
 from ..nn.pruned_models import ORIGIN, Follower, follower_of
 from ..optim.projections import steps_under_way
 from ..penalties import Penalty
+from ..saving.recipe import tied_unlike
 from ..training.history import History
 from ..training.state_without_pickle import from_plain, to_plain
 from ..wrapping.configurations import is_pretrained
@@ -317,6 +318,8 @@ def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     tensors = safetensors.torch.load_file(file)
     if not any(name.endswith(ORIGIN) for name in tensors):
         raise ValueError(f"folder must be a checkpoint that was written with this callback, got {str(folder)!r}")
+    if unlike := tied_unlike(model, tensors):
+        raise ValueError(f"model must be built as the one of the checkpoint was, got another: {'; '.join(unlike[:5])}")
     try:
         wrong = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

@@ -18,7 +18,7 @@ from ..wrapping.branches import Branch
 from ..wrapping.folding import drop_units, unwrap
 from ..wrapping.wrap_as_saved import read_branch, rewrap, take_form, take_states
 from .manifest import MANIFEST, WEIGHTS, read_manifest, short
-from .recipe import build, classes_of, differences, modules_of, tensors_of
+from .recipe import build, classes_of, differences, modules_of, tensors_of, tied_unlike
 from .save import describe, with_steps
 
 M = TypeVar("M", bound=nn.Module)
@@ -51,7 +51,9 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged, of another format or not of the same save as the other, if the model needs a
-            host, or if the host is another model than the saved one; the host is then as before.
+            host, or if the host is another model than the saved one; the host is then as before. Compared are layers,
+            time steps, classes of modules, and names, shapes, types and sharing of tensors; not what else a host was
+            built with (the number of its attention heads, say): build it with the same configuration.
         TypeError: If the host has no time steps.
 
     Example:
@@ -89,7 +91,7 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
         _change_layers(inner, manifest, folder)
         if saved["kind"] == "wrapped" and (wrapping := wrapping_of(inner)) is not None:
             take_states(wrapping, saved["states"])
-        _refuse("host", _differences(inner, manifest, tensors, folder), folder)
+        _refuse("host", _differences(inner, manifest, tensors, folder) + tied_unlike(inner, tensors), folder)
         if saved["kind"] == "wrapped" and saved["plain"]:
             unwrap(inner, discard_steps=True)
     inner.load_state_dict(tensors)
@@ -125,7 +127,9 @@ def _wrap_as_saved(host: nn.Module, manifest: dict[str, Any], folder: Path) -> N
     if saved["kind"] != "wrapped" or hasattr(host, "time_steps"):
         return
     options = {key: manifest["time_steps"][key] for key in ("constraint", "horizon", "lower_bound")}
-    reasons = {key: {each["block"]: each["why"] for each in saved[key]} for key in ("stays", "not_saved")}
+    reasons: dict[str, Any] = {
+        key: {each["block"]: each["why"] for each in saved[key]} for key in ("stays", "not_saved")
+    }
     try:
         rewrap(host, saved["blocks"], saved["shortened"], branches, per=saved["per"], **reasons, **options)
     except ValueError as error:

@@ -139,7 +139,7 @@ class PassingTimeSteps(TimeSteps):
             made = fn(each)
             return each.to(made.device) if made.is_floating_point() and made.itemsize < 4 else made
 
-        return super()._apply(cast, recurse)
+        return super()._apply(cast, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Any) -> Any:
         """The input."""

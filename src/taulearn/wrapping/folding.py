@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .._batches import on_device
 from .._calls import call as call_model
 from .._distributed import refuse_distributed
 from .._errors import is_number
@@ -303,7 +302,9 @@ def _example_inputs(wrapping: Wrapping) -> Any:
     devices = {p.device for p in wrapping.host.parameters()}
     if wrapping.inputs.value is None or len(devices) != 1 or devices == {torch.device("meta")}:
         return None
-    return on_device(wrapping.inputs.value, *devices)
+    from .comparison import as_taken
+
+    return as_taken(wrapping.inputs.value, wrapping.host, *devices)
 
 
 @contextmanager
