@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from taulearn import TimeSteps, parameter_groups, unwrap, wrap
+from taulearn import TimeSteps, attach, parameter_groups, unwrap, wrap
 from taulearn._calls import call
+from taulearn.optim import register_projection
 from taulearn.wrapping import wrapping_of
 from wrapping.hosts import BY_NAME, Block, Host, bert, encoder, evaluated, every_host, sequential, tensor, tokens
 
@@ -225,6 +226,22 @@ def test_steps_of_a_host_that_is_cast_are_at_least_of_single_precision(dtype: to
     torch.optim.SGD([model.time_steps.values], lr=1e-3).step()
     assert bool((model.time_steps.tau < 1.0).all())
     assert model(torch.randn(3, 4, dtype=dtype)).dtype == dtype
+
+
+def test_a_model_with_a_session_or_a_projection_is_not_unwrapped() -> None:
+    model = wrap(sequential(), "[1234]")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = attach(model, optimizer, iterations=2)
+    with pytest.raises(ValueError, match=r"got a session of taulearn.attach: call session.detach\(\) before"):
+        unwrap(model)
+    session.detach()
+    handle = register_projection(optimizer, model)
+    with pytest.raises(ValueError, match=r"got a projection of register_projection: call remove\(\) of its handle"):
+        unwrap(model)
+    handle.remove()
+    register_projection(torch.optim.SGD(model.parameters(), lr=0.1), model)  # which nobody holds
+    unwrap(model)
+    optimizer.step()
 
 
 def test_parameters_and_modules_train_under_each_of_their_names() -> None:

@@ -169,6 +169,7 @@ class Projection:
 
     def __init__(self, model: nn.Module, penalties: "Sequence[Penalty]", act: Callable[[Any], None]) -> None:
         self.model, self.penalties, self._act = model, tuple(penalties), act
+        PROJECTIONS.add(self)
 
     def __call__(self, optimizer: Any = None, _args: Any = (), options: Mapping[str, Any] | None = None) -> None:
         if steps_under_way(optimizer) < 2:
@@ -181,6 +182,9 @@ class Attached:
 
 SESSIONS: WeakSet[Any] = WeakSet()
 """The sessions of ``taulearn.attach`` that are at work."""
+
+PROJECTIONS: WeakSet["Projection"] = WeakSet()
+"""The hooks of ``register_projection``, until they are removed."""
 
 
 def has_session(model: nn.Module) -> bool:

@@ -40,9 +40,10 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
         path: The folder; a run directory is one.
         host: A fresh model: not pruned, or pruned no further than the saved one. Layers that the saved model no longer
             has are deleted from it, those that were new are made anew as copies (refine the host alike where they were
-            others), and the weights are copied into it. For a wrapped model it need not be wrapped:
-            then it gets its time steps here; steps in units of displacement become plain ones; what was saved with
-            ``plain=True`` has none afterwards. None: rebuild the network.
+            others), and the weights are copied into it. For a wrapped model it need not be wrapped, unless places of
+            deleted blocks stay in it, which asks for a host wrapped with example_inputs: it gets its time steps here;
+            steps in units of displacement become plain ones; what was saved with ``plain=True`` has none afterwards.
+            None: rebuild the network.
 
     Returns:
         The host, or the rebuilt network (on the CPU, in training mode like every fresh module). What was frozen, by
@@ -170,7 +171,7 @@ def _change_layers(host: nn.Module, manifest: dict[str, Any], folder: Path) -> N
     except ValueError as error:
         raise ValueError(
             f"host must be a model whose layers can be changed to the {short(grid.origin)} that {folder} holds, "
-            f"got one where they cannot ({error}): build it as the saved model was"
+            f"got one where they cannot ({error}): build, and wrap with example_inputs, as the saved model was"
         ) from error
 
 

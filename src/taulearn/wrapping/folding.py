@@ -5,6 +5,7 @@ Steps of form "whole" can only be brought to 1 (:func:`anneal_to_one`), those in
 first.
 """
 
+import gc
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -22,6 +23,7 @@ from .._errors import is_number
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import check_averaged
 from ..nn.pruned_models import WRAPPING, set_follower, wrapping_of
+from ..optim.projections import PROJECTIONS, has_session
 from .block import Step
 from .branches import WatchedBlock, folded, step_of
 from .wrapped_model import Layer, Wrapping, has_save_pretrained
@@ -45,8 +47,9 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
 
     Raises:
         TypeError: If the model is compiled, or in a wrapper of data parallel training.
-        ValueError: If the model is not wrapped, or sharded, or a step differs from 1, cannot be folded, and
-            ``discard_steps`` is false; the model is then as before.
+        ValueError: If the model is not wrapped, or sharded, a session of ``taulearn.attach`` or a projection of
+            ``register_projection`` is at work on it, or a step differs from 1, cannot be folded, and ``discard_steps``
+            is false; the model is then as before.
 
     Example:
         >>> import taulearn
@@ -63,6 +66,8 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
     wrapping = wrapping_of(model)
     if wrapping is None:
         raise ValueError(f"model must be wrapped, got {type(model).__name__} without: {_where_steps_are(model)}")
+    if remedy := _at_work(model):
+        raise ValueError(f"model must have nothing at work on its time steps, got {remedy} before")
     if not discard_steps:
         fold_(wrapping)
     if has_save_pretrained(model):
@@ -87,6 +92,19 @@ def _where_steps_are(model: nn.Module) -> str:
     if any(isinstance(step_of(module), Step | WatchedBlock) for module in model.modules()):
         return "its blocks have the steps of a model around it (before adapters were merged, say): unwrap that one"
     return "nothing is to be taken off"
+
+
+def _at_work(model: nn.Module) -> str:
+    """What acts on the time steps of a model after each step of an optimiser, and the way out; or nothing."""
+    if has_session(model):
+        return "a session of taulearn.attach: call session.detach()"
+
+    def projected() -> bool:
+        return any(part is model for each in PROJECTIONS for part in each.model.modules())
+
+    if projected():
+        gc.collect()  # a hook and its optimiser hold each other
+    return "a projection of register_projection: call remove() of its handle" if projected() else ""
 
 
 def changed_modules(wrapping: Wrapping) -> list[nn.Module]:

@@ -210,12 +210,14 @@ def _zeros_for_branches(host: nn.Module) -> Iterator[list[nn.Module]]:
             f"{len(places)} branches that were deleted are written as weights of zero, as no configuration can leave "
             "them out: what is loaded computes the same, no faster than before. taulearn.save_model keeps the short "
             "form",
-            stacklevel=3,
+            stacklevel=5,  # whoever called save_pretrained
         )
     device = next((p.device for p in host.parameters()), torch.device("cpu"))
+    types = {p.dtype for name, p in host.named_parameters() if p.is_floating_point() and not name.startswith(STEPS)}
+    dtype = next(iter(types)) if len(types) == 1 else None
     with numbers_kept(host) if places else nullcontext():
         try:
-            zeros = [part.zeros(device) for _, _, part in places]
+            zeros = [part.zeros(device, dtype) for _, _, part in places]
             for (holder, key, _), each in zip(places, zeros, strict=True):
                 holder._modules[key] = each
             number_caches(host, {part.site for _, _, part in places})
