@@ -213,7 +213,7 @@ def test_a_loaded_model_knows_which_blocks_must_stay(tmp_path: Path) -> None:
     save_model(model, tmp_path)
     loaded = load_model(tmp_path, FirstForAll())
     assert prunable_of(loaded).fixed_layers() == fixed
-    with pytest.raises(ValueError, match=r"indices must contain|must stay"):
+    with pytest.raises(ValueError, match="keep must contain layer 0"):
         prune(loaded, keep=[1, 2, 3])
     prune(loaded, keep=[0, 3])
     save_model(loaded, tmp_path)

@@ -1,11 +1,9 @@
 """The projection after each step, and the hooks on an optimiser that act on time steps: nobody acts twice."""
 
-import gc
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +11,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adaptivity.optimizer_state import (
     LACKING,
+    PROJECTIONS,
+    SESSIONS as SESSIONS,
     bare,
     check_current,
     check_holds,
     check_holds_steps,
+    has_session,
     optimizers_in,
     parameters_held,
     with_inner,
@@ -178,20 +179,6 @@ class Projection:
 
 class Attached:
     """A hook of ``taulearn.attach``."""
-
-
-SESSIONS: WeakSet[Any] = WeakSet()
-"""The sessions of ``taulearn.attach`` that are at work."""
-
-PROJECTIONS: WeakSet["Projection"] = WeakSet()
-"""The hooks of ``register_projection``, until they are removed."""
-
-
-def has_session(model: nn.Module) -> bool:
-    """Whether a session of ``taulearn.attach`` trains the model; one that nobody holds any more is none."""
-    if any(part is each.steps for each in SESSIONS for part in model.modules()):
-        gc.collect()  # a session and its optimiser hold each other
-    return any(part is each.steps for each in SESSIONS for part in model.modules())
 
 
 def check_unattached(optimizer: Any, model: nn.Module) -> None:

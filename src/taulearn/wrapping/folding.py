@@ -21,9 +21,9 @@ from .._calls import call as call_model
 from .._distributed import refuse_distributed
 from .._errors import is_number
 from .._undisturbed import undisturbed
+from ..adaptivity.optimizer_state import PROJECTIONS, has_session
 from ..adaptivity.transaction import check_averaged
 from ..nn.pruned_models import WRAPPING, set_follower, wrapping_of
-from ..optim.projections import PROJECTIONS, has_session
 from .block import Step
 from .branches import WatchedBlock, folded, step_of
 from .wrapped_model import Layer, Wrapping, has_save_pretrained
