@@ -71,6 +71,7 @@ class TestTrainer:
         assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
         assert not model._forward_hooks
 
+    @pytest.mark.long
     def test_the_last_batches_of_an_epoch_that_accumulate_are_a_mean_too(self, tmp_path: Path) -> None:
         transformers = pytest.importorskip("transformers")
         from integrations.huggingface_runs import TimeStepsCallback

@@ -9,7 +9,8 @@ own method writes to the folder that was asked for. A model that has all its blo
 
 The guard stays on a pruned model when its steps are taken off, unless it is what its configuration describes.
 
-A model that is built around a wrapped one later (by PEFT, say) is not known here, and is not guarded.
+A model around the wrapped one (of which only a part was wrapped, or that PEFT made later, say) is not known here, and
+is not guarded.
 """
 
 import copy
