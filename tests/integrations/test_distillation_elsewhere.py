@@ -71,6 +71,50 @@ class TestTrainer:
         assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
         assert not model._forward_hooks
 
+    @pytest.mark.long
+    def test_the_last_batches_of_an_epoch_that_accumulate_are_a_mean_too(self, tmp_path: Path) -> None:
+        transformers = pytest.importorskip("transformers")
+        from integrations.huggingface_runs import TimeStepsCallback
+        from wrapping.hosts import BY_NAME, gpt2
+
+        torch.manual_seed(0)
+        model, teacher, size = BY_NAME["gpt2"].wrapped(), gpt2(), 2
+        for each in model.modules():
+            if isinstance(each, nn.Dropout):
+                each.p = 0.0
+        plain, rows, order = copy.deepcopy(model), torch.randint(3, 40, (6, 5)), list[Tensor]()
+        model.register_forward_pre_hook(lambda _, __, given: order.append(given["input_ids"]), with_kwargs=True)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+        options |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+        callback = TimeStepsCallback(Distillation(teacher, 0.5, 2.0), progress=False)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_grad_norm=0.0, lr_scheduler_type="constant", **options
+        )
+        sgd = torch.optim.SGD(model.parameters(), 0.05), None
+        # some versions of Trainer count the first label, which the model's loss leaves out
+        data = [{"input_ids": row, "labels": torch.cat([torch.tensor([-100]), row[1:]])} for row in rows]
+        transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback], optimizers=sgd).train()
+        optimizer, teacher = torch.optim.SGD(plain.parameters(), 0.05), teacher.eval()
+        found, left = [], list(order)
+        for number in (2, 1, 2, 1):  # three batches an epoch
+            optimizer.zero_grad()
+            parts, left = left[:number], left[number:]
+            losses = []
+            for x in parts:
+                y = plain(input_ids=x)
+                loss = F.cross_entropy(y.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+                with torch.no_grad():
+                    t = teacher(input_ids=x).logits
+                losses.append((loss, 0.5 * term(y.logits[:, :-1].flatten(0, 1), t[:, :-1].flatten(0, 1), 2.0)))
+            means = [sum(each) / number for each in zip(*losses, strict=True)]
+            sum(means).backward()
+            optimizer.step()
+            found.append([each.item() for each in means])
+        assert not left
+        for name, expected in zip(("loss", "penalty.distillation"), zip(*found, strict=True), strict=True):
+            np.testing.assert_allclose(callback.history.iterations[name], expected, rtol=1e-4)
+        torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
     def test_a_model_that_returns_no_loss_is_refused(self, tmp_path: Path) -> None:
         model, teacher = self.pair()
         from integrations.huggingface_runs import TimeStepsCallback, trainer

@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import taulearn
 from integrations.huggingface_runs import digits, pruning_callback, trainer
+from taulearn.integrations.checkpoints import mark_
 from taulearn.integrations.huggingface import load_checkpoint
+from wrapping.hosts import gpt2, tokens
 from wrapping.test_save_pretrained import Hub
 
 
@@ -41,3 +44,16 @@ def test_checkpoints_of_a_model_with_a_method_of_its_own_hold_which_layers_are_l
     assert fresh.time_steps.origin == model.time_steps.origin
     inputs = digits(4)[0]
     assert torch.equal(fresh.eval()(inputs), model.eval()(inputs))
+
+
+def test_a_checkpoint_is_not_loaded_into_a_model_that_shares_what_it_holds_apart(tmp_path: Path) -> None:
+    model = taulearn.wrap(gpt2(tie_word_embeddings=False), example_inputs=tokens())
+    state = dict(model.state_dict())
+    mark_(model, state)
+    safetensors.torch.save_file({k: v.detach().clone() for k, v in state.items()}, tmp_path / "model.safetensors")
+    load_checkpoint(taulearn.wrap(gpt2(tie_word_embeddings=False), example_inputs=tokens()), tmp_path)
+    tied = taulearn.wrap(gpt2(), example_inputs=tokens())
+    before = {name: value.clone() for name, value in tied.state_dict().items()}
+    with pytest.raises(ValueError, match=r"lm_head.weight must have values of its own"):
+        load_checkpoint(tied, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in tied.state_dict().items())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -182,6 +183,17 @@ def test_a_state_dict_that_is_handed_over_gets_zeros_for_deleted_branches(tmp_pa
         host.save_pretrained(tmp_path, state_dict=host.state_dict())
     loaded = type(host).from_pretrained(tmp_path).eval()
     assert_like(answer(loaded, ids()), answer(host, ids()))
+
+
+def test_zeros_for_deleted_branches_are_of_the_type_of_the_model(tmp_path: Path) -> None:
+    host = wrap(FAMILIES["gpt2"].bare(), example_inputs=ids(), per="branch").eval()
+    prune(host, keep=[0, 1, 3, 4, 5, 6, 7])
+    host.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="weights of zero") as told:
+        host.save_pretrained(tmp_path)
+    assert [each.filename for each in told if "of zero" in str(each.message)] == [__file__]
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
 
 
 class ReadsAnEnd(nn.Module):

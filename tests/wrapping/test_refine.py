@@ -365,3 +365,38 @@ def test_a_run_that_a_callback_refined_goes_on_with_the_same_bits(form: str, tmp
         resumed, record = run(str(epoch), resume=True)
         assert_same_weights(resumed, model)
         assert_same_history(record, history)
+
+
+class Other(Block):
+    """Refuses every type but that of its weights, as products do, and one more if it is told so."""
+
+    refused = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.refused:
+            raise TypeError("these inputs are not what it takes")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_that_was_cast_is_refined(form: str) -> None:
+    model = wrap(sequential(), example_inputs=features(), form=form).eval()
+    model.to(torch.bfloat16)
+    before = model(features().bfloat16())
+    refine(model, [1], by="insert")
+    assert torch.equal(model(features().bfloat16()), before)
+
+
+def test_a_model_that_takes_other_inputs_by_now_is_refined_without_being_compared() -> None:
+    model: Any = wrap(nn.Sequential(*(Other(4) for _ in range(3))), example_inputs=features())
+    model[0].refused = True
+    refine(model, [1], by="insert")
+    assert model.time_steps.num_steps == 4
+
+
+def test_steps_of_a_model_that_was_cast_are_tried_before_they_fold() -> None:
+    model = wrap(nn.Sequential(*(Block(4) for _ in range(3))), example_inputs=features(), form="branches", init=0.5)
+    model.to(torch.bfloat16)
+    model[1].inner[-1].register_forward_hook(lambda *args: args[2] + 9.0)  # which no weight holds
+    with pytest.raises(ValueError, match="must answer the same with its steps folded"):
+        unwrap(model)

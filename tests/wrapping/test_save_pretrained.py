@@ -3,7 +3,7 @@
 import copy
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +322,39 @@ def test_averaged_weights_may_be_saved_in_place_of_the_models(tmp_path: Path) ->
     assert "time_steps.values" in averaged
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(loaded.state_dict()["transformer.ln_f.weight"], averaged["transformer.ln_f.weight"])
+
+
+@pytest.mark.parametrize("keep", [range(4), [0, 1, 3]])
+def test_steps_of_averaged_weights_fold_into_them(keep: Sequence[int], tmp_path: Path) -> None:
+    model = BY_NAME["gpt2"].wrapped(init=0.9)
+    prune(model, keep=keep)
+    averaged = copy.deepcopy(model)
+    with torch.no_grad():
+        averaged.time_steps.values.copy_(torch.linspace(0.2, 1.0, len(keep)))
+        averaged.transformer.h[0].mlp.c_proj.weight.mul_(3.0)
+    before, state = model.time_steps.values, averaged.state_dict()
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(evaluated(loaded, tokens()), evaluated(averaged, tokens()))
+    assert model.time_steps.values is before
+    assert before.tolist() == pytest.approx([0.9] * len(keep))
+    state["time_steps.values"] = torch.ones(7)
+    with pytest.raises(ValueError, match=r"time_steps.values in state_dict must be of shape .* got \(7,\)"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert model.time_steps.values is before
+
+
+def test_steps_of_averaged_weights_must_be_one_where_they_do_not_fold(tmp_path: Path) -> None:
+    model = BY_NAME["bert"].wrapped(form="whole")
+    state = model.state_dict() | {"time_steps.values": torch.tensor([1.0, 1.0, 0.5, 1.0])}
+    with pytest.raises(ValueError, match=r"must all be 1 for save_pretrained, got \[1.0, 1.0, 0.5, 1.0\]"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    with torch.no_grad():
+        model.time_steps.values.fill_(0.5)
+    model.save_pretrained(tmp_path, state_dict=state | {"time_steps.values": torch.ones(4)})
+    plain = BY_NAME["bert"].make()
+    loaded = type(plain).from_pretrained(tmp_path)
+    assert torch.equal(evaluated(loaded, tokens()), evaluated(plain, tokens()))
 
 
 def test_lower_precision_is_saved_as_it_is(tmp_path: Path) -> None:

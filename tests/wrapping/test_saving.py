@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taulearn import load_model, prune, save_model, wrap
-from taulearn.wrapping import PassThrough
-from wrapping.hosts import BY_NAME, HOSTS, Block, Host, evaluated, sequential
+from taulearn import load_model, prune, save_model, summary, wrap
+from taulearn.nn.pruned_models import prunable_of
+from taulearn.wrapping import PassThrough, wrapping_of
+from wrapping.hosts import BY_NAME, HOSTS, Block, Host, evaluated, features, gpt2, sequential, tokens
 
 ROUND_TRIPS = [
     pytest.param(host, constraint, id=f"{constraint}-{host}", marks=[pytest.mark.long] * long)
@@ -177,3 +178,100 @@ def test_damaged_weights_are_refused(damage: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="must be a safetensors file"):
             load_model(tmp_path, host=host)
     assert not hasattr(host, "time_steps")
+
+
+class Reading(nn.Module):
+    """A block that adds what the first of its kind computes for all."""
+
+    def __init__(self, *, first: bool) -> None:
+        super().__init__()
+        self.inner, self.bias = nn.Linear(4, 4), nn.Linear(4, 4) if first else None
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        bias = bias if self.bias is None else self.bias(x).sin()
+        return x + self.inner(x).tanh() + (0.0 if bias is None else bias), bias
+
+
+class FirstForAll(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Reading(first=l == 0) for l in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None
+        for block in self.blocks:
+            x, bias = block(x, bias)
+        return x
+
+
+def test_a_loaded_model_knows_which_blocks_must_stay(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 4)
+    model = wrap(FirstForAll(), example_inputs=x)
+    fixed = prunable_of(model).fixed_layers()
+    assert set(fixed) == {0}
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, FirstForAll())
+    assert prunable_of(loaded).fixed_layers() == fixed
+    with pytest.raises(ValueError, match="keep must contain layer 0"):
+        prune(loaded, keep=[1, 2, 3])
+    prune(loaded, keep=[0, 3])
+    save_model(loaded, tmp_path)
+    assert prunable_of(load_model(tmp_path, FirstForAll())).fixed_layers() == fixed
+
+
+def test_a_loaded_model_of_branches_knows_which_blocks_must_stay(tmp_path: Path) -> None:
+    for per in ("block", "branch"):
+        family = wrap(BY_NAME["gpt2"].make(), example_inputs=tokens(), per=per)
+        blocks = wrapping_of(family).blocks  # type: ignore[union-attr]
+        save_model(family, tmp_path)
+        manifest = json.loads((tmp_path / "model.json").read_text())
+        assert manifest["model"]["stays"] == [] == [block for block in blocks if block.stays]
+        manifest["model"]["stays"] = [{"block": 2, "why": "it is the best of all"}]
+        (tmp_path / "model.json").write_text(json.dumps(manifest))
+        loaded = load_model(tmp_path, BY_NAME["gpt2"].make())
+        if per == "block":
+            assert prunable_of(loaded).fixed_layers() == {2: "it is the best of all"}
+        else:
+            assert [block.stays for block in wrapping_of(loaded).blocks]  # type: ignore[union-attr] == [False, False, True, False]
+
+
+def test_a_loaded_model_says_what_save_pretrained_refuses(tmp_path: Path) -> None:
+    model = wrap(gpt2(scale_attn_by_inverse_layer_idx=True), example_inputs=tokens())
+    told = summary(model).not_saved
+    assert set(told) == {0, 1, 2}
+    save_model(model, tmp_path)
+    assert summary(load_model(tmp_path, gpt2(scale_attn_by_inverse_layer_idx=True))).not_saved == told
+
+
+def test_files_without_reasons_load(tmp_path: Path) -> None:
+    model = HOSTS[0].wrapped()
+    save_model(model, tmp_path)
+    manifest = json.loads((tmp_path / "model.json").read_text())
+    del manifest["model"]["stays"], manifest["model"]["not_saved"]
+    (tmp_path / "model.json").write_text(json.dumps(manifest))
+    loaded = load_model(tmp_path, HOSTS[0].make())
+    assert torch.equal(evaluated(loaded, features()), evaluated(model, features()))
+    assert prunable_of(loaded).fixed_layers() == {}
+
+
+def test_steps_of_half_precision_in_older_files_load(tmp_path: Path) -> None:
+    model = wrap(sequential().bfloat16(), "[1234]", init=0.7)
+    model.time_steps.values.data = model.time_steps.values.data.bfloat16()
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, sequential().bfloat16())
+    assert loaded.time_steps.values.dtype == torch.float32
+    assert torch.equal(loaded.time_steps.values, model.time_steps.values.float())
+
+
+def test_a_host_that_shares_what_the_saved_model_does_not_is_refused(tmp_path: Path) -> None:
+    model = wrap(gpt2(tie_word_embeddings=False), example_inputs=tokens())
+    save_model(model, tmp_path)
+    host = gpt2()
+    before = copy.deepcopy(host.state_dict())
+    with pytest.raises(ValueError, match=r"lm_head.weight must have values of its own, got one that is shared with"):
+        load_model(tmp_path, host)
+    assert all(torch.equal(value, before[name]) for name, value in host.state_dict().items())
+    save_model(wrap(gpt2(), example_inputs=tokens()), tmp_path)
+    load_model(tmp_path, gpt2(tie_word_embeddings=False))  # which holds the same values twice
+    load_model(tmp_path, gpt2())

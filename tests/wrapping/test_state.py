@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from taulearn import load_model, prune, save_model, wrap
+from taulearn.depth.wrapped_states import record_states
 from taulearn.wrapping import wrapping_of
 
 
@@ -266,3 +267,34 @@ class Slice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.inner(x).tanh()
         return y
+
+
+class Conditioned(nn.Module):
+    """A residual block whose state is neither first nor has a customary name."""
+
+    def __init__(self, *, both: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.both = nn.Linear(4, 4), nn.Linear(4, 4), both
+
+    def forward(self, cond: Tensor, z: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        z = z + self.b(torch.tanh(self.a(z) + cond))
+        return (cond, z) if self.both else z
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_states_of_a_loaded_model_are_those_of_the_saved_one(both: bool, tmp_path: Path) -> None:
+    def made() -> Any:
+        torch.manual_seed(0)
+        return Host(lambda: Conditioned(both=both), second if both else first).double()
+
+    x, c = (each.double() for each in inputs())
+    save_model(wrap(made(), example_inputs=(x, c), form="branches", init=[0.5, 1.0, 0.25]), tmp_path / "0")
+    for n in range(2):  # the second time it is the loaded one that is saved
+        loaded = load_model(tmp_path / str(n), made())
+        output, states = record_states(loaded, (x, c))
+        state = x
+        for block, tau, found in zip(made().blocks, (0.5, 1.0, 0.25), states[1:], strict=True):
+            state = state + tau * block.b(torch.tanh(block.a(state) + c))
+            torch.testing.assert_close(found, state)
+        torch.testing.assert_close(output, state)
+        save_model(loaded, tmp_path / str(n + 1))

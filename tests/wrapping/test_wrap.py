@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from taulearn import TimeSteps, parameter_groups, unwrap, wrap
+from taulearn import TimeSteps, attach, parameter_groups, unwrap, wrap
 from taulearn._calls import call
+from taulearn.optim import register_projection
 from taulearn.wrapping import wrapping_of
 from wrapping.hosts import BY_NAME, Block, Host, bert, encoder, evaluated, every_host, sequential, tensor, tokens
 
@@ -208,6 +209,62 @@ def test_types_of_host_and_steps(dtype: torch.dtype) -> None:
     assert model.time_steps.tau.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     x = torch.randn(3, 4, dtype=dtype)
     assert torch.equal(model(x), bare(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("units", ["steps", "displacement"])
+def test_steps_of_a_host_that_is_cast_are_at_least_of_single_precision(dtype: torch.dtype, units: str) -> None:
+    model = wrap(sequential(), "[1234]", units=units).train()
+    model(torch.randn(3, 4))
+    before = {name: value.clone() for name, value in model.time_steps.state_dict().items()}
+    model.to(dtype)
+    assert model[0].weight.dtype == dtype
+    for name, value in model.time_steps.state_dict().items():
+        assert value.dtype == (before[name].double().to(dtype).dtype if dtype == torch.float64 else torch.float32)
+        assert torch.equal(value, before[name].to(value.dtype))
+    model.time_steps.values.grad = torch.full_like(model.time_steps.values, 1.0)
+    torch.optim.SGD([model.time_steps.values], lr=1e-3).step()
+    assert bool((model.time_steps.tau < 1.0).all())
+    assert model(torch.randn(3, 4, dtype=dtype)).dtype == dtype
+
+
+def test_a_model_with_a_session_or_a_projection_is_not_unwrapped() -> None:
+    model = wrap(sequential(), "[1234]")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = attach(model, optimizer, iterations=2)
+    with pytest.raises(ValueError, match=r"got a session of taulearn.attach: call session.detach\(\) before"):
+        unwrap(model)
+    session.detach()
+    handle = register_projection(optimizer, model)
+    with pytest.raises(ValueError, match=r"got a projection of register_projection: call remove\(\) of its handle"):
+        unwrap(model)
+    handle.remove()
+    register_projection(torch.optim.SGD(model.parameters(), lr=0.1), model)  # which nobody holds
+    unwrap(model)
+    optimizer.step()
+
+
+def test_parameters_and_modules_train_under_each_of_their_names() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.blocks = nn.Linear(4, 4), nn.ModuleList([Block(4), Block(4)])
+            self.last = nn.Linear(4, 4)
+            self.last.weight, self.same = self.first.weight, self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.first(x)
+            for block in self.blocks:
+                y = block(y)
+            return self.same(self.last(y))
+
+    for train, expected in {
+        "last": {"first.weight", "last.bias"},
+        "last.weight": {"first.weight"},
+        "same": {"first.weight", "first.bias"},
+    }.items():
+        model = wrap(Tied(), example_inputs=torch.ones(1, 4), train=[train])
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == expected | {"time_steps.values"}
 
 
 @every_host

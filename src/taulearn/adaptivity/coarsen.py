@@ -22,10 +22,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from .._distributed import refuse_distributed, together
 from ..nn.pruned_models import WRAPPING, prunable_of, refuse_inference_mode
-from ..optim.projections import has_session
 from .estimate import Criterion, as_criterion, normalised, scores_of, shares
 from .mark import Budget, plan
-from .optimizer_state import check_holds, check_holds_steps, optimizers_in
+from .optimizer_state import check_holds, check_holds_steps, has_session, optimizers_in
 from .policies import THRESHOLD, check_one_decides, check_threshold
 from .transaction import Prunable, all_or_nothing, check_averaged, delete, taken_out
 

@@ -6,11 +6,13 @@ kept in the order of the parameters somewhere else, as flat buffers are, cannot 
 """
 
 import copy
+import gc
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +28,22 @@ LACKING = (
 )
 """The remedy where the only optimiser lacks the time steps."""
 
+SESSIONS: WeakSet[Any] = WeakSet()
+"""The sessions of ``taulearn.attach`` that are at work."""
+
+PROJECTIONS: WeakSet[Any] = WeakSet()
+"""The hooks of ``register_projection``, until they are removed."""
+
 
 _PREPARING = frozenset(("accelerate", "lightning", "lightning_fabric", "pytorch_lightning", "transformers"))
 """Packages whose wrappers have a step of their own that does what is left to the loop."""
+
+
+def has_session(model: nn.Module) -> bool:
+    """Whether a session of ``taulearn.attach`` trains the model; one that nobody holds any more is none."""
+    if any(part is each.steps for each in SESSIONS for part in model.modules()):
+        gc.collect()  # a session and its optimiser hold each other
+    return any(part is each.steps for each in SESSIONS for part in model.modules())
 
 
 def bare(optimizer: Any) -> Any:

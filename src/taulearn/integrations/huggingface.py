@@ -21,6 +21,7 @@ from ..files import write_tensors
 from ..nn.pruned_models import ORIGIN, Follower, follower_of
 from ..optim.projections import steps_under_way
 from ..penalties import Penalty
+from ..saving.recipe import tied_unlike
 from ..training.history import History
 from ..training.state_without_pickle import from_plain, to_plain
 from ..wrapping.configurations import is_pretrained
@@ -92,6 +93,7 @@ class TimeStepsCallback(TrainerCallback):
         self._companion = Companion(penalties, pruning, refinement, progress=progress)
         self._training, self._step = ExitStack(), ExitStack()
         self._early = False
+        self._batches = 1  # over which gradients accumulate in the step under way
 
     @property
     def history(self) -> History:
@@ -134,9 +136,7 @@ class TimeStepsCallback(TrainerCallback):
                     f"torch_compile must be False with {companion.of_batches[0]!r} among the penalties, which is added "
                     "after each forward pass, got True"
                 )
-            share = args.gradient_accumulation_steps
-            share *= args.world_size if args.average_tokens_across_devices else 1
-            hook = partial(self._add, 1 / share)
+            hook = partial(self._add, args.world_size if args.average_tokens_across_devices else 1)
             self._training.callback(whole.register_forward_hook(hook, with_kwargs=True).remove)
         self._lifted = bool(getattr(whole, "peft_config", None)) or (is_pretrained(whole) and whole is not model)
         writers: dict[nn.Module, Callable[..., Any]] = {}
@@ -157,14 +157,15 @@ class TimeStepsCallback(TrainerCallback):
             "hand Trainer optimizers=(torch.optim.AdamW(taulearn.parameter_groups(model, lr, weight_decay=...)), None)"
         )
 
-    def _add(self, share: float, module: nn.Module, _: Any, batch: dict[str, Any], outputs: Any) -> Any:
+    def _add(self, processes: int, module: nn.Module, _: Any, batch: dict[str, Any], outputs: Any) -> Any:
         """Add penalties that need the batch to the loss that the model returns for training."""
         companion = self._companion
         if module.training and torch.is_grad_enabled() and not companion.adding:
             loss = outputs.get("loss") if isinstance(outputs, MutableMapping) else None
             counted = batch.get("num_items_in_batch") is not None  # the loss is a sum over all, divided by that number
             where = f"{type(module).__name__}'s forward"
-            outputs["loss"] = companion.added(loss, batch, where, share if counted else 1.0)
+            share = 1 / (self._batches * processes) if counted else 1.0
+            outputs["loss"] = companion.added(loss, batch, where, share)
         return outputs
 
     def _replace_saving(self, module: nn.Module, saving: Callable[..., Any]) -> None:
@@ -182,6 +183,7 @@ class TimeStepsCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, where the policy asks for it."""
+        self._batches = _batches_of_step(args, state, kwargs["train_dataloader"])
         self._companion.session.measure()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -277,6 +279,16 @@ def _write_state(model: nn.Module, folder: Any, *_: Any, **kwargs: Any) -> Any:
     return write_tensors(Path(folder) / "model.safetensors", tensors, {"format": "pt"})
 
 
+def _batches_of_step(args: Any, state: Any, loader: Any) -> int:
+    """Over how many batches gradients accumulate in the step that begins: fewer in the last one of an epoch."""
+    try:
+        number = len(loader)
+    except TypeError:  # a stream, whose end nobody knows
+        return int(args.gradient_accumulation_steps)
+    before = state.global_step % math.ceil(number / args.gradient_accumulation_steps)
+    return min(args.gradient_accumulation_steps, number - before * args.gradient_accumulation_steps)
+
+
 def _check_arguments(args: Any, *, changes: bool) -> None:
     """Refuse, before the first step, what could not be carried out at its end."""
     if getattr(args, "deepspeed", None):
@@ -317,6 +329,8 @@ def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     tensors = safetensors.torch.load_file(file)
     if not any(name.endswith(ORIGIN) for name in tensors):
         raise ValueError(f"folder must be a checkpoint that was written with this callback, got {str(folder)!r}")
+    if unlike := tied_unlike(model, tensors):
+        raise ValueError(f"model must be built as the one of the checkpoint was, got another: {'; '.join(unlike[:5])}")
     try:
         wrong = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

@@ -1,11 +1,9 @@
 """The projection after each step, and the hooks on an optimiser that act on time steps: nobody acts twice."""
 
-import gc
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +11,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adaptivity.optimizer_state import (
     LACKING,
+    PROJECTIONS,
+    SESSIONS as SESSIONS,
     bare,
     check_current,
     check_holds,
     check_holds_steps,
+    has_session,
     optimizers_in,
     parameters_held,
     with_inner,
@@ -169,6 +170,7 @@ class Projection:
 
     def __init__(self, model: nn.Module, penalties: "Sequence[Penalty]", act: Callable[[Any], None]) -> None:
         self.model, self.penalties, self._act = model, tuple(penalties), act
+        PROJECTIONS.add(self)
 
     def __call__(self, optimizer: Any = None, _args: Any = (), options: Mapping[str, Any] | None = None) -> None:
         if steps_under_way(optimizer) < 2:
@@ -177,17 +179,6 @@ class Projection:
 
 class Attached:
     """A hook of ``taulearn.attach``."""
-
-
-SESSIONS: WeakSet[Any] = WeakSet()
-"""The sessions of ``taulearn.attach`` that are at work."""
-
-
-def has_session(model: nn.Module) -> bool:
-    """Whether a session of ``taulearn.attach`` trains the model; one that nobody holds any more is none."""
-    if any(part is each.steps for each in SESSIONS for part in model.modules()):
-        gc.collect()  # a session and its optimiser hold each other
-    return any(part is each.steps for each in SESSIONS for part in model.modules())
 
 
 def check_unattached(optimizer: Any, model: nn.Module) -> None:

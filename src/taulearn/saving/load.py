@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 
 from ..adaptivity.refine import take_grid
@@ -16,7 +17,7 @@ from ..nn.pruned_models import prunable_of, wrapping_of
 from ..wrapping.branches import Branch
 from ..wrapping.folding import drop_units, unwrap
 from .manifest import MANIFEST, WEIGHTS, read_manifest, short
-from .recipe import build, classes_of, differences, modules_of, tensors_of
+from .recipe import build, classes_of, differences, modules_of, tensors_of, tied_unlike
 from .save import describe, with_steps
 from .wrap_as_saved import read_branch, rewrap, take_form, take_states
 
@@ -39,9 +40,10 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
         path: The folder; a run directory is one.
         host: A fresh model: not pruned, or pruned no further than the saved one. Layers that the saved model no longer
             has are deleted from it, those that were new are made anew as copies (refine the host alike where they were
-            others), and the weights are copied into it. For a wrapped model it need not be wrapped:
-            then it gets its time steps here; steps in units of displacement become plain ones; what was saved with
-            ``plain=True`` has none afterwards. None: rebuild the network.
+            others), and the weights are copied into it. For a wrapped model it need not be wrapped, unless places of
+            deleted blocks stay in it, which asks for a host wrapped with example_inputs: it gets its time steps here;
+            steps in units of displacement become plain ones; what was saved with ``plain=True`` has none afterwards.
+            None: rebuild the network.
 
     Returns:
         The host, or the rebuilt network (on the CPU, in training mode like every fresh module). What was frozen, by
@@ -50,7 +52,9 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged, of another format or not of the same save as the other, if the model needs a
-            host, or if the host is another model than the saved one; the host is then as before.
+            host, or if the host is another model than the saved one; the host is then as before. Compared are layers,
+            time steps, classes of modules, and names, shapes, types and sharing of tensors; not what else a host was
+            built with (the number of its attention heads, say): build it with the same configuration.
         TypeError: If the host has no time steps.
 
     Example:
@@ -78,6 +82,9 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
         return network
     if saved["kind"] == "wrapped":
         tensors = {name: value.squeeze(0) if value.ndim else value for name, value in tensors.items()}
+        for name, value in tensors.items():
+            if name.startswith("time_steps.") and value.dtype in (torch.float16, torch.bfloat16):
+                tensors[name] = value.float()  # older models that were cast had such steps
     inner: nn.Module = getattr(host, "_orig_mod", host)
     with all_or_nothing([inner], None):
         _wrap_as_saved(inner, manifest, folder)
@@ -85,7 +92,7 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
         _change_layers(inner, manifest, folder)
         if saved["kind"] == "wrapped" and (wrapping := wrapping_of(inner)) is not None:
             take_states(wrapping, saved["states"])
-        _refuse("host", _differences(inner, manifest, tensors, folder), folder)
+        _refuse("host", _differences(inner, manifest, tensors, folder) + tied_unlike(inner, tensors), folder)
         if saved["kind"] == "wrapped" and saved["plain"]:
             unwrap(inner, discard_steps=True)
     inner.load_state_dict(tensors)
@@ -121,8 +128,11 @@ def _wrap_as_saved(host: nn.Module, manifest: dict[str, Any], folder: Path) -> N
     if saved["kind"] != "wrapped" or hasattr(host, "time_steps"):
         return
     options = {key: manifest["time_steps"][key] for key in ("constraint", "horizon", "lower_bound")}
+    reasons: dict[str, Any] = {
+        key: {each["block"]: each["why"] for each in saved[key]} for key in ("stays", "not_saved")
+    }
     try:
-        rewrap(host, saved["blocks"], saved["shortened"], branches, per=saved["per"], **options)
+        rewrap(host, saved["blocks"], saved["shortened"], branches, per=saved["per"], **reasons, **options)
     except ValueError as error:
         remedy = "build the same model, not pruned"
         if options["constraint"] not in CONSTRAINTS:
@@ -161,7 +171,7 @@ def _change_layers(host: nn.Module, manifest: dict[str, Any], folder: Path) -> N
     except ValueError as error:
         raise ValueError(
             f"host must be a model whose layers can be changed to the {short(grid.origin)} that {folder} holds, "
-            f"got one where they cannot ({error}): build it as the saved model was"
+            f"got one where they cannot ({error}): build, and wrap with example_inputs, as the saved model was"
         ) from error
 
 
@@ -189,7 +199,8 @@ def _differences(host: nn.Module, manifest: dict[str, Any], tensors: dict[str, T
 def _said(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest's entries on steps, scheme and blocks, but for options and what is only followed."""
     parts = ["time_steps", "scheme"] + ["model"] * (manifest["model"]["kind"] == "wrapped")
-    followed = ("states", "options", "modules", "branches", "plain", "next_number", "parents")
+    noted = ("states", "stays", "not_saved")
+    followed = (*noted, "options", "modules", "branches", "plain", "next_number", "parents")
     return {f"{part}.{key}": value for part in parts for key, value in manifest[part].items() if key not in followed}
 
 

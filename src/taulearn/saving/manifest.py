@@ -22,6 +22,7 @@ NAMED = {"name": str, "options": dict}
 RECIPE = {"builder": str, "keywords": dict}
 _DTYPES = frozenset(("float16", "bfloat16", "float32", "float64"))
 _STATE = [(None, str, int)]
+_REASONS = [{"block": range(2**28), "why": str}]
 _BRANCH = {
     "site": str,
     "key": (None, str, int),
@@ -47,6 +48,8 @@ _MODELS: dict[str, Any] = {
         "per": frozenset(("block", "branch")),
         "branches": [[_BRANCH, ...]],
         "plain": bool,
+        "stays": _REASONS,
+        "not_saved": _REASONS,
     },
 }
 _NUMBER = range(2**28)
@@ -99,7 +102,8 @@ def _read(path: Path) -> dict[str, Any]:
             if kind != "network":
                 model.setdefault("modules", {})  # which older files have not
             if kind == "wrapped":
-                for key, value in {"form": "whole", "per": "block", "branches": [], "plain": False}.items():
+                older = {"form": "whole", "per": "block", "branches": [], "plain": False, "stays": [], "not_saved": []}
+                for key, value in older.items():
                     model.setdefault(key, value)
             if type(manifest.get("time_steps")) is dict:
                 for key, value in {"options": {}, "next_number": 0, "parents": []}.items():

@@ -316,6 +316,17 @@ def tensors_of(state: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{str(each.dtype).removeprefix('torch.')} {tuple(each.shape)}" for name, each in state.items()}
 
 
+def tied_unlike(host: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Parameters that a host shares, and whose values among the tensors differ, so that it cannot hold them all."""
+    first: dict[nn.Parameter, str] = {}
+    found = []
+    for name, parameter in host.named_parameters(remove_duplicate=False):
+        other = name if name not in tensors else first.setdefault(parameter, name)
+        if other != name and not torch.equal(tensors[other], tensors[name]):
+            found.append(f"{name} must have values of its own, got one that is shared with {other}")
+    return found
+
+
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """How values by name differ."""
     both = expected.keys() & found.keys()

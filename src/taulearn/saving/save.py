@@ -34,7 +34,7 @@ from .recipe import (
     recipe_of_parts,
     tensors_of,
 )
-from .wrap_as_saved import states_of, written_branch
+from .wrap_as_saved import states_of, stays_of, written_branch
 
 
 def save_model(model: nn.Module, path: str | os.PathLike[str], *, plain: bool = False) -> None:
@@ -152,6 +152,8 @@ def describe(model: nn.Module, *, plain: bool = False) -> dict[str, Any]:
             [written_branch(branch) for branch in block.branches] for block in wrapping.blocks if block.branches
         ],
         "plain": plain,
+        "stays": [{"block": number, "why": why} for number, why in stays_of(wrapping).items()],
+        "not_saved": [{"block": number, "why": why} for number, why in wrapping.not_saved.items()],
     }
     return manifest | {"model": wrapped}
 

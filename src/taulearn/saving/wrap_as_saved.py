@@ -32,12 +32,18 @@ def rewrap(
     shortened: Iterable[str],
     found: Sequence[tuple[Branch, ...]] = (),
     *,
+    stays: Mapping[int, str],
+    not_saved: Mapping[int, str],
     per: str = "block",
     constraint: str | Constraint,
     horizon: float,
     lower_bound: float | None,
 ) -> None:
-    """Wrap a model as another of its kind was, without trying deletions or searching for branches again."""
+    """Wrap a model as another of its kind was, without trying deletions or searching for branches again.
+
+    By number of the block, ``stays`` is why it cannot be deleted, and ``not_saved`` is why ``save_pretrained`` would be
+    refused without it.
+    """
     check_host(model)
     known = dict(model.named_modules())
     for name in (*blocks, *shortened):
@@ -52,9 +58,10 @@ def rewrap(
     start = max(horizon / number, lower_bound or 0.0)
     steps = steps_for(layers, number, start, horizon, constraint, lower_bound)
     lists = [remove_blocks.list_of(model, layer) for layer in layers]
-    keep = {l: _PLACEHOLDER for l, name in enumerate(lists) if name not in set(shortened)}
+    keep = {l: _PLACEHOLDER for l, name in enumerate(lists) if name not in set(shortened)} | dict(stays)
     forms = tuple(Form.taking(None, layer.forward) for layer in layers)
-    wrapping = replace(of_blocks(model, steps, blocks, layers, forms, keep), shorten=frozenset(shortened))
+    wrapping = of_blocks(model, steps, blocks, layers, forms, keep)
+    wrapping = replace(wrapping, shorten=frozenset(shortened), not_saved=dict(not_saved))
     if found:
         _check_names(blocks, layers, found)
         wrapping = replace(with_branches(wrapping, found, per), why=_AS_SAVED)
@@ -105,19 +112,31 @@ def states_of(wrapping: Wrapping) -> tuple[tuple[str | int | None, str | int | N
     return tuple((form.argument, form.key) for form in forms)
 
 
-def take_states(wrapping: Wrapping, states: Sequence[tuple[str | int | None, str | int | None]]) -> None:
+def take_states(wrapping: Wrapping, states: Sequence[Sequence[str | int | None]]) -> None:
     """Let states be where a saved model had them, see :func:`states_of`."""
-    if wrapping.form == "branches":  # which come with their forms
-        return
-    present = list(wrapping.present)
-    for l, (number, layer) in enumerate(zip(wrapping.time_steps.origin, wrapping.present, strict=True)):
-        if number < len(states) and states[number] != (None, None):
+    numbers: Sequence[int] = wrapping.time_steps.origin
+    if wrapping.form == "branches":  # where several layers are of one block
+        known = {block.name: number for number, block in enumerate(wrapping.blocks)}
+        numbers = [known[layer.at_start.name] for layer in wrapping.present]
+    present, blocks = list(wrapping.present), list(wrapping.blocks)
+    for l, (number, layer) in enumerate(zip(numbers, wrapping.present, strict=True)):
+        if number < len(states) and list(states[number]) != [None, None]:
             step, (argument, key) = vars(layer.block)["forward"], states[number]
             taken = Form.taking(argument, step.inner)
-            form = replace(layer.form, argument=taken.argument, position=taken.position, key=key)
+            form = replace(layer.at_start.form, argument=taken.argument, position=taken.position, key=key)
             present[l] = replace(layer, at_start=replace(layer.at_start, form=form))
             vars(layer.block)["forward"] = replace(step, form=form)
-    vars(wrapping.host)[WRAPPING] = replace(wrapping, present=tuple(present))
+            if number < len(blocks):
+                blocks[number] = replace(blocks[number], form=form)
+    vars(wrapping.host)[WRAPPING] = replace(wrapping, blocks=tuple(blocks), present=tuple(present))
+
+
+def stays_of(wrapping: Wrapping) -> dict[int, str]:
+    """Which blocks cannot be deleted, by number, with the reason."""
+    if wrapping.per == "branch":  # where the reasons are those of the branches
+        return {number: _AS_SAVED for number, block in enumerate(wrapping.blocks) if block.stays}
+    known = zip(wrapping.time_steps.origin, wrapping.present, strict=True)
+    return {number: layer.keep for number, layer in known if layer.keep}
 
 
 def written_branch(branch: Branch) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .._batches import on_device
 from .._errors import in_short
 from .._undisturbed import undisturbed
 from ..nn.grid import copied
@@ -18,6 +17,7 @@ from ..nn.pruned_models import follower_of, set_follower
 from ..nn.time_steps import TimeSteps
 from . import remove_blocks as structure
 from .branches import step_of
+from .comparison import as_taken
 from .folding import changed_modules, take_off
 from .observation import Observation, difference, observe
 from .try_deletion import memories_of
@@ -65,7 +65,11 @@ def grow(wrapping: Wrapping, sources: Sequence[int], made: Mapping[int, nn.Modul
             could no longer.
     """
     host, steps, follower = wrapping.host, wrapping.time_steps, follower_of(wrapping.host)
-    unsaved, before, tau = _unsaved(host), _outputs(wrapping), steps.tau.detach()
+    unsaved, tau = _unsaved(host), steps.tau.detach()
+    try:
+        before = _outputs(wrapping)
+    except Exception:  # noqa: BLE001  the inputs are not what the host takes any more: nothing can be compared
+        before = None
     for module in changed_modules(wrapping):
         take_off(module)
     behind = {wrapping.present[sources[i]].block: block for i, block in made.items()}
@@ -87,8 +91,8 @@ def grow(wrapping: Wrapping, sources: Sequence[int], made: Mapping[int, nn.Modul
     install(after)
     set_follower(host, follower)
     try:
-        found = _outputs(after)
-        unlike = difference(before, found) if before is not None and found is not None else None
+        found = None if before is None else _outputs(after)
+        unlike = None if before is None or found is None else difference(before, found)
     except Exception as error:  # noqa: BLE001  hosts may raise anything
         unlike = f"fails with them: {in_short(error)}"
     if unlike is not None:
@@ -116,7 +120,7 @@ def _outputs(wrapping: Wrapping) -> Observation | None:
     host, device = wrapping.host, wrapping.time_steps.values.device
     if wrapping.inputs.value is None:
         return None
-    inputs = on_device(wrapping.inputs.value, device)
+    inputs = as_taken(wrapping.inputs.value, host, device)
     with undisturbed(host, inputs):
         return observe(host, inputs, (), memories_of(host, wrapping.layers))
 

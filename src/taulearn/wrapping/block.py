@@ -4,9 +4,7 @@ A block B whose output has the shape of its input is one explicit Euler step of 
 
     x + tau (B(x) - x) = torch.lerp(x, B(x), tau)
 
-which is B(x) to the bit at tau = 1, and x at tau = 0.
-
-The sum has the memory layout of B(x), which hosts may rely on (``view``).
+which is B(x) to the bit at tau = 1, and x at tau = 0. It has the memory layout of B(x), as hosts may need (``view``).
 
 The step replaces ``forward`` on the instance of the block. A forward hook would do the same, but torch's
 TransformerEncoderLayer leaves its fast path as soon as one of its modules has a hook, and hooks that others registered
@@ -15,7 +13,7 @@ before would see the output without the step.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +52,7 @@ class Step:
         return self.inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The output with x + tau (B(x) - x) in the place of B(x).
-
-        The arithmetic takes the type of B(x), so that under autocast too the output at tau = 1 is B(x) itself.
-        """
+        """The output with x + tau (B(x) - x) in the place of B(x)."""
         x = self.form.arriving(args, kwargs)
         watched = x is not None and not torch.compiler.is_compiling() and not x.is_inference()
         version = x._version if x is not None and watched else 0
@@ -65,14 +60,15 @@ class Step:
         y = self.form.leaving(output)
         if x is None or y is None or x.is_nested or x.shape != y.shape:
             raise ValueError(self._wrong(x, y))
-        if self.form.argument is None and sum(_is_like(value, y) for value in (*args, *kwargs.values())) > 1:
+        given = () if self.form.argument is not None else (*args, *kwargs.values())
+        if sum(isinstance(v, Tensor) and v.shape == y.shape and v.dtype == y.dtype for v in given) > 1:
             raise ValueError(
                 f"block {self.name!r} must show which of its arguments is the state, got several of its output's "
                 "shape: give example_inputs to wrap"
             )
         if watched and x._version != version:
             raise ValueError(f"block {self.name!r} must leave its input as it is, but {IN_PLACE}")
-        if x.dtype != y.dtype:
+        if x.dtype != y.dtype:  # under autocast, where the output at tau = 1 is to be B(x) itself, too
             x = x.to(y.dtype)
         tau = self.steps.tau[self.index]
         if self.units is not None:
@@ -87,10 +83,6 @@ class Step:
             f"block {self.name!r} must return a state of its input's shape, got {found[0]} in and {found[1]} out: "
             "leave it out of blocks"
         )
-
-
-def _is_like(value: Any, y: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == y.shape and value.dtype == y.dtype
 
 
 IN_PLACE = (
@@ -138,8 +130,16 @@ class PassingTimeSteps(TimeSteps):
     """The time steps of a host, in which they are one child more.
 
     They return their input when called, for hosts that call all their children in turn (Sequential), and they stay as
-    they are where a state dict that is loaded has none: the host's own checkpoints load, strictly too.
+    they are where a state dict that is loaded has none: the host's own checkpoints load, strictly too. They stay of
+    single precision in a host that is cast to a shorter type, in which 1 - 1e-3 would be 1.
     """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def cast(each: Tensor) -> Tensor:
+            made = fn(each)
+            return each.to(made.device) if made.is_floating_point() and made.itemsize < 4 else made
+
+        return super()._apply(cast, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Any) -> Any:
         """The input."""

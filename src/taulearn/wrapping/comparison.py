@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from .._batches import on_device
 from .._calls import call as call_model
 from .._errors import in_short
 from .block import PassThrough
@@ -102,13 +102,25 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
+def as_taken(inputs: Any, host: nn.Module, device: torch.device) -> Any:
+    """Example inputs on a device; floating-point ones in the type of the host, which may have been cast since."""
+    types = {p.dtype for name, p in host.named_parameters() if p.is_floating_point() and not name.startswith(STEPS)}
+
+    def moved(each: Any) -> Any:
+        if not isinstance(each, Tensor):
+            return each
+        return each.to(device, *(types if each.is_floating_point() and len(types) == 1 else ()))
+
+    return tree_map(moved, inputs)
+
+
 def other_outputs(loaded: nn.Module, model: nn.Module, host: nn.Module, inputs: Any) -> list[str]:
     """How a loaded model answers differently what the model is asked when its host is called."""
     devices = {p.device for p in host.parameters()}
     if len(devices) != 1 or devices == {torch.device("meta")}:
         return []
     (device,) = devices
-    called = _call_of(model, host, on_device(inputs, device))
+    called = _call_of(model, host, as_taken(inputs, host, device))
     if called is None:
         return []
     args, kwargs, expected = called

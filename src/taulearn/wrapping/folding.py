@@ -5,6 +5,7 @@ Steps of form "whole" can only be brought to 1 (:func:`anneal_to_one`), those in
 first.
 """
 
+import gc
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .._batches import on_device
 from .._calls import call as call_model
 from .._distributed import refuse_distributed
 from .._errors import is_number
 from .._undisturbed import undisturbed
+from ..adaptivity.optimizer_state import PROJECTIONS, has_session
 from ..adaptivity.transaction import check_averaged
 from ..nn.pruned_models import WRAPPING, set_follower, wrapping_of
 from .block import Step
@@ -46,8 +47,9 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
 
     Raises:
         TypeError: If the model is compiled, or in a wrapper of data parallel training.
-        ValueError: If the model is not wrapped, or sharded, or a step differs from 1, cannot be folded, and
-            ``discard_steps`` is false; the model is then as before.
+        ValueError: If the model is not wrapped, or sharded, a session of ``taulearn.attach`` or a projection of
+            ``register_projection`` is at work on it, or a step differs from 1, cannot be folded, and ``discard_steps``
+            is false; the model is then as before.
 
     Example:
         >>> import taulearn
@@ -64,6 +66,8 @@ def unwrap(model: M, *, discard_steps: bool = False) -> M:
     wrapping = wrapping_of(model)
     if wrapping is None:
         raise ValueError(f"model must be wrapped, got {type(model).__name__} without: {_where_steps_are(model)}")
+    if remedy := _at_work(model):
+        raise ValueError(f"model must have nothing at work on its time steps, got {remedy} before")
     if not discard_steps:
         fold_(wrapping)
     if has_save_pretrained(model):
@@ -88,6 +92,19 @@ def _where_steps_are(model: nn.Module) -> str:
     if any(isinstance(step_of(module), Step | WatchedBlock) for module in model.modules()):
         return "its blocks have the steps of a model around it (before adapters were merged, say): unwrap that one"
     return "nothing is to be taken off"
+
+
+def _at_work(model: nn.Module) -> str:
+    """What acts on the time steps of a model after each step of an optimiser, and the way out; or nothing."""
+    if has_session(model):
+        return "a session of taulearn.attach: call session.detach()"
+
+    def projected() -> bool:
+        return any(part is model for each in PROJECTIONS for part in each.model.modules())
+
+    if projected():
+        gc.collect()  # a hook and its optimiser hold each other
+    return "a projection of register_projection: call remove() of its handle" if projected() else ""
 
 
 def changed_modules(wrapping: Wrapping) -> list[nn.Module]:
@@ -303,7 +320,9 @@ def _example_inputs(wrapping: Wrapping) -> Any:
     devices = {p.device for p in wrapping.host.parameters()}
     if wrapping.inputs.value is None or len(devices) != 1 or devices == {torch.device("meta")}:
         return None
-    return on_device(wrapping.inputs.value, *devices)
+    from .comparison import as_taken
+
+    return as_taken(wrapping.inputs.value, wrapping.host, *devices)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ own method writes to the folder that was asked for. A model that has all its blo
 
 The guard stays on a pruned model when its steps are taken off, unless it is what its configuration describes.
 
-A model that is built around a wrapped one later (by PEFT, say) is not known here, and is not guarded.
+A model around the wrapped one (of which only a part was wrapped, or that PEFT made later, say) is not known here, and
+is not guarded.
 """
 
 import copy
@@ -24,7 +25,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._distributed import sharded
 from .._errors import in_short
@@ -73,10 +74,15 @@ class SavePretrained:
 
             with gathered(self.host) as ranks:
                 return ranks.told(lambda: self(*args, **kwargs))
+        given = inspect.signature(self.inner).bind(*args, **kwargs)
+        with _steps_of(vars(self.host).get(WRAPPING), _state_in(given)):
+            return self._save(given)
+
+    def _save(self, given: inspect.BoundArguments) -> Any:
+        """Save the model with the steps that it has now."""
         wrapping = vars(self.host).get(WRAPPING)
         if wrapping is not None:
             check_plain(wrapping, _SAVE)
-        given = inspect.signature(self.inner).bind(*args, **kwargs)
         if _writes_adapters(self.model) and wrapping is not None and bool((wrapping.time_steps.tau != 1).any()):
             raise ValueError(
                 "the time steps must be 1 for save_pretrained where adapters alone are written, got others, which "
@@ -96,8 +102,7 @@ class SavePretrained:
 
     def _has_state(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether the whole state was handed over, as trainers do after they gathered it."""
-        given = inspect.signature(self.inner).bind(*args, **kwargs)
-        return isinstance((given.arguments | given.arguments.get(_keywords(given), {})).get("state_dict"), dict)
+        return _state_in(inspect.signature(self.inner).bind(*args, **kwargs)) is not None
 
     def has_other_blocks(self) -> bool:
         """Whether blocks were deleted or came, now or before."""
@@ -206,12 +211,14 @@ def _zeros_for_branches(host: nn.Module) -> Iterator[list[nn.Module]]:
             f"{len(places)} branches that were deleted are written as weights of zero, as no configuration can leave "
             "them out: what is loaded computes the same, no faster than before. taulearn.save_model keeps the short "
             "form",
-            stacklevel=3,
+            stacklevel=5,  # whoever called save_pretrained
         )
     device = next((p.device for p in host.parameters()), torch.device("cpu"))
+    types = {p.dtype for name, p in host.named_parameters() if p.is_floating_point() and not name.startswith(STEPS)}
+    dtype = next(iter(types)) if len(types) == 1 else None
     with numbers_kept(host) if places else nullcontext():
         try:
-            zeros = [part.zeros(device) for _, _, part in places]
+            zeros = [part.zeros(device, dtype) for _, _, part in places]
             for (holder, key, _), each in zip(places, zeros, strict=True):
                 holder._modules[key] = each
             number_caches(host, {part.site for _, _, part in places})
@@ -342,9 +349,44 @@ def _target(given: inspect.BoundArguments) -> tuple[str, Any]:
     return first, value[0] if isinstance(value, tuple) else value
 
 
+def _state_in(given: inspect.BoundArguments) -> dict[str, Any] | None:
+    """The state dict that was handed over, or None."""
+    state = (given.arguments | given.arguments.get(_keywords(given), {})).get("state_dict")
+    return state if isinstance(state, dict) else None
+
+
 def _keywords(given: inspect.BoundArguments) -> str:
     """The name under which a method takes keywords that it does not name."""
     return next((p.name for p in given.signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+
+
+@contextmanager
+def _steps_of(wrapping: Wrapping | None, state: dict[str, Any] | None) -> Iterator[None]:
+    """The model with the steps of a state dict in the place of its own, if that has some; afterwards with its own."""
+    given = {name: value for name, value in (state or {}).items() if name.startswith(STEPS)}
+    if wrapping is None or not given:
+        yield
+        return
+    own: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for part, module in wrapping.time_steps.named_modules(prefix=STEPS.rstrip(".")):
+            for held in (module._parameters, module._buffers):
+                for key, value in list(held.items()):
+                    new = given.get(f"{part}.{key}")
+                    if new is None or value is None:
+                        continue
+                    if new.shape != value.shape:
+                        raise ValueError(
+                            f"{part}.{key} in state_dict must be of shape {tuple(value.shape)}, got "
+                            f"{tuple(new.shape)}: hand over a state of the model with the layers that it has now"
+                        )
+                    own.append((held, key, value))
+                    new = new.detach().to(value.device, value.dtype)
+                    held[key] = nn.Parameter(new, value.requires_grad) if isinstance(value, nn.Parameter) else new
+        yield
+    finally:
+        for held, key, value in own:
+            held[key] = value
 
 
 @contextmanager

@@ -52,14 +52,16 @@ class NoBranch(nn.Module):
             shape[dim] = size
         return self.form.around(x.new_zeros(shape))
 
-    def zeros(self, device: torch.device | str = "cpu") -> nn.Module:
+    def zeros(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
         """The module that was here, without adapters, with parameters for which its output is 0."""
         (gone,) = self.gone
         module = _without_adapters(copy.deepcopy(gone))
         for holder in module.modules():
             for name, p in holder._parameters.items():
                 if p is not None:
-                    holder._parameters[name] = nn.Parameter(torch.zeros_like(p, device=device), requires_grad=False)
+                    kind = dtype if p.is_floating_point() else None
+                    zeros = torch.zeros_like(p, device=device, dtype=kind)
+                    holder._parameters[name] = nn.Parameter(zeros, requires_grad=False)
         with torch.no_grad():
             for name, offset in self.offsets.items():
                 module.get_parameter(name).fill_(-offset)

@@ -24,8 +24,6 @@ from .wrapped_model import BlockAtStart, ExampleInputs, Layer, Wrapping, has_sav
 
 M = TypeVar("M", bound=nn.Module)
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 def wrap(
     model: M,
@@ -368,7 +366,7 @@ def steps_for(
         constraint=constraint,
         lower_bound=lower_bound,
         init=init,
-        dtype=torch.float32 if dtype in _HALF else dtype,
+        dtype=torch.promote_types(dtype, torch.float32),
         device=floating[0].device if floating else None,
     )
 
@@ -377,7 +375,9 @@ def _trained(model: nn.Module, train: str | Iterable[str]) -> dict[nn.Parameter,
     """Which parameters are to train; empty: those that train now."""
     if train == "all":
         return {}
-    named = dict(model.named_parameters())
-    modules = [name for name, _ in model.named_modules() if name]
+    named = dict(model.named_parameters(remove_duplicate=False))
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     chosen = set() if train == "tau" else set(matching("train", train, [*named, *modules]))
-    return {p: name in chosen or any(name.startswith(f"{module}.") for module in chosen) for name, p in named.items()}
+    inside = tuple(f"{name}." for name in chosen)
+    training = {p for name, p in named.items() if name in chosen or name.startswith(inside)}
+    return {p: p in training for p in named.values()}
