@@ -20,8 +20,9 @@ from torch.nn.functional import cosine_similarity, mse_loss
 from taulearn import prune
 from taulearn.adaptivity.coarsen import check_prunable
 from taulearn.adaptivity.criteria import on_data
+from taulearn.depth.states import forward_with_states
 from taulearn.nn import TimeSteps
-from taulearn.nn.pruned_models import prunable_of
+from taulearn.nn.pruned_models import prunable_of, wrapping_of
 
 CONSTRAINTS = ("free", "fixed", "dependent", "simplex")
 DEVICES = ("cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []))
@@ -211,7 +212,9 @@ class TimeVariableContract:
 
     def test_the_influence_is_that_of_the_states(self, case: Case) -> None:
         model, x = case.model(), case.inputs()
-        states = [y.detach().flatten(1) for y in model.states(x, initial=True)]
+        wrapped = wrapping_of(model) is not None
+        states = forward_with_states(model, x)[1] if wrapped else model.states(x, initial=True)
+        states = [y.detach().flatten(0, 1) if y.ndim == 3 else y.detach().flatten(1) for y in states]
         found = on_data("influence", (x, x))(model.time_steps.tau, model).double()
         for l, (y, after) in enumerate(pairwise(states)):
             expected = (1.0 - cosine_similarity(y, after)).mean() if y.shape == after.shape else y.new_zeros(())

@@ -295,7 +295,8 @@ def besides(model: nn.Module) -> dict[str, bool]:
     found: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         where, inside = name or "the model", f"{name}." if name else ""
-        found += [f"{inside}{key} of its own" for key in vars(module) if callable(getattr(type(module), key, None))]
+        own = [key for key, value in vars(module).items() if not _is_ours(value)]
+        found += [f"{inside}{key} of its own" for key in own if callable(getattr(type(module), key, None))]
         hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
         found += [f"a hook of {where}" for each in hooks for hook in each.values() if not _is_ours(hook)]
         found += [f"{inside}{buffer}, outside the state dict," for buffer in module._non_persistent_buffers_set]
