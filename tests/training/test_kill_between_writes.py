@@ -154,7 +154,9 @@ def test_a_run_that_is_extended_and_killed(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("go", "epochs"), [(plain, 3), (wrapped, 3), (targeted, 2), (command, 2)], ids=lambda value: str(value)
+    ("go", "epochs"),
+    [(plain, 3), (wrapped, 3), (targeted, 2), (command, 2)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("times", [1, 2])
 def test_killed_between_any_two_writes_of_longer_runs(go: Go, epochs: int, times: int, tmp_path: Path) -> None:
