@@ -234,6 +234,7 @@ class TestLoss:
         model = network()
         policy = Pruning(target_blocks=3, by=1, data=calibration())  # the criterion, where there are data
         assert policy.criterion == "loss"
+        assert Pruning(target_blocks=3).criterion is None, "as older checkpoints have it"
         run_fit(model, digits(80), sgd(model), pruning=policy)
         assert model.time_steps.num_steps == 3
 

@@ -57,8 +57,9 @@ class Pruner:
                 self.penalty = SteeredL1(self.prunable.time_steps.values, policy.survivors)
             self.window = _, _, self.every = window(policy.by, policy.every, epochs, per_epoch)
         self.per_epoch = per_epoch
+        named = "sensitivity" if policy.targeted and policy.criterion is None else policy.criterion
         loss, told = policy.loss or loss, {"watching": True, "recording": recording}
-        self.criterion = as_criterion(policy.criterion, model, data=policy.data, loss=loss, **told)
+        self.criterion = as_criterion(named, model, data=policy.data, loss=loss, **told)
         self._warned = False
         self.least: float | None = None  # smallest share at the last look, where the policy goes by the steps
 

@@ -97,8 +97,8 @@ class Pruning:
         return epoch_ends if not isinstance(self.every, int) else iteration % self.every == 0
 
     def _check_criterion(self) -> None:
-        if self.criterion is None and self.targeted:
-            object.__setattr__(self, "criterion", "sensitivity" if self.data is None else "loss")
+        if self.criterion is None and self.data is not None and self.targeted:
+            object.__setattr__(self, "criterion", "loss")
         check_criterion(self.criterion)
         check_given(self.criterion, self.data, watching=True)
         if self.data is not None:

@@ -12,7 +12,6 @@ from torch.utils.hooks import RemovableHandle
 from ..adaptivity.optimizer_state import (
     LACKING,
     PROJECTIONS,
-    SESSIONS as SESSIONS,
     bare,
     check_current,
     check_holds,

@@ -17,13 +17,19 @@ from torch.optim.swa_utils import AveragedModel
 from .._distributed import refuse_distributed, several_processes, together
 from .._errors import positive_integer
 from ..adaptivity.adaptation import Adaptation
-from ..adaptivity.optimizer_state import LACKING, check_holds, check_holds_steps, optimizers_in, parameters_held
+from ..adaptivity.optimizer_state import (
+    LACKING,
+    SESSIONS,
+    check_holds,
+    check_holds_steps,
+    optimizers_in,
+    parameters_held,
+)
 from ..adaptivity.policies import Pruning
 from ..adaptivity.refiner import Refinement
 from ..adaptivity.transaction import check_averaged
 from ..nn.time_steps import time_steps_of
 from ..optim.projections import (
-    SESSIONS,
     Attached,
     check_calls_hooks,
     check_unattached,

@@ -104,14 +104,20 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def as_taken(inputs: Any, host: nn.Module, device: torch.device) -> Any:
     """Example inputs on a device; floating-point ones in the type of the host, which may have been cast since."""
-    types = {p.dtype for name, p in host.named_parameters() if p.is_floating_point() and not name.startswith(STEPS)}
+    dtype = type_of(host)
 
     def moved(each: Any) -> Any:
         if not isinstance(each, Tensor):
             return each
-        return each.to(device, *(types if each.is_floating_point() and len(types) == 1 else ()))
+        return each.to(device, dtype if each.is_floating_point() else None)
 
     return tree_map(moved, inputs)
+
+
+def type_of(host: nn.Module) -> torch.dtype | None:
+    """The floating-point type of a host's parameters, but for its time steps; None where there are several."""
+    types = {p.dtype for name, p in host.named_parameters() if p.is_floating_point() and not name.startswith(STEPS)}
+    return types.pop() if len(types) == 1 else None
 
 
 def other_outputs(loaded: nn.Module, model: nn.Module, host: nn.Module, inputs: Any) -> list[str]:

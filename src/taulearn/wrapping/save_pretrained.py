@@ -32,7 +32,7 @@ from .._errors import in_short
 from .._undisturbed import undisturbed
 from ..adaptivity.transaction import Snapshot
 from ..nn.pruned_models import WRAPPING
-from .comparison import STEPS, Description, other_outputs, other_values
+from .comparison import STEPS, Description, other_outputs, other_values, type_of
 from .configurations import is_pretrained, number_caches, numbers_kept
 from .folding import Folding, check_plain, without_steps
 from .remove_blocks import holders
@@ -214,11 +214,9 @@ def _zeros_for_branches(host: nn.Module) -> Iterator[list[nn.Module]]:
             stacklevel=5,  # whoever called save_pretrained
         )
     device = next((p.device for p in host.parameters()), torch.device("cpu"))
-    types = {p.dtype for name, p in host.named_parameters() if p.is_floating_point() and not name.startswith(STEPS)}
-    dtype = next(iter(types)) if len(types) == 1 else None
     with numbers_kept(host) if places else nullcontext():
         try:
-            zeros = [part.zeros(device, dtype) for _, _, part in places]
+            zeros = [part.zeros(device, type_of(host)) for _, _, part in places]
             for (holder, key, _), each in zip(places, zeros, strict=True):
                 holder._modules[key] = each
             number_caches(host, {part.site for _, _, part in places})
